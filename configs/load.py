@@ -1,0 +1,130 @@
+"""A config's name and key=value words in, one typed `Config` with the origin of every value out.
+
+Defaults <- `base:` files in order <- the file <- the command line. All problems are reported at once: unknown keys
+(with the nearest valid name) and wrong types of every layer, files that can't be read, interpolations that lead nowhere,
+credentials. Rules between keys are not known here: see parallel/legality.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.errors import ConfigError
+from configs.fields import walk
+from configs.keys import WORDS, all_keys
+from configs.layers import Layers
+from configs.schema import Config
+from configs.secrets import check_secrets
+from configs.sources import Source, file_sources, override_values, parse_yaml
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A config, where each value came from ("default", a file, "command line"), and its text with everything resolved."""
+
+    config: Config
+    origin: dict[str, str]
+    text: str
+
+
+def _nest(values: dict[str, Any]) -> dict[str, Any]:
+    tree = asdict(Config())
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[name] = value
+    return tree
+
+
+def _has_interpolation(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_interpolation, value.values()))
+    return any(map(_has_interpolation, value)) if isinstance(value, list) else isinstance(value, str) and "${" in value
+
+
+def _resolve(layers: Layers) -> dict[str, Any]:
+    """The values with `${other.key}` replaced; broken ones become problems and are left out."""
+    waiting = {path: value for path, value in layers.values.items() if _has_interpolation(value)}
+    resolved = {path: value for path, value in layers.values.items() if path not in waiting}
+    if waiting:
+        tree = OmegaConf.create(_nest(layers.values))
+    for path, value in waiting.items():
+        try:
+            got = OmegaConf.select(tree, path, throw_on_missing=True)
+            resolved[path] = OmegaConf.to_container(got, resolve=True) if OmegaConf.is_config(got) else got
+        except (OmegaConfBaseException, RecursionError) as error:
+            detail = str(error).split("\n")[0] or "it goes round in a circle"
+            layers.refuse(
+                path, value, f"interpolation can't be resolved: {detail}", "name a key that exists: ${batch.seq_length_tokens}"
+            )
+    return resolved
+
+
+def escape(value: Any) -> Any:
+    """A value whose `${` stays text when OmegaConf reads it again."""
+    if isinstance(value, dict):
+        return {name: escape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _convert(values: dict[str, Any], layers: Layers) -> Config:
+    """The typed config; values of a wrong type become problems."""
+    typed = OmegaConf.structured(Config)
+    for path, value in values.items():
+        key = all_keys().get(path) or all_keys()[path.rsplit(".", 1)[0]]
+        words = key.words if key.path == path else WORDS[str]
+        try:
+            if value == "???":
+                raise ValueError("??? is OmegaConf's mark of a missing value")
+            OmegaConf.update(typed, path, escape(value), merge=True)
+        except (OmegaConfBaseException, ValueError):
+            layers.refuse(path, value, f"must be {words} (from: {layers.origin[path]})", f"give {path} {words}")
+    return cast(Config, OmegaConf.to_object(typed)) if not layers.problems else Config()
+
+
+def _finish(layers: Layers) -> Loaded:
+    values = _resolve(layers)
+    config = _convert(values, layers)
+    layers.problems += check_secrets(values)
+    if layers.problems:
+        raise ConfigError(layers.problems)
+    paths = dict.fromkeys(re.sub(r"\[\d+\].*", "", path) for path, _, _ in walk(config))
+    origin = {path: layers.origin.get(path, "default") for path in paths}
+    origin |= {path: source for path, source in layers.origin.items() if path not in origin}
+    return Loaded(config, origin, to_yaml(config))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
+    """The config of a file or shipped name under key=value overrides. Raises ConfigError with every problem found."""
+    layers = Layers()
+    sources, problems = file_sources(name_or_path)
+    words, word_problems = override_values(overrides)
+    layers.problems += problems + word_problems
+    for source in sources:
+        layers.merge(source)
+    for path, value, text in words:
+        layers.override(path, value, text)
+    return _finish(layers)
+
+
+def from_yaml_text(text: str, name: str = "config.yaml") -> Config:
+    """The config of a resolved file's text (`to_yaml`). Raises ConfigError; `name` is blamed for unreadable YAML."""
+    layers = Layers()
+    tree, texts, layers.problems = parse_yaml(text, name)
+    layers.merge(Source(name, tree, texts))
+    return _finish(layers).config
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML in the schema's order, everything stated: `from_yaml_text(to_yaml(c)) == c`."""
+    return OmegaConf.to_yaml(OmegaConf.create(escape(asdict(config))))

@@ -1,0 +1,147 @@
+"""The commands launch, status, logs, cancel and resume. In: the words after `phalanx`. Out: an exit code.
+
+0 finished (or said what was asked) · 1 broke · 2 bad input · 3 diverged · 75 preempted, start it again · 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from configs.errors import ConfigError, Problem
+from configs.load import load_config
+from configs.run_folder import RunFolder, live_holder
+from launch.cancel import cancel
+from launch.local import LocalResult, report, run_local
+from launch.logs import show
+from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
+from launch.status import as_json, describe, read_status, require_run_folder
+from parallel.legality import check_config
+
+WATCH_S = 2.0
+CANCEL_WAIT_S = 60.0
+
+
+def main(argv: list[str]) -> int:
+    """`argv[0]` names the command."""
+    command, *words = argv
+    return {"launch": _launch, "resume": _resume, "status": _status, "logs": _logs, "cancel": _cancel}[command](words)
+
+
+def _launch(words: list[str]) -> int:
+    parser = _parser("launch", "start a run as launch.target says, and stay until it ends")
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one (quickstart)")
+    _add_start_options(parser)
+    found = parser.parse_intermixed_args(words)
+    return _start(found.config, found.overrides, found)
+
+
+def _resume(words: list[str]) -> int:
+    parser = _parser("resume", "go on with a run from its newest checkpoint, with the config of its last attempt")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    _add_start_options(parser)
+    found = parser.parse_intermixed_args(words)
+    folder = require_run_folder(found.run_dir)
+    if not folder.config.exists():
+        rule = "a run is resumed with the config of its last attempt; no attempt has begun here"
+        raise ConfigError(Problem("RUN_DIR", found.run_dir, rule, "phalanx launch CONFIG starts it"))
+    return _start(str(folder.config), [*found.overrides, f"run.dir={found.run_dir}"], found)
+
+
+def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+    config = load_config(source, overrides).config
+    verdict = check_config(config)
+    local_problems = [] if options.dry_run else check_local(config)
+    if problems := [*verdict.problems, *local_problems]:
+        raise ConfigError(problems)
+    for notice in verdict.notices:
+        print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
+    if config.launch.target == "slurm":
+        raise ConfigError(Problem("launch.target", "slurm", "not available in this version", "set launch.target=local"))
+    plan = make_plan(config, source, overrides, os.environ)
+    if options.dry_run:
+        _print_plan(plan, options.json)
+        return 0
+    out = sys.stderr if options.json else sys.stdout
+    result = run_local(plan, os.environ, out, sys.stderr)
+    if text := report(result, plan.folder):
+        print(text, file=sys.stderr)
+    if options.json:
+        print(_result_json(result, plan.folder))
+    return result.exit_code
+
+
+def _print_plan(plan: LaunchPlan, as_document: bool) -> None:
+    if as_document:
+        document = {"command": plan.argv, "env": dict(plan.env), "line": torchrun_line(plan), "run_dir": str(plan.folder.path)}
+        print(json.dumps(document, indent=2))
+    else:
+        print(torchrun_line(plan) if plan.nodes == 1 else by_hand(plan))
+
+
+def _result_json(result: LocalResult, folder: RunFolder) -> str:
+    outcome = folder.read_outcome()
+    ended = outcome.as_dict() if outcome is not None and outcome.attempt == result.attempt else None
+    first = result.failures[0] if result.failures else None
+    document = {
+        "run_dir": str(folder.path),
+        "attempt": result.attempt,
+        "state": result.state,
+        "exit_code": result.exit_code,
+        "outcome": ended,
+        "first_failure": {"rank": first.rank, "kind": first.kind, "text": first.text} if first else None,
+        "logs": str(result.log_dir),
+    }
+    return json.dumps(document, indent=2)
+
+
+def _status(words: list[str]) -> int:
+    parser = _parser("status", "how a run stands, from its folder's files")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until the run is over")
+    found = parser.parse_args(words)
+    folder = require_run_folder(found.run_dir)
+    while True:
+        status = read_status(folder)
+        print(as_json(status) if found.json else describe(status), flush=True)
+        if not found.watch or status.state not in ("running", "starting"):
+            return 0
+        time.sleep(WATCH_S)
+        if not found.json:
+            print()
+
+
+def _logs(words: list[str]) -> int:
+    parser = _parser("logs", "a run's logs: the first failure first, then rank 0")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="whose log (default 0)")
+    parser.add_argument("--attempt", type=int, default=None, metavar="N", help="of which attempt (default: the newest)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on while the run is live")
+    found = parser.parse_args(words)
+    show(require_run_folder(found.run_dir), found.rank, found.attempt, found.follow, sys.stdout)
+    return 0
+
+
+def _cancel(words: list[str]) -> int:
+    parser = _parser("cancel", "ask a live run to finish its step, save and stop")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--wait", type=float, default=CANCEL_WAIT_S, metavar="S", help="how long to wait for it, in seconds")
+    found = parser.parse_args(words)
+    folder = require_run_folder(found.run_dir)
+    print(cancel(folder, found.wait))
+    return 0 if live_holder(folder) is None else 1
+
+
+def _parser(command: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"phalanx {command}", description=text + ".")
+
+
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command and start nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout at the end")

@@ -1,0 +1,94 @@
+"""Which rank failed first. In: an attempt's log folder. Out: the failure to show first, and the others behind it.
+
+Ranks leave rank_N.failure.json with the time of their exception (pretrain/rank_process.py). A rank that was killed, or
+crashed in C code, leaves none, but torchrun's own log has its exit code: such a rank comes first, for the others then
+only report that their partner is gone. What torchrun itself ended (SIGTERM, after 30 s SIGKILL) is no cause.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.files import read_json
+
+AGENT_LOG = "torchrun.log"
+_TAIL_LINES = 30
+# torchrun's summary, one block a failed rank: "rank : 2 (local_rank: 2)", then "exitcode : -9 (pid: 17)".
+_AGENT_FAILURE = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) \(pid: (\d+)\)", re.MULTILINE)
+_AGENT_KILLED = re.compile(r"Unable to shutdown process (\d+)")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's end. `time` in seconds since the epoch, 0: unknown. `kind`: bad_input, exception, killed or exit."""
+
+    rank: int
+    time: float
+    kind: str
+    text: str
+
+
+def find_failures(log_dir: Path) -> list[Failure]:
+    """All failed ranks, the first cause first."""
+    written = {failure.rank: failure for path in log_dir.glob("rank_*.failure.json") if (failure := _read(path))}
+    killed, exited = [], []
+    for rank, exit_code in _agent_exit_codes(log_dir / AGENT_LOG):
+        if rank in written:
+            continue
+        if exit_code < 0:
+            text = f"killed by signal {-exit_code} ({_signal_name(-exit_code)})"
+            killed.append(Failure(rank, 0.0, "killed", _with_tail(text, log_dir, rank)))
+        else:
+            exited.append(Failure(rank, 0.0, "exit", _with_tail(f"exit code {exit_code}", log_dir, rank)))
+    return [*killed, *sorted(written.values(), key=lambda failure: failure.time), *exited]
+
+
+def describe(failures: list[Failure], log_dir: Path) -> str:
+    """The first failure in full, the others in a line, and where to read on."""
+    if not failures:
+        tail = tail_of(log_dir / AGENT_LOG)
+        return f"no rank left a failure; the end of {log_dir / AGENT_LOG}:\n{tail}" if tail else f"no log in {log_dir}"
+    first, *others = failures
+    lines = [f"rank {first.rank} failed first:", first.text.rstrip()]
+    if others:
+        lines.append("then rank " + ", ".join(str(failure.rank) for failure in others))
+    lines.append(f"logs: {log_dir}")
+    return "\n".join(lines)
+
+
+def tail_of(path: Path, lines: int = _TAIL_LINES) -> str:
+    """The last lines of a log; empty when there is none."""
+    if not path.exists():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def _read(path: Path) -> Failure | None:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        return None
+    return Failure(int(value["rank"]), float(value["time"]), str(value["kind"]), str(value["text"]))
+
+
+def _agent_exit_codes(log: Path) -> list[tuple[int, int]]:
+    """(rank, exit code) as torchrun lists them at its end, without the ranks that it ended itself."""
+    if not log.exists():
+        return []
+    text = log.read_text(errors="replace")
+    ended_by_agent = set(_AGENT_KILLED.findall(text))
+    failed = [(int(rank), int(code)) for rank, code, pid in _AGENT_FAILURE.findall(text) if pid not in ended_by_agent]
+    return sorted((rank, code) for rank, code in failed if code != -signal.SIGTERM)
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else "?"
+
+
+def _with_tail(text: str, log_dir: Path, rank: int) -> str:
+    tail = tail_of(log_dir / f"rank_{rank}.log")
+    return f"{text}; the end of its log:\n{tail}" if tail else text

@@ -1,0 +1,118 @@
+"""What a launch runs, as a value and as text. In: a checked config and how it was named. Out: `LaunchPlan`, the shell line.
+
+Pure: nothing is started or written here, so a dry run is the same path less the start.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import Problem
+from configs.run_folder import RunFolder, folder_of
+from configs.schema import Config
+
+# Every rank's environment unless the user's environment or launch.env says otherwise: variable → value, reason.
+ENV_DEFAULTS: dict[str, tuple[str, str]] = {
+    "OMP_NUM_THREADS": ("1", "ranks share the cores, and the order of a sum must not depend on how many there are"),
+    "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "tensor parallel overlap needs kernels to start in the order they were queued"),
+    "PYTHONFAULTHANDLER": ("1", "a crash in C code leaves the Python stack in the rank's log"),
+    "TOKENIZERS_PARALLELISM": ("false", "threads of a tokenizer don't survive the data loader's fork"),
+}
+# One machine's ranks meet on loopback: no name service, no firewall, no network that comes and goes.
+LOOPBACK = "127.0.0.1"
+LOOPBACK_ENV = {"GLOO_SOCKET_IFNAME": "lo"}
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One torchrun agent: `processes_per_node` ranks of `program` with `arguments`, on each of `nodes` machines."""
+
+    folder: RunFolder
+    program: str
+    arguments: tuple[str, ...]
+    nodes: int
+    processes_per_node: int
+    rendezvous: str
+    name: str
+    env: tuple[tuple[str, str], ...]
+    python: str = sys.executable
+
+    @property
+    def argv(self) -> list[str]:
+        """The agent's command. Restarts are none: a restart is a new attempt, decided by whoever started this one."""
+        local = ["--local-addr", LOOPBACK] if self.nodes == 1 else []
+        return [
+            *(self.python, "-m", "torch.distributed.run"),
+            *("--nnodes", str(self.nodes), "--nproc-per-node", str(self.processes_per_node)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous, "--rdzv-id", self.name),
+            *local,
+            *("--max-restarts", "0", self.program),
+            *self.arguments,
+        ]
+
+
+def program_path() -> str:
+    """pretrain/main.py of the installed package, from any working folder."""
+    found = importlib.util.find_spec("pretrain")
+    assert found is not None and found.origin is not None, "the package pretrain is installed beside launch"
+    return str(Path(found.origin).parent / "main.py")
+
+
+def make_plan(
+    config: Config,
+    source: str,
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    program: str | None = None,
+    host: str | None = None,
+) -> LaunchPlan:
+    """The plan of a config named `source` (path or shipped name) with `overrides`.
+
+    One node: port 0, the agent takes a free one itself, so that nobody can take it in between. Several nodes: every
+    machine runs the line with the first machine's `host`.
+    """
+    launch = config.launch
+    single = launch.nodes == 1
+    rendezvous = f"{LOOPBACK}:{launch.master_port or 0}" if single else f"{host or 'HOST'}:{launch.master_port or DEFAULT_PORT}"
+    env = {name: value for name, (value, _) in ENV_DEFAULTS.items() if name not in environ}
+    if single:
+        env |= {name: value for name, value in LOOPBACK_ENV.items() if name not in environ}
+    return LaunchPlan(
+        folder=folder_of(config),
+        program=program or program_path(),
+        arguments=("--config", source, *overrides),
+        nodes=launch.nodes,
+        processes_per_node=launch.processes_per_node,
+        rendezvous=rendezvous,
+        name=config.run.name,
+        env=tuple(sorted({**env, **launch.env}.items())),
+    )
+
+
+def torchrun_line(plan: LaunchPlan) -> str:
+    """The command as a shell takes it, environment first."""
+    env = [f"{name}={shlex.quote(value)}" for name, value in plan.env]
+    return " ".join([*env, shlex.join(plan.argv)])
+
+
+def by_hand(plan: LaunchPlan) -> str:
+    """How several machines are started without a scheduler."""
+    return (
+        f"# on each of the {plan.nodes} machines, HOST replaced by the address of one of them;\n"
+        f"# the run folder and the data must be the same files everywhere (a shared file system):\n{torchrun_line(plan)}"
+    )
+
+
+def check_local(config: Config) -> list[Problem]:
+    """What the local launcher can't do."""
+    nodes = config.launch.nodes
+    if config.launch.target != "local" or nodes == 1:
+        return []
+    fix = "--dry-run prints the line to run by hand on each machine; or set launch.target=slurm, or launch.nodes=1"
+    return [Problem("launch.nodes", nodes, "launch.target=local starts ranks on this machine only", fix)]

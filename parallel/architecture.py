@@ -1,0 +1,126 @@
+"""What a `model` section means once its defaults are filled in, and the matrix products of each layer.
+
+In: configs' Model. Out: plain numbers (widths in elements, per layer). Everything that needs an effective value (the
+model builder, the split into stages, FLOPs, memory) asks here. Legend: h hidden, f inner width, E experts, k top_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.model_schema import Model
+
+GATED = ("swiglu", "geglu", "gpt_oss_glu")
+
+
+def is_mla(model: Model) -> bool:
+    """True with multi-head latent attention."""
+    return model.mla.kv_lora_rank is not None
+
+
+def head_dim(model: Model) -> int:
+    """Width of one ordinary attention head (query, key and value alike)."""
+    return model.attention.head_dim or model.hidden_size // model.attention.num_heads
+
+
+def query_dim(model: Model) -> int:
+    """Width of one head's query and key as they are multiplied."""
+    return model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim if is_mla(model) else head_dim(model)
+
+
+def value_dim(model: Model) -> int:
+    """Width of one head's value."""
+    return model.mla.v_head_dim if is_mla(model) else head_dim(model)
+
+
+def num_query_groups(model: Model) -> int:
+    """Key/value heads; as many as query heads unless grouped."""
+    return model.attention.num_query_groups or model.attention.num_heads
+
+
+def ffn(model: Model) -> int:
+    """Inner width of a dense layer's MLP."""
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def expert_ffn(model: Model) -> int:
+    """Inner width of one routed expert."""
+    return model.moe.ffn_hidden_size or ffn(model)
+
+
+def is_gated(model: Model) -> bool:
+    """True when the MLP's first product makes a gate beside the activation (twice the width)."""
+    return model.activation in GATED
+
+
+def moe_layers(model: Model) -> tuple[bool, ...]:
+    """For each layer, whether it is a MoE layer. Layer indices count from 0, dense ones at the bottom included."""
+    moe = model.moe
+    if moe.num_experts == 0:
+        return (False,) * model.num_layers
+    if moe.layer_pattern is not None:
+        return tuple(bool(flag) for flag in moe.layer_pattern)
+    return tuple(i >= moe.first_dense_layers and i % moe.layer_frequency == 0 for i in range(model.num_layers))
+
+
+def mtp_is_moe(model: Model) -> bool:
+    """A prediction depth repeats the kind of the last layer (as Megatron-Core builds it)."""
+    return moe_layers(model)[-1]
+
+
+def window_of_layer(model: Model, layer: int) -> int | None:
+    """Sliding window of a layer in tokens, the query's own included; None: full attention."""
+    has_window = model.attention.window_layers == "all" or layer % 2 == 0
+    return model.attention.window_size_tokens if has_window else None
+
+
+def padded_vocab(model: Model, vocab_size: int) -> int:
+    """Rows of the embedding and output tables: the vocabulary rounded up to model.vocab_multiple, whatever the layout."""
+    return -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
+
+
+@dataclass(frozen=True)
+class Products:
+    """Weights of the matrix products a token passes in one layer, by component. `routed` counts k of E experts."""
+
+    attention: int
+    dense: int = 0
+    routed: int = 0
+    shared: int = 0
+    router: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.dense + self.routed + self.shared + self.router
+
+
+def attention_products(model: Model) -> int:
+    """Weights of one layer's attention products, biases and norms not counted.
+
+    Ordinary: h(heads·d) + 2h(groups·d) + (heads·d)h. MLA: the down and up projections of query and key/value, and output.
+    """
+    h, heads, mla = model.hidden_size, model.attention.num_heads, model.mla
+    if mla.kv_lora_rank is None:
+        return 2 * h * heads * head_dim(model) + 2 * h * num_query_groups(model) * head_dim(model)
+    query = heads * query_dim(model)
+    down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    q = h * mla.q_lora_rank + mla.q_lora_rank * query if mla.q_lora_rank else h * query
+    return q + down + up + heads * mla.v_head_dim * h
+
+
+def mlp_products(model: Model, width: int) -> int:
+    """Weights of an MLP of inner `width`: 3hf with a gate, else 2hf."""
+    return (3 if is_gated(model) else 2) * model.hidden_size * width
+
+
+def layer_products(model: Model, is_moe: bool) -> Products:
+    """The products a token passes in one layer of the given kind."""
+    attention = attention_products(model)
+    if not is_moe:
+        return Products(attention, dense=mlp_products(model, ffn(model)))
+    moe = model.moe
+    shared = mlp_products(model, moe.shared_ffn_hidden_size) if moe.shared_ffn_hidden_size else 0
+    gate = model.hidden_size if moe.shared_gate else 0
+    routed = moe.top_k * mlp_products(model, expert_ffn(model))
+    return Products(attention, routed=routed, shared=shared + gate, router=model.hidden_size * moe.num_experts)

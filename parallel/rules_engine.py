@@ -1,0 +1,156 @@
+"""Rules of the engine, ZeRO, precision and recompute: what holds gradients and states, and in which numbers. [p]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.errors import Problem
+from configs.schema import Config
+from parallel import architecture as arch
+from parallel.rules import has_experts, on_gpu, reads
+
+
+@reads("zero.engine")
+def engine_is_available(config: Config) -> Iterator[Problem]:
+    if config.zero.engine == "deepspeed":
+        rule = "the deepspeed engine is not available in this version"
+        yield Problem("zero.engine", "deepspeed", rule, "set zero.engine=megatron with zero.stage 0 or 1")
+
+
+@reads("zero")
+def zero_needs_its_engine(config: Config) -> Iterator[Problem]:
+    zero = config.zero
+    if zero.engine != "megatron":
+        return
+    if zero.stage > 1:
+        rule = "the megatron engine shards optimizer state only: stage 0 or 1; 2 and 3 are deepspeed's"
+        yield Problem("zero.stage", zero.stage, rule, "set zero.stage=1, or zero.engine=deepspeed")
+    if zero.offload != "none":
+        rule = "the megatron engine keeps everything on the device; offload is deepspeed's"
+        yield Problem("zero.offload", zero.offload, rule, "set zero.offload=none, or zero.engine=deepspeed")
+
+
+@reads("zero")
+def offload_has_a_place(config: Config) -> Iterator[Problem]:
+    zero = config.zero
+    if zero.offload != "none" and zero.offload_device == "nvme" and not zero.nvme_path:
+        yield Problem("zero.nvme_path", zero.nvme_path, "zero.offload_device = nvme needs a folder", "set zero.nvme_path")
+    if zero.offload == "param" and zero.stage < 3:
+        rule = f"keeps sharded weights outside the GPU, which needs zero.stage = 3, not {zero.stage}"
+        yield Problem("zero.offload", "param", rule, "set zero.stage=3, or zero.offload=optimizer")
+    if zero.offload == "none" and (zero.offload_device == "nvme" or zero.nvme_path):
+        path = "zero.offload_device" if zero.offload_device == "nvme" else "zero.nvme_path"
+        got = zero.offload_device if zero.offload_device == "nvme" else zero.nvme_path
+        yield Problem(path, got, "has no effect while zero.offload = none", "set zero.offload=optimizer, or leave it out")
+
+
+@reads("zero")
+def overlap_fits(config: Config) -> Iterator[Problem]:
+    zero = config.zero
+    if zero.overlap_param_gather and not zero.overlap_grad_reduce:
+        rule = "needs zero.overlap_grad_reduce: weights are gathered bucket by bucket as gradients were reduced"
+        yield Problem("zero.overlap_param_gather", True, rule, "set zero.overlap_grad_reduce=true")
+    if zero.overlap_param_gather and zero.stage == 0:
+        rule = "gathers weights that ZeRO sharded: zero.stage = 0"
+        yield Problem("zero.overlap_param_gather", True, rule, "set zero.stage=1, or overlap_param_gather=false")
+
+
+@reads("precision")
+def gradient_precision(config: Config) -> Iterator[Problem]:
+    precision = config.precision
+    if precision.grads == "bf16" and precision.params == "fp32":
+        rule = "gradients can't be coarser than the weights they belong to: precision.params = fp32"
+        yield Problem("precision.grads", "bf16", rule, "set precision.grads=fp32, or precision.params=bf16")
+
+
+@reads("precision", "cluster")
+def fp8_needs_gpu(config: Config) -> Iterator[Problem]:
+    precision = config.precision
+    if precision.fp8 == "none":
+        return
+    if not on_gpu(config):
+        rule = "needs a GPU with Transformer Engine"
+        yield Problem(
+            "precision.fp8", precision.fp8, rule, "set precision.fp8=none, or name cluster.gpu (or cluster.device=cuda)"
+        )
+    if precision.params != "bf16":
+        rule = "fp8 products need precision.params = bf16 around them"
+        yield Problem("precision.fp8", precision.fp8, rule, "set precision.params=bf16, or precision.fp8=none")
+
+
+@reads("precision", "model", "parallel.tensor", "parallel.expert_tensor")
+def fp8_widths(config: Config) -> Iterator[Problem]:
+    model, p = config.model, config.parallel
+    if config.precision.fp8 == "none":
+        return
+    kinds = arch.moe_layers(model)
+    widths = {"model.hidden_size": model.hidden_size}
+    if not all(kinds):
+        widths["model.ffn_hidden_size"] = arch.ffn(model) // p.tensor
+    if any(kinds):
+        widths["model.moe.ffn_hidden_size"] = arch.expert_ffn(model) // p.expert_tensor
+    for path, width in widths.items():
+        if width % 16:
+            rule = "fp8 products need widths in multiples of 16 on each rank"
+            yield Problem(path, width, rule, "change the width or the degree, or set precision.fp8=none")
+    if has_experts(config) and model.moe.dispatcher == "allgather":
+        rule = "fp8 pads each expert's tokens, which the allgather dispatcher can't"
+        yield Problem("model.moe.dispatcher", "allgather", rule, "set model.moe.dispatcher=alltoall")
+
+
+@reads("recompute", "model.moe", "model.mla", "model.num_layers", "precision")
+def recompute_modules(config: Config) -> Iterator[Problem]:
+    recompute, model = config.recompute, config.model
+    if recompute.mode != "selective":
+        return
+    path = "recompute.modules"
+    if not recompute.modules:
+        yield Problem(path, [], "recompute.mode = selective needs a part to recompute", "set recompute.modules=[core_attn]")
+    kinds = arch.moe_layers(model)
+    needs = {
+        "mla_up_proj": (arch.is_mla(model), "latent attention (model.mla.kv_lora_rank)"),
+        "moe": (any(kinds), "a MoE layer"),
+        "moe_act": (any(kinds) and model.moe.grouped_gemm != "off", "experts with grouped products (model.moe.grouped_gemm)"),
+        "shared_experts": (bool(model.moe.shared_ffn_hidden_size), "a shared expert (model.moe.shared_ffn_hidden_size)"),
+        "mlp": (not all(kinds), "a dense layer"),
+    }
+    for module in recompute.modules:
+        has, what = needs.get(module, (True, ""))
+        if not has:
+            yield Problem(path, recompute.modules, f"{module} needs {what}", f"leave {module} out")
+    if "shared_experts" in recompute.modules and model.moe.shared_overlap:
+        rule = "shared_experts can't be recomputed while model.moe.shared_overlap runs them beside the dispatcher"
+        yield Problem(path, recompute.modules, rule, "leave shared_experts out, or set model.moe.shared_overlap=false")
+    delayed = config.precision.fp8 != "none" and config.precision.fp8_recipe == "delayed"
+    if delayed and {"moe_act", "layernorm"} & set(recompute.modules):
+        rule = "moe_act and layernorm can't be recomputed with precision.fp8_recipe = delayed"
+        yield Problem(path, recompute.modules, rule, "leave them out, or set precision.fp8_recipe=tensorwise")
+
+
+@reads("recompute", "model.num_layers", "model.mtp", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.pipeline_split")
+def recompute_layers(config: Config) -> Iterator[Problem]:
+    recompute, model, p = config.recompute, config.model, config.parallel
+    if recompute.mode != "full":
+        return
+    longest = -(-model.num_layers // (p.pipeline * (p.virtual_pipeline or 1)))
+    if p.pipeline_split:
+        longest = max(p.pipeline_split)
+    if recompute.num_layers > longest:
+        rule = f"must be at most {longest}, the layers of the longest chunk"
+        yield Problem("recompute.num_layers", recompute.num_layers, rule, f"set recompute.num_layers={longest} or less")
+    if model.mtp.num_layers and recompute.method == "uniform" and recompute.num_layers != 1:
+        rule = "must be 1 with multi-token prediction: each depth is recomputed by itself"
+        yield Problem("recompute.num_layers", recompute.num_layers, rule, "set recompute.num_layers=1")
+
+
+RULES = (
+    engine_is_available,
+    zero_needs_its_engine,
+    offload_has_a_place,
+    overlap_fits,
+    gradient_precision,
+    fp8_needs_gpu,
+    fp8_widths,
+    recompute_modules,
+    recompute_layers,
+)

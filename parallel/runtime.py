@@ -1,0 +1,99 @@
+"""From the environment that torchrun sets to a rank that can talk: device, backend, process group, threads.
+
+In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Out: `Runtime`, with the default process group up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import ConfigError, Problem
+from parallel import cpu
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait for the device; on the CPU nothing is pending."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+
+def read_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank); a single process without torchrun is rank 0 of 1."""
+    return int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
+
+
+def check_environment(environ: Mapping[str, str], world_size: int, nodes: int, processes_per_node: int) -> list[Problem]:
+    """The started world against the stated one."""
+    got = read_environment(environ)[1]
+    if got == world_size:
+        return []
+    return [
+        Problem(
+            "launch.nodes × launch.processes_per_node",
+            f"{nodes} × {processes_per_node} = {world_size}",
+            f"must equal the {got} processes that were started",
+            f"start {processes_per_node} processes on each of {nodes} nodes, or state the {got} that you start",
+        )
+    ]
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank for cluster.device; what megatron was imported for must agree with it."""
+    present = cpu.cuda_available()
+    if wanted == "cuda" and not present:
+        raise ConfigError(
+            Problem("cluster.device", "cuda", "needs a CUDA device that this process can see", "set cluster.device=cpu")
+        )
+    if wanted == "cpu" and present:
+        raise ConfigError(
+            Problem("cluster.device", "cpu", "must hide the GPUs before the process starts", "set CUDA_VISIBLE_DEVICES= (empty)")
+        )
+    return torch.device("cuda", local_rank) if present else torch.device("cpu")
+
+
+def start(wanted_device: str, environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
+    """Bring the default process group up: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    Small control messages travel as CPU tensors over gloo also on a GPU, so that they never wait for a stream.
+    """
+    rank, world_size, local_rank = read_environment(environ)
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", 1)))
+    if not dist.is_initialized():
+        if "MASTER_ADDR" not in environ:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    return Runtime(rank, world_size, local_rank, device)
+
+
+def stop() -> None:
+    """Take the process groups down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def current() -> Runtime:
+    """A fresh process reads its own environment; forked test ranks use this too."""
+    return start("auto", os.environ)

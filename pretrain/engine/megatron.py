@@ -1,0 +1,214 @@
+"""Engine `megatron`: Megatron-Core's DDP with its plain (ZeRO 0) or distributed (ZeRO 1) AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from configs.schema import Config
+from pretrain.batches import MicroBatch
+from pretrain.engine.base import MOMENTS, WEIGHT, Piece, StepResult
+from pretrain.engine.schedule_step import Schedule
+from pretrain.megatron_config import DTYPES
+from pretrain.shards import Shard, local_tensors, map_shards
+
+
+class MegatronEngine:
+    """Owns gradient buffers and optimizer state of this rank's chunks."""
+
+    name = "megatron"
+
+    def __init__(self, config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device) -> None:
+        self.config = config
+        self.zero_stage = config.zero.stage
+        self.schedule = Schedule(config, groups, device)
+        self.shards = [map_shards(chunk, groups) for chunk in chunks]
+        self.tensors = [dict(local_tensors(chunk)) for chunk in chunks]
+        transformer = chunks[0].config
+        transformer.finalize_model_grads_func = finalize_model_grads
+        ddp = DistributedDataParallelConfig(
+            overlap_grad_reduce=config.zero.overlap_grad_reduce,
+            overlap_param_gather=config.zero.overlap_param_gather,
+            use_distributed_optimizer=self.zero_stage == 1,
+            grad_reduce_in_fp32=config.precision.grads == "fp32",
+        )
+        self.models = [
+            # Only the first chunk's buckets overlap with the backward pass.
+            DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0, pg_collection=groups)
+            for index, chunk in enumerate(chunks)
+        ]
+        if config.zero.overlap_grad_reduce:
+            no_sync = [model.no_sync for model in self.models]
+            transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+        optimizer = get_megatron_optimizer(self._optimizer_config(), self.models, use_gloo_process_groups=False)  # type: ignore[arg-type]
+        assert isinstance(optimizer, ChainedOptimizer), "megatron-core 0.16.1 chains dense and expert optimizers"
+        self.optimizer = optimizer
+        self.slots = self._make_slots()
+        self.updates = 0
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        config, optimizer = self.config, self.config.optimizer
+        dtype = DTYPES[config.precision.params]
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad_norm,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=self.zero_stage == 1,
+            overlap_param_gather=config.zero.overlap_param_gather,
+        )
+
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss_sum, num_tokens = self.schedule.run(self.models, batches, forward_only=False)
+        loss = loss_sum / max(num_tokens, 1)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            self._update(grad_norm, learning_rate)
+        return StepResult(loss, grad_norm, num_tokens, applied)
+
+    def _update(self, grad_norm: float, learning_rate: float) -> None:
+        clip, decay = self.config.optimizer.clip_grad_norm, self.config.optimizer.weight_decay
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
+        for part in self._parts():
+            if clip > 0 and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.updates += 1
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        for model in self.models:
+            model.eval()
+        with torch.no_grad():
+            result = self.schedule.run(self.models, batches, forward_only=True)
+        for model in self.models:
+            model.train()
+        return result
+
+    def _parts(self) -> list[MegatronOptimizer]:
+        return [part for part in self.optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+
+    # State: which part of which parameter this rank's optimizer holds.
+
+    def _make_slots(self) -> list[Slot]:
+        slots = []
+        for shards, tensors in zip(self.shards, self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.nn.Parameter):
+                    slots += self._parameter_slot(shards[name], tensor)
+                else:
+                    slots.append(Slot(shards[name], tensor, 0, tensor.numel(), None))
+        return slots
+
+    def _parameter_slot(self, shard: Shard, parameter: torch.nn.Parameter) -> list[Slot]:
+        for part in self._parts():
+            if isinstance(part, DistributedOptimizer):
+                if parameter in part.model_param_group_index_map:
+                    group, order = part.model_param_group_index_map[parameter]
+                    span = part._get_model_param_range_map(parameter)["param"]
+                    main = part.optimizer.param_groups[group]["params"][order]
+                    return [Slot(shard, main, span.start, span.end, part)]
+            else:
+                main = getattr(parameter, "main_param", parameter)
+                if any(main is other for group in part.optimizer.param_groups for other in group["params"]):
+                    return [Slot(shard, main, 0, parameter.numel(), part)]
+        assert self.zero_stage == 1, f"{shard.name} has no optimizer"
+        return []  # all of it is on other data-parallel ranks
+
+    def owned(self) -> Iterator[Piece]:
+        writers = ReplicaWriters()
+        for slot in self.slots:
+            shard = slot.shard
+            whole = self.zero_stage == 0 or slot.part is None
+            mine = not whole or writers.assign(shard, slot.main.numel()) == shard.data_rank
+            if mine and not shard.tensor_replica and not shard.duplicate:
+                state = slot.part.optimizer.state[slot.main] if slot.part else {}
+                yield from slot.pieces({WEIGHT: slot.main, **{kind: state[kind] for kind in MOMENTS if kind in state}})
+
+    def held(self, with_optimizer: bool) -> Iterator[Piece]:
+        for slot in self.slots:
+            values = {WEIGHT: slot.main}
+            if with_optimizer and slot.part:
+                state = {kind: torch.zeros_like(slot.main, dtype=torch.float32) for kind in MOMENTS}
+                slot.part.optimizer.state[slot.main] = state
+                values |= state
+            yield from slot.pieces(values)
+
+    def loaded(self, optimizer_steps: int | None) -> None:
+        self.updates = optimizer_steps or 0
+        for slot in self.slots:
+            if slot.part and optimizer_steps is not None and not self._counts_in_groups(slot.part):
+                slot.part.optimizer.state[slot.main]["step"] = torch.tensor(float(optimizer_steps))
+        for part in self._parts():
+            if self._counts_in_groups(part):
+                for group in part.optimizer.param_groups:
+                    group["step"] = self.updates
+            if hasattr(part, "_copy_main_params_to_model_params"):
+                part._copy_main_params_to_model_params()
+        if self.zero_stage == 1:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
+    @staticmethod
+    def _counts_in_groups(part: MegatronOptimizer) -> bool:
+        """Transformer Engine's FusedAdam counts its steps a group, torch's AdamW a tensor."""
+        return type(part.optimizer).__name__ == "FusedAdam"
+
+    def optimizer_steps(self) -> int:
+        return self.updates
+
+
+@dataclass(frozen=True)
+class Slot:
+    """fp32 main weights (or a buffer) that this rank holds: the flat range [start, stop) of a local tensor."""
+
+    shard: Shard
+    main: torch.Tensor
+    start: int
+    stop: int
+    part: MegatronOptimizer | None
+
+    def pieces(self, values: dict[str, torch.Tensor]) -> Iterator[Piece]:
+        """Each value, shaped like `main`, cut at the boxes of the canonical tensor; `data` shares its memory."""
+        for kind, value in values.items():
+            flat = value.detach().view(-1)
+            for position, box, start, stop in self.shard.pieces(self.start, self.stop):
+                data = flat[position - self.start : position - self.start + stop - start]
+                yield Piece(kind, self.shard.name, self.shard.global_shape, box, start, stop, data)
+
+
+class ReplicaWriters:
+    """Which data-parallel rank writes a tensor that all of them hold: the one with the least to write so far.
+
+    Every rank asks in the same order and gets the same answer, without a message.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[int, list[int]] = {}
+
+    def assign(self, shard: Shard, numel: int) -> int:
+        loads = self.loads.setdefault(shard.num_data, [0] * shard.num_data)
+        rank = loads.index(min(loads))
+        loads[rank] += numel
+        return rank

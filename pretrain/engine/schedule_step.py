@@ -1,0 +1,68 @@
+"""Megatron-Core's pipeline schedules driven over one global batch: what both engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from configs.schema import Config
+from pretrain.batches import MicroBatch
+from pretrain.feed import make_feed
+
+
+class Schedule:
+    """Runs forward (and backward) passes of this rank's micro-batches; knows nothing of gradients' owner."""
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection, device: torch.device) -> None:
+        self.groups = groups
+        self.device = device
+        self.micro_batch_seqs = config.batch.micro_batch_seqs
+        self.seq_length_tokens = config.batch.seq_length_tokens
+        self.has_mtp = config.model.mtp.num_layers > 0
+
+    def run(self, models: Sequence[nn.Module], batches: Sequence[MicroBatch], forward_only: bool) -> tuple[float, int]:
+        """(sum of token losses over the global batch, its valid tokens), equal on all ranks. Collective."""
+        run = get_forward_backward_func()
+        iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in models]
+        reports = run(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(models) > 1 else iterators[0],
+            model=list(models),
+            num_microbatches=len(batches),
+            seq_length=self.seq_length_tokens,
+            micro_batch_size=self.micro_batch_seqs,
+            forward_only=forward_only,
+        )
+        return self._reduce(reports)
+
+    def _forward(self, iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        feed = make_feed(next(iterator), self.groups, self.device)
+        mtp = {"loss_mask": feed.loss_mask} if self.has_mtp else {}
+        output = model(feed.tokens, feed.position_ids, feed.attention_mask, labels=feed.labels, **mtp)
+        return output, partial(_loss, feed.loss_mask)
+
+    def _reduce(self, reports: list[torch.Tensor]) -> tuple[float, int]:
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if reports:
+            total += torch.stack(reports).sum(dim=0)
+            dist.all_reduce(total, group=self.groups.dp_cp)
+        last = dist.get_process_group_ranks(self.groups.pp)[-1]
+        dist.broadcast(total, src=last, group=self.groups.pp)
+        loss_sum, num_tokens = total.tolist()
+        return loss_sum, int(num_tokens)
+
+
+def _loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token losses [b, s] -> (sum, number of valid tokens, report). The engine divides gradients by the global number."""
+    total = (output.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    # The schedule may divide the loss in place: the report is a copy.
+    report = torch.stack([total.detach().double(), num_tokens.double()])
+    return total, num_tokens.int(), report

@@ -1,0 +1,58 @@
+"""What every rank runs: torchrun --nproc-per-node N pretrain/main.py --config FILE key=value …
+
+config → layout → groups → model → engine → data → loop → outcome, one call a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from configs.load import Loaded, load_config
+from parallel.groups import make_groups
+from parallel.layout import make_layout
+from parallel.runtime import start, stop
+from parallel.stages import make_chunks
+from pretrain.build import make_engine, make_model, make_run
+from pretrain.loop import train
+from pretrain.rank_process import run_rank
+from pretrain.session import Session, check_start, lead, refuse
+from pretrain.stop import StopSignals
+
+
+def read_arguments(argv: list[str]) -> Loaded:
+    """--config FILE key=value …, as the launchers write it."""
+    parser = argparse.ArgumentParser(prog="pretrain/main.py", description="One rank of a run; started by torchrun.")
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
+    args = parser.parse_intermixed_args(argv)
+    return load_config(args.config, args.overrides)
+
+
+def main() -> int:
+    signals = StopSignals().install()
+    loaded = read_arguments(sys.argv[1:])
+    config = loaded.config
+    runtime = start(config.cluster.device, os.environ)
+    lead(runtime, lambda: refuse(check_start(loaded, runtime)))
+    with Session(loaded, runtime) as session:
+        if session.is_finished:
+            return 0
+        layout = make_layout(config)
+        chunks = make_chunks(
+            config.model, layout.pipeline, layout.virtual_pipeline, session.vocab_size, config.parallel.pipeline_split
+        )
+        groups = make_groups(layout, config.run.seed)
+        model = make_model(config, session.vocab_size, layout, chunks, groups, runtime.device)
+        engine = make_engine(config, model, groups, runtime.device)
+        position = session.restore(engine)
+        run = make_run(session, layout, groups, model, engine, position, signals)
+        ended = train(run)
+        code = session.finish(ended)
+    stop()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main))

@@ -1,0 +1,83 @@
+"""The shuffled order of one part in one epoch: exactly Megatron-Core's GPTDataset built for one epoch (a test compares).
+
+In: sequence lengths, which sequences, sequence length, seed. Out: an `EpochOrder`, from memory or from files that ranks
+share. GPTDataset itself is built for a number of samples, and shuffles differently for another number; its cache knows
+neither the data's content nor a half-written file. So only its rule is kept, an epoch at a time.
+
+Cost: 4 bytes a sequence and 12 a sample; 10 million documents and samples take about 1.5 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets import helpers
+
+logger = logging.getLogger(__name__)
+FIELDS = ("sequences", "starts", "shuffle")
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """sequences int32 [n]: the part's sequences, shuffled and laid end to end. starts int32 or int64 [samples + 1, 2]:
+    (place in `sequences`, offset in tokens) of each sample. shuffle uint32 or int64 [samples]: the order of the samples."""
+
+    sequences: np.ndarray
+    starts: np.ndarray
+    shuffle: np.ndarray
+
+
+def build_order(lengths: np.ndarray, sequences: range, seq_length_tokens: int, seed: int) -> EpochOrder:
+    """lengths int32 of all sequences in tokens; the random stream is GPTDataset's."""
+    random = np.random.RandomState(seed % 2**32)
+    order = np.arange(sequences.start, sequences.stop, dtype=np.int32)
+    random.shuffle(order)
+    tokens = int(lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
+    starts = helpers.build_sample_idx(np.array(lengths), order, seq_length_tokens, 1, tokens)
+    samples = len(starts) - 1
+    shuffle = np.arange(samples, dtype=np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64)
+    random.shuffle(shuffle)
+    return EpochOrder(order, starts, shuffle)
+
+
+def order_key(**facts: Any) -> str:
+    """Name of a cached order: whatever it depends on, hashed."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def save_order(folder: Path, key: str, order: EpochOrder) -> None:
+    """Each file beside, synced, renamed: a reader finds whole files or none. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIELDS:
+        final = folder / f"{key}.{name}.npy"
+        partial = folder / f"{key}.{name}.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                np.save(file, getattr(order, name), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load_order(folder: Path, key: str, samples: int) -> EpochOrder | None:
+    """A cached order, memory-mapped; None when it isn't there or isn't whole (said loudly)."""
+    paths = [folder / f"{key}.{name}.npy" for name in FIELDS]
+    if not all(path.is_file() for path in paths):
+        return None
+    try:
+        sequences, starts, shuffle = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        if starts.shape != (samples + 1, 2) or shuffle.shape != (samples,):
+            raise ValueError(f"it is not of {samples} samples")
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("the index cache %s/%s is damaged and is made again: %s", folder, key, error)
+        return None
+    return EpochOrder(sequences, starts, shuffle)

@@ -1,0 +1,42 @@
+"""A window of steps under torch's profiler, and a CUDA memory snapshot, by config. Written into RUN_DIR/profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from configs.schema import Profile
+
+
+class ProfileWindow:
+    """Profiles steps [start, start + num_steps) on the chosen ranks; without a start it does nothing."""
+
+    def __init__(self, section: Profile, folder: Path, rank: int) -> None:
+        self.section = section
+        self.folder = folder
+        self.rank = rank
+        self._profiler: profile | None = None
+        self._wanted = section.start_step is not None and rank in section.ranks
+
+    def before(self, step: int) -> None:
+        """Called before step number `step` (from 1)."""
+        if self._wanted and step == self.section.start_step:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            if self.section.memory_snapshot and torch.cuda.is_available():
+                torch.cuda.memory._record_memory_history()
+            self._profiler = profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+
+    def after(self, step: int) -> None:
+        """Called after it; the trace is written when the window ends."""
+        if self._profiler is None or step < (self.section.start_step or 0) + self.section.num_steps - 1:
+            return
+        self._profiler.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json"))
+        if self.section.memory_snapshot and torch.cuda.is_available():
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"rank_{self.rank}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profiler = None

@@ -1,0 +1,63 @@
+"""A rank for the launcher's tests, without torch: opens the attempt, writes rows, obeys signals, fails as told.
+
+Arguments: --config FILE key=value … (as pretrain/main.py takes them). RANK_PLAN in the environment, as JSON:
+{"steps": 5, "pause_s": 0.05, "raise": {"2": 3}, "kill": {"1": 2}, "refuse": true, "ignore_signals": false}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from configs.load import load_config
+from configs.run_folder import Outcome, folder_of
+from pretrain.provenance import make_provenance
+from pretrain.rank_process import run_rank
+from pretrain.record import Record
+from pretrain.run_folder import Attempt, open_attempt
+from pretrain.stop import StopSignals
+
+RANK = int(os.environ["RANK"])
+
+
+def train(plan: dict[str, Any], signals: StopSignals, attempt: Attempt | None, record: Record | None) -> tuple[str, int]:
+    """(state, last step)."""
+    for step in range(1, plan["steps"] + 1):
+        if plan.get("raise", {}).get(str(RANK)) == step:
+            raise ValueError(f"rank {RANK} can't go on")
+        if plan.get("kill", {}).get(str(RANK)) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if record is not None:
+            record.append({"step": step, "loss": 5.0 / step, "grad_norm": 1.0, "tokens": step, "step_time_s": plan["pause_s"]})
+            print(f"step {step}", flush=True)
+        time.sleep(plan["pause_s"])
+        if signals.requested and not plan.get("ignore_signals"):
+            return signals.state, step
+    return "finished", plan["steps"]
+
+
+def body() -> int:
+    signals = StopSignals(repeat_s=0.5 if os.environ.get("SHORT_REPEAT") else 5.0).install()
+    words = sys.argv[sys.argv.index("--config") + 1 :]
+    plan = {"steps": 3, "pause_s": 0.02, **json.loads(os.environ.get("RANK_PLAN", "{}"))}
+    loaded = load_config(words[0], words[1:])
+    if plan.get("refuse"):
+        raise ConfigError(Problem("data.train", [], "there must be something to learn from", "name a file"))
+    if RANK != 0:
+        train(plan, signals, None, None)
+        return 0
+    with open_attempt(folder_of(loaded.config), loaded.text, make_provenance(loaded.origin), os.environ) as attempt:
+        record = Record.open(attempt.folder.metrics, 0, attempt.event, attempt.own_dir / "metrics_cut.jsonl")
+        state, step = train(plan, signals, attempt, record)
+        record.close()
+        attempt.finish(Outcome(attempt.number, state, signals.signal_name or "all steps done", step, step))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(body))

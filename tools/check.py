@@ -1,0 +1,143 @@
+"""`phalanx check`: the verdict on a config before anything starts. [p]
+
+In: a config's name and key=value words. Out: every problem with its fix, the layout and what follows from it; for scripts
+one JSON document {"ok", "problems", "warnings", "layout"}. Exit 0 when legal, 2 when not (with --strict: nor warned about).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from configs.errors import ConfigError, Notice, Problem, json_problem, report
+from configs.fields import check_keys
+from configs.load import load_config
+from configs.schema import Config
+from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batches, steps_of
+from parallel.layout import Layout
+from parallel.legality import check_config, derive_layout
+from parallel.stages import make_chunks
+from pretrain.data_check import check_data, vocab_size
+from pretrain.flops import count_parameters, training_flops
+
+# The sections that `check_data` reads.
+READ_BY_DATA = ("data", "batch", "run", "model.vocab")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phalanx check", description="The verdict on a config, before anything starts.")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--no-data", action="store_true", help="don't look for the data's files: they are elsewhere")
+    parser.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
+    return parser
+
+
+def layout_json(config: Config, layout: Layout | None) -> dict[str, Any] | None:
+    """The layout's degrees, with the micro-batches of a rank in a full step; null where they can't be derived."""
+    return None if layout is None else layout.degrees() | {"num_micro_batches": _micro_batches(config, layout)}
+
+
+def _micro_batches(config: Config, layout: Layout) -> int | None:
+    batch = config.batch
+    positive = batch.global_batch_seqs > 0 and batch.micro_batch_seqs > 0
+    if not positive or batch.global_batch_seqs % (batch.micro_batch_seqs * layout.data):
+        return None
+    return num_micro_batches(batch, layout.data, batch.global_batch_seqs)
+
+
+def summary(config: Config, layout: Layout) -> str:
+    """What a legal config amounts to, for people: layout, batch, model, stages."""
+    batch, model = config.batch, config.model
+    micro = num_micro_batches(batch, layout.data, batch.global_batch_seqs)
+    tokens = batch.global_batch_seqs * batch.seq_length_tokens
+    steps = steps_of(config)
+    lines = [
+        f"layout   {layout.describe()} on {layout.world_size} ranks ({layout.nodes} x {layout.processes_per_node}); "
+        f"ZeRO-{config.zero.stage}, {config.zero.engine}; experts' data {layout.expert_data}",
+        f"batch    {batch.global_batch_seqs} sequences x {batch.seq_length_tokens} tokens = {tokens:,} tokens a step; "
+        f"{micro} micro-batches of {batch.micro_batch_seqs} on each of {layout.data} data parallel ranks",
+        f"run      {steps:,} steps, {consumed_seqs_after(batch, steps) * batch.seq_length_tokens:,} tokens",
+    ]
+    if len(deciding_batches(batch)) > 1:
+        ramp = batch.ramp
+        lines.append(f"ramp     from {ramp.start_seqs} by {ramp.increment_seqs} over {ramp.samples:,} sequences")
+    vocab_size = vocabulary(config)
+    if vocab_size is None:
+        return "\n".join(
+            [*lines, "model    size unknown: neither model.vocab_size nor a tokenizer says how many tokens there are"]
+        )
+    parameters = count_parameters(model, vocab_size)
+    flops = training_flops(model, vocab_size, batch.seq_length_tokens)
+    lines.append(
+        f"model    {model.name}: {parameters.total:,} parameters, {parameters.active['all']:,} active "
+        f"(all included), {flops.per_token / 1e6:,.1f} MFLOP a token"
+    )
+    return "\n".join(lines + _stage_lines(config, layout, vocab_size))
+
+
+def _stage_lines(config: Config, layout: Layout, vocab_size: int) -> list[str]:
+    chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, vocab_size, config.parallel.pipeline_split)
+    if len(chunks) == 1:
+        return []
+    lines = []
+    for stage in range(layout.pipeline):
+        parts = []
+        for chunk in (chunk for chunk in chunks if chunk.stage == stage):
+            layers = f"{chunk.layers[0]}-{chunk.layers[-1]}" if len(chunk.layers) > 1 else ", ".join(map(str, chunk.layers))
+            words = ["embedding"] * chunk.embedding + ([f"layers {layers}"] if chunk.layers else [])
+            parts.append(" + ".join(words + ["prediction depths"] * (chunk.mtp > 0) + ["head"] * chunk.head))
+        lines.append(f"stage {stage:<3}{'; '.join(parts)}")
+    return lines
+
+
+def vocabulary(config: Config) -> int | None:
+    """Tokens of the vocabulary; None when neither the config states them nor its tokenizer can be read."""
+    try:
+        return vocab_size(config)
+    except ConfigError:
+        return None
+
+
+def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | None, list[Problem], tuple[Notice, ...]]:
+    """(config, problems, notices); without a config when it can't even be read."""
+    try:
+        config = load_config(name, overrides).config
+    except ConfigError as error:
+        return None, error.problems, ()
+    verdict = check_config(config)
+    problems = list(verdict.problems)
+    # Files are held against lengths and weights, which must be numbers of the right kind first.
+    if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
+        problems += check_data(config)
+    return config, problems, verdict.notices
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see the module's head for what it prints."""
+    args = _parser().parse_intermixed_args(argv)
+    config, problems, notices = examine(args.config, args.overrides, not args.no_data)
+    layout = derive_layout(config) if config else None
+    if args.json:
+        document = {
+            "ok": not problems,
+            "problems": [json_problem(problem) for problem in problems],
+            "warnings": [notice.as_dict() for notice in notices],
+            "layout": layout_json(config, layout) if config else None,
+        }
+        print(json.dumps(document))
+    else:
+        _print(args.config, config, layout, problems, notices)
+    return 2 if problems or (args.strict and notices) else 0
+
+
+def _print(name: str, config: Config | None, layout: Layout | None, problems: list[Problem], notices: tuple[Notice, ...]) -> None:
+    if problems:
+        print(report(problems), file=sys.stderr)
+    elif config and layout:
+        print(f"{name}: fine\n{summary(config, layout)}")
+    for notice in notices:
+        print(f"note     {notice.path}: {notice.text}")

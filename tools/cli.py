@@ -1,0 +1,110 @@
+"""The `phalanx` command: names a command's module, imports only that one, and turns bad input into exit 2. [p]
+
+In: the words of the command line. Out: an exit code: 0 fine, 2 bad input, 1 broke, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from configs.errors import ConfigError, json_problem, report
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's module, whose `main(argv) -> exit code` runs it. `with_name`: argv[0] is the command's own name."""
+
+    module: str
+    summary: str
+    with_name: bool = False
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "before a run": {
+        "data": Command("tools.data.cli", "train a tokenizer, encode text, look into the result"),
+        "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
+    },
+    "a run": {
+        "launch": Command("launch.cli", "start it (--dry-run prints the exact command)", with_name=True),
+        "status": Command("launch.cli", "state, step, loss and speed of a run folder", with_name=True),
+        "logs": Command("launch.cli", "its logs, the first error first", with_name=True),
+        "cancel": Command("launch.cli", "stop it; what it has learned is saved", with_name=True),
+        "resume": Command("launch.cli", "go on where a run folder stopped", with_name=True),
+    },
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def help_text() -> str:
+    """What `phalanx --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: phalanx COMMAND ...",
+        "",
+        "Plans, launches and carries home the pretraining of Mixture-of-Experts transformers.",
+    ]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"] + [f"  {name:<{width}}  {command.summary}" for name, command in group.items()]
+    lines += [
+        "",
+        "CONFIG is a YAML file or the name of a shipped one; any key can be set behind it: section.key=value.",
+        "",
+        "examples:",
+        "  phalanx check quickstart parallel.tensor=2 launch.processes_per_node=8",
+        "  phalanx launch quickstart run.steps=100 optimizer.lr=1e-3",
+        "",
+        "`phalanx COMMAND --help` says more. Exit codes: 0 fine, 2 bad input, 1 broke.",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(name: str) -> int:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else "commands are " + ", ".join(COMMANDS)
+    print(f"phalanx: no command {name!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and give its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    name, rest = argv[0], list(argv[1:])
+    if name not in COMMANDS:
+        return _unknown(name)
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+        return int(module.main([name, *rest] if command.with_name else rest))
+    except ConfigError as error:
+        if "--json" in rest:
+            print(json.dumps({"ok": False, "problems": [json_problem(problem) for problem in error.problems]}))
+        print(report(error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        code = run(sys.argv[1:])
+        if sys.stdout is not None:  # None when the shell closed it
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain at exit when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

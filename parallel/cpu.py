@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import re
 import sys
+import warnings
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -207,6 +208,9 @@ def register() -> None:
     """Put the finder in front of Python's own, once. Megatron modules imported before this are a bug of ours."""
     if _FINDER in sys.meta_path:
         return
+    # Six lines a rank that say what is known: no Transformer Engine, no apex, names that newer torch calls otherwise.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     early = [name for name in sys.modules if name.startswith("megatron.core")]
     assert not early, f"{early[0]} was imported before parallel: import a module of ours first"
     sys.meta_path.insert(0, _FINDER)

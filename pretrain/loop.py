@@ -17,7 +17,7 @@ import torch.distributed as dist
 from configs.schema import Config
 from parallel.batch import global_batch_at
 from parallel.layout import Layout
-from pretrain.batches import MicroBatch
+from pretrain.batches import MicroBatch, Prefetcher
 from pretrain.checkpoint_write import PENDING, CheckpointWriter
 from pretrain.engine.base import Engine, StepResult
 from pretrain.metrics import Meter, peak_memory_gib
@@ -49,7 +49,7 @@ class Run:
     device: torch.device
     stage: int
     engine: Engine
-    batches: Iterator[GlobalBatch]
+    batches: Prefetcher[GlobalBatch]
     validation: list[list[MicroBatch]]
     moe: MoeMetrics
     meter: Meter

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from configs.load import Loaded, load_config
 from parallel.groups import make_groups
@@ -21,18 +22,19 @@ from pretrain.session import Session, check_start, lead, refuse
 from pretrain.stop import StopSignals
 
 
-def read_arguments(argv: list[str]) -> Loaded:
+def read_arguments(argv: Sequence[str]) -> Loaded:
     """--config FILE key=value …, as the launchers write it."""
     parser = argparse.ArgumentParser(prog="pretrain/main.py", description="One rank of a run; started by torchrun.")
     parser.add_argument("--config", required=True, metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(list(argv))
     return load_config(args.config, args.overrides)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
+    """The whole attempt of one rank; returns the exit code of how it ended."""
     signals = StopSignals().install()
-    loaded = read_arguments(sys.argv[1:])
+    loaded = read_arguments(argv)
     config = loaded.config
     runtime = start(config.cluster.device, os.environ)
     lead(runtime, lambda: refuse(check_start(loaded, runtime)))
@@ -48,11 +50,12 @@ def main() -> int:
         engine = make_engine(config, model, groups, runtime.device)
         position = session.restore(engine)
         run = make_run(session, layout, groups, model, engine, position, signals)
-        ended = train(run)
+        with run.batches:
+            ended = train(run)
         code = session.finish(ended)
     stop()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main))
+    sys.exit(run_rank(lambda: main(sys.argv[1:])))

@@ -151,7 +151,7 @@ class Session:
         """The resume table, against the config of the attempt before; it binds once there is something to go on from."""
         if before is None or not any(self.folder.checkpoints.glob("step_*")):
             return []
-        return check_changes(flatten(from_yaml_text(before).config), self.config)
+        return check_changes(flatten(from_yaml_text(before)), self.config)
 
     def _say(self, kind: str, **fields: Any) -> None:
         """Loud: an event and a line for people."""
@@ -200,8 +200,10 @@ class Session:
         writer = CheckpointWriter(self.folder.checkpoints, self.runtime.rank, section.asynchronous)
 
         def begin(position: Position) -> None:
-            if self.attempt is not None:
+            if self.attempt is not None and self.record is not None:
                 self.attempt.check_held()
+                # Every row that this checkpoint will claim is on the disk before it.
+                self.record.sync()
             pieces = [*engine.owned(), *random_pieces(self.runtime.rank)]
             writer.start(self._manifest(position, engine, layout, pieces), pieces)
 
@@ -266,9 +268,12 @@ class Session:
         position = ended.position
         outcome = Outcome(self.attempt.number, ended.state, ended.why, position.step, position.consumed_samples)
         try:
+            if self.record is not None:
+                self.record.sync()
+            # First the outcome: closing W&B may take longer than a scheduler waits.
+            self.attempt.finish(outcome)
             self.sink.close(outcome)
         finally:
-            self.attempt.finish(outcome)
             self.attempt.close()
 
     def _summary(self, ended: Ended) -> RunSummary:

@@ -48,6 +48,8 @@ def body() -> int:
     loaded = load_config(words[0], words[1:])
     if plan.get("refuse"):
         raise ConfigError(Problem("data.train", [], "there must be something to learn from", "name a file"))
+    if os.environ.get("PHALANX_TTY"):
+        print("terminal", os.environ["PHALANX_TTY"])
     if RANK != 0:
         train(plan, signals, None, None)
         return 0

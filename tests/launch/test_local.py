@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from configs.files import iterate_lines
 from configs.run_folder import RunFolder, live_holder
 from launch.failures import find_failures
 from launch.guard import MARK_NAME, marked_pids
+from launch.status import read_status
 
 # The launcher with the tests' own rank program, in a process of its own: it installs signal handlers.
 LAUNCHER = """
@@ -90,6 +92,22 @@ def test_a_run_that_finishes(start: Callable[..., Launch]) -> None:
     assert launch.run.done.exists() and "torch.distributed.run" in (launch.run.launch_dir(1) / "command.sh").read_text()
     (event,) = [row for _, row in iterate_lines(launch.run.events) if row and row["kind"] == "attempt"]
     assert event["attempt"] == 1 and event["logs"] == str(logs.resolve())
+
+
+def test_on_a_terminal_rank_0_is_told_of_it(start: Callable[..., Launch], tmp_path: Path) -> None:
+    """The bar goes to the launcher's terminal, so rank 0's log isn't shown there as well."""
+    master, slave = pty.openpty()
+    start("status", ".").end()
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", LAUNCHER, PROGRAM, "launch", "c.yaml"]
+    assert subprocess.run(command, cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=subprocess.PIPE).returncode == 0
+    log = (tmp_path / "runs" / "run" / "logs" / "attempt_0001" / "rank_0.log").read_text()
+    assert f"terminal {os.ttyname(slave)}" in log
+    os.set_blocking(master, False)
+    with pytest.raises(BlockingIOError):
+        os.read(master, 1)
+    os.close(slave)
+    os.close(master)
 
 
 def test_json_is_alone_on_stdout(start: Callable[..., Launch]) -> None:
@@ -168,6 +186,7 @@ def test_no_orphans_after_sigkill(start: Callable[..., Launch], victim: str) -> 
     assert live_holder(launch.run) is None
     # torchrun ends rank 0 with SIGTERM when rank 1 is gone; without collectives, these ranks obey it and say so.
     assert (launch.run.read_outcome() is None) == (victim != "rank 1")
+    assert read_status(launch.run).state == ("preempted" if victim == "rank 1" else "died")
     again = start(plan={"steps": 2, "pause_s": 0.0})
     assert again.end()[0] == 0
     assert launch.run.last_attempt() == 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from configs.keys import all_keys
 from configs.load import load_config
@@ -46,15 +46,21 @@ SMALL: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+def owner_of(config: Config, path: str) -> tuple[Any, str]:
+    """The section object that holds a key, and the key's name."""
+    owner: Any = config
+    *sections, name = path.split(".")
+    for section in sections:
+        owner = getattr(owner, section)
+    return owner, name
+
+
 def choices() -> dict[str, list[Any]]:
     """What each key of the architecture and the parallelism may be set to."""
     found = dict(SMALL)
     for key in all_keys().values():
         if key.kind == "scalar" and key.path.startswith(("model.", "recompute.", "precision.params")) and key.path not in found:
-            owner: Any = Config()
-            *sections, name = key.path.split(".")
-            for section in sections:
-                owner = getattr(owner, section)
+            owner, name = owner_of(Config(), key.path)
             rule = type(owner).__dataclass_fields__[name].metadata["rule"]
             if rule.choices:
                 found[key.path] = list(rule.choices)
@@ -68,13 +74,12 @@ def test_what_is_legal_is_accepted(base: str) -> None:
     draw, table, legal = random.Random(base), choices(), 0
     quickstart = load_config("quickstart").config
     backend = Backend(transformer_engine=False, grouped_experts=True, fused_wgrad=False, fp8=None)
-    for _ in range(1500):
-        typed = OmegaConf.structured(quickstart)
+    for _ in range(400):
+        config = copy.deepcopy(quickstart)
         values = BASES[base] | {key: draw.choice(table[key]) for key in draw.sample(sorted(table), draw.randint(1, 6))}
         for key, value in values.items():
-            OmegaConf.update(typed, key, value)
-        config = OmegaConf.to_object(typed)
-        assert isinstance(config, Config)
+            owner, name = owner_of(config, key)
+            setattr(owner, name, value)
         if not check_config(config).ok:
             continue
         legal += 1
@@ -86,4 +91,4 @@ def test_what_is_legal_is_accepted(base: str) -> None:
                 make_transformer_config(config, layout, chunks, backend)
             except Exception as error:
                 raise AssertionError(f"legal, but megatron-core refuses {values}: {error}") from error
-    assert legal > 100
+    assert legal > 40

@@ -1,0 +1,172 @@
+"""`phalanx data …`: make a tokenizer, tokenise a corpus, look into either. In: arguments. Out: an exit code.
+
+Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+
+EPILOG = """\
+sources (--corpus, one or more):
+  embedded        real text that every Python carries: the language reference and the standard library
+  FILE            .txt (one document), .jsonl, .json, .parquet; .gz or .zst behind them is read too
+  FOLDER          all such files in it, in the order of their paths
+
+from nothing to training data:
+  phalanx data tokenizer --corpus embedded --vocab-size 2048 --out data/tokenizer.model
+  phalanx data tokenize --corpus embedded --tokenizer data/tokenizer.model --out data/train
+  phalanx data inspect data/train --tokenizer data/tokenizer.model
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one subcommand. 0: done, 1: interrupted."""
+    arguments = _parser().parse_args(argv)
+    former = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result, text = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: no file was written", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
+    return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="phalanx data", description="Tokenizers and token files.", epilog=EPILOG, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--corpus", nargs="+", required=True, metavar="SRC", help="embedded, files or folders")
+    source.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (default: text)")
+    source.add_argument("--split-blank-lines", action="store_true", help="in .txt files, a blank line ends a document")
+    source.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+    train = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece tokenizer")
+    train.add_argument("--out", required=True, metavar="PATH.model", help="file to write; tokenizer.json goes beside it")
+    train.add_argument("--vocab-size", type=_positive, default=32000, metavar="N", help="tokens (default: 32000)")
+    train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="kind of model (default: bpe)")
+    train.add_argument("--max-mb", type=_size, default=64.0, metavar="MB", help="text to learn from (default: 64)")
+    train.set_defaults(run=_tokenizer)
+
+    encode = commands.add_parser("tokenize", parents=[source], help="encode a corpus to PREFIX.bin and PREFIX.idx")
+    encode.add_argument("--tokenizer", required=True, metavar="PATH", help="sentencepiece .model or Hugging Face tokenizer.json")
+    encode.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json")
+    encode.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
+    encode.add_argument("--max-mb", type=_size, metavar="MB", help="only the first MB of text")
+    eod = argparse.BooleanOptionalAction
+    encode.add_argument("--append-eod", action=eod, default=True, help="end each document with the end-of-document token")
+    encode.add_argument(
+        "--eod", metavar="TEXT", help="the end-of-document token, as data.tokenizer.eod; default: its usual names"
+    )
+    encode.set_defaults(run=_tokenize)
+
+    inspect = commands.add_parser("inspect", help="what token files or a tokenizer hold")
+    inspect.add_argument("path", metavar="PREFIX|TOKENIZER")
+    inspect.add_argument("--tokenizer", metavar="PATH", help="shows documents as text, and checks that they belong together")
+    inspect.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _size(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return number
+
+
+# Each command imports its own module: sentencepiece's trainer, rich and numpy cost 0.3 s, and --help is asked often.
+
+
+def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.data import corpus, tokenizer  # noqa: PLC0415
+
+    sources = corpus.expand(arguments.corpus, arguments.split_blank_lines)
+    found = tokenizer.train(
+        sources,
+        arguments.out,
+        vocab_size=arguments.vocab_size,
+        kind=arguments.model,
+        max_bytes=arguments.max_mb * 1e6,
+        text_key=arguments.text_key,
+    )
+    text = f"{found['path']}: {found['vocab_size']:,} tokens from {found['text_bytes'] / 1e6:.1f} MB of text"
+    if found["tokenizer_json"]:
+        return found, f"{text}\n{found['tokenizer_json']}: the same for Hugging Face"
+    print(f"WARNING: no tokenizer.json was written: {found['not_exported_because']}", file=sys.stderr)
+    return found, text
+
+
+def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pretrain.tokenizer import load_tokenizer, section_for  # noqa: PLC0415
+    from tools.data import corpus  # noqa: PLC0415
+    from tools.data.tokenize import tokenize  # noqa: PLC0415
+
+    problems: list[Problem] = []
+    sources, tokenizer = [], None
+    try:
+        sources = corpus.expand(arguments.corpus, arguments.split_blank_lines)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        section = section_for(arguments.tokenizer)
+        section.eod = arguments.eod
+        tokenizer = load_tokenizer(section, "--tokenizer")
+    except ConfigError as error:
+        problems += error.problems
+    if problems or tokenizer is None:
+        raise ConfigError(problems)
+    found = tokenize(
+        sources,
+        tokenizer,
+        arguments.out,
+        workers=arguments.workers or len(os.sched_getaffinity(0)),
+        append_eod=arguments.append_eod,
+        text_key=arguments.text_key,
+        max_bytes=arguments.max_mb and arguments.max_mb * 1e6,
+        eod=arguments.eod,
+    )
+    rate = found["text_bytes"] / found["elapsed_s"] / 1e6
+    text = f"{found['prefix']}.bin: {found['num_tokens']:,} tokens in {found['num_documents']:,} documents, {rate:.1f} MB/s; "
+    return found, text + f"unigram entropy {found['unigram_entropy_nats']:.4f} nats a token"
+
+
+def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.data import inspect  # noqa: PLC0415
+
+    path = arguments.path.removesuffix(".bin").removesuffix(".idx")
+    if Path(arguments.path).suffix in (".model", ".json") and not Path(f"{path}.idx").exists():
+        found = inspect.inspect_tokenizer(arguments.path)
+    else:
+        found = inspect.inspect_data(path, arguments.tokenizer, arguments.documents)
+    return found, inspect.render(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

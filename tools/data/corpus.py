@@ -1,0 +1,236 @@
+"""Names given by --corpus to batches of raw documents, in order and in bounded memory.
+
+In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; .gz or .zst behind) and folders
+of such files. Out: `Source`s, and from each its `Batch`es of about a MiB. Nothing is parsed here but Parquet and JSON
+arrays: batches go to the workers, where tools/data/parse.py makes texts of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from pretrain.indexed import file_problem
+from tools.data import embedded
+from tools.data.reading import BATCH_BYTES, bounded, chunks, line_blocks
+
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or the embedded corpus. form: embedded, text, blocks, lines, array or parquet."""
+
+    name: str
+    form: str
+    compression: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Raw documents. Either `lines` (a block of JSON lines; line numbers count from 1) or `documents` (name, offset, text).
+
+    `read_bytes`: how far this batch advances through its source's size.
+    """
+
+    source: str
+    read_bytes: int
+    lines: bytes = b""
+    first_line: int = 1
+    first_offset_bytes: int = 0
+    documents: tuple[tuple[str, int, bytes], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.lines) + sum(len(text) for _, _, text in self.documents)
+
+
+def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[Source]:
+    """The sources in the order named, folders in the order of their paths. Raises ConfigError with every bad name."""
+    sources, problems = [], []
+    for name in names:
+        path = Path(name)
+        if name == "embedded":
+            sources.append(Source(name, "embedded", "", sum(len(text) for _, text in embedded.documents())))
+        elif path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffixes(file)[0] in SUFFIXES]
+            sources += [_source(file, split_blank_lines) for file in found if file.stat().st_size]
+            if not found:
+                rule = "a folder must hold files that end in " + ", ".join(SUFFIXES) + " (or these with .gz, .zst)"
+                problems.append(Problem("--corpus", name, rule, "name another folder, or the files themselves"))
+        elif not path.is_file():
+            problems.append(Problem("--corpus", name, "the file must exist", "name a file, a folder, or: embedded"))
+        elif path.stat().st_size == 0:
+            problems.append(Problem("--corpus", name, "the file must not be empty", "leave it out, or name another"))
+        else:
+            sources.append(_source(path, split_blank_lines))
+    if problems:
+        raise ConfigError(problems)
+    return sources
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """(form suffix, compression suffix): a.jsonl.gz → .jsonl, .gz"""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return Path(path.name.removesuffix(compression)).suffix.lower(), compression
+
+
+def _source(path: Path, split_blank_lines: bool) -> Source:
+    suffix, compression = _suffixes(path)
+    forms = {".jsonl": "lines", ".ndjson": "lines", ".json": "array", ".parquet": "parquet"}
+    form = forms.get(suffix, "blocks" if split_blank_lines else "text")
+    return Source(str(path), form, compression, path.stat().st_size)
+
+
+def batches(source: Source, text_key: str, max_bytes: float | None = None) -> Iterator[Batch]:
+    """The source's batches; with `max_bytes` only a head of about that many bytes. Raises ConfigError at the first fault."""
+    left = float("inf") if max_bytes is None else max_bytes
+    readers: dict[str, Callable[[Source, str], Iterator[Batch]]] = {
+        "embedded": _embedded,
+        "text": _text,
+        "blocks": _blocks,
+        "lines": _lines,
+        "array": _array,
+        "parquet": _parquet,
+    }
+    try:
+        for batch in readers[source.form](source, text_key):
+            if batch.size_bytes > left:
+                batch = _head(batch, int(left))
+            yield batch
+            left -= batch.size_bytes
+            if left <= 0:
+                return
+    except OSError as error:
+        raise ConfigError(file_problem(error, source.name, "--corpus")) from error
+
+
+def _head(batch: Batch, size_bytes: int) -> Batch:
+    """The first lines or documents of a batch, at least one, until `size_bytes` are reached."""
+    if batch.lines:
+        end = batch.lines.find(b"\n", size_bytes)
+        lines = batch.lines if end < 0 else batch.lines[: end + 1]
+        return Batch(batch.source, batch.read_bytes, lines, batch.first_line, batch.first_offset_bytes)
+    kept, size = 0, 0
+    while kept < len(batch.documents) and size < size_bytes:
+        size += len(batch.documents[kept][2])
+        kept += 1
+    return Batch(batch.source, batch.read_bytes, documents=batch.documents[: max(kept, 1)])
+
+
+def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iterator[Batch]:
+    """Batches of about BATCH_BYTES from (name, offset, text, bytes read)."""
+    held: list[tuple[str, int, bytes]] = []
+    size = read = 0
+    for label, offset, text, read_bytes in documents:
+        held.append((label, offset, text))
+        size, read = size + len(text), read + read_bytes
+        if size >= BATCH_BYTES:
+            yield Batch(name, read, documents=tuple(held))
+            held, size, read = [], 0, 0
+    if held:
+        yield Batch(name, read, documents=tuple(held))
+
+
+def _embedded(source: Source, text_key: str) -> Iterator[Batch]:
+    return _gather(source.name, ((name, 0, text, len(text)) for name, text in embedded.documents()))
+
+
+def _text(source: Source, text_key: str) -> Iterator[Batch]:
+    """A file is a document."""
+    parts, size, read = [], 0, 0
+    for chunk, read_bytes in chunks(source.name, source.compression):
+        parts.append(chunk)
+        size, read = size + len(chunk), read + read_bytes
+        bounded(source.name, size, "cut the file, use JSON lines, or --split-blank-lines")
+    yield Batch(source.name, read, documents=((source.name, 0, b"".join(parts)),))
+
+
+def _blocks(source: Source, text_key: str) -> Iterator[Batch]:
+    """Lines up to a blank one are a document."""
+
+    def blocks() -> Iterator[tuple[str, int, bytes, int]]:
+        held: list[bytes] = []
+        start = offset = size = read = 0
+        for block, read_bytes, _, _ in line_blocks(source.name, source.compression):
+            read += read_bytes
+            for line in block.splitlines(keepends=True):
+                if line.strip():
+                    start = start if held else offset
+                    held.append(line)
+                    size += len(line)
+                elif held:
+                    yield source.name, start, b"".join(held), read
+                    held, size, read = [], 0, 0
+                offset += len(line)
+            bounded(source.name, size, "the text has no blank lines: cut it, or use JSON lines")
+        if held:
+            yield source.name, start, b"".join(held), 0
+
+    return _gather(source.name, blocks())
+
+
+def _lines(source: Source, text_key: str) -> Iterator[Batch]:
+    for block, read_bytes, line, offset in line_blocks(source.name, source.compression):
+        yield Batch(source.name, read_bytes, block, line, offset)
+
+
+def _array(source: Source, text_key: str) -> Iterator[Batch]:
+    """A JSON array of objects or texts; a file that doesn't begin with [ is taken for JSON lines."""
+    parts_of_file = chunks(source.name, source.compression)
+    first = next(parts_of_file, (b"", 0))
+    if not first[0].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _lines(source, text_key)
+        return
+    parts, size = [], 0
+    for chunk, _ in chain([first], parts_of_file):
+        parts.append(chunk)
+        size += len(chunk)
+        bounded(source.name, size, "make JSON lines of the array: they are read one by one")
+    try:
+        items: list[Any] = json.loads(b"".join(parts).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(not_utf8(source.name, 0, error)) from error
+    except ValueError as error:
+        raise ConfigError(Problem("--corpus", source.name, f"the file must be JSON: {error}", "mend the file")) from error
+    # One object a line, as if the file had been JSON lines: messages then count array items.
+    lines = b"".join(json.dumps(item if isinstance(item, dict) else {text_key: item}).encode() + b"\n" for item in items)
+    yield Batch(source.name, source.size_bytes, lines)
+
+
+def _parquet(source: Source, text_key: str) -> Iterator[Batch]:
+    import pyarrow as pa  # noqa: PLC0415  (0.3 s, for Parquet only)
+    from pyarrow import parquet  # noqa: PLC0415
+
+    try:
+        table = parquet.ParquetFile(source.name)
+        names = table.schema_arrow.names
+        if text_key not in names:
+            rule = f"the file must have the column {text_key!r}; it has {', '.join(names[:20])}"
+            raise ConfigError(Problem("--corpus", source.name, rule, "name the column with --text-key"))
+        rows = table.metadata.num_rows
+        row = 0
+        for part in table.iter_batches(batch_size=1024, columns=[text_key]):
+            texts = part.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            if None in texts:
+                rule = f"row {row + texts.index(None)} (counted from 0) has no text"
+                raise ConfigError(Problem("--corpus", source.name, rule, "leave such rows out"))
+            documents = tuple((f"{source.name} row {row + k}", 0, text) for k, text in enumerate(texts))
+            yield Batch(source.name, source.size_bytes * len(texts) // max(rows, 1), documents=documents)
+            row += len(texts)
+    except pa.ArrowException as error:
+        rule = f"the file must be Parquet with a column {text_key!r} of texts: {str(error)[:200]}"
+        raise ConfigError(Problem("--corpus", source.name, rule, "copy the file again, or name another")) from error
+
+
+def not_utf8(name: str, offset_bytes: int, error: UnicodeDecodeError) -> Problem:
+    """Text that isn't UTF-8, with the offset in the plain (decompressed) file."""
+    rule = f"text must be UTF-8; byte {offset_bytes + error.start} is 0x{error.object[error.start]:02x} ({error.reason})"
+    return Problem("--corpus", name, rule, "convert it, e.g.: iconv -f LATIN1 -t UTF-8")

@@ -1,0 +1,120 @@
+"""A corpus to PREFIX.bin/.idx/.meta.json, in parallel and in bounded memory.
+
+In: sources, a tokenizer. Out: the three files and what they hold. Documents keep their order and the files are byte for
+byte the same whatever the number of workers: batches are handed out and taken back in order, at most three a worker
+in flight. Workers are spawned processes that read, check and encode; this process reads files and writes tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from configs.errors import ConfigError, Problem
+from pretrain.indexed import token_dtype
+from pretrain.tokenizer import Tokenizer
+from tools.data.corpus import Batch, Source, batches
+from tools.data.progress import Meter
+from tools.data.work import Encoded, Job, encode_batch, follow_parent
+from tools.data.writer import PairWriter
+
+IN_FLIGHT = 3
+MOST_PROBLEMS = 20
+META_FORMAT = 1
+
+
+def tokenize(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    prefix: str,
+    *,
+    workers: int = 1,
+    append_eod: bool = True,
+    text_key: str = "text",
+    max_bytes: float | None = None,
+    eod: str | None = None,
+) -> dict[str, Any]:
+    """Write the files and return the .meta.json's content with `elapsed_s`. Raises ConfigError with all problems found."""
+    job = Job(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    problems: list[Problem] = []
+    text_bytes, start_s = 0, time.monotonic()
+    total_bytes = sum(source.size_bytes for source in sources)
+    with PairWriter(prefix, dtype) as writer, Meter(total_bytes) as meter:
+        feed = _feed(sources, text_key, max_bytes, problems)
+        for done in _in_order(job, feed, workers, problems):
+            problems += done.problems
+            if len(problems) >= MOST_PROBLEMS:
+                break
+            if not problems:
+                writer.add(done.tokens, done.lengths)
+                counts += np.bincount(np.frombuffer(done.tokens, dtype), minlength=len(counts))
+                text_bytes += done.text_bytes
+            meter.update(done.read_bytes, len(done.tokens) // dtype.itemsize)
+        if not problems and not writer.num_tokens:
+            names = ", ".join(source.name for source in sources)
+            problems.append(Problem("--corpus", names, "there must be some text", "name a corpus with text in it"))
+        if problems:
+            raise ConfigError(problems[:MOST_PROBLEMS])
+        meta = {
+            "format": META_FORMAT,
+            "tokenizer": {**tokenizer.identity(), "eod_id": tokenizer.eod_id},
+            "corpus": [source.name for source in sources],
+            "num_documents": len(writer.lengths),
+            "num_tokens": writer.num_tokens,
+            "text_bytes": text_bytes,
+            "dtype": dtype.name,
+            "append_eod": append_eod,
+            "max_token_id": int(np.flatnonzero(counts)[-1]),
+            "unigram_entropy_nats": entropy_nats(counts),
+        }
+        writer.finish(meta)
+    return {"prefix": prefix, **meta, "elapsed_s": time.monotonic() - start_s}
+
+
+def entropy_nats(counts: np.ndarray) -> float:
+    """-Σ p ln p of the ids' frequencies: the loss of the best model that ignores the context."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _feed(sources: list[Source], text_key: str, max_bytes: float | None, problems: list[Problem]) -> Iterator[Batch]:
+    """All batches of all sources; a source that can't be read adds its problem, and the next one goes on."""
+    left = max_bytes
+    for source in sources:
+        try:
+            for batch in batches(source, text_key, left):
+                yield batch
+                left = None if left is None else left - batch.size_bytes
+        except ConfigError as error:
+            problems += error.problems
+        if left is not None and left <= 0:
+            return
+
+
+def _in_order(job: Job, feed: Iterator[Batch], workers: int, problems: list[Problem]) -> Iterator[Encoded]:
+    """Encoded batches in the feed's order. `problems` is read: once there is one, batches are only checked."""
+    if workers == 1:
+        yield from (encode_batch(job, batch, bool(problems)) for batch in feed)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for batch in feed:
+            waiting.append(pool.submit(encode_batch, job, batch, bool(problems)))
+            if len(waiting) >= IN_FLIGHT * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

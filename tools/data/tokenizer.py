@@ -1,0 +1,189 @@
+"""Trains a sentencepiece tokenizer. In: sources. Out: PATH.model, and tokenizer.json beside it when it is the same tokenizer.
+
+Text is taken as it is (identity normalisation, no dummy prefix), characters outside the vocabulary become bytes, digits
+stay single. Ids: 0 <unk> (never produced), 1 <|endoftext|>, 2 to 257 the bytes, then the pieces. The same sources give
+the same file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from configs.errors import ConfigError, Problem
+from pretrain.indexed import file_problem
+from pretrain.tokenizer import load_tokenizer, section_for
+from tools.data.corpus import Source, batches
+from tools.data.export import difference, to_huggingface
+from tools.data.parse import texts_of
+
+EOD = "<|endoftext|>"
+PASSAGE_BYTES = 4096
+"""The trainer reads passages: whole lines, so that pieces learn line breaks, up to this size; it refuses longer ones."""
+SCORE_STEP = 2.0**-5
+THREADS = 4
+"""Fixed: a unigram's expectation sums depend on the number of threads."""
+SAMPLE_CHARS = 400_000
+
+
+def train(
+    sources: list[Source],
+    out: str,
+    *,
+    vocab_size: int = 32000,
+    kind: str = "bpe",
+    max_bytes: float = 64e6,
+    text_key: str = "text",
+) -> dict[str, Any]:
+    """Train, write and export. `max_bytes`: text read, from every source in proportion to its size. Raises ConfigError."""
+    path, beside = Path(out), Path(out).with_name("tokenizer.json")
+    _check_out(path, beside)
+    texts = _texts(sources, max_bytes, text_key)
+    proto = _train(texts, vocab_size, kind)
+    backend, reason = to_huggingface(proto)
+    if backend is not None:
+        reason = difference(sentencepiece.SentencePieceProcessor(model_proto=proto), backend, _samples(texts))
+    exact = backend is not None and reason is None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
+        _write(path, proto)
+        if backend is not None and exact:
+            _write(beside, backend.to_str(pretty=False).encode())
+    except OSError as error:
+        raise ConfigError(file_problem(error, path, "--out")) from error
+    tokenizer = load_tokenizer(section_for(out))
+    return {
+        "path": str(path),
+        "model": kind,
+        **tokenizer.identity(),
+        "eod_id": tokenizer.eod_id,
+        "corpus": [source.name for source in sources],
+        "text_bytes": sum(len(text.encode()) for text in texts),
+        "tokenizer_json": str(beside) if exact else None,
+        "not_exported_because": reason,
+    }
+
+
+def _check_out(path: Path, beside: Path) -> None:
+    problems = []
+    if path.suffix != ".model":
+        problems.append(Problem("--out", str(path), "the name must end in .model", f"--out {path}.model"))
+    if path.is_dir():
+        problems.append(Problem("--out", str(path), "must be a file, not a folder", "give another name"))
+    if beside.exists() and not path.exists():
+        rule = f"{beside} would be written too, and it is there already, with no {path.name} that it belongs to"
+        problems.append(Problem("--out", str(path), rule, "give another folder, or move the file away"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _texts(sources: list[Source], max_bytes: float, text_key: str) -> list[str]:
+    """The training text: each source's head, by its share of all bytes. Held in memory, as the trainer does anyway."""
+    total = sum(source.size_bytes for source in sources)
+    texts: list[str] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            for batch in batches(source, text_key, max(max_bytes * source.size_bytes / max(total, 1), 1)):
+                found, wrong = texts_of(batch, text_key)
+                texts += found
+                problems += wrong
+        except ConfigError as error:
+            problems += error.problems
+    if not texts and not problems:
+        problems.append(
+            Problem("--corpus", [source.name for source in sources], "there must be some text", "name another corpus")
+        )
+    if problems:
+        raise ConfigError(problems[:20])
+    return texts
+
+
+def _passages(texts: list[str]) -> Iterator[str]:
+    """Whole lines of together at most PASSAGE_BYTES; longer lines are cut."""
+    for text in texts:
+        held, size = [], 0
+        for line in text.splitlines(keepends=True):
+            for first in range(0, len(line), PASSAGE_BYTES // 4):
+                part = line[first : first + PASSAGE_BYTES // 4]
+                part_bytes = len(part.encode())
+                if size + part_bytes > PASSAGE_BYTES:
+                    yield "".join(held)
+                    held, size = [], 0
+                held.append(part)
+                size += part_bytes
+        if held:
+            yield "".join(held)
+
+
+def _train(texts: list[str], vocab_size: int, kind: str) -> bytes:
+    """The serialised model."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_passages(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=EOD,
+            max_sentence_length=2 * PASSAGE_BYTES,
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:  # with the reason in words: vocabulary too large or too small for the text
+        rule = f"sentencepiece must be able to train it: {str(error).split('] ')[-1]}"
+        raise ConfigError(Problem("--vocab-size", vocab_size, rule, "change --vocab-size, or give more text")) from error
+    return _round_scores(model.getvalue()) if kind == "unigram" else model.getvalue()
+
+
+def _round_scores(proto: bytes) -> bytes:
+    """Unigram scores as multiples of 1/32 nat: their sums are then exact in float32 over some 80,000 tokens, so that
+    equally good splits tie in every implementation, and sentencepiece and tokenizer.json choose alike."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(proto)
+    for piece in model.pieces:
+        piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    return model.SerializeToString()
+
+
+def _samples(texts: list[str]) -> list[str]:
+    """Texts on which the export is compared: some of the corpus, and what tokenizers differ on."""
+    words = ["", " ", "\n", "\t x", "a  b   c\r\n", "naïve café ﬁ ①", "\0\u200b\ufeff", "▁ ▁▁", EOD, "<unk> <0x0A>"]
+    hard = [*words, "🎉👩‍👩‍👧 日本語", "한국어 العربية"]
+    runs = [char * count for char in " \n-=*a#" for count in (1, 2, 3, 5, 8, 13, 33, 100)]
+    kept, size = [], 0
+    for text in texts[:: max(len(texts) // 200, 1)]:
+        if size < SAMPLE_CHARS:
+            kept.append(text[: SAMPLE_CHARS // 10])
+            size += len(kept[-1])
+    return hard + runs + kept
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Beside, synced, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

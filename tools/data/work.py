@@ -1,0 +1,76 @@
+"""What a worker process does: raw batches to token bytes. In: a `Job` and a `Batch`. Out: an `Encoded`.
+
+Its own module, so that a worker starts with these imports only (0.2 s).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from array import array
+from dataclasses import dataclass
+from functools import lru_cache
+
+from configs import schema
+from configs.errors import Problem
+from pretrain.indexed import token_dtype
+from pretrain.tokenizer import load_tokenizer
+from tools.data.corpus import Batch
+from tools.data.encode import Encoder
+from tools.data.parse import texts_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; hashable, so that each worker loads its tokenizer once."""
+
+    kind: str
+    path: str
+    eod: str | None
+    append_eod: bool
+    text_key: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch's documents as they go into the .bin (tokens) and the .idx (lengths, int32), and the plain text's size."""
+
+    read_bytes: int
+    tokens: bytes = b""
+    lengths: bytes = b""
+    text_bytes: int = 0
+    problems: tuple[Problem, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def _encoder(job: Job) -> Encoder:
+    tokenizer = load_tokenizer(schema.Tokenizer(kind=job.kind, path=job.path, eod=job.eod))
+    return Encoder(tokenizer, token_dtype(tokenizer.vocab_size), job.append_eod)
+
+
+def encode_batch(job: Job, batch: Batch, check_only: bool) -> Encoded:
+    """Parse, check and encode one batch; with `check_only` nothing is encoded (another batch has a problem already)."""
+    texts, problems = texts_of(batch, job.text_key)
+    if problems or check_only:
+        return Encoded(batch.read_bytes, problems=tuple(problems))
+    encoder = _encoder(job)
+    documents = [tokens for tokens in encoder.encode(texts) if tokens]
+    itemsize = array(encoder.typecode).itemsize
+    lengths = array("i", (len(tokens) // itemsize for tokens in documents)).tobytes()
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    return Encoded(batch.read_bytes, b"".join(documents), lengths, text_bytes)
+
+
+def follow_parent() -> None:
+    """A worker leaves interrupts to its parent and ends with it, however the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

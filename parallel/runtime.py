@@ -5,7 +5,6 @@ In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Out: `Runtime`, with
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, Problem
+from configs.errors import Problem
 from parallel import cpu
 
 
@@ -54,27 +53,23 @@ def check_environment(environ: Mapping[str, str], world_size: int, nodes: int, p
     ]
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank for cluster.device; what megatron was imported for must agree with it."""
-    present = cpu.cuda_available()
-    if wanted == "cuda" and not present:
-        raise ConfigError(
-            Problem("cluster.device", "cuda", "needs a CUDA device that this process can see", "set cluster.device=cpu")
-        )
-    if wanted == "cpu" and present:
-        raise ConfigError(
-            Problem("cluster.device", "cpu", "must hide the GPUs before the process starts", "set CUDA_VISIBLE_DEVICES= (empty)")
-        )
-    return torch.device("cuda", local_rank) if present else torch.device("cpu")
+def check_device(wanted: str, device: torch.device) -> list[Problem]:
+    """cluster.device against the device that this process found."""
+    if wanted == "cuda" and device.type != "cuda":
+        return [Problem("cluster.device", "cuda", "needs a CUDA device that this process can see", "set cluster.device=cpu")]
+    if wanted == "cpu" and device.type != "cpu":
+        rule = "the GPUs must be hidden before the process starts"
+        return [Problem("cluster.device", "cpu", rule, "set CUDA_VISIBLE_DEVICES= (empty) in the environment")]
+    return []
 
 
-def start(wanted_device: str, environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
+def start(environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
     """Bring the default process group up: gloo for CPU tensors, NCCL for CUDA tensors.
 
     Small control messages travel as CPU tensors over gloo also on a GPU, so that they never wait for a stream.
     """
     rank, world_size, local_rank = read_environment(environ)
-    device = choose_device(wanted_device, local_rank)
+    device = torch.device("cuda", local_rank) if cpu.cuda_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -92,8 +87,3 @@ def stop() -> None:
     """Take the process groups down."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def current() -> Runtime:
-    """A fresh process reads its own environment; forked test ranks use this too."""
-    return start("auto", os.environ)

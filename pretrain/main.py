@@ -10,6 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pretrain.rank_process import prepare, run_rank
+from pretrain.stop import StopSignals
+
+SIGNALS = StopSignals()
+if __name__ == "__main__":
+    # The imports below take seconds: signals, the rank's log and its parent's death are looked after before them.
+    SIGNALS.install()
+    prepare()
+
 from configs.load import Loaded, load_config
 from parallel.groups import make_groups
 from parallel.layout import make_layout
@@ -17,9 +26,7 @@ from parallel.runtime import start, stop
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model, make_run
 from pretrain.loop import train
-from pretrain.rank_process import run_rank
 from pretrain.session import Session, check_start, lead, refuse
-from pretrain.stop import StopSignals
 
 
 def read_arguments(argv: Sequence[str]) -> Loaded:
@@ -31,12 +38,11 @@ def read_arguments(argv: Sequence[str]) -> Loaded:
     return load_config(args.config, args.overrides)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], signals: StopSignals) -> int:
     """The whole attempt of one rank; returns the exit code of how it ended."""
-    signals = StopSignals().install()
-    loaded = read_arguments(argv)
+    runtime = start(os.environ)
+    loaded = lead(runtime, lambda: read_arguments(argv))
     config = loaded.config
-    runtime = start(config.cluster.device, os.environ)
     lead(runtime, lambda: refuse(check_start(loaded, runtime)))
     with Session(loaded, runtime) as session:
         if session.is_finished:
@@ -58,4 +64,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(lambda: main(sys.argv[1:])))
+    sys.exit(run_rank(lambda: main(sys.argv[1:], SIGNALS)))

@@ -4,7 +4,7 @@ The contract with our launchers, all of it optional (plain torchrun sets none of
     PHALANX_LOG_DIR   folder for rank_N.log (stdout and stderr, also of C code) and rank_N.failure.json
     PHALANX_TTY       the launcher's terminal, for rank 0's bar
     PHALANX_ATTEMPT   the attempt number that the launcher has claimed
-Imports nothing heavy: it runs before torch is imported, whose failure to import belongs into the rank's log.
+Imports nothing heavy: `prepare` runs before torch is imported, whose failure to import belongs into the rank's log.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from configs.run_folder import EXIT_BAD_INPUT, EXIT_BROKE
 _PR_SET_PDEATHSIG = 1
 
 
+def prepare(environ: Mapping[str, str] = os.environ) -> None:
+    """Before anything heavy is imported: the rank's log, its death with its parent, tracebacks of crashes in C."""
+    redirect_output(environ)
+    die_with_parent()
+    faulthandler.enable()
+
+
 def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -> int:
-    """Run a rank's program: log and parent first, then `body`; returns the exit code.
+    """Run a rank's program after `prepare`; returns the exit code.
 
     ConfigError: the report, without a traceback, exit 2. Any other exception: its traceback, exit 1. Both leave a failure
     file, whose time tells the launcher which rank was the first.
     """
-    redirect_output(environ)
-    die_with_parent()
-    faulthandler.enable()
     try:
         return body()
     except ConfigError as error:

@@ -23,7 +23,7 @@ from configs.run_folder import EXIT_BAD_INPUT, EXIT_CODE, Outcome, RunFolder, fo
 from parallel.batch import horizon_steps, steps_of
 from parallel.layout import Layout
 from parallel.legality import check_config
-from parallel.runtime import Runtime, check_environment
+from parallel.runtime import Runtime, check_device, check_environment
 from pretrain.checkpoint_write import CheckpointWriter, prune, remove_leftovers
 from pretrain.console import make_console
 from pretrain.data import data_identity
@@ -80,6 +80,7 @@ def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
     launch = config.launch
     world = launch.nodes * launch.processes_per_node
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
+    problems += check_device(config.cluster.device, runtime.device)
     return [*problems, *check_config(config).problems, *check_data(config)]
 
 

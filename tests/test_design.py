@@ -34,7 +34,7 @@ LIGHT = [
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.
-DISPATCH = ("tools.cli", "tools.data.cli")
+DISPATCH = ("tools.data.cli",)
 
 # Words for people, and values that a rule holds at the one that megatron-core has (they matter when converting).
 NO_READER = {
@@ -43,12 +43,7 @@ NO_READER = {
 
 # Keys whose module comes later, by that module. A key that is read by then must leave this list.
 LATER: dict[str, tuple[str, ...]] = {
-    "pretrain.main and pretrain.loop": (
-        "parallel.pipeline_split", "checkpoint.interval_steps", "checkpoint.keep",
-        "checkpoint.milestone_interval_steps", "checkpoint.asynchronous", "checkpoint.save_at_end",
-        "metrics.log_interval_steps",
-    ),
-    "pretrain.engine.deepspeed": ("zero.engine", "zero.offload", "zero.offload_device", "zero.nvme_path"),
+    "pretrain.engine.deepspeed": ("zero.offload", "zero.offload_device", "zero.nvme_path"),
     "launch.slurm": tuple(
         f"launch.slurm.{name}"
         for name in ("partition", "account", "qos", "time", "constraint", "gres", "gpus_per_node", "mem", "cpus_per_task",

@@ -17,7 +17,7 @@ from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.run_folder import Outcome, folder_of
 from pretrain.provenance import make_provenance
-from pretrain.rank_process import run_rank
+from pretrain.rank_process import prepare, run_rank
 from pretrain.record import Record
 from pretrain.run_folder import Attempt, open_attempt
 from pretrain.stop import StopSignals
@@ -62,4 +62,5 @@ def body() -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(run_rank(body))

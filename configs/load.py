@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.convert import convert, convert_entry
 from configs.errors import ConfigError
 from configs.fields import walk
 from configs.keys import WORDS, all_keys
@@ -26,11 +27,15 @@ from configs.sources import Source, file_sources, override_values, parse_yaml
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config, where each value came from ("default", a file, "command line"), and its text with everything resolved."""
+    """A config, and where each value came from: "default", a file, or "command line"."""
 
     config: Config
     origin: dict[str, str]
-    text: str
+
+    @property
+    def text(self) -> str:
+        """The config as YAML, everything stated and resolved."""
+        return to_yaml(self.config)
 
 
 def _nest(values: dict[str, Any]) -> dict[str, Any]:
@@ -78,18 +83,25 @@ def escape(value: Any) -> Any:
 
 
 def _convert(values: dict[str, Any], layers: Layers) -> Config:
-    """The typed config; values of a wrong type become problems."""
-    typed = OmegaConf.structured(Config)
+    """The typed config; values of a wrong type become problems, and their keys keep their defaults."""
+    config = Config()
     for path, value in values.items():
-        key = all_keys().get(path) or all_keys()[path.rsplit(".", 1)[0]]
-        words = key.words if key.path == path else WORDS[str]
+        section, _, name = path.rpartition(".")
+        key = all_keys().get(path) or all_keys()[section]
+        words = key.words if key.path == path else WORDS[key.type]
         try:
-            if value == "???":
-                raise ValueError("??? is OmegaConf's mark of a missing value")
-            OmegaConf.update(typed, path, escape(value), merge=True)
-        except (OmegaConfBaseException, ValueError):
+            typed = convert(key, value) if key.path == path else convert_entry(key, value)
+        except ValueError:
             layers.refuse(path, value, f"must be {words} (from: {layers.origin[path]})", f"give {path} {words}")
-    return cast(Config, OmegaConf.to_object(typed)) if not layers.problems else Config()
+            continue
+        owner: Any = config
+        for part in section.split("."):
+            owner = getattr(owner, part)
+        if isinstance(owner, dict):
+            owner[name] = typed
+        else:
+            setattr(owner, name, typed)
+    return config
 
 
 def _finish(layers: Layers) -> Loaded:
@@ -101,7 +113,7 @@ def _finish(layers: Layers) -> Loaded:
     paths = dict.fromkeys(re.sub(r"\[\d+\].*", "", path) for path, _, _ in walk(config))
     origin = {path: layers.origin.get(path, "default") for path in paths}
     origin |= {path: source for path, source in layers.origin.items() if path not in origin}
-    return Loaded(config, origin, to_yaml(config))
+    return Loaded(config, origin)
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:

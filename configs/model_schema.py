@@ -17,6 +17,9 @@ class Attention:
     num_query_groups: Optional[int] = key(None, "key/value heads (GQA); None: as many as query heads, 1: MQA", low=1)
     head_dim: Optional[int] = key(None, "width of one head; None: hidden_size / num_heads", low=1)
     qk_norm: bool = key(False, "RMSNorm on each head's query and key")
+    qk_norm_span: str = key(
+        "head", "what such a norm spans; all_heads (OLMoE) is for planning only", choices=("head", "all_heads")
+    )
     qkv_bias: bool = key(False, "bias on the query, key and value projections")
     output_bias: bool = key(False, "bias on the output projection")
     window_size_tokens: Optional[int] = key(None, "sliding window: a query sees itself and the window-1 tokens before it", low=1)
@@ -36,6 +39,9 @@ class LatentAttention:
     qk_nope_head_dim: int = key(128, "width of a head's query/key part without rotation", low=1)
     qk_rope_head_dim: int = key(64, "width of a head's rotated query/key part", low=2)
     v_head_dim: int = key(128, "width of a head's value", low=1)
+    norm_eps: Optional[float] = key(
+        None, "epsilon of the norms of compressed query and key (DeepSeek: 1e-6); None: model.norm_eps", above=0
+    )
 
 
 @dataclass
@@ -120,6 +126,7 @@ class MultiToken:
 class Model:
     name: str = key("custom", "a label, for people")
     source: str = key("", "where the values come from")
+    planning_only: str = key("", "why this preset can be counted and planned but not built; empty: it can be trained")
     vocab_size: Optional[int] = key(None, "tokens; None: as many as the tokenizer has", low=1)
     vocab_multiple: int = key(128, "the table is padded to a multiple of this, whatever the layout; pads are masked", low=1)
     num_layers: int = key(4, "transformer layers, multi-token prediction not counted", low=1, high=4096)

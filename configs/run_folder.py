@@ -152,6 +152,12 @@ class RunFolder:
         """The newest attempt that rank 0 opened; 0: none."""
         return max((n for n in self.claimed_attempts() if (self.launch_dir(n) / "config.yaml").exists()), default=0)
 
+    def done_step(self) -> int | None:
+        """The step at which the run was finished; None: it isn't."""
+        value = read_json(self.done)
+        step = value.get("step") if isinstance(value, dict) else None
+        return step if isinstance(step, int) else None
+
     def read_outcome(self) -> Outcome | None:
         """How the newest ended attempt ended. None: none has, or the file isn't one of ours."""
         value = read_json(self.outcome)
@@ -159,6 +165,11 @@ class RunFolder:
             return Outcome(**value) if isinstance(value, dict) else None
         except (TypeError, AssertionError):
             return None
+
+
+def finished_text(folder: RunFolder, stop_step: int) -> str:
+    """What is said to someone who starts a finished run again."""
+    return f"{folder.path} is finished: step {folder.done_step()} of {stop_step}; to train on, set run.steps higher"
 
 
 def folder_of(config: Config) -> RunFolder:

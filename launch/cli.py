@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
-from configs.run_folder import RunFolder, live_holder
+from configs.run_folder import RunFolder, finished_text, live_holder
 from launch.cancel import cancel
 from launch.local import LocalResult, report, run_local
 from launch.logs import show
 from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
 from launch.status import as_json, describe, read_status, require_run_folder
+from parallel.batch import steps_of
 from parallel.legality import check_config
 
 WATCH_S = 2.0
@@ -63,6 +64,11 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
     if config.launch.target == "slurm":
         raise ConfigError(Problem("launch.target", "slurm", "not available in this version", "set launch.target=local"))
     plan = make_plan(config, source, overrides, os.environ)
+    done, stop_step = plan.folder.done_step(), steps_of(config)
+    if done is not None and done >= stop_step and not options.dry_run:
+        text = finished_text(plan.folder, stop_step)
+        print(json.dumps({"run_dir": str(plan.folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
+        return 0
     if options.dry_run:
         _print_plan(plan, options.json)
         return 0

@@ -241,7 +241,28 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
+@reads("model.planning_only", "model.attention.qk_norm_span")
+def can_be_built(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.planning_only:
+        rule = f"this preset is for counting and planning only: {model.planning_only}"
+        yield Problem("model.planning_only", model.name, rule, "train another preset")
+    elif model.attention.qk_norm_span != "head":
+        rule = "must be head: megatron-core's norms of queries and keys span one head"
+        yield Problem("model.attention.qk_norm_span", model.attention.qk_norm_span, rule, "set model.attention.qk_norm_span=head")
+
+
+@reads("model.mla", "model.norm_eps", "cluster")
+def latent_norm_epsilon(config: Config) -> Iterator[Problem]:
+    own = config.model.mla.norm_eps
+    if arch.is_mla(config.model) and on_gpu(config) and own is not None and own != config.model.norm_eps:
+        rule = f"must be model.norm_eps = {config.model.norm_eps:g} on GPUs: Transformer Engine's fused norms have one epsilon"
+        yield Problem("model.mla.norm_eps", own, rule, "leave model.mla.norm_eps out, or train on CPUs")
+
+
 RULES = (
+    can_be_built,
+    latent_norm_epsilon,
     head_width,
     heads_in_groups,
     rotated_width_is_even,

@@ -89,7 +89,9 @@ def _attention(model: Model) -> tuple[int, int]:
     weights += (heads + 2 * groups) * width if model.attention.qkv_bias else 0
     weights += model.hidden_size if model.attention.output_bias else 0
     weights += heads if model.attention.sinks else 0
-    return weights, 2 * width if model.attention.qk_norm else 0
+    if not model.attention.qk_norm:
+        return weights, 0
+    return weights, 2 * width if model.attention.qk_norm_span == "head" else (heads + groups) * width
 
 
 def _mlp_biases(model: Model, width: int) -> int:

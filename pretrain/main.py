@@ -26,7 +26,8 @@ from parallel.runtime import start, stop
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model, make_run
 from pretrain.loop import train
-from pretrain.session import Session, check_start, lead, refuse
+from pretrain.session import Session, check_start
+from pretrain.together import lead, refuse
 
 
 def read_arguments(argv: Sequence[str]) -> Loaded:
@@ -41,9 +42,9 @@ def read_arguments(argv: Sequence[str]) -> Loaded:
 def main(argv: Sequence[str], signals: StopSignals) -> int:
     """The whole attempt of one rank; returns the exit code of how it ended."""
     runtime = start(os.environ)
-    loaded = lead(runtime, lambda: read_arguments(argv))
+    loaded = lead(lambda: read_arguments(argv))
     config = loaded.config
-    lead(runtime, lambda: refuse(check_start(loaded, runtime)))
+    lead(lambda: refuse(check_start(loaded, runtime)))
     with Session(loaded, runtime) as session:
         if session.is_finished:
             return 0

@@ -47,7 +47,10 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
         for name, value in extra.items():
             setattr(result, name, value)
         return result
-    return MLATransformerConfig(**values, **_latent_attention(model))
+    latent = MLATransformerConfig(**values, **_latent_attention(model))
+    # Our own norms read it (pretrain/specs.py); the dataclass has one epsilon for all.
+    latent.latent_norm_eps = model.mla.norm_eps or model.norm_eps  # type: ignore[attr-defined]
+    return latent
 
 
 def _architecture(model: Model) -> dict[str, Any]:

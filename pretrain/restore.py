@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pretrain.checkpoint_read import CheckpointReader
 from pretrain.engine.base import MOMENTS, Engine, Piece
 from pretrain.manifest import Manifest, check_identity, complete_checkpoints, read_manifest, step_folder
 from pretrain.tensor_file import DamagedFile
+from pretrain.together import lead, refuse
 
 Say = Callable[..., None]
 
@@ -110,28 +112,27 @@ def pass_over(folder: Path, damage: DamagedFile, say: Say) -> None:
 
 def restore(folders: list[Path], engine: Engine, asked_for: bool, say: Say) -> tuple[Position, Manifest] | None:
     """Fill the engine from the first folder that is whole; None without folders. Collective; `folders` equal on all ranks."""
-    rank = dist.get_rank()
     for folder in folders:
-        damage = None
         try:
             reader = CheckpointReader(folder)
             with_optimizer = all(reader.has(kind) for kind in MOMENTS)
             reader.fill(engine.held(with_optimizer))
+            states = read_random_state(reader)
+            damage = None
         except DamagedFile as raised:
             damage = raised
         worst = _worst_damage(damage)
         if worst is None:
             manifest = reader.manifest  # type: ignore[possibly-unbound]
             engine.loaded(manifest.optimizer_steps if with_optimizer else None)  # type: ignore[possibly-unbound]
-            restore_random_state(reader)  # type: ignore[possibly-unbound]
+            set_random_state(states)  # type: ignore[possibly-unbound]
             return Position(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
         if asked_for:
-            raise ConfigError(Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step"))
-        if rank == 0:
-            pass_over(folder, DamagedFile(worst), say)
-        dist.barrier()
+            problem = Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step")
+            lead(partial(refuse, [problem]))
+        lead(partial(pass_over, folder, DamagedFile(worst), say))
     if folders:
-        raise ConfigError(_all_damaged(folders[0].parent))
+        lead(partial(refuse, [_all_damaged(folders[0].parent)]))
     return None
 
 
@@ -143,7 +144,8 @@ def warm_start(folder: Path, engine: Engine) -> None:
     except DamagedFile as raised:
         damage = raised
     if worst := _worst_damage(damage):
-        raise ConfigError(Problem("checkpoint.load", str(folder), f"must be whole: {worst}", "name another checkpoint"))
+        problem = Problem("checkpoint.load", str(folder), f"must be whole: {worst}", "name another checkpoint")
+        lead(partial(refuse, [problem]))
     engine.loaded(None)
 
 
@@ -176,13 +178,18 @@ def random_pieces(rank: int) -> list[Piece]:
     return pieces
 
 
-def restore_random_state(reader: CheckpointReader) -> None:
-    """Set this rank's generators when the checkpoint was written by as many ranks; else they stay freshly seeded."""
-    if reader.manifest.world_size != dist.get_world_size():
-        return
+def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
+    """This rank's generator states; None when other many ranks wrote them: the generators then stay freshly seeded."""
+    if reader.manifest.world_size != dist.get_world_size() or not reader.has("rng"):
+        return None
     pieces = random_pieces(dist.get_rank())
     reader.fill(pieces)
-    states = {piece.name.split("/", 1)[1]: piece.data for piece in pieces}
+    return {piece.name.split("/", 1)[1]: piece.data for piece in pieces}
+
+
+def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
+    if states is None:
+        return
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

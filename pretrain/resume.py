@@ -40,6 +40,7 @@ TABLE: dict[str, str] = {
     "model": REFUSED,
     "model.name": FREE,
     "model.source": FREE,
+    "model.planning_only": FREE,
     "model.init_std": FREE,
     "model.scale_init_by_depth": FREE,
     "model.hidden_dropout": WORD,

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
-from configs.errors import ConfigError, Problem, report
+from configs.errors import ConfigError, Problem
 from configs.files import read_json
 from configs.load import Loaded, from_yaml_text
-from configs.run_folder import EXIT_BAD_INPUT, EXIT_CODE, Outcome, RunFolder, folder_of
+from configs.run_folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
 from parallel.batch import horizon_steps, steps_of
 from parallel.layout import Layout
 from parallel.legality import check_config
@@ -32,7 +31,6 @@ from pretrain.engine.base import MOMENTS, WEIGHT, Engine
 from pretrain.loop import Ended, Saver
 from pretrain.manifest import FORMAT, Manifest, read_manifest
 from pretrain.provenance import make_provenance
-from pretrain.rank_process import record_failure
 from pretrain.record import Record, read_rows
 from pretrain.restore import (
     Identity,
@@ -48,30 +46,9 @@ from pretrain.resume import architecture, check_changes, check_data_change, flat
 from pretrain.run_folder import Attempt, open_attempt
 from pretrain.sinks import NullSink, RecordSink, Sink, Sinks
 from pretrain.summary import RunSummary, summary
+from pretrain.together import lead, refuse
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.wandb_sink import make_wandb_sink, wandb_place
-
-T = TypeVar("T")
-
-
-def lead(runtime: Runtime, work: Callable[[], T]) -> T:
-    """Rank 0 does it, all ranks get its (picklable) result; a ConfigError becomes one report and exit 2 everywhere."""
-    answer: list[Any] = [None]
-    if runtime.rank == 0:
-        try:
-            answer = [(work(), None)]
-        except ConfigError as error:
-            answer = [(None, error.problems)]
-    dist.broadcast_object_list(answer, src=0)
-    value, problems = answer[0]
-    if problems is None:
-        return value
-    if runtime.rank == 0:
-        record_failure(os.environ, "bad_input", report(problems))
-        print(report(problems), file=sys.stderr, flush=True)
-    # torchrun ends the other ranks when one has left: the report comes first.
-    dist.barrier()
-    raise SystemExit(EXIT_BAD_INPUT)
 
 
 def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
@@ -82,11 +59,6 @@ def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
     problems += check_device(config.cluster.device, runtime.device)
     return [*problems, *check_config(config).problems, *check_data(config)]
-
-
-def refuse(problems: list[Problem]) -> None:
-    if problems:
-        raise ConfigError(problems)
 
 
 @dataclass(frozen=True)
@@ -116,7 +88,7 @@ class Session:
         self._checkpoint: Path | None = None
         self._started = Position()
         self._ended = False
-        self._begun = lead(runtime, self._begin)
+        self._begun = lead(self._begin)
 
     @property
     def is_finished(self) -> bool:
@@ -126,10 +98,10 @@ class Session:
     # Beginning, on rank 0.
 
     def _begin(self) -> _Begun:
-        done = read_json(self.folder.done)
-        if isinstance(done, dict) and done.get("step", 0) >= self.stop_step:
-            print(f"{self.folder.path} is finished: step {done['step']} of {self.stop_step}. Set run.steps higher to go on.")
-            return _Begun(done["step"], 0, [], None)
+        done = self.folder.done_step()
+        if done is not None and done >= self.stop_step:
+            print(finished_text(self.folder, self.stop_step))
+            return _Begun(done, 0, [], None)
         self.attempt = open_attempt(
             self.folder, self.loaded.text, make_provenance(self.loaded.origin), os.environ, self._may_go_on
         )

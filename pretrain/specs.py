@@ -34,6 +34,13 @@ class Norm:
         return norm
 
 
+class LatentNorm:
+    """The norm of a compressed query or key, with its own epsilon (DeepSeek: 1e-6 whatever the model's)."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        return Norm(config, hidden_size, getattr(config, "latent_norm_eps", eps), **kwargs)
+
+
 class CpuSpecProvider(LocalSpecProvider):
     """Megatron-Core's local modules with our norm and core attention."""
 
@@ -83,7 +90,7 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
     latent = MLASelfAttentionSubmodules(
         linear_q_proj=column, linear_q_down_proj=ReplicatedLinear, linear_q_up_proj=column,
         linear_kv_down_proj=ReplicatedLinear, linear_kv_up_proj=column,
-        core_attention=SDPAttention, linear_proj=row, q_layernorm=qk_norm, kv_layernorm=qk_norm,
+        core_attention=SDPAttention, linear_proj=row, q_layernorm=LatentNorm, kv_layernorm=LatentNorm,
     )  # fmt: skip
     return ModuleSpec(module=MLASelfAttention, params=params, submodules=latent)
 

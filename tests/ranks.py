@@ -62,11 +62,15 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _main(rank: int, world_size: int, folder: str, sender: Connection, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(
+    rank: int, world_size: int, folder: str, sender: Connection, program: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), world_size), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(os.path.join(folder, "store"), world_size), rank=rank, world_size=world_size
+        )
         sender.send((True, program(*args)))
         dist.destroy_process_group()
     except BaseException:

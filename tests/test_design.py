@@ -43,14 +43,11 @@ NO_READER = {
 
 # Keys whose module comes later, by that module. A key that is read by then must leave this list.
 LATER: dict[str, tuple[str, ...]] = {
-    "pretrain.engine.deepspeed": ("zero.offload", "zero.offload_device", "zero.nvme_path"),
+    "pretrain.engine.deepspeed": ("zero.offload_device", "zero.nvme_path"),
     "launch.slurm": tuple(
         f"launch.slurm.{name}"
         for name in ("partition", "account", "qos", "time", "constraint", "gres", "gpus_per_node", "mem", "cpus_per_task",
                      "exclude", "reservation", "extra")
-    ),
-    "tools.planner": (
-        "cluster.gpus_per_node", "cluster.scaleup_gpus", "cluster.network_gbit_s", "cluster.price_per_gpu_hour_usd",
     ),
 }  # fmt: skip
 NOT_YET = {key for keys in LATER.values() for key in keys}

@@ -19,6 +19,7 @@ from configs.schema import Config
 from pretrain.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Piece, StepResult
 from pretrain.engine.schedule_step import Schedule
+from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.megatron_config import DTYPES
 from pretrain.shards import Shard, local_tensors, map_shards
 
@@ -111,28 +112,28 @@ class MegatronEngine:
 
     # State: which part of which parameter this rank's optimizer holds.
 
-    def _make_slots(self) -> list[Slot]:
+    def _make_slots(self) -> list[OptimizerSlot]:
         slots = []
         for shards, tensors in zip(self.shards, self.tensors, strict=True):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.nn.Parameter):
                     slots += self._parameter_slot(shards[name], tensor)
                 else:
-                    slots.append(Slot(shards[name], tensor, 0, tensor.numel(), None))
+                    slots.append(OptimizerSlot(shards[name], tensor, 0, tensor.numel(), None))
         return slots
 
-    def _parameter_slot(self, shard: Shard, parameter: torch.nn.Parameter) -> list[Slot]:
+    def _parameter_slot(self, shard: Shard, parameter: torch.nn.Parameter) -> list[OptimizerSlot]:
         for part in self._parts():
             if isinstance(part, DistributedOptimizer):
                 if parameter in part.model_param_group_index_map:
                     group, order = part.model_param_group_index_map[parameter]
                     span = part._get_model_param_range_map(parameter)["param"]
                     main = part.optimizer.param_groups[group]["params"][order]
-                    return [Slot(shard, main, span.start, span.end, part)]
+                    return [OptimizerSlot(shard, main, span.start, span.end, part)]
             else:
                 main = getattr(parameter, "main_param", parameter)
                 if any(main is other for group in part.optimizer.param_groups for other in group["params"]):
-                    return [Slot(shard, main, 0, parameter.numel(), part)]
+                    return [OptimizerSlot(shard, main, 0, parameter.numel(), part)]
         assert self.zero_stage == 1, f"{shard.name} has no optimizer"
         return []  # all of it is on other data-parallel ranks
 
@@ -180,35 +181,7 @@ class MegatronEngine:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """fp32 main weights (or a buffer) that this rank holds: the flat range [start, stop) of a local tensor."""
+class OptimizerSlot(Slot):
+    """`part` is the optimizer that updates `main`; None: a buffer."""
 
-    shard: Shard
-    main: torch.Tensor
-    start: int
-    stop: int
     part: MegatronOptimizer | None
-
-    def pieces(self, values: dict[str, torch.Tensor]) -> Iterator[Piece]:
-        """Each value, shaped like `main`, cut at the boxes of the canonical tensor; `data` shares its memory."""
-        for kind, value in values.items():
-            flat = value.detach().view(-1)
-            for position, box, start, stop in self.shard.pieces(self.start, self.stop):
-                data = flat[position - self.start : position - self.start + stop - start]
-                yield Piece(kind, self.shard.name, self.shard.global_shape, box, start, stop, data)
-
-
-class ReplicaWriters:
-    """Which data-parallel rank writes a tensor that all of them hold: the one with the least to write so far.
-
-    Every rank asks in the same order and gets the same answer, without a message.
-    """
-
-    def __init__(self) -> None:
-        self.loads: dict[int, list[int]] = {}
-
-    def assign(self, shard: Shard, numel: int) -> int:
-        loads = self.loads.setdefault(shard.num_data, [0] * shard.num_data)
-        rank = loads.index(min(loads))
-        loads[rank] += numel
-        return rank

@@ -1,4 +1,4 @@
-"""One tokenizer and one tokenised corpus for all data tests, made by the real commands' functions."""
+"""What the data tests make of the shared corpus (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ import pytest
 
 from configs import schema
 from pretrain.tokenizer import Tokenizer, load_tokenizer, section_for
-from tools.data.corpus import expand
-from tools.data.tokenize import tokenize
-from tools.data.tokenizer import train
 from tools.data.writer import PairWriter
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer.model, tokenizer.json and embedded.bin/.idx/.meta.json of half a megabyte."""
-    made = tmp_path_factory.mktemp("data")
-    sources = expand(["embedded"])
-    train(sources, str(made / "tok.model"), vocab_size=700, max_bytes=5e5)
-    tokenize(sources, load_tokenizer(section_for(str(made / "tok.model"))), str(made / "embedded"), max_bytes=5e5)
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,8 @@ SMALL: dict[str, list[Any]] = {
     "launch.processes_per_node": [4, 8, 16], "model.num_layers": [2, 4, 5, 8], "model.moe.num_experts": [0, 4, 8],
     "model.moe.top_k": [1, 2, 4], "model.attention.num_query_groups": [None, 1, 2, 4], "model.mtp.num_layers": [0, 1, 2],
     "model.moe.capacity_factor": [None, 1.0], "model.moe.shared_ffn_hidden_size": [None, 64], "recompute.num_layers": [1, 2],
-    "model.attention.window_size_tokens": [None, 16], "batch.global_batch_seqs": [32, 64], "parallel.sequence": [None, True, False],
+    "model.attention.window_size_tokens": [None, 16], "batch.global_batch_seqs": [32, 64],
+    "parallel.sequence": [None, True, False],
     "model.moe.router.num_groups": [None, 2, 4], "model.moe.router.group_top_k": [None, 1, 2], "model.vocab_size": [2048],
     "recompute.modules": [["core_attn"], ["moe"], ["mlp"], ["shared_experts"], ["mla_up_proj"], ["layernorm", "moe_act"]],
 }  # fmt: skip

@@ -1,0 +1,149 @@
+"""Engine `deepspeed`: DeepSpeed's ZeRO 0 to 3, with offload, under Megatron-Core's schedules.
+
+DeepSpeed partitions, reduces over data-parallel ranks and updates; what the layout needs besides (tensor ranks, shared
+embedding, norm, clipping, expert bias) is done here on the partitioned gradients, once a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from configs.schema import Config
+from pretrain.batches import MicroBatch
+from pretrain.engine import deepspeed_gradients as finish
+from pretrain.engine.base import MOMENTS, WEIGHT, Piece, StepResult
+from pretrain.engine.deepspeed_runtime import make_runtime
+from pretrain.engine.deepspeed_slots import ZeroSlot, make_partition
+from pretrain.engine.schedule_step import Schedule
+from pretrain.engine.slots import ReplicaWriters, Slot
+from pretrain.shards import local_tensors, map_shards
+
+
+class DeepSpeedZero:
+    """Owns gradients and optimizer state of this rank's chunks through one DeepSpeed engine around all of them."""
+
+    name = "deepspeed"
+
+    def __init__(self, config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device) -> None:
+        self.config, self.chunks, self.groups, self.device = config, list(chunks), groups, device
+        self.zero_stage = config.zero.stage
+        self.schedule = Schedule(config, groups, device)
+        self.transformer = chunks[0].config
+        # Before DeepSpeed: stage 3 takes the shapes away.
+        shards = [map_shards(chunk, groups) for chunk in chunks]
+        by_id = {
+            id(tensor): shards[index][name] for index, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()
+        }
+        self.tensor_partial = {number for chunk in chunks for number in finish.tensor_partial(chunk)}
+        self.embedding = finish.SharedEmbedding(chunks, groups, sharded=self.zero_stage > 0)
+        self.runtime, self.models = make_runtime(config, chunks, groups, device)
+        self.runtime.before_update = self._finish_gradients
+        self.adam = self.runtime.basic_optimizer
+        assert self.adam is not None, "the engine was given an optimizer"
+        self.partition = make_partition(self.runtime, by_id)
+        self.buffers = [
+            Slot(shards[index][name], tensor, 0, tensor.numel())
+            for index, chunk in enumerate(chunks)
+            for name, tensor in local_tensors(chunk)
+            if id(tensor) not in by_id
+        ]
+        self.updates = 0
+
+    # A step.
+
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        num_tokens = self._count_tokens(batches)
+        # The loss is a sum over tokens, gradients are averaged over data-parallel ranks. The schedule scales the main loss,
+        # multi-token prediction and the router's losses alike.
+        scale = self.groups.dp_cp.size() / max(num_tokens, 1)
+        self.transformer.grad_scale_func = lambda loss: loss * scale
+        loss_sum, _ = self.schedule.run(self.models, batches, forward_only=False)
+        self.loss = loss_sum / max(num_tokens, 1)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self.applied = False
+        self.runtime.step()
+        if self.applied:
+            self.updates += 1
+            if self.transformer.moe_router_enable_expert_bias:
+                _update_router_expert_bias(self.chunks, self.transformer)  # type: ignore[arg-type]
+        reset_model_temporary_tensors(self.transformer, self.chunks)  # type: ignore[arg-type]
+        return StepResult(self.loss, self.grad_norm, num_tokens, self.applied)
+
+    def _count_tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """Valid tokens of the global batch: known before the forward pass, context ranks read the same sequences."""
+        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(self.device)
+        dist.all_reduce(total, group=self.groups.dp)
+        return int(total.item())
+
+    def _finish_gradients(self) -> bool:
+        """Called by DeepSpeed's step() when all is reduced over data-parallel ranks; False: no update."""
+        slots, gradients = self.partition.slots, self.partition.gradients()
+        partial = [gradient for slot, gradient in zip(slots, gradients, strict=True) if id(slot.parameter) in self.tensor_partial]
+        finish.sum_over_tensor_ranks(partial, self.groups.tp)
+        self.embedding.reduce(slots, gradients)
+        norm = finish.global_norm(slots, gradients, self.zero_stage > 0, self.device)
+        self.grad_norm = float(norm)
+        self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        if self.applied:
+            finish.clip(gradients, self.config.optimizer.clip_grad_norm, self.grad_norm)
+            self.partition.set_norm(norm)
+        else:
+            self.partition.discard()
+        return self.applied
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        self.runtime.eval()
+        with torch.no_grad():
+            result = self.schedule.run(self.models, batches, forward_only=True)
+        self.runtime.train()
+        return result
+
+    # State.
+
+    def owned(self) -> Iterator[Piece]:
+        writers = ReplicaWriters()
+        for slot in (*self.partition.slots, *self.buffers):
+            shard = slot.shard
+            whole = self.zero_stage == 0 or not isinstance(slot, ZeroSlot)
+            mine = not whole or writers.assign(shard, slot.main.numel()) == shard.data_rank
+            if mine and not shard.tensor_replica and not shard.duplicate:
+                yield from slot.pieces({WEIGHT: slot.main, **self._moments(slot)})
+
+    def _moments(self, slot: Slot) -> dict[str, torch.Tensor]:
+        if not isinstance(slot, ZeroSlot):
+            return {}
+        state = self.adam.state.get(slot.flat, {})
+        return {kind: slot.part_of(state[kind]) for kind in MOMENTS if kind in state}
+
+    def held(self, with_optimizer: bool) -> Iterator[Piece]:
+        if with_optimizer:
+            for flat in {id(slot.flat): slot.flat for slot in self.partition.slots}.values():
+                self.adam.state[flat] = {
+                    kind: torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for kind in MOMENTS
+                }
+        for slot in (*self.partition.slots, *self.buffers):
+            yield from slot.pieces({WEIGHT: slot.main, **(self._moments(slot) if with_optimizer else {})})
+
+    def loaded(self, optimizer_steps: int | None) -> None:
+        self.updates = optimizer_steps or 0
+        if optimizer_steps is not None:
+            for flat, state in self.adam.state.items():
+                state["step"] = self._step_count(flat, optimizer_steps)
+        self.partition.publish()
+
+    def _step_count(self, flat: torch.Tensor, steps: int) -> torch.Tensor | int:
+        """DeepSpeed's CPU Adam counts with a plain number, torch's with a tensor, which its fused form wants on the device."""
+        if not isinstance(self.adam, torch.optim.AdamW):
+            return steps
+        return torch.tensor(float(steps), device=flat.device if self.adam.defaults["fused"] else None)
+
+    def optimizer_steps(self) -> int:
+        return self.updates

@@ -1,0 +1,167 @@
+"""DeepSpeed's engine around this rank's chunks: its configuration, its groups, its AdamW, its calls by a Megatron schedule.
+
+In: config, chunks, groups. Out: a `GuardedEngine`, and one module a chunk for the schedule to call. Imports DeepSpeed: 3 s.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from configs.schema import Config
+from parallel.guards_deepspeed import EXPERT_GROUP, GuardedEngine, place_experts
+
+# Elements; DeepSpeed allocates buffers of this size (default 5e8: 2 GB in fp32) however small the model is.
+_BUCKET_ELEMENTS = 50_000_000
+
+
+class GroupAnswers:
+    """What DeepSpeed asks of an `mpu`. It knows no context axis: data-parallel ranks are those of dp x cp."""
+
+    def __init__(self, groups: ProcessGroupCollection) -> None:
+        for name, group in (
+            ("data", groups.dp_cp),
+            ("model", groups.mp),
+            ("tensor_model", groups.tp),
+            ("pipeline_model", groups.pp),
+        ):
+            ranks = dist.get_process_group_ranks(group)
+            answers = {"group": group, "group_ranks": ranks, "world_size": len(ranks), "rank": group.rank(), "src_rank": ranks[0]}
+            for what, answer in answers.items():
+                setattr(self, f"get_{name}_parallel_{what}", lambda *args, answer=answer, **kwargs: answer)
+
+
+class Chunks(nn.Module):
+    """All chunks of this rank as the one module that DeepSpeed knows; called with the chunk's index."""
+
+    def __init__(self, chunks: Sequence[GPTModel]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        return self.chunks[index](*args, **kwargs)
+
+
+class ChunkCall(nn.Module):
+    """What a Megatron schedule takes for one chunk: its calls go through DeepSpeed, so that its hooks are set."""
+
+    def __init__(self, runtime: GuardedEngine, index: int, chunk: GPTModel) -> None:
+        super().__init__()
+        # Not submodules: the parameters have one owner.
+        object.__setattr__(self, "runtime", runtime)
+        object.__setattr__(self, "chunk", chunk)
+        self.index = index
+        self.config = chunk.config
+        self.vp_stage = chunk.vp_stage
+        self.model_type = chunk.model_type
+        self.share_embeddings_and_output_weights = chunk.share_embeddings_and_output_weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        runtime: GuardedEngine = self.runtime  # type: ignore[assignment]
+        # Without ZeRO the engine refuses a backward pass that it doesn't run itself; it has no hooks to set either.
+        call = runtime if runtime.zero_optimization() else runtime.module
+        return call(self.index, *args, **kwargs)
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.chunk.set_input_tensor(tensor)  # type: ignore[union-attr, operator]
+
+
+def make_runtime(
+    config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device
+) -> tuple[GuardedEngine, list[ChunkCall]]:
+    """Collective. Afterwards parameters are partitioned: at stage 3 their shapes are no longer those of the model."""
+    # DeepSpeed logs to stdout, which is not its to write to; what it warns of is decided by the legality table.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").handlers = [logging.StreamHandler(sys.stderr)]
+    # A shared-memory all-reduce for inference, which it would compile here (50 s, once a machine) and never call.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    # A name that deepspeed/__init__.py binds when its own launcher runs; the engine reads it.
+    deepspeed.dist = deepspeed.comm  # type: ignore[attr-defined]
+    GuardedEngine.has_experts = place_experts(chunks, groups)
+    answers = GroupAnswers(groups)
+    settings = engine_settings(config, device.type == "cuda")
+    runtime = GuardedEngine(
+        args=None,
+        model=Chunks(chunks),
+        optimizer=make_adam(config, chunks, device),
+        mpu=answers,
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, answers),
+    )
+    return runtime, [ChunkCall(runtime, index, chunk) for index, chunk in enumerate(chunks)]
+
+
+def engine_settings(config: Config, cuda: bool) -> dict[str, Any]:
+    """Our config in DeepSpeed's words. Clipping is ours: DeepSpeed's norms don't know this grid (deepspeed_gradients.py)."""
+    zero, precision = config.zero, config.precision
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_seqs,
+        # The schedule accumulates. With a number above 1 DeepSpeed 0.19.8 makes no update at all at one step() a batch, and
+        # says nothing; unmanaged, each step() is one.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": precision.grads,
+        "data_types": {"grad_accum_dtype": precision.grads},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": zero.overlap_grad_reduce,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+        },
+    }
+    if precision.params == "bf16":
+        settings["bf16"] = {"enabled": True}
+    place = {"device": "cpu", "pin_memory": cuda}
+    if zero.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = place
+    if zero.offload == "param":
+        settings["zero_optimization"]["offload_param"] = place
+    return settings
+
+
+def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over dense and expert parameters apart; vectors (norms, biases) are not decayed, as in Megatron-Core."""
+    optimizer = config.optimizer
+    grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            is_vector = name.endswith(".bias") or parameter.dim() == 1
+            is_expert = not getattr(parameter, "allreduce", True)
+            grouped.setdefault((is_expert, is_vector), []).append(parameter)
+    members = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_vector else optimizer.weight_decay,
+            **({"moe": True, "name": EXPERT_GROUP} if is_expert else {}),
+        }
+        for (is_expert, is_vector), parameters in sorted(grouped.items(), key=lambda item: item[0])
+    ]
+    values: dict[str, Any] = dict(lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+    if config.zero.offload != "none" and can_compile():
+        # Vectorised on the host (ZeRO-Offload, arXiv 2101.06840); built at the first use, about a minute.
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(members, adamw_mode=True, **values)
+    fused = device.type == "cuda" and config.zero.offload == "none"
+    return torch.optim.AdamW(members, fused=fused or None, **values)
+
+
+def can_compile() -> bool:
+    """True when DeepSpeed can build its CPU Adam here; else torch's AdamW updates the offloaded state: same result, slower."""
+    return bool(shutil.which("ninja")) and bool(shutil.which("c++") or shutil.which("g++"))

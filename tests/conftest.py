@@ -1,0 +1,26 @@
+"""What all tests share: one thread of torch, one small tokenised corpus made by the real commands' functions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pretrain.tokenizer import load_tokenizer, section_for
+from tools.data.corpus import expand
+from tools.data.tokenize import tokenize
+from tools.data.tokenizer import train
+
+# Ranks and helper threads share two cores: more threads a process only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer.model, tokenizer.json and embedded.bin/.idx/.meta.json of half a megabyte."""
+    made = tmp_path_factory.mktemp("data")
+    sources = expand(["embedded"])
+    train(sources, str(made / "tok.model"), vocab_size=700, max_bytes=5e5)
+    tokenize(sources, load_tokenizer(section_for(str(made / "tok.model"))), str(made / "embedded"), max_bytes=5e5)
+    return made

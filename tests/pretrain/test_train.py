@@ -1,0 +1,192 @@
+"""Whole attempts through pretrain/main.py on forked ranks: going on, stopping, damage, other layouts, warm start."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.files import iterate_lines
+from configs.load import to_yaml
+from configs.schema import BlendPart
+from pretrain.main import main
+from pretrain.stop import StopSignals
+from tests.pretrain.world import small_config
+from tests.ranks import run_ranks
+
+PP2_EP2 = ("parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4")
+
+
+@pytest.fixture
+def config(tmp_path: Path, folder: Path) -> Path:
+    """A config file over the shared corpus: 4 layers, 8 experts, a step in some 0.1 s."""
+    made = small_config(model__vocab_size=None, schedule__horizon_steps=6, schedule__warmup_steps=1)
+    made.data.tokenizer.path = str(folder / "tok.model")
+    made.data.train = [BlendPart(str(folder / "embedded"))]
+    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
+    made.run.steps, made.run.eval_batches = 6, 1
+    made.checkpoint.interval_steps = 3
+    made.metrics.sinks = ["jsonl"]
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(made))
+    return path
+
+
+def attempt(config: Path, run_dir: Path, *overrides: str, world: int = 4, request_at: int = 0) -> list[int]:
+    """Exit codes of the ranks of one attempt."""
+    words = ["--config", str(config), f"run.dir={run_dir}", *(PP2_EP2 if world == 4 else ()), *overrides]
+    return run_ranks(world, one_rank, words, request_at)
+
+
+def one_rank(words: list[str], request_at: int) -> int:
+    class AskedAt(StopSignals):
+        """A stop that is asked for on rank 0 while step `request_at` runs."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "phase" and value == f"step {request_at}":
+                self.requested, self.signal_name = 1, "SIGINT"
+
+    try:
+        return main(words, AskedAt())
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for _, row in iterate_lines(run_dir / "metrics.jsonl") if row is not None]
+
+
+def events(run_dir: Path) -> list[str]:
+    return [row["kind"] for _, row in iterate_lines(run_dir / "events.jsonl") if row is not None]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    found = {row["step"]: row["loss"] for row in rows(run_dir)}
+    assert sorted(found) == list(range(1, len(rows(run_dir)) + 1)), "each step once"
+    return found
+
+
+def same_checkpoint(one: Path, other: Path, step: int = 6) -> bool:
+    folders = [path / "checkpoints" / f"step_{step:07d}" for path in (one, other)]
+    names = [sorted(file.name for file in folder.glob("*.safetensors")) for folder in folders]
+    assert names[0] == names[1] and names[0]
+    return all(filecmp.cmp(folders[0] / name, folders[1] / name, shallow=False) for name in names[0])
+
+
+@pytest.fixture
+def whole(config: Path, tmp_path: Path) -> Path:
+    """Six steps in one go."""
+    assert attempt(config, tmp_path / "whole") == [0] * 4
+    return tmp_path / "whole"
+
+
+def test_three_steps_and_three_are_six_bit_for_bit(config: Path, tmp_path: Path, whole: Path) -> None:
+    parts = tmp_path / "parts"
+    assert attempt(config, parts, "run.steps=3") == [0] * 4
+    assert (parts / "DONE").exists()
+    assert attempt(config, parts, "run.steps=3") == [0] * 4
+    assert outcome(parts)["attempt"] == 1, "a finished run is not started again"
+    assert attempt(config, parts) == [0] * 4
+    assert losses(parts) == losses(whole)
+    assert same_checkpoint(parts, whole)
+    assert outcome(parts) | {"time": 0} == {
+        "attempt": 2, "state": "finished", "why": "all 6 steps are done", "step": 6, "consumed_samples": 48, "time": 0,
+    }  # fmt: skip
+    # Another layout, engine stage and micro-batch go on from there with the same numbers.
+    other = tmp_path / "other"
+    shutil.copytree(parts, other)
+    for step in (6,):
+        shutil.rmtree(other / "checkpoints" / f"step_{step:07d}")
+    changed = ("parallel.tensor=2", "zero.stage=0", "launch.processes_per_node=2")
+    assert attempt(config, other, *changed, world=2) == [0] * 2
+    assert losses(other) == pytest.approx(losses(whole), rel=1e-6)
+    assert rows(other)[-1]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)
+
+
+def test_a_stop_saves_and_going_on_equals_going_through(config: Path, tmp_path: Path, whole: Path) -> None:
+    stopped = tmp_path / "stopped"
+    assert attempt(config, stopped, request_at=2) == [130] * 4
+    assert (outcome(stopped)["state"], outcome(stopped)["step"]) == ("stopped", 2)
+    assert not (stopped / "DONE").exists()
+    assert attempt(config, stopped) == [0] * 4
+    assert losses(stopped) == losses(whole)
+    assert same_checkpoint(stopped, whole)
+
+
+def test_damage_is_passed_over_loudly_but_refused_by_name(
+    config: Path, tmp_path: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    victim = next((whole / "checkpoints" / "step_0000006").glob("rank_00002*"))
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 4
+    victim.write_bytes(data)
+    named = tmp_path / "named"
+    shutil.copytree(whole, named)
+    assert attempt(config, named, "run.steps=7", "checkpoint.resume_step=6") == [2] * 4
+    assert "holds other bytes than were written" in capfd.readouterr().err
+    assert (named / "checkpoints" / "step_0000006").exists()
+    before = losses(whole)
+    (whole / "DONE").unlink()
+    assert attempt(config, whole) == [0] * 4
+    assert "checkpoint_damaged" in events(whole)
+    assert (whole / "checkpoints" / "step_0000006.damaged").exists()
+    assert losses(whole) == before, "steps 4 to 6 again, from step 3"
+    for folder in (whole / "checkpoints").glob("step_*"):
+        (folder / "manifest.json").write_text("{}")
+    assert attempt(config, whole, "run.steps=8") == [2] * 4
+    assert "starting at step 0 would throw the run away" in outcome(whole)["why"] or outcome(whole)["state"] == "failed"
+
+
+def test_what_may_not_change_is_refused_and_nothing_is_touched(config: Path, whole: Path) -> None:
+    text = (whole / "config.yaml").read_text()
+    for words in (["model.hidden_size=64"], ["optimizer.lr=0.5"], ["data.valid_fraction=0.3"]):
+        assert attempt(config, whole, "run.steps=8", *words) == [2] * 4
+    assert (whole / "config.yaml").read_text() == text
+    assert len(rows(whole)) == 6
+    assert attempt(config, whole, "run.steps=7", "optimizer.lr=0.001", "checkpoint.allow_change=[optimizer.lr]") == [0] * 4
+    assert len(rows(whole)) == 7
+
+
+def test_warm_start_takes_the_weights_only(config: Path, tmp_path: Path, whole: Path) -> None:
+    warm = tmp_path / "warm"
+    assert (
+        attempt(config, warm, f"checkpoint.load={whole}", "run.steps=1", "optimizer.lr=1e-9", "schedule.horizon_steps=2")
+        == [0] * 4
+    )
+    assert rows(warm)[0]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-5)
+    assert rows(warm)[0]["tokens"] == 8 * 32
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(config: Path, tmp_path: Path) -> None:
+    blown = tmp_path / "blown"
+    assert attempt(config, blown, "optimizer.lr=1e30", "optimizer.clip_grad_norm=0", "schedule.warmup_steps=0") == [3] * 4
+    assert outcome(blown)["state"] == "diverged"
+    assert not list((blown / "checkpoints").iterdir())
+    assert "nonfinite" in rows(blown)[-1]
+
+
+def test_bad_input_is_one_report_and_exit_2(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("parallel.tensor=3", "modle.num_layers=2", "data.train=[{path: nowhere}]")
+    assert attempt(config, tmp_path / "bad", *words) == [2] * 4
+    assert attempt(config, tmp_path / "bad", "parallel.tensor=3", "data.train=[{path: nowhere}]") == [2] * 4
+    text = capfd.readouterr().err
+    assert text.count("did you mean") == 1 or text.count("model.num_layers") == 1
+    assert text.count("parallel.tensor = 3") == 1, "rank 0 alone reports"
+    assert "nowhere" in text and "Traceback" not in text
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_world_other_than_stated_is_refused(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(config), f"run.dir={tmp_path / 'run'}", *PP2_EP2]
+    assert run_ranks(2, one_rank, words, 0) == [2, 2]
+    assert "must equal the 2 processes that were started" in capfd.readouterr().err

@@ -1,0 +1,138 @@
+"""A small model trained for a few steps on any layout: what the parity tests run on forked ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configs.schema import Config
+from parallel.groups import make_groups
+from parallel.layout import make_layout
+from parallel.runtime import start
+from parallel.stages import make_chunks
+from pretrain.batches import MicroBatch
+from pretrain.build import make_engine, make_model
+from pretrain.moe_metrics import MoeMetrics
+
+VOCAB = 300
+
+
+def small_config(**changes: Any) -> Config:
+    """4 layers whose widths all differ; `changes` are dotted keys with __ for the dots."""
+    config = Config()
+    model = config.model
+    model.num_layers, model.hidden_size, model.vocab_size, model.ffn_hidden_size = 4, 32, VOCAB, 56
+    model.attention.num_heads, model.attention.num_query_groups, model.attention.head_dim = 4, 2, 12
+    model.attention.qk_norm = True
+    model.moe.num_experts, model.moe.top_k, model.moe.ffn_hidden_size = 8, 2, 24
+    model.moe.router.aux_loss_coeff = 0.02
+    # Large weights: a wrong gradient then shows in the loss too.
+    model.init_std = 0.1
+    config.precision.params = "fp32"
+    config.batch.global_batch_seqs, config.batch.micro_batch_seqs, config.batch.seq_length_tokens = 4, 1, 16
+    config.run.steps = 3
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        section: Any = config
+        for part in sections:
+            section = getattr(section, part)
+        assert hasattr(section, key), f"no key {name}"
+        setattr(section, key, value)
+    return config
+
+
+@dataclass
+class Trained:
+    """What a rank saw: per step (loss, grad norm, tokens, router metrics); validation loss; its slices of weights, gradients."""
+
+    steps: list[tuple[float, float, int, dict[str, float]]] = field(default_factory=list)
+    valid: float = 0.0
+    weights: dict[Any, np.ndarray] = field(default_factory=dict)
+    gradients: dict[Any, np.ndarray] = field(default_factory=dict)
+
+
+def batches_of(config: Config, step: int, data_rank: int, data_size: int) -> list[MicroBatch]:
+    """Random tokens with random loss masks, the same global batch for every layout."""
+    generator = torch.Generator().manual_seed(100 + step)
+    total, seq, micro = config.batch.global_batch_seqs, config.batch.seq_length_tokens, config.batch.micro_batch_seqs
+    tokens = torch.randint(0, VOCAB, (total, seq + 1), generator=generator)
+    mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
+    ends = (torch.rand(total, seq, generator=generator) > 0.85).int()
+    documents = torch.cumsum(ends, dim=1) if config.data.document_mask else None
+    found = []
+    for number in range(data_rank, total // micro, data_size):
+        rows = slice(number * micro, (number + 1) * micro)
+        found.append(
+            MicroBatch(
+                tokens=tokens[rows, :-1].contiguous(),
+                labels=tokens[rows, 1:].contiguous(),
+                loss_mask=mask[rows],
+                position_ids=torch.arange(seq).expand(micro, seq),
+                document_ids=None if documents is None else documents[rows].int(),
+            )
+        )
+    return found
+
+
+def train_small(config: Config, keep_gradients: bool = False) -> Trained:
+    """Runs on a forked rank: the real model, engine and schedules; no files."""
+    layout = make_layout(config)
+    runtime = start({"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())})
+    chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, VOCAB, config.parallel.pipeline_split)
+    groups = make_groups(layout, config.run.seed)
+    model = make_model(config, VOCAB, layout, chunks, groups, runtime.device)
+    engine = make_engine(config, model, groups, runtime.device)
+    moe = MoeMetrics(model, config.model, groups)
+    result = Trained()
+    for step in range(config.run.steps or 1):
+        batches = batches_of(config, step, groups.dp.rank(), groups.dp.size())
+        done = engine.step(batches, 3e-3)
+        result.steps.append((done.loss, done.grad_norm, done.num_tokens, moe.take(len(batches), 2)))
+        if keep_gradients and step == 0:
+            result.gradients = _gradients(engine)
+    loss_sum, tokens = engine.evaluate(batches_of(config, 99, groups.dp.rank(), groups.dp.size()))
+    result.valid = loss_sum / tokens
+    for piece in engine.owned():
+        key = (piece.kind, piece.name, piece.global_shape, piece.box, piece.start, piece.stop)
+        result.weights[key] = piece.data.detach().clone().numpy()
+    return result
+
+
+def _gradients(engine: Any) -> dict[Any, np.ndarray]:
+    """Every reduced gradient that this rank holds whole (ZeRO 0), by slice."""
+    found = {}
+    for shards, tensors in zip(engine.shards, engine.tensors, strict=True):
+        for name, tensor in tensors.items():
+            if not hasattr(tensor, "main_grad"):
+                continue
+            flat = tensor.main_grad.detach().float().flatten()
+            for position, box, first, stop in shards[name].pieces(0, flat.numel()):
+                key = ("grad", shards[name].name, shards[name].global_shape, box, first, stop)
+                found[key] = flat[position : position + stop - first].clone().numpy()
+    return found
+
+
+def assemble(slices: list[dict[Any, np.ndarray]]) -> dict[tuple[str, str], np.ndarray]:
+    """The whole tensors of all ranks' slices; asserts that every element is there."""
+    whole: dict[tuple[str, str], np.ndarray] = {}
+    for part in slices:
+        for (kind, name, shape, box, first, stop), values in part.items():
+            target = whole.setdefault((kind, name), np.full(shape, np.nan, dtype=values.dtype))
+            index = box.slices_of(type(box)((0,) * len(shape), shape))
+            view = target[index].flatten()
+            view[first:stop] = values
+            target[index] = view.reshape(box.shape)
+    for key, tensor in whole.items():
+        assert not np.isnan(tensor).any(), f"part of {key} is on no rank"
+    return whole
+
+
+def largest_difference(got: dict[Any, np.ndarray], want: dict[Any, np.ndarray], floor: float = 1e-7) -> tuple[float, Any]:
+    """max over tensors of |got - want| / |want| (2-norms, floor against vanishing tensors), and where."""
+    assert got.keys() == want.keys(), f"other tensors: {got.keys() ^ want.keys()}"
+    found = [(float(np.linalg.norm(got[k] - want[k]) / max(np.linalg.norm(want[k]), floor)), k) for k in want]
+    return max(found, key=lambda item: item[0])

@@ -1,0 +1,71 @@
+"""The families, one file each, and finding one: by a config.json, or for a model that is to be exported. [p]"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from configs.model_schema import Model
+from tools.convert.families.deepseek_v2 import DEEPSEEK_V2
+from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
+from tools.convert.families.glm4_moe import GLM4_MOE
+from tools.convert.families.gpt_oss import GPT_OSS
+from tools.convert.families.llama import LLAMA, MISTRAL
+from tools.convert.families.mixtral import MIXTRAL
+from tools.convert.families.olmoe import OLMOE
+from tools.convert.families.qwen2_moe import QWEN2_MOE
+from tools.convert.families.qwen3 import QWEN3
+from tools.convert.families.qwen3_moe import QWEN3_MOE
+from tools.convert.family import Family
+from tools.convert.resolved import differences
+
+FAMILIES = (
+    QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE,
+)  # fmt: skip
+
+
+def family_named(name: str, key: str = "--family") -> Family:
+    """The family of this name or model_type. Raises ConfigError."""
+    for family in FAMILIES:
+        if name == family.name or name in family.model_types:
+            return family
+    names = [family.name for family in FAMILIES]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    fix = f"did you mean {close[0]}?" if close else "families are " + ", ".join(names)
+    raise ConfigError(Problem(key, name, "must be a family that is known here", fix))
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a multimodal config.json (Kimi-K2.5, Llama 4), else the whole."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) and "hidden_size" not in config else config
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ConfigError."""
+    model_type = text_part(config).get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(Problem("config.json: model_type", model_type, "must be there", "give a Hugging Face config.json"))
+    return family_named(model_type, "config.json: model_type")
+
+
+def family_for(model: Model) -> Family:
+    """The first family whose config.json says all that the model is. Raises ConfigError with each family's reason."""
+    reasons = []
+    for family in FAMILIES:
+        if family.planning_only:
+            continue
+        try:
+            theirs = family.to_theirs(model)
+        except ConfigError as error:
+            reasons.append(error.problems[0].rule.removeprefix("must be a model of the family "))
+            continue
+        again, problems = family.to_model(theirs)
+        different = differences(model, again)
+        if not problems and not different:
+            return family
+        reasons.append(f"{family.name}: " + "; ".join([*different, *(problem.rule for problem in problems)]))
+    rule = "must be a model that a family can hold: " + " | ".join(reasons)
+    raise ConfigError(Problem("model", model.name, rule, "keep it as a Phalanx checkpoint"))

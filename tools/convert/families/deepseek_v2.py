@@ -1,0 +1,43 @@
+"""DeepSeek-V2 (arXiv 2405.04434): latent attention, shared experts, softmax scores. Only the plain top-k of V2-Lite. [p]
+
+Source: transformers models/deepseek_v2. V2 (236B) scores a group by its best expert, megatron-core by the sum of its best
+top_k / topk_group: other experts would be chosen, without an error (largest logit difference measured: 4.2).
+"""
+
+from __future__ import annotations
+
+from tools.convert import parts
+from tools.convert.family import Family, Key, Only
+from tools.convert.rope import Rope
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    model_types=("deepseek_v2",),
+    architecture="DeepseekV2ForCausalLM",
+    settings=(
+        *parts.decoder(eps=1e-6, kv_heads=False),
+        parts.PLAIN_MLP,
+        *parts.latent_attention(),
+        Rope(),
+        Key("n_routed_experts", "moe.num_experts", 64),
+        Key("num_experts_per_tok", "moe.top_k"),
+        Key("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
+        Key("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
+        parts.SharedExperts(),
+        parts.DenseFirst(absent=0),
+        Only(
+            "topk_method", ("greedy",),
+            "transformers takes a group's best expert as its score, megatron-core the sum of several: other experts answer",
+        ),
+        Only("n_group", (1, None, 0), "with plain top-k there are no groups"),
+        Only("topk_group", (1, None, 0), "with plain top-k there are no groups"),
+        Only("norm_topk_prob", (False, None), "transformers does not normalise the weights of DeepSeek-V2"),
+        Only("moe_layer_freq", (1, None), "its MoE layers follow each other"),
+        Only("scoring_func", ("softmax", None), "the family's scores are softmax"),
+        Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
+        *parts.softmax_router(**{"moe.router.normalize_top_k": False, "moe.router.scaling_factor": parts.REQUIRED,
+                                 "moe.shared_gate": False, "mtp.num_layers": 0}),
+    ),
+    tensors=(*parts.EMBEDDING, *parts.LATENT, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts()),
+    ignored=("aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""gpt-oss (OpenAI): sinks, alternating windows, clamped SwiGLU with biases, experts transposed or packed in MXFP4. [p]
+
+Source: transformers models/gpt_oss. Hidden and inner width are equal (2880): no shape tells a transposed tensor; the tests
+use unequal ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from tools.convert import parts
+from tools.convert.family import REQUIRED, Always, Family, Key, Only, tensor
+from tools.convert.rope import Rope
+from tools.convert.spans import interleaved, interleaved_columns, stacked, stacked_columns
+
+_M = "model.layers.{L}.mlp."
+
+
+@dataclass(frozen=True)
+class AlternatingWindow:
+    """layer_types: windows in the even layers."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("layer_types",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        model.attention.window_layers = "alternate"
+        types = theirs.get("layer_types")
+        if types is not None and types != _types(model.num_layers):
+            rule = "must alternate, sliding_attention first: other patterns can't be built"
+            yield Problem("config.json: layer_types", types, rule, "convert another model")
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["layer_types"] = _types(model.num_layers)
+        if model.attention.window_layers != "alternate" or not model.attention.window_size_tokens:
+            yield "every other layer of it has a window"
+
+
+def _types(layers: int) -> list[str]:
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    model_types=("gpt_oss",),
+    architecture="GptOssForCausalLM",
+    settings=(
+        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        parts.HeadDim(absent=64),
+        Rope(theta=REQUIRED),
+        Key("sliding_window", "attention.window_size_tokens", 128),
+        AlternatingWindow(),
+        Only("hidden_act", ("silu",), "its activation is fixed"),
+        Only("attention_bias", (True,), "the family has biases on all products"),
+        Only("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
+        Only("swiglu_alpha", (1.702,), "megatron-core's quick_gelu has this factor"),
+        Always("mla.kv_lora_rank", None),
+        Always("mtp.num_layers", 0),
+        Always("activation", "gpt_oss_glu"),
+        Always("mlp_bias", True),
+        Always("attention.sinks", True),
+        Always("attention.qkv_bias", True),
+        Always("attention.output_bias", True),
+        Always("attention.qk_norm", False),
+        Key("num_local_experts", "moe.num_experts", 128),
+        Key("num_experts_per_tok", "moe.top_k", 4, also=("experts_per_token",)),
+        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
+        parts.AllSparse(),
+        *parts.softmax_router(
+            **{"moe.router.bias": True, "moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}
+        ),
+    ),
+    tensors=(
+        *parts.EMBEDDING,
+        *parts.ATTENTION,
+        tensor("moe", "mlp.router.weight", _M + "router.weight"),
+        tensor("moe", "mlp.router.bias", _M + "router.bias"),
+        tensor(
+            "expert", "mlp.experts.linear_fc1.weight", _M + "experts.gate_up_proj", join=interleaved_columns,
+            also=(((_M + "experts.gate_up_proj_blocks",), interleaved),),
+        ),
+        tensor("expert", "mlp.experts.linear_fc1.bias", _M + "experts.gate_up_proj_bias", join=interleaved),
+        tensor(
+            "expert", "mlp.experts.linear_fc2.weight", _M + "experts.down_proj", join=stacked_columns,
+            also=(((_M + "experts.down_proj_blocks",), stacked),),
+        ),
+        tensor("expert", "mlp.experts.linear_fc2.bias", _M + "experts.down_proj_bias", join=stacked),
+    ),
+    ignored=("initial_context_length",),
+)  # fmt: skip

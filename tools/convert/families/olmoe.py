@@ -1,0 +1,30 @@
+"""OLMoE (arXiv 2409.02060): counted and planned, not converted: its q/k norms span all heads, megatron-core's one. [p]"""
+
+from __future__ import annotations
+
+from tools.convert import parts
+from tools.convert.family import Family, Key, Only
+from tools.convert.rope import Rope
+
+OLMOE = Family(
+    name="olmoe",
+    model_types=("olmoe",),
+    architecture="OlmoeForCausalLM",
+    settings=(
+        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        parts.PLAIN_MLP,
+        parts.HeadDim(),
+        Rope(),
+        Only("attention_bias", (False, None), "its output bias has no counterpart here"),
+        Only("clip_qkv", (None,), "clipped queries and keys can't be built"),
+        *parts.plain_attention(**{"attention.qk_norm": True}),
+        parts.Always("attention.qk_norm_span", "all_heads"),
+        Key("num_experts", "moe.num_experts", 64),
+        Key("num_experts_per_tok", "moe.top_k", 8),
+        Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
+        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.01, float),
+        parts.AllSparse(),
+        *parts.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
+    ),
+    planning_only="its norms of queries and keys span all heads, megatron-core's one head",
+)

@@ -1,0 +1,385 @@
+"""What families share: groups of settings, groups of tensors. Each family's file puts them together. [p]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from parallel import architecture as arch
+from tools.convert.family import REQUIRED, Always, Key, Only, Setting, Tensor, tensor
+from tools.convert.spans import gate_up, query_key_value, same, stacked, vocab
+
+PLAIN_MLP = Only("hidden_act", ("silu",), "its experts and MLPs are SwiGLU")
+
+
+def decoder(
+    eps: Any = REQUIRED, tied: bool = False, kv_heads: bool = True, ffn: str | None = "ffn_hidden_size"
+) -> tuple[Setting, ...]:
+    """The keys that every decoder has. `eps`, `tied`: what absent keys mean; `ffn`: our key of intermediate_size."""
+    settings: list[Setting] = [
+        Key("vocab_size", "vocab_size"),
+        Key("hidden_size", "hidden_size"),
+        Key("num_hidden_layers", "num_layers"),
+        Key("num_attention_heads", "attention.num_heads"),
+        Key("rms_norm_eps", "norm_eps", eps, float),
+        Key("tie_word_embeddings", "tie_embeddings", tied, bool),
+        Key("max_position_embeddings", "max_position_tokens", None),
+        Key("attention_dropout", "attention.dropout", 0.0, float),
+        Always("norm", "rmsnorm"),
+        Always("hidden_dropout", 0.0),
+    ]
+    settings += [KeyValueHeads()] if kv_heads else []
+    settings += [Key("intermediate_size", ffn)] if ffn else []
+    return tuple(settings)
+
+
+@dataclass(frozen=True)
+class KeyValueHeads:
+    """num_key_value_heads; absent or null: as many as query heads."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("num_key_value_heads",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = theirs.get("num_key_value_heads")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            yield Problem("config.json: num_key_value_heads", value, "must be of type int", "mend the config.json")
+            return
+        model.attention.num_query_groups = value
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["num_key_value_heads"] = arch.num_query_groups(model)
+        return iter(())
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """head_dim; `absent` is what a config.json without it means (None: hidden / heads)."""
+
+    absent: int | None = None
+
+    def names(self) -> tuple[str, ...]:
+        return ("head_dim",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = theirs.get("head_dim", self.absent)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            yield Problem("config.json: head_dim", value, "must be a positive int", "mend the config.json")
+            return
+        # Megatron-Core needs it stated; hidden / heads is what transformers takes.
+        heads = model.attention.num_heads
+        if value is None and model.hidden_size % heads:
+            yield Problem("config.json: head_dim", None, f"must be there: {model.hidden_size} / {heads} is no whole number", "state it")
+            return
+        model.attention.head_dim = value or model.hidden_size // heads
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["head_dim"] = arch.head_dim(model)
+        return iter(())
+
+
+@dataclass(frozen=True)
+class DenseFirst:
+    """first_k_dense_replace, with the total number of dense layers at the bottom."""
+
+    absent: Any = REQUIRED
+
+    def names(self) -> tuple[str, ...]:
+        return ("first_k_dense_replace",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = theirs.get("first_k_dense_replace", self.absent)
+        if isinstance(value, bool) or not isinstance(value, int):
+            yield Problem("config.json: first_k_dense_replace", None if value is REQUIRED else value, "must be an int", "state it")
+            return
+        model.moe.first_dense_layers = value
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        kinds = arch.moe_layers(model)
+        dense = kinds.index(True) if True in kinds else len(kinds)
+        if not all(kinds[dense:]) or not any(kinds):
+            yield f"its MoE layers follow the dense ones at the bottom, these are {''.join('x' if k else '.' for k in kinds)}"
+        theirs["first_k_dense_replace"] = dense
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """decoder_sparse_step and mlp_only_layers (Qwen): layer i is MoE when it isn't named and (i + 1) is a multiple of the step."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("decoder_sparse_step", "mlp_only_layers")
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        step, dense = theirs.get("decoder_sparse_step", 1), theirs.get("mlp_only_layers") or []
+        if not isinstance(step, int) or step < 1 or not isinstance(dense, list):
+            yield Problem("config.json: decoder_sparse_step", step, "must be a positive int, mlp_only_layers a list", "mend it")
+            return
+        pattern = [int(i not in dense and (i + 1) % step == 0) for i in range(model.num_layers)]
+        model.moe.layer_pattern = None if all(pattern) else pattern
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["decoder_sparse_step"] = 1
+        theirs["mlp_only_layers"] = [i for i, is_moe in enumerate(arch.moe_layers(model)) if not is_moe]
+        if not arch.is_mla(model) and model.moe.num_experts == 0:
+            yield "it has experts"
+
+
+@dataclass(frozen=True)
+class AllSparse:
+    """Every layer is MoE."""
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        return iter(())
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        if model.moe.num_experts == 0 or not all(arch.moe_layers(model)):
+            yield "all of its layers have experts"
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """n_shared_experts of moe_intermediate_size each, held as one."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("n_shared_experts",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        count = theirs.get("n_shared_experts") or 0
+        if isinstance(count, bool) or not isinstance(count, int):
+            yield Problem("config.json: n_shared_experts", count, "must be an int", "mend the config.json")
+            return
+        model.moe.shared_ffn_hidden_size = count * arch.expert_ffn(model) or None
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        width, one = model.moe.shared_ffn_hidden_size or 0, arch.expert_ffn(model)
+        if width == 0 or width % one:
+            yield f"model.moe.shared_ffn_hidden_size = {width} must be a multiple of an expert's {one}"
+        theirs["n_shared_experts"] = width // one
+
+
+@dataclass(frozen=True)
+class Groups:
+    """n_group and topk_group. megatron-core adds the best top_k / topk_group scores of a group, transformers always two."""
+
+    absent: int | None = None
+
+    def names(self) -> tuple[str, ...]:
+        return ("n_group", "topk_group")
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        groups, chosen = theirs.get("n_group", self.absent) or 1, theirs.get("topk_group", self.absent) or 1
+        if groups == 1:
+            return
+        model.moe.router.num_groups, model.moe.router.group_top_k = groups, chosen
+        if model.moe.top_k // chosen != 2:
+            rule = (
+                f"must be 2 x topk_group = {2 * chosen}: transformers scores a group by its best two experts, "
+                f"megatron-core by its best num_experts_per_tok / topk_group = {model.moe.top_k // chosen}"
+            )
+            yield Problem("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        router = model.moe.router
+        theirs["n_group"], theirs["topk_group"] = router.num_groups or 1, router.group_top_k or 1
+        if router.num_groups and model.moe.top_k // (router.group_top_k or 1) != 2:
+            yield "it scores a group by its best two experts"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """No experts."""
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        return iter(())
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        if model.moe.num_experts:
+            yield "it has no experts"
+
+
+NO_MLA = Always("mla.kv_lora_rank", None)
+NO_MTP = Always("mtp.num_layers", 0)
+NO_WINDOW = Always("attention.window_size_tokens", None)
+
+
+def plain_attention(**changed: Any) -> tuple[Setting, ...]:
+    """No latent attention, no window, no sinks, no biases, no norms of queries and keys; `changed` values instead."""
+    values = {
+        "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
+        "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
+        "mtp.num_layers": 0, "activation": "swiglu", **changed,
+    }  # fmt: skip
+    return tuple(Always(name, value) for name, value in values.items() if value is not REQUIRED)
+
+
+def softmax_router(**changed: Any) -> tuple[Setting, ...]:
+    """Softmax scores without groups, biases and scaling."""
+    values = {
+        "moe.router.score": "softmax", "moe.router.num_groups": None, "moe.router.expert_bias": False,
+        "moe.router.bias": False, "moe.router.scaling_factor": 1.0, **changed,
+    }  # fmt: skip
+    return tuple(Always(name, value) for name, value in values.items() if value is not REQUIRED)
+
+
+def latent_attention() -> tuple[Setting, ...]:
+    """DeepSeek's multi-head latent attention."""
+    return (
+        Key("kv_lora_rank", "mla.kv_lora_rank"),
+        Key("q_lora_rank", "mla.q_lora_rank", None),
+        Key("qk_nope_head_dim", "mla.qk_nope_head_dim"),
+        Key("qk_rope_head_dim", "mla.qk_rope_head_dim"),
+        Key("v_head_dim", "mla.v_head_dim"),
+        Only("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
+        LatentHeads(),
+        LatentEps(),
+        *plain_attention(**{"mla.kv_lora_rank": REQUIRED, "mtp.num_layers": REQUIRED}),
+    )
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """num_key_value_heads equals the query heads; head_dim is the rotated width, or 0."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("num_key_value_heads", "head_dim", "qk_head_dim")
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        heads = theirs.get("num_key_value_heads")
+        if heads not in (None, model.attention.num_heads):
+            rule = f"must equal num_attention_heads = {model.attention.num_heads} with latent attention"
+            yield Problem("config.json: num_key_value_heads", heads, rule, "mend the config.json")
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["num_key_value_heads"] = model.attention.num_heads
+        if arch.is_mla(model):
+            theirs["head_dim"] = model.mla.qk_rope_head_dim
+        return iter(())
+
+
+@dataclass(frozen=True)
+class LatentEps:
+    """The norms of the compressed query and key: transformers has 1e-6 there whatever rms_norm_eps, megatron-core rms_norm_eps."""
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        model.mla.norm_eps = 1e-6
+        return iter(())
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        if (model.mla.norm_eps or model.norm_eps) != 1e-6:
+            yield f"model.mla.norm_eps = {model.mla.norm_eps or model.norm_eps}, it has 1e-6 only"
+
+
+# Tensors. Names as save_pretrained writes them; `{L}` is the layer, `{E}` the expert.
+
+EMBEDDING = (
+    tensor("model", "embedding.word_embeddings.weight", "model.embed_tokens.weight", join=vocab),
+    tensor("model", "output_layer.weight", "lm_head.weight", join=vocab, when=lambda model: not model.tie_embeddings),
+    tensor("model", "decoder.final_layernorm.weight", "model.norm.weight"),
+)
+_L = "model.layers.{L}."
+NORMS = (
+    tensor("layer", "input_layernorm.weight", _L + "input_layernorm.weight"),
+    tensor("layer", "pre_mlp_layernorm.weight", _L + "post_attention_layernorm.weight"),
+)
+_A = _L + "self_attn."
+
+
+def _qkv(kind: str) -> tuple[str, ...]:
+    return tuple(f"{_A}{part}_proj.{kind}" for part in "qkv")
+
+
+ATTENTION = (
+    *NORMS,
+    tensor("layer", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
+    tensor("layer", "self_attention.linear_qkv.bias", *_qkv("bias"), join=query_key_value, when=lambda m: m.attention.qkv_bias),
+    tensor("layer", "self_attention.q_layernorm.weight", _A + "q_norm.weight", when=lambda m: m.attention.qk_norm),
+    tensor("layer", "self_attention.k_layernorm.weight", _A + "k_norm.weight", when=lambda m: m.attention.qk_norm),
+    tensor("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+    tensor("layer", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
+    tensor("layer", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
+)
+
+
+def _compressed(model: Model) -> bool:
+    return model.mla.q_lora_rank is not None
+
+
+LATENT = (
+    *NORMS,
+    tensor("layer", "self_attention.linear_q_proj.weight", _A + "q_proj.weight", when=lambda m: not _compressed(m)),
+    tensor("layer", "self_attention.linear_q_down_proj.weight", _A + "q_a_proj.weight", when=_compressed),
+    tensor("layer", "self_attention.q_layernorm.weight", _A + "q_a_layernorm.weight", when=_compressed),
+    tensor("layer", "self_attention.linear_q_up_proj.weight", _A + "q_b_proj.weight", when=_compressed),
+    tensor("layer", "self_attention.linear_kv_down_proj.weight", _A + "kv_a_proj_with_mqa.weight"),
+    tensor("layer", "self_attention.kv_layernorm.weight", _A + "kv_a_layernorm.weight"),
+    tensor("layer", "self_attention.linear_kv_up_proj.weight", _A + "kv_b_proj.weight"),
+    tensor("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+)
+_M = _L + "mlp."
+DENSE_MLP = (
+    tensor("dense", "mlp.linear_fc1.weight", _M + "gate_proj.weight", _M + "up_proj.weight", join=gate_up),
+    tensor("dense", "mlp.linear_fc2.weight", _M + "down_proj.weight"),
+)
+
+
+def experts(router: str = _M + "gate.weight", one: str = _M + "experts.{E}.", names: tuple[str, str, str] | None = None) -> tuple[Tensor, ...]:
+    """Router and experts, one tensor an expert; also read in transformers 5's stacked form (gate above up)."""
+    gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+    together = _M + "experts."
+    return (
+        tensor("moe", "mlp.router.weight", router, also=(((_M + "gate.weight",), same), ((_M + "router.weight",), same))),
+        tensor(
+            "expert", "mlp.experts.linear_fc1.weight", f"{one}{gate}.weight", f"{one}{up}.weight", join=gate_up,
+            also=(((together + "gate_up_proj",), stacked),),
+        ),
+        tensor(
+            "expert", "mlp.experts.linear_fc2.weight", f"{one}{down}.weight", also=(((together + "down_proj",), stacked),)
+        ),
+    )  # fmt: skip
+
+
+def shared_experts(name: str = "shared_experts") -> tuple[Tensor, ...]:
+    """The shared experts as one MLP."""
+    head, has = f"{_M}{name}.", lambda model: bool(model.moe.shared_ffn_hidden_size)
+    return (
+        tensor(
+            "moe", "mlp.shared_experts.linear_fc1.weight", head + "gate_proj.weight", head + "up_proj.weight",
+            join=gate_up, when=has,
+        ),
+        tensor("moe", "mlp.shared_experts.linear_fc2.weight", head + "down_proj.weight", when=has),
+    )  # fmt: skip
+
+
+EXPERT_BIAS = (
+    tensor(
+        "moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias
+    ),
+)
+# Depth i stands behind the last layer; its embedding and head are copies of the model's.
+MTP = (
+    tensor("mtp", "enorm.weight", _L + "enorm.weight"),
+    tensor("mtp", "hnorm.weight", _L + "hnorm.weight"),
+    tensor("mtp", "eh_proj.weight", _L + "eh_proj.weight"),
+    tensor("mtp", "final_layernorm.weight", _L + "shared_head.norm.weight"),
+)
+
+
+def mtp_copies(model: Model) -> dict[str, str]:
+    """The tables that a prediction depth's files repeat."""
+    copies = {}
+    for layer in range(model.num_layers, model.num_layers + model.mtp.num_layers):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+    return copies

@@ -1,0 +1,150 @@
+"""The memory ledger: what each rank holds at its fullest moment, with a range. [p]
+
+In: a Job. Out: a `Ledger` of one `Rank` per stage. `allocated` is what torch.cuda.max_memory_allocated would say; a GPU
+must hold more: the CUDA context, communicators outside torch's allocator, and what fragmentation wastes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.planner import activations
+from tools.planner.activations import Kept
+from tools.planner.hardware import GIB
+from tools.planner.job import Job
+from tools.planner.weights import Held, layer_held, stage_held, state_bytes
+
+# Outside the allocator: CUDA context and kernels, and one communicator's buffers (NCCL, per group that a rank is in).
+CONTEXT_GIB, COMMUNICATOR_GIB = 0.9, 0.25
+# Part of the allocated bytes lost between blocks: usual, and where dropless routing changes sizes every step.
+FRAGMENTATION_DENSE, FRAGMENTATION_MOE = 0.03, 0.06
+# Tokens of the fullest expert rank over the mean: what a balanced router reaches, and a young one.
+IMBALANCE, IMBALANCE_HIGH = 1.1, 1.5
+# Uncertainty of the activations' count (kernels differ in what they keep).
+ACTIVATIONS_LOW, ACTIVATIONS_HIGH = 0.8, 1.15
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a stage, GiB. `buffers`: logits, gradients under way, gathered weights, communicators, fragmentation."""
+
+    stage: int
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    activations_gib: float
+    buffers_gib: float
+    overhead_gib: float
+    low_gib: float
+    high_gib: float
+    host_gib: float
+
+    @property
+    def allocated_gib(self) -> float:
+        """What torch's allocator hands out at the peak."""
+        return self.total_gib - self.overhead_gib
+
+    @property
+    def total_gib(self) -> float:
+        parts = (self.weights_gib, self.gradients_gib, self.optimizer_gib, self.activations_gib, self.buffers_gib)
+        return sum(parts)
+
+    def as_dict(self) -> dict[str, float | int]:
+        names = ("weights_gib", "gradients_gib", "optimizer_gib", "activations_gib", "buffers_gib", "total_gib", "low_gib",
+                 "high_gib", "allocated_gib", "host_gib")  # fmt: skip
+        return {"stage": self.stage} | {name: round(float(getattr(self, name)), 3) for name in names}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All stages, and what the GPU has."""
+
+    ranks: tuple[Rank, ...]
+    capacity_gib: float
+
+    @property
+    def fullest(self) -> Rank:
+        return max(self.ranks, key=lambda rank: rank.total_gib)
+
+    @property
+    def peak_gib(self) -> float:
+        return self.fullest.total_gib
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gib <= self.capacity_gib
+
+    @property
+    def low_gib(self) -> float:
+        """Even the most favourable count needs this."""
+        return max(rank.low_gib for rank in self.ranks)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "ranks": [rank.as_dict() for rank in self.ranks],
+            "peak_gib": round(self.peak_gib, 3),
+            "range_gib": [round(self.low_gib, 3), round(max(rank.high_gib for rank in self.ranks), 3)],
+            "fullest_stage": self.fullest.stage,
+            "capacity_gib": round(self.capacity_gib, 3),
+        }
+
+
+def gathered_bytes(job: Job, held: Held) -> float:
+    """Weights that ZeRO-3 gathers for the layers at work (two at a time), and buckets that travel (ZeRO 1 and 2)."""
+    if not job.shards_weights:
+        return 0.0 if job.zero.engine == "megatron" else min(held.total, 5e8) * job.states.gradients
+    kinds = set(job.moe_layers)
+    layer = max(layer_held(job, is_moe).total for is_moe in kinds)
+    size = 4 if job.compute == "fp32" else 2
+    return size * max(2 * layer, job.padded_vocab * job.model.hidden_size / job.layout.tensor) + job.states.gradients * layer
+
+
+def transient_bytes(job: Job, stage: int, held: Held, imbalance: float) -> float:
+    """What comes and goes inside the allocator at the fullest moment: logits or a layer's gradients, gathered weights."""
+    kinds = {job.moe_layers[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers}
+    work = max((activations.working_bytes(job, is_moe, imbalance) for is_moe in kinds), default=0.0)
+    if job.recompute.mode == "full":
+        kept = max((activations.layer_bytes(job, is_moe, imbalance) for is_moe in kinds), default=0.0)
+        work += kept * (job.recompute.num_layers if job.recompute.method == "uniform" else 1)
+    if any(chunk.head for chunk in job.stage_chunks[stage]):
+        work = max(work, activations.logit_bytes(job))
+    return work + gathered_bytes(job, held)
+
+
+def communicators(job: Job) -> int:
+    """Groups of more than one rank that a rank belongs to: each has a communicator with its buffers."""
+    layout = job.layout
+    sizes = (layout.tensor, layout.context, layout.pipeline, layout.data * layout.context, layout.expert, layout.expert_tensor,
+             layout.expert_data if job.model.moe.num_experts else 1, layout.tensor * layout.pipeline)  # fmt: skip
+    return sum(size > 1 for size in sizes)
+
+
+def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept, Kept, Kept]) -> Rank:
+    states = state_bytes(job, held)
+    kept, balanced, young = (activations.stage_activations(job, stage, count) for count in counts)
+    transient = transient_bytes(job, stage, held, imbalance)
+    allocated = states.total + kept + transient
+    moe = job.model.moe.num_experts > 0
+    outside = GIB * (CONTEXT_GIB + COMMUNICATOR_GIB * communicators(job))
+    overhead = outside + (FRAGMENTATION_MOE if moe else FRAGMENTATION_DENSE) * allocated
+    return Rank(
+        stage=stage,
+        weights_gib=states.weights / GIB,
+        gradients_gib=states.gradients / GIB,
+        optimizer_gib=states.optimizer / GIB,
+        activations_gib=kept / GIB,
+        buffers_gib=(transient + overhead) / GIB,
+        overhead_gib=overhead / GIB,
+        low_gib=(states.total + ACTIVATIONS_LOW * balanced + GIB * CONTEXT_GIB) / GIB,
+        high_gib=(states.total + ACTIVATIONS_HIGH * (young + transient) + outside + overhead) / GIB,
+        host_gib=states.host / GIB,
+    )
+
+
+def make_ledger(job: Job, imbalance: float | None = None) -> Ledger:
+    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance)."""
+    ratio = IMBALANCE if imbalance is None else imbalance
+    counts = tuple(activations.kept_by_layer(job, each) for each in (ratio, 1.0, max(ratio, IMBALANCE_HIGH)))
+    assert len(counts) == 3, "the usual, the balanced and the young router"
+    ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)))
+    return Ledger(ranks, job.machine.gpu.memory_gib)

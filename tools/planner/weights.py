@@ -1,0 +1,109 @@
+"""Parameters that one rank of each stage holds, and the bytes of weights, gradients and optimizer state. [p]
+
+In: a Job. Out: `Held` per stage (numbers of parameters) and bytes under its ZeRO stage and offload. Legend: dense
+parameters are divided by tensor, routed experts by expert x expert_tensor; norms, the router and MLA's down
+projections lie whole on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel import architecture as arch
+from parallel.stages import Chunk
+from pretrain.flops import layer_parameters
+from tools.planner.job import Job
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters on one rank: `dense` are alike on data x context ranks, `routed` on the experts' data ranks."""
+
+    dense: float
+    routed: float = 0.0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(self.dense + other.dense, self.routed + other.routed)
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.routed
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on the GPU of one rank; `host` is what offload keeps beside it."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def layer_held(job: Job, is_moe: bool) -> Held:
+    """Parameters of one layer on one rank."""
+    model, layout = job.model, job.layout
+    counts = layer_parameters(model, is_moe)
+    whole = counts.norms + counts.router
+    divided = counts.attention + counts.dense + counts.shared
+    if model.mla.kv_lora_rank is not None:
+        down = model.hidden_size * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim + (model.mla.q_lora_rank or 0))
+        whole, divided = whole + down, divided - down
+    return Held(whole + divided / layout.tensor, counts.routed / (layout.expert * layout.expert_tensor))
+
+
+def chunk_held(job: Job, chunk: Chunk) -> Held:
+    """Parameters of one chunk on one rank."""
+    model, tensor = job.model, job.layout.tensor
+    table = job.padded_vocab * model.hidden_size / tensor
+    kinds = job.moe_layers
+    held = Held(0.0)
+    for is_moe in (False, True):
+        number = sum(kinds[layer] == is_moe for layer in chunk.layers)
+        if number:
+            layer = layer_held(job, is_moe)
+            held += Held(number * layer.dense, number * layer.routed)
+    if chunk.embedding:
+        held += Held(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
+    if chunk.mtp:
+        depth = layer_held(job, arch.mtp_is_moe(model))
+        held += Held(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
+        # The prediction depths embed their tokens again: on another stage than the first that is a copy of the table.
+        held += Held(0.0 if chunk.embedding else table)
+    if chunk.head and not (model.tie_embeddings and (chunk.embedding or chunk.mtp)):
+        held += Held(table)
+    return held
+
+
+def stage_held(job: Job) -> tuple[Held, ...]:
+    """Parameters of one rank of each stage."""
+    stages = [Held(0.0)] * job.layout.pipeline
+    for chunk in job.chunks:
+        stages[chunk.stage] += chunk_held(job, chunk)
+    return tuple(stages)
+
+
+def state_bytes(job: Job, held: Held) -> StateBytes:
+    """Bytes of one rank's states. ZeRO paper (arXiv 1910.02054): stage 1 divides optimizer, 2 gradients, 3 weights."""
+    layout, states, stage = job.layout, job.states, job.zero.stage
+    dense_shards = job.shard(layout.data * layout.context)
+    expert_shards = job.shard(layout.expert_data)
+
+    def bytes_of(size: int, divided: bool) -> float:
+        if not divided:
+            return size * held.total
+        return size * (held.dense / dense_shards + held.routed / expert_shards)
+
+    weights = bytes_of(states.weights, stage >= 3)
+    gradients = bytes_of(states.gradients, stage >= 2)
+    optimizer = bytes_of(states.optimizer, stage >= 1)
+    host = 0.0
+    if job.zero.offload != "none":
+        host, optimizer = optimizer, 0.0
+    if job.zero.offload == "param":
+        host, weights = host + weights, 0.0
+    return StateBytes(weights, gradients, optimizer, host)

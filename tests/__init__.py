@@ -1,0 +1,3 @@
+"""Tests mirror the source. `parallel` is imported first: it prepares megatron for CPUs."""
+
+import parallel  # noqa: F401

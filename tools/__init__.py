@@ -1,0 +1,3 @@
+"""Commands and campaigns around a run. `parallel` is imported first: it prepares megatron for CPUs."""
+
+import parallel  # noqa: F401

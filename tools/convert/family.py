@@ -18,6 +18,11 @@ REQUIRED = object()
 """Default of a key that config.json must state."""
 
 
+@dataclass(frozen=True)
+class Refusal(Problem):
+    """The model is understood and can be counted, but converting it would silently change its answers."""
+
+
 def get(model: Model, path: str) -> Any:
     """The value of a dotted key of the `model` section."""
     value: Any = model
@@ -104,8 +109,8 @@ class Only:
         # 0 == False in Python, and HF files write either.
         if value not in self.values:
             words = " or ".join(repr(item) for item in self.values)
-            fix = "this model can't be converted without changing its answers; as a preset for planning: phalanx model --to-yaml"
-            yield Problem(f"config.json: {self.theirs}", value, f"must be {words}: {self.why}", fix)
+            fix = "this model can't be converted; for planning: phalanx model config.json --to-yaml"
+            yield Refusal(f"config.json: {self.theirs}", value, f"must be {words}: {self.why}", fix)
 
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
         theirs[self.theirs] = self.values[0]

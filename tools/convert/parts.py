@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.family import REQUIRED, Always, Key, Only, Setting, Tensor, tensor
+from tools.convert.family import REQUIRED, Always, Key, Only, Refusal, Setting, Tensor, tensor
 from tools.convert.spans import gate_up, query_key_value, same, stacked, vocab
 
 PLAIN_MLP = Only("hidden_act", ("silu",), "its experts and MLPs are SwiGLU")
@@ -182,7 +182,7 @@ class Groups:
                 f"must be 2 x topk_group = {2 * chosen}: transformers scores a group by its best two experts, "
                 f"megatron-core by its best num_experts_per_tok / topk_group = {model.moe.top_k // chosen}"
             )
-            yield Problem("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
+            yield Refusal("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
 
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
         router = model.moe.router

@@ -14,7 +14,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model, RopeScaling
 from parallel import architecture as arch
-from tools.convert.family import REQUIRED
+from tools.convert.family import REQUIRED, Refusal
 
 KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 # config.json's key -> ours, for each kind beside `factor`.
@@ -63,7 +63,7 @@ class Rope:
         kind = new.get("rope_type") or new.get("type") or old.get("rope_type") or old.get("type") or "default"
         if kind not in KINDS:
             rule = "must be default, linear, llama3 or yarn: megatron-core has no other"
-            yield Problem("config.json: rope type", kind, rule, "convert another model")
+            yield Refusal("config.json: rope type", kind, rule, "convert another model")
         elif kind != "default":
             yield from _read_scaling(KINDS[kind], values, model)
 
@@ -122,17 +122,17 @@ def _read_yarn(values: Mapping[str, Any], model: Model) -> Iterator[Problem]:
     if not (values.get("mscale") and values.get("mscale_all_dim")):
         if values.get("mscale_all_dim") and arch.is_mla(model):
             rule = "must come with mscale: alone it would scale the softmax but not the frequencies"
-            yield Problem("config.json: mscale_all_dim", values["mscale_all_dim"], rule, "state both")
+            yield Refusal("config.json: mscale_all_dim", values["mscale_all_dim"], rule, "state both")
         scaling.mscale, scaling.mscale_all_dim = 1.0, 0.0
     scaling.truncate = bool(values.get("truncate", True))
     if not scaling.truncate and arch.is_mla(model):
         rule = "must be true with latent attention: megatron-core rounds the correction range there"
-        yield Problem("config.json: rope truncate", False, rule, "convert another model")
+        yield Refusal("config.json: rope truncate", False, rule, "convert another model")
     computed = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     stated = values.get("attention_factor")
     if stated is not None and abs(stated - computed) > 1e-6:
         rule = f"must be {computed:.6g}, which follows from factor and mscale: megatron-core has no other"
-        yield Problem("config.json: attention_factor", stated, rule, "convert another model")
+        yield Refusal("config.json: attention_factor", stated, rule, "convert another model")
 
 
 def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:

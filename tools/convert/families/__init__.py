@@ -13,6 +13,7 @@ from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
 from tools.convert.families.glm4_moe import GLM4_MOE
 from tools.convert.families.gpt_oss import GPT_OSS
 from tools.convert.families.llama import LLAMA, MISTRAL
+from tools.convert.families.llama4 import LLAMA4
 from tools.convert.families.mixtral import MIXTRAL
 from tools.convert.families.olmoe import OLMOE
 from tools.convert.families.qwen2_moe import QWEN2_MOE
@@ -22,7 +23,7 @@ from tools.convert.family import Family
 from tools.convert.resolved import differences
 
 FAMILIES = (
-    QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE,
+    QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
 )  # fmt: skip
 
 

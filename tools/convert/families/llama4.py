@@ -1,0 +1,56 @@
+"""Llama 4's language model: counted and planned, not converted. Source: transformers models/llama4. [p]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from tools.convert import parts
+from tools.convert.family import Always, Family, Key
+from tools.convert.rope import Rope
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """interleave_moe_layer_step: layers step-1, 2 step-1, … are MoE; each has one shared expert of an expert's width."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("interleave_moe_layer_step", "moe_layers")
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        step = theirs.get("interleave_moe_layer_step", 1)
+        if not isinstance(step, int) or step < 1:
+            yield Problem("config.json: interleave_moe_layer_step", step, "must be a positive int", "mend the config.json")
+            return
+        model.moe.layer_pattern = None if step == 1 else [int((i + 1) % step == 0) for i in range(model.num_layers)]
+        model.moe.shared_ffn_hidden_size = model.moe.ffn_hidden_size
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        yield "it is for planning only"
+
+
+LLAMA4 = Family(
+    name="llama4",
+    model_types=("llama4_text", "llama4"),
+    architecture="Llama4ForCausalLM",
+    settings=(
+        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        Key("intermediate_size_mlp", "ffn_hidden_size", 16384),
+        parts.HeadDim(absent=128),
+        Rope(theta=500000.0),
+        *parts.plain_attention(),
+        Key("num_local_experts", "moe.num_experts", 16),
+        Key("num_experts_per_tok", "moe.top_k", 1),
+        Interleaved(),
+        Always("moe.router.score", "sigmoid"),
+        Always("moe.router.normalize_top_k", False),
+    ),
+    planning_only="chunked attention, layers without positions, L2 norms of queries and keys, weights on the experts' input",
+    ignored=(
+        "use_qk_norm", "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size", "attn_temperature_tuning",
+        "floor_scale", "attn_scale", "attention_bias", "hidden_act", "router_aux_loss_coef", "router_jitter_noise", "for_llm_compressor",
+    ),
+)  # fmt: skip

@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/quickstart
 
+# WORDS: key=value words for the demo, e.g. make demo WORDS="run.steps=500"
+WORDS ?=
+
 .PHONY: install demo data test prove lint clean
 
 install: $(VENV)/installed
@@ -29,7 +32,7 @@ $(DATA)/train.idx: $(DATA)/tokenizer.model | $(VENV)/installed
 data: $(DATA)/train.idx
 
 demo: $(DATA)/train.idx
-	$(BIN)/phalanx launch configs/run/quickstart.yaml
+	$(BIN)/phalanx launch configs/run/quickstart.yaml $(WORDS)
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 
 from tools.planner.job import Job
 from tools.planner.published import Run, runs_of
-from tools.planner.timing import FIT, NAMES, OVERLAP_POWER, step_vector
+from tools.planner.timing import BESIDE, FIT, NAMES, NARROW, OVERLAP_POWER, combine, step_vector
 from tools.planner.work import INDEX, KINDS, Vector
 
 # Seconds taken over seconds at full speed that one expects before looking: the largest products are the unit.
 PRIOR: dict[str, float] = {
     "gemm": 1.1, "experts": 1.3, "attention": 1.6, "memory": 1.3, "scores": 1.3, "tensor": 1.3, "expert_near": 1.5,
-    "expert_far": 1.5, "context": 0.5, "pipeline": 1.0, "data": 0.5, "shards": 1.4, "optimizer": 1.5, "kernels": 2e-6,
-    "steps": 0.02, "gemm_fp8": 1.1, "gemm_fp4": 1.3, "data_not_overlapped": 1.3,
+    "expert_far": 1.5, "context": 0.5, "pipeline": 1.0, "data": 0.5, "shards": 1.4, "optimizer": 1.5, "kernels": 4e-6, "expert_kernels": 2e-4,
+    "steps": 0.02, "gemm_fp8": 1.1, "experts_fp8": 1.3, "gemm_fp4": 1.3, "data_not_overlapped": 1.3, "memory_eager": 1.5,
 }  # fmt: skip
 # Standard deviation of a log factor around its prior, and of a row's log error.
 PRIOR_WIDTH, ROW_WIDTH = 0.7, 0.1
+WIDTHS: dict[str, float] = {"attention": 0.2}
 ROUNDS, STEPS = 4, 12
 
 
@@ -42,32 +43,43 @@ class Design:
     fp8: NDArray[np.bool_]
     fp4: NDArray[np.bool_]
     waits: NDArray[np.bool_]
+    eager: NDArray[np.bool_]
     measured_s: Vector
+
+    def part(self, rows: NDArray[np.bool_]) -> Design:
+        """Some of the rows."""
+        return Design(*(getattr(self, item.name)[rows] for item in fields(self)))
 
     def seconds(self, factors: Vector) -> NDArray[np.float64]:
         """Seconds of each row and kind."""
         weights = np.tile(factors[: len(KINDS)], (len(self.work), 1))
-        products = [INDEX["gemm"], INDEX["experts"]]
-        for name, chosen in (("gemm_fp8", self.fp8), ("gemm_fp4", self.fp4)):
-            weights[np.ix_(chosen, products)] *= factors[NAMES.index(name)]
+        for compute, pairs in NARROW.items():
+            for kind, name in pairs:
+                weights[getattr(self, compute), INDEX[kind]] *= factors[NAMES.index(name)]
+        weights[self.eager, INDEX["memory"]] *= factors[NAMES.index("memory_eager")]
         weights[self.waits, INDEX["data"]] = factors[NAMES.index("data_not_overlapped")]
         return self.work * weights
 
     def log_error(self, factors: Vector) -> tuple[Vector, NDArray[np.float64]]:
         """log(predicted / measured), and its derivative by each log factor, [row, name]."""
         seconds = self.seconds(factors)
-        shards = INDEX["shards"]
-        beside = seconds[:, shards]
-        rest = seconds.sum(axis=1) - beside
-        total = (rest**OVERLAP_POWER + beside**OVERLAP_POWER) ** (1 / OVERLAP_POWER)
+        total, rest = combine(seconds), seconds.sum(axis=1)
+        stream = np.zeros_like(seconds)  # what runs one after another with a kind
+        for group in BESIDE:
+            members = [INDEX[name] for name in group]
+            together = seconds[:, members].sum(axis=1)
+            stream[:, members] = together[:, None]
+            rest = rest - together
+        alone = [INDEX[name] for name in KINDS if not any(name in group for group in BESIDE)]
+        stream[:, alone] = rest[:, None]
         share = np.zeros((len(seconds), len(NAMES)))
-        share[:, : len(KINDS)] = seconds * ((rest ** (OVERLAP_POWER - 1)) / total**OVERLAP_POWER)[:, None]
-        share[:, shards] = beside**OVERLAP_POWER / total**OVERLAP_POWER
-        products = share[:, INDEX["gemm"]] + share[:, INDEX["experts"]]
-        share[:, NAMES.index("gemm_fp8")] = products * self.fp8
-        share[:, NAMES.index("gemm_fp4")] = products * self.fp4
+        share[:, : len(KINDS)] = seconds * stream ** (OVERLAP_POWER - 1) / total[:, None] ** OVERLAP_POWER
+        for compute, pairs in NARROW.items():
+            for kind, name in pairs:
+                share[:, NAMES.index(name)] += share[:, INDEX[kind]] * getattr(self, compute)
         share[:, NAMES.index("data_not_overlapped")] = share[:, INDEX["data"]] * self.waits
         share[self.waits, INDEX["data"]] = 0.0
+        share[:, NAMES.index("memory_eager")] = share[:, INDEX["memory"]] * self.eager
         return np.log(total / self.measured_s), share
 
 
@@ -85,6 +97,7 @@ def make_design(runs: Sequence[Run], factors: Vector) -> Design:
         fp8=np.array([job.compute == "fp8" for job in jobs]),
         fp4=np.array([job.compute == "fp4" for job in jobs]),
         waits=np.array([not job.zero.overlap for job in jobs]),
+        eager=np.array([job.zero.engine == "fsdp" for job in jobs]),
         measured_s=np.array([step_seconds(run) for run in runs]),
     )
 
@@ -104,12 +117,13 @@ def prior() -> Vector:
 def solve(design: Design, weights: Vector) -> Vector:
     """Factors by Gauss-Newton with the soft-L1 loss, started from the prior."""
     center = np.log(prior())
+    widths = np.array([WIDTHS.get(name, PRIOR_WIDTH) for name in NAMES])
     logs = center.copy()
     for _ in range(STEPS):
         error, slope = design.log_error(np.exp(logs))
         soft = weights / np.sqrt(1 + (error / ROW_WIDTH) ** 2) / ROW_WIDTH**2
-        left = slope.T @ (soft[:, None] * slope) + np.eye(len(logs)) / PRIOR_WIDTH**2
-        right = -slope.T @ (soft * error) - (logs - center) / PRIOR_WIDTH**2
+        left = slope.T @ (soft[:, None] * slope) + np.diag(widths**-2)
+        right = -slope.T @ (soft * error) - (logs - center) / widths**2
         logs = logs + np.clip(np.linalg.solve(left, right), -0.5, 0.5)
     return np.exp(logs)
 
@@ -137,9 +151,7 @@ def held_out_errors(runs: Sequence[Run], key: Callable[[Run], str], folds: int |
     errors = np.zeros(len(runs))
     for number in range(max(fold.values()) + 1):
         seen, unseen = chosen != number, chosen == number
-        part = Design(*(getattr(design, name)[seen] for name in ("work", "fp8", "fp4", "waits", "measured_s")))
-        rest = Design(*(getattr(design, name)[unseen] for name in ("work", "fp8", "fp4", "waits", "measured_s")))
-        errors[unseen] = rest.log_error(solve(part, weights[seen]))[0]
+        errors[unseen] = design.part(unseen).log_error(solve(design.part(seen), weights[seen]))[0]
     return errors
 
 

@@ -229,7 +229,7 @@ def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
     if stated is not None:
         return job, False
     tries = [replace(job, recompute=each) for each in RECOMPUTE_LADDER]
-    return next((each for each in tries if make_ledger(each, 1.0).fits), tries[-1]), True
+    return next((each for each in tries if make_ledger(each, 1.0).low_gib <= each.machine.gpu.memory_gib), tries[-1]), True
 
 
 def excluded(row: dict[str, Any]) -> str | None:

@@ -19,10 +19,17 @@ from tools.planner.work import INDEX, KINDS, Vector, stage_micro_work, step_work
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 # Extra factors on kinds: products in fp8 and fp4 reach less of their peak, gradients that wait for the backward pass to
-# end are not hidden.
-EXTRAS = ("gemm_fp8", "gemm_fp4", "data_not_overlapped")
+# end are not hidden, and PyTorch without fused kernels moves more bytes (the fsdp engine's published rows).
+EXTRAS = ("gemm_fp8", "experts_fp8", "gemm_fp4", "data_not_overlapped", "memory_eager")
 NAMES = (*KINDS, *EXTRAS)
-# Sharded weights travel while the layers before compute: the slower of both, softly (norm of this power).
+# Which extra factor which kind takes, by number format.
+NARROW = {
+    "fp8": (("gemm", "gemm_fp8"), ("experts", "experts_fp8")),
+    "fp4": (("gemm", "gemm_fp4"), ("experts", "gemm_fp4")),
+}
+# What runs beside the GPU's work: sharded weights that travel, and the host that launches kernels. The slowest decides,
+# softly (norm of this power).
+BESIDE = (("shards",), ("kernels", "expert_kernels"))
 OVERLAP_POWER = 4.0
 
 
@@ -46,19 +53,20 @@ def step_vector(job: Job, factors: Vector) -> tuple[Vector, Vector]:
 def kind_factors(job: Job, factors: Vector) -> Vector:
     """The factor of each kind for this job's number format and overlap."""
     weights = factors[: len(KINDS)].copy()
-    for name in ("fp8", "fp4"):
-        if job.compute == name:
-            weights[[INDEX["gemm"], INDEX["experts"]]] *= factors[NAMES.index(f"gemm_{name}")]
+    for kind, name in NARROW.get(job.compute, ()):
+        weights[INDEX[kind]] *= factors[NAMES.index(name)]
+    if job.zero.engine == "fsdp":
+        weights[INDEX["memory"]] *= factors[NAMES.index("memory_eager")]
     if not job.zero.overlap:
         weights[INDEX["data"]] = factors[NAMES.index("data_not_overlapped")]
     return weights
 
 
 def combine(seconds: Vector) -> Vector:
-    """Total of [..., kind] seconds: everything after one another, but sharded weights beside the computation."""
-    shards = seconds[..., INDEX["shards"]]
-    rest = seconds.sum(axis=-1) - shards
-    return (rest**OVERLAP_POWER + shards**OVERLAP_POWER) ** (1 / OVERLAP_POWER)
+    """Total of [..., kind] seconds: one after another, but the groups of BESIDE beside all others."""
+    beside = [seconds[..., [INDEX[name] for name in group]].sum(axis=-1) for group in BESIDE]
+    rest = seconds.sum(axis=-1) - sum(beside)
+    return (rest**OVERLAP_POWER + sum(part**OVERLAP_POWER for part in beside)) ** (1 / OVERLAP_POWER)
 
 
 @dataclass(frozen=True)

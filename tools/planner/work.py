@@ -33,12 +33,13 @@ KINDS = (
     "shards",  # weights gathered and gradients reduced for every pass (ZeRO-3)
     "optimizer",  # the update, at memory speed
     "kernels",  # kernel launches, a count
+    "expert_kernels",  # products, casts and permutations launched expert by expert: local experts, a count
     "steps",  # 1: what a step costs whatever its size
 )
 INDEX = {name: position for position, name in enumerate(KINDS)}
 Vector = NDArray[np.float64]
 # Kernels of a layer's forward and backward pass; a MoE layer routes, permutes and talks besides.
-KERNELS_DENSE, KERNELS_MOE = 45, 110
+KERNELS_DENSE, KERNELS_MOE = 60, 200
 # Bytes of an element of the score matrix written and read, forward and backward, without flash attention.
 SCORE_BYTES = 30.0
 # Backward over forward: flash attention makes the scores again (2.5), products twice (2).
@@ -185,6 +186,7 @@ def _experts(tally: _Tally, again: float) -> None:
     tokens = job.micro_tokens / (layout.tensor if layout.sequence else 1)
     near, far = remote_copies(job)
     ways = (4 + 2 * redo) * tokens * h * size / 1e9
+    tally.add("expert_kernels", local * (1 + redo / 3))
     tally.add("expert_near", ways * near / job.machine.gpu.scaleup_gb_s)
     tally.add("expert_far", ways * far / job.machine.nic_gb_s)
     if layout.expert_tensor > 1:

@@ -1,0 +1,99 @@
+"""What the user's commands leave behind and print, on the real program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.files import iterate_lines
+from configs.run_folder import RunFolder
+from tests.run.world import ROOT, STEPS, check_equal, launch
+
+
+def phalanx(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.cli", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_run_folder_is_as_the_readme_says(undisturbed: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "events.jsonl", "outcome.json", "DONE"):
+        assert (undisturbed / name).exists()
+        assert name in readme
+    assert sorted(path.name for path in (undisturbed / "logs" / "attempt_0001").glob("rank_*.log")) == [
+        "rank_0.log",
+        "rank_1.log",
+    ]
+    checkpoints = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    assert checkpoints == [f"step_{STEPS - 2:07d}", f"step_{STEPS:07d}"], "the newest two are kept"
+    manifest = json.loads((undisturbed / "checkpoints" / checkpoints[-1] / "manifest.json").read_text())
+    assert manifest["step"] == STEPS and manifest["consumed_samples"] == 8 * STEPS
+    assert manifest["tensors"]["decoder.layers.3.mlp.experts.linear_fc1.weight"]["shape"] == [8, 48, 32]
+
+
+def test_a_row_has_what_people_watch(undisturbed: Path) -> None:
+    rows = [row for _, row in iterate_lines(undisturbed / "metrics.jsonl") if row]
+    keys = {
+        "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "tflops_per_gpu", "aux_loss",
+        "expert_load_max_over_mean", "dead_experts", "memory_gib/stage_0", "memory_gib/stage_1",
+    }  # fmt: skip
+    for row in rows:
+        assert keys <= set(row)
+    assert "val_loss" in rows[-1]
+    assert rows[-1]["tokens"] == STEPS * 8 * 32
+
+
+def test_the_end_says_where_everything_is(undisturbed: Path) -> None:
+    text = undisturbed.with_suffix(".txt").read_text()
+    for words in ("ln(vocab)", "unigram entropy", "held-out loss", "tokens/s", "run folder", "checkpoint", "wandb sync", "next:"):
+        assert words in text
+
+
+def test_status_and_logs(undisturbed: Path) -> None:
+    status = json.loads(phalanx("status", str(undisturbed), "--json").stdout)
+    assert status["state"] == "finished" and status["step"] == STEPS
+    assert f"step {STEPS}" in phalanx("logs", str(undisturbed)).stdout
+
+
+def test_a_finished_run_is_not_started_again(run_config: Path, undisturbed: Path) -> None:
+    again = launch(run_config, undisturbed)
+    assert again.end() == 0
+    assert "is finished" in again.output
+    assert RunFolder(undisturbed).last_attempt() == 1
+
+
+def test_two_agents_on_loopback_train_the_same(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two machines of one rank by hand, as the README says."""
+    run_dir = tmp_path / "agents"
+    port = 20000 + os.getpid() % 10000
+    agent = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "1", "--local-addr", "127.0.0.1",
+        str(ROOT / "pretrain" / "main.py"), "--config", str(run_config), f"run.dir={run_dir}", "launch.nodes=2",
+        "launch.processes_per_node=1",
+    ]  # fmt: skip
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(agent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], outputs
+    check_equal(run_dir, undisturbed)
+
+
+def test_bad_input_is_one_report_and_exit_2(run_config: Path, tmp_path: Path) -> None:
+    missing = launch(run_config, tmp_path / "none", "data.train=[{path: nowhere}]")
+    assert missing.end() == 2
+    assert "nowhere" in missing.errors and "Traceback" not in missing.errors
+    assert not (tmp_path / "none" / "metrics.jsonl").exists()
+    other = launch(run_config, tmp_path / "none", "parallel.tensor=3", "model.hidden_sise=64")
+    assert other.end() == 2
+    assert "hidden_size" in other.errors and "Traceback" not in other.errors
+
+
+def test_the_model_of_a_run_folder_cannot_change(run_config: Path, undisturbed: Path) -> None:
+    changed = launch(run_config, undisturbed, "model.hidden_size=64", f"run.steps={STEPS + 1}")
+    assert changed.end() == 2
+    assert "another architecture" in changed.errors
+    assert (undisturbed / "DONE").exists()

@@ -1,0 +1,109 @@
+"""A real run by the user's commands: `phalanx launch`, torchrun, pretrain/main.py, 2 ranks, W&B offline."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from configs.files import iterate_lines
+from configs.load import to_yaml
+from configs.run_folder import RunFolder
+from configs.schema import BlendPart
+from tests.pretrain.world import small_config
+from tests.wandb_read import offline_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def write_config(path: Path, data: Path) -> Path:
+    """12 steps of a small MoE on pipeline 2, a checkpoint every second step."""
+    config = small_config(model__vocab_size=None, schedule__warmup_steps=1)
+    config.data.tokenizer.path = str(data / "tok.model")
+    config.data.train = [BlendPart(str(data / "embedded"))]
+    config.batch.global_batch_seqs, config.batch.seq_length_tokens = 8, 32
+    config.run.steps, config.run.eval_batches = STEPS, 1
+    config.parallel.pipeline = 2
+    config.launch.processes_per_node = 2
+    config.checkpoint.interval_steps = 2
+    path.write_text(to_yaml(config))
+    return path
+
+
+@dataclass
+class Command:
+    """A running `phalanx launch`."""
+
+    process: subprocess.Popen[str]
+    folder: RunFolder
+
+    def end(self, timeout_s: float = 240) -> int:
+        self.output, self.errors = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode
+
+    def ranks(self) -> list[psutil.Process]:
+        """The rank processes, by rank."""
+        try:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            found = [(p.environ().get("RANK", ""), p) for p in below if "pretrain/main.py" in " ".join(p.cmdline())]
+        except psutil.NoSuchProcess:
+            return []
+        return [process for rank, process in sorted(found, key=lambda pair: pair[0]) if rank]
+
+    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while last_step(self.folder) < step:
+            assert self.process.poll() is None, f"ended early: {self.process.communicate()}"
+            assert time.monotonic() < deadline, f"step {step} did not come"
+            time.sleep(0.01)
+
+
+def launch(config: Path, run_dir: Path, *words: str) -> Command:
+    """`phalanx launch CONFIG run.dir=… words`, in a process of its own."""
+    command = [sys.executable, "-m", "tools.cli", "launch", str(config), f"run.dir={run_dir}", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    process = subprocess.Popen(command, env=env, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Command(process, RunFolder(run_dir))
+
+
+def last_step(folder: RunFolder) -> int:
+    rows = [row for _, row in iterate_lines(folder.metrics) if row] if folder.metrics.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def kill_at_random(command: Command, generator: random.Random) -> str:
+    """SIGKILL to a random victim at a random moment of the run; what was hit."""
+    victim = generator.choice(["launcher", "agent", "rank 0", "rank 1"])
+    command.wait_for_step(generator.randint(1, STEPS - 2))
+    time.sleep(generator.random() * 0.4)
+    ranks = command.ranks()
+    if len(ranks) < 2:
+        return "nobody: the run had ended"
+    parents = {"launcher": command.process.pid, "agent": ranks[0].ppid(), "rank 0": ranks[0].pid, "rank 1": ranks[1].pid}
+    os.kill(parents[victim], signal.SIGKILL)
+    return victim
+
+
+def check_equal(run: Path, undisturbed: Path) -> None:
+    """The same weights and optimizer state bit for bit; each step once in the record and in W&B; the same losses."""
+    names = sorted(path.name for path in (undisturbed / "checkpoints" / f"step_{STEPS:07d}").glob("*.safetensors"))
+    assert names
+    for name in names:
+        parts = [folder / "checkpoints" / f"step_{STEPS:07d}" / name for folder in (run, undisturbed)]
+        assert filecmp.cmp(*parts, shallow=False), f"{name} differs"
+    rows = [
+        {row["step"]: row["loss"] for _, row in iterate_lines(folder / "metrics.jsonl") if row} for folder in (run, undisturbed)
+    ]
+    assert rows[0] == rows[1]
+    assert sorted(rows[0]) == list(range(1, STEPS + 1))
+    wandb_id = (run / "wandb_id").read_text().strip()
+    assert sorted(offline_steps(run, wandb_id)) == list(range(1, STEPS + 1)), "each step once in W&B"

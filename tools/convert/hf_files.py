@@ -1,0 +1,224 @@
+"""A Hugging Face folder as tensors by name: headers read at once, numbers by rows. Nothing is ever unpickled. [p]
+
+In: a folder. Out: `HfFiles`: shapes and types of all tensors (fp8 and MXFP4 ones as the bf16 that they stand for), rows of
+any. What is wrong with the folder (missing shards, an index that lies, truncated files, pickles) is collected first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import ConfigError, Problem
+from configs.files import read_json
+from pretrain.tensor_file import DamagedFile, Entry, read_header
+from tools.convert.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4
+
+INDEX = "model.safetensors.index.json"
+_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
+_REPEATED = re.compile(r"\.rotary_emb\.inv_freq$")
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as callers see it. `file`, `entry`: its bytes; `packing`: none, fp8 or mxfp4; `with_name`: its factors."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    entry: Entry
+    packing: str | None = None
+    with_name: str | None = None
+
+
+class HfFiles:
+    """Reads from any number of threads; open files are shared."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError with every problem of the folder."""
+        self.folder = folder
+        self.raw, problems = _inventory(folder)
+        self.block = _block_size(config)
+        self.tensors: dict[str, Stored] = {}
+        self.factors: dict[str, str] = {}
+        for name, (file, entry) in self.raw.items():
+            if _REPEATED.search(name):
+                continue
+            stored = self._understood(name, file, entry, problems)
+            if stored:
+                self.tensors[name] = stored
+        if problems:
+            raise ConfigError(problems)
+        self._opened: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.raw:
+            self.factors[name] = name.removesuffix(_SCALE)
+            return None
+        if name.endswith(_SCALES) and name.removesuffix(_SCALES) + _BLOCKS in self.raw:
+            self.factors[name] = name.removesuffix(_SCALES) + _BLOCKS
+            return None
+        if name.endswith(_BLOCKS) and entry.dtype == "U8" and len(entry.shape) == 4:
+            with_name = name.removesuffix(_BLOCKS) + _SCALES
+            experts, rows, groups, half = entry.shape
+            factors = self.raw.get(with_name)
+            if factors is None or factors[1].shape != (experts, rows, groups) or factors[1].dtype != "U8" or half != 16:
+                problems.append(_problem(name, list(entry.shape), f"MXFP4 needs U8 {with_name} of shape {[experts, rows, groups]}"))
+                return None
+            return Stored((experts, rows, groups * 32), "BF16", file, entry, "mxfp4", with_name)
+        if entry.dtype == "F8_E4M3":
+            return self._fp8(name, file, entry, problems)
+        if entry.dtype not in FLOATS:
+            problems.append(_problem(name, entry.dtype, "must be of type " + ", ".join([*FLOATS, "F8_E4M3 with its factors"])))
+            return None
+        return Stored(entry.shape, entry.dtype, file, entry)
+
+    def _fp8(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
+        factors = self.raw.get(name + _SCALE)
+        expected = tuple(-(-size // block) for size, block in zip(entry.shape, self.block))
+        if len(entry.shape) != 2 or factors is None or factors[1].shape != expected or factors[1].dtype != "F32":
+            got = None if factors is None else [factors[1].dtype, *factors[1].shape]
+            rule = f"fp8 needs {name}{_SCALE}: F32 of shape {list(expected)}, a factor for each block of {list(self.block)}"
+            problems.append(_problem(name, got, rule))
+            return None
+        return Stored(entry.shape, "BF16", file, entry, "fp8", name + _SCALE)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self.tensors[name].dtype
+
+    def read_rows(self, name: str, lead: tuple[int, ...], first: int, rows: int) -> Array:
+        """Rows [first, first + rows) of tensor[lead] as [rows, columns] (a vector has one column), in its own type."""
+        stored = self.tensors[name]
+        if stored.packing == "mxfp4":
+            return self._read_mxfp4(stored, lead, first, rows)
+        values = self._read(stored.file, stored.entry, lead, first, rows)
+        if stored.packing == "fp8":
+            assert stored.with_name, "fp8 has factors"
+            file, entry = self.raw[stored.with_name]
+            factors = self._read(file, entry, (), 0, entry.shape[0])
+            return dequantize_fp8(values, factors, first, self.block)
+        return values
+
+    def _read_mxfp4(self, stored: Stored, lead: tuple[int, ...], first: int, rows: int) -> Array:
+        assert stored.with_name, "mxfp4 has exponents"
+        file, entry = self.raw[stored.with_name]
+        exponents = self._read(file, entry, lead, first, rows)
+        blocks = self._read(stored.file, stored.entry, lead, first, rows)
+        return dequantize_mxfp4(blocks.reshape(rows, exponents.shape[1], 16), exponents)
+
+    def _read(self, file: Path, entry: Entry, lead: tuple[int, ...], first: int, rows: int) -> Array:
+        """Raw elements, one read. Raises DamagedFile."""
+        dtype = RAW[entry.dtype]
+        depth = len(lead)
+        width = prod(entry.shape[depth + 1 :])
+        index = 0
+        for dim, at in enumerate(lead):
+            index += at * prod(entry.shape[dim + 1 :])
+        start = entry.start + (index + first * width) * dtype.itemsize
+        buffer = np.empty((rows, width), dtype=dtype)
+        read_exactly(self._descriptor(file), memoryview(buffer).cast("B"), start, file)
+        return buffer
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._opened:
+                self._opened[file] = os.open(file, os.O_RDONLY)
+            return self._opened[file]
+
+    def close(self) -> None:
+        for descriptor in self._opened.values():
+            os.close(descriptor)
+        self._opened = {}
+
+
+def read_exactly(descriptor: int, view: memoryview, start: int, file: Path) -> None:
+    """Fill `view` from byte `start` on. Raises DamagedFile when the file ends before."""
+    position = 0
+    while position < len(view):
+        count = os.preadv(descriptor, [view[position:]], start + position)
+        if count == 0:
+            raise DamagedFile(f"{file} ends at byte {start + position}")
+        position += count
+
+
+def _problem(name: str, got: Any, rule: str, fix: str = "download the files again, or convert another model") -> Problem:
+    return Problem(name, got, rule, fix)
+
+
+def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    quantization = config.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+    return (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else (128, 128)
+
+
+def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Problem]]:
+    """Every tensor of the folder's safetensors files by name."""
+    index = folder / INDEX
+    listed: dict[str, str] | None = None
+    if index.exists():
+        value = read_json(index)
+        weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConfigError(_problem(str(index), None, "must be JSON with a weight_map of names to files"))
+        listed = weight_map
+        names = sorted(set(listed.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ConfigError(_problem(str(index), outside[:_SHOWN], "must name files of its own folder"))
+    else:
+        names = _unlisted(folder)
+    tensors: dict[str, tuple[Path, Entry]] = {}
+    problems = [_problem(str(folder / name), "missing", f"{INDEX} names it") for name in names if not (folder / name).is_file()]
+    for name in names:
+        if (folder / name).is_file():
+            problems += _add_file(folder / name, tensors)
+    if listed is not None and not problems:
+        absent = sorted(name for name, file in listed.items() if name not in tensors or tensors[name][0].name != file)
+        if absent:
+            problems.append(_problem(str(index), absent[:_SHOWN], f"names {len(absent)} tensors that its files don't hold"))
+        extra = sorted(set(tensors) - set(listed))
+        if extra:
+            problems.append(_problem(str(index), extra[:_SHOWN], f"the files hold {len(extra)} tensors that the index doesn't name"))
+    return tensors, problems
+
+
+def _add_file(path: Path, tensors: dict[str, tuple[Path, Entry]]) -> list[Problem]:
+    try:
+        header = read_header(path)
+    except DamagedFile as error:
+        return [_problem(str(path), "damaged", str(error))]
+    problems = []
+    for name, entry in header.items():
+        size = RAW[entry.dtype].itemsize if entry.dtype in RAW else None
+        if size is not None and entry.stop - entry.start != prod(entry.shape) * size:
+            problems.append(_problem(name, entry.stop - entry.start, f"{path.name}: {entry.dtype}{list(entry.shape)} has other bytes"))
+        if name in tensors:
+            problems.append(_problem(name, path.name, f"is in {tensors[name][0].name} too: which one counts?"))
+        tensors[name] = (path, entry)
+    return problems
+
+
+def _unlisted(folder: Path) -> list[str]:
+    """Files of a folder without an index."""
+    found = sorted(path.name for path in folder.glob("model*.safetensors")) or sorted(p.name for p in folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        rule = "must be safetensors: pickle files run code when they are loaded"
+        fix = "where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        raise ConfigError(Problem(str(folder), pickles[:_SHOWN], rule, fix))
+    raise ConfigError(_problem(str(folder), "no *.safetensors", "must hold a model's weights", "name the folder of a downloaded model"))

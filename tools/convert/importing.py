@@ -1,0 +1,241 @@
+"""Hugging Face -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch. [p]
+
+In: a model folder. Out: a checkpoint folder that `checkpoint.load`, `phalanx generate` and `convert export` read, with
+model.yaml (the preset) and huggingface/ (config.json, tokenizer and generation files, as they came).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import ConfigError, Problem
+from configs.files import write_atomically
+from configs.model_schema import Model
+from configs.schema import Config, Tokenizer
+from parallel.layout import Layout
+from parallel.rules_model import RULES
+from pretrain.boxes import Box
+from pretrain.manifest import COMPLETE, FORMAT, Manifest, piece_key
+from pretrain.resume import architecture
+from pretrain.tokenizer import load_tokenizer
+from tools.convert.dtypes import NAMES, RAW, Array, convert, widest
+from tools.convert.family import Family
+from tools.convert.hf_files import HfFiles
+from tools.convert.links import Links, Part, make_links, width
+from tools.convert.preset import preset_yaml, read_config, understand
+from tools.convert.spans import Span
+from tools.convert.work import Entry, Share, Unit, Workplace, cut_rows, plan_files
+
+FILE_BYTES = 2 << 30
+KEPT = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "special_tokens_map.json", "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja",
+    "tiktoken.model", "tokenization_kimi.py",
+)  # fmt: skip
+COMPANIONS = "huggingface"
+_SHOWN = 8
+
+
+@dataclass
+class Source:
+    """A Hugging Face folder, understood: family, model, tensors, the ledger and what to tell."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    model: Model
+    files: HfFiles
+    links: Links
+    notes: list[str]
+
+
+def check_model(model: Model) -> list[Problem]:
+    """What megatron-core can't build, by the rules of `phalanx check`."""
+    config = Config(model=model)
+    config.batch.seq_length_tokens = min(config.batch.seq_length_tokens, model.max_position_tokens or 1 << 30)
+    return [problem for rule in RULES for problem in rule.check(config)]
+
+
+def open_source(folder: Path) -> Source:
+    """Read and check everything but the numbers. Raises ConfigError with all problems."""
+    config = read_config(folder)
+    family, model, problems, notes = understand(config)
+    if not problems:
+        problems = check_model(model)
+    if problems:
+        raise ConfigError(problems)
+    files = HfFiles(folder, config)
+    if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
+        notes.append(f"the files hold none of the {model.mtp.num_layers} prediction depths that config.json names: imported without")
+        model.mtp.num_layers = 0
+    model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
+    links = make_links(family, model, files.tensors.__contains__)
+    problems = _hold_against(links, files, family, model)
+    if problems:
+        raise ConfigError(problems)
+    if not links.theirs:
+        raise ConfigError(Problem(str(folder), 0, "must hold tensors", "name a model's folder"))
+    return Source(folder, config, family, model, files, links, notes)
+
+
+def _is_mtp(name: str, model: Model) -> bool:
+    parts = name.split(".")
+    return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= model.num_layers
+
+
+def _hold_against(links: Links, files: HfFiles, family: Family, model: Model) -> list[Problem]:
+    """Missing tensors, tensors left over, tensors of another shape, repeated tables that differ."""
+    problems, fix = [], "convert the files that belong to this config.json"
+    missing = [name for name in links.their_shapes if name not in files.tensors]
+    if missing:
+        rule = f"config.json needs {len(missing)} tensors that the files don't hold"
+        problems.append(Problem(str(files.folder), missing[:_SHOWN], rule, fix))
+    for name, shape in links.their_shapes.items():
+        if name in files.tensors and files.shape(name) != shape:
+            problems.append(Problem(name, list(files.shape(name)), f"must be of shape {list(shape)} by config.json", fix))
+    copies = family.copies(model)
+    if model.tie_embeddings:
+        copies = {name: original for name, original in copies.items() if original != "lm_head.weight"}
+        copies |= {"lm_head.weight": "model.embed_tokens.weight"}
+    left = [name for name in files.tensors if name not in links.their_shapes and name not in copies]
+    if left:
+        rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
+        problems.append(Problem(str(files.folder), left[:_SHOWN], rule, fix))
+    if not problems:
+        for name, original in copies.items():
+            if name in files.tensors and not _equal(files, name, original):
+                rule = f"must equal {original}: this model has one table for both"
+                problems.append(Problem(name, "other numbers", rule, "this model can't be converted"))
+    return problems
+
+
+def _equal(files: HfFiles, name: str, original: str) -> bool:
+    shape = files.shape(name)
+    if shape != files.shape(original) or files.dtype(name) != files.dtype(original):
+        return False
+    row_bytes = width(shape, ()) * RAW[files.dtype(name)].itemsize
+    return all(
+        np.array_equal(_bits(files.read_rows(name, (), first, rows)), _bits(files.read_rows(original, (), first, rows)))
+        for first, rows in cut_rows(shape[0], row_bytes)
+    )
+
+
+def _bits(values: Array) -> Array:
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _dtypes(source: Source, wanted: str) -> dict[str, str]:
+    """Element type of each canonical tensor. The router's selection bias is never rounded."""
+    found: dict[str, set[str]] = {}
+    for (name, _), spans in source.links.ours.items():
+        found.setdefault(name, set()).update(source.files.dtype(span.hf) for span in spans)
+    keep = wanted == "keep"
+    return {name: widest(types) if keep or name.endswith("expert_bias") else NAMES[wanted] for name, types in found.items()}
+
+
+def _entries(links: Links, dtypes: dict[str, str]) -> Iterator[Entry]:
+    """Pieces of the checkpoint: whole tensors, cut by rows where they are large."""
+    for name, lead in links.ours:
+        shape, dtype = links.shapes[name], dtypes[name]
+        inner = shape[len(lead) + 1 :]
+        whole = all(span.is_plain for span in links.ours[(name, lead)])
+        rows = shape[len(lead)]
+        cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize) if whole else [(0, rows)]
+        for first, count in cuts:
+            box = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
+            yield Entry(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, ((lead, first, count),))
+
+
+def fill_ours(unit: Unit, links: Links, files: HfFiles) -> Array:
+    """The rows of a canonical tensor that a unit names, from the files."""
+    part: Part = (unit.name, unit.lead)
+    result = np.zeros((unit.rows, width(links.shapes[unit.name], unit.lead)), dtype=RAW[unit.dtype])
+    last = unit.first + unit.rows
+    whole: dict[Part, Array] = {}
+    for span in links.ours[part]:
+        low, high = max(unit.first, span.row), min(last, span.row + span.rows)
+        if low < high:
+            values = _their_rows(span, low - span.row, high - low, files, whole)
+            result[low - unit.first : high - unit.first] = convert(values, files.dtype(span.hf), unit.dtype)
+    return result
+
+
+def _their_rows(span: Span, skip: int, rows: int, files: HfFiles, whole: dict[Part, Array]) -> Array:
+    """`rows` rows of a span, from its row `skip` on, as the canonical tensor has them."""
+    if span.is_plain:
+        return files.read_rows(span.hf, span.hf_lead, span.hf_row + skip, rows)
+    key = (span.hf, span.hf_lead)
+    if key not in whole:
+        whole[key] = files.read_rows(span.hf, span.hf_lead, 0, files.shape(span.hf)[len(span.hf_lead)])
+    matrix = whole[key].T if span.transposed else whole[key]
+    return matrix[span.hf_row : span.hf_end : span.hf_step][skip : skip + rows]
+
+
+def import_model(folder: Path, out: Path, dtype: str, share: Share, workers: int, force: bool) -> dict[str, Any]:
+    """Convert; returns what was done. Raises ConfigError."""
+    source = open_source(folder)
+    dtypes = _dtypes(source, dtype)
+    entries = list(_entries(source.links, dtypes))
+    files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
+    heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in source.files.raw.items()}
+    workplace = Workplace(out, files, [source.config, heads, dtype], force)
+    written = workplace.write(share, workers, lambda unit: fill_ours(unit, source.links, source.files))
+    finished = workplace.finish(lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files}))
+    source.files.close()
+    return {
+        "out": str(out),
+        "family": source.family.name,
+        "finished": finished,
+        "tensors_read": len(source.links.their_shapes) + len(source.files.factors),
+        "tensors_written": len(source.links.shapes),
+        "bytes_written": written,
+        "notes": source.notes,
+    }
+
+
+def _complete(partial: Path, sums: dict[str, dict[str, int]], source: Source, dtypes: dict[str, str], sizes: dict[str, int]) -> None:
+    """index.json, manifest.json, the companions, and last the marker."""
+    companions = partial / COMPANIONS
+    companions.mkdir(exist_ok=True)
+    for name in KEPT:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, companions / name)
+    model = source.model
+    write_atomically(partial / "model.yaml", preset_yaml(model, f"{model.name}: {model.source}"))
+    write_atomically(partial / "index.json", json.dumps(sums))
+    tensors = {name: {"shape": list(shape), "dtype": dtypes[name]} for name, shape in source.links.shapes.items()}
+    manifest = weights_manifest(model, tensors, sizes, _tokenizer(source.folder))
+    write_atomically(partial / "manifest.json", manifest.as_json())
+    write_atomically(partial / COMPLETE, "")
+
+
+def weights_manifest(
+    model: Model, tensors: dict[str, dict[str, Any]], sizes: dict[str, int], tokenizer: dict[str, Any] | None
+) -> Manifest:
+    """A checkpoint of weights alone: step 0, no optimizer."""
+    assert model.vocab_size, "a converted model states its vocabulary"
+    return Manifest(
+        format=FORMAT, step=0, consumed_samples=0, tokens=0, optimizer_steps=None, horizon_steps=None, engine="megatron",
+        zero_stage=0, layout=Layout().degrees(), model=architecture(model, model.vocab_size), vocab_size=model.vocab_size,
+        tokenizer=tokenizer, data=None, config=asdict(Config(model=model)), kinds=("weight",), tensors=tensors, files=sizes,
+        world_size=1,
+    )  # fmt: skip
+
+
+def _tokenizer(folder: Path) -> dict[str, Any] | None:
+    """Identity of the folder's tokenizer.json; None when there is none that can be read."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return load_tokenizer(Tokenizer(kind="huggingface", path=str(path))).identity()
+    except ConfigError:
+        # Without an end-of-document token it can't train here; the weights are no worse for it.
+        return None

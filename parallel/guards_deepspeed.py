@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,9 +28,7 @@ def place_experts(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -
     Fault: ZeRO-3 with experts that are not DeepSpeed's own partitions them over the whole data-parallel group, so that
     ranks with different experts share one weight: wrong from the first step, no error. ZeRO-2 raises a TypeError.
     """
-    experts = [
-        parameter for chunk in chunks for parameter in chunk.parameters() if not getattr(parameter, "allreduce", True)
-    ]
+    experts = [parameter for chunk in chunks for parameter in chunk.parameters() if not getattr(parameter, "allreduce", True)]
     for parameter in experts:
         parameter.group_name = EXPERT_GROUP  # type: ignore[attr-defined]
         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
@@ -40,6 +39,22 @@ def place_experts(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(groups.ep)
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERT_GROUP] = dist.get_process_group_ranks(groups.expt_dp)
     return bool(experts)
+
+
+def compare_orders_within(group: dist.ProcessGroup) -> None:
+    """Let stage 3 compare the order of its modules with the ranks that share its weights.
+
+    Fault: it compares with rank 0 of the world, through broadcasts to all ranks. Pipeline stages have other modules, and run
+    them at other times: the ranks wait for each other for ever.
+    """
+
+    def check(order: list[int]) -> None:
+        orders: list[Any] = [None] * group.size()
+        dist.all_gather_object(orders, order, group=group)
+        if any(other != order for other in orders):
+            raise RuntimeError(f"ZeRO-3 ranks run modules in different orders: {orders}")
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = check
 
 
 class GuardedEngine(DeepSpeedEngine):

@@ -9,6 +9,7 @@ from configs.schema import Config
 from parallel.batch import horizon_steps, num_micro_batches, steps_of
 from parallel.rules import data_size, has_experts, on_gpu, reads
 from parallel.rules_layout import WORLD
+from parallel.zero_table import COSTS, applying
 
 
 def _domain(config: Config) -> tuple[int, str]:
@@ -43,6 +44,13 @@ def pipeline_bubble(config: Config) -> Iterator[Notice]:
     if bubble > 0.25:
         text = f"{p.pipeline} stages wait {bubble:.0%} of a step with {micro} micro-batches; more of them shrink the bubble"
         yield Notice("parallel.pipeline", text)
+
+
+@reads("zero", "parallel", "precision", "model.tie_embeddings", "model.mtp", "model.mla", "recompute.mode")
+def zero_costs(config: Config) -> Iterator[Notice]:
+    for feature, entry in applying(config):
+        if entry.verdict == COSTS:
+            yield Notice(feature.path, f"zero.engine = {entry.engine}: {entry.why}")
 
 
 @reads("model", "batch.micro_batch_seqs", "batch.global_batch_seqs")
@@ -109,6 +117,7 @@ def without_effect(config: Config) -> Iterator[Notice]:
 RULES = (
     groups_leave_domain,
     pipeline_bubble,
+    zero_costs,
     numbers_depend_on_layout,
     nothing_balances,
     groups_score_logits,

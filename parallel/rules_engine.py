@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 from configs.errors import Problem
 from configs.schema import Config
 from parallel import architecture as arch
 from parallel.rules import has_experts, on_gpu, reads
+from parallel.zero_table import REFUSED, STAGES, applying
 
 
-@reads("zero.engine")
-def engine_is_available(config: Config) -> Iterator[Problem]:
-    if config.zero.engine == "deepspeed":
-        rule = "the deepspeed engine is not available in this version"
-        yield Problem("zero.engine", "deepspeed", rule, "set zero.engine=megatron with zero.stage 0 or 1")
-
-
-@reads("zero")
-def zero_needs_its_engine(config: Config) -> Iterator[Problem]:
+@reads("zero.engine", "zero.stage")
+def engine_has_stage(config: Config) -> Iterator[Problem]:
     zero = config.zero
-    if zero.engine != "megatron":
-        return
-    if zero.stage > 1:
+    if zero.stage not in STAGES[zero.engine]:
         rule = "the megatron engine shards optimizer state only: stage 0 or 1; 2 and 3 are deepspeed's"
         yield Problem("zero.stage", zero.stage, rule, "set zero.stage=1, or zero.engine=deepspeed")
-    if zero.offload != "none":
-        rule = "the megatron engine keeps everything on the device; offload is deepspeed's"
-        yield Problem("zero.offload", zero.offload, rule, "set zero.offload=none, or zero.engine=deepspeed")
+
+
+@reads("zero", "parallel", "precision", "model.tie_embeddings", "model.mtp", "model.mla", "recompute.mode")
+def zero_goes_with(config: Config) -> Iterator[Problem]:
+    """The table of engines, stages and offload (parallel/zero_table.py)."""
+    for feature, entry in applying(config):
+        if entry.verdict == REFUSED:
+            got = attrgetter(feature.path)(config)
+            yield Problem(feature.path, got, f"{entry.why} (zero.engine = {config.zero.engine})", entry.fix)
 
 
 @reads("zero")
@@ -35,9 +34,6 @@ def offload_has_a_place(config: Config) -> Iterator[Problem]:
     zero = config.zero
     if zero.offload != "none" and zero.offload_device == "nvme" and not zero.nvme_path:
         yield Problem("zero.nvme_path", zero.nvme_path, "zero.offload_device = nvme needs a folder", "set zero.nvme_path")
-    if zero.offload == "param" and zero.stage < 3:
-        rule = f"keeps sharded weights outside the GPU, which needs zero.stage = 3, not {zero.stage}"
-        yield Problem("zero.offload", "param", rule, "set zero.stage=3, or zero.offload=optimizer")
     if zero.offload == "none" and (zero.offload_device == "nvme" or zero.nvme_path):
         path = "zero.offload_device" if zero.offload_device == "nvme" else "zero.nvme_path"
         got = zero.offload_device if zero.offload_device == "nvme" else zero.nvme_path
@@ -50,9 +46,6 @@ def overlap_fits(config: Config) -> Iterator[Problem]:
     if zero.overlap_param_gather and not zero.overlap_grad_reduce:
         rule = "needs zero.overlap_grad_reduce: weights are gathered bucket by bucket as gradients were reduced"
         yield Problem("zero.overlap_param_gather", True, rule, "set zero.overlap_grad_reduce=true")
-    if zero.overlap_param_gather and zero.stage == 0:
-        rule = "gathers weights that ZeRO sharded: zero.stage = 0"
-        yield Problem("zero.overlap_param_gather", True, rule, "set zero.stage=1, or overlap_param_gather=false")
 
 
 @reads("precision")
@@ -144,8 +137,8 @@ def recompute_layers(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    engine_is_available,
-    zero_needs_its_engine,
+    engine_has_stage,
+    zero_goes_with,
     offload_has_a_place,
     overlap_fits,
     gradient_precision,

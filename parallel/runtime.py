@@ -76,7 +76,7 @@ def start(environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
         torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", 1)))
     if not dist.is_initialized():
         if "MASTER_ADDR" not in environ:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))

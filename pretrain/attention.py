@@ -64,7 +64,8 @@ class SDPAttention(MegatronModule):
         assert pg_collection is not None, "groups are passed by hand"
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        skip: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, skip, layer_number)
         self.window_tokens: int | None = config.window_size[0] + 1 if windowed and config.window_size else None
         self.cp_group: dist.ProcessGroup = pg_collection.cp
         if config.softmax_type == "learnable":

@@ -8,12 +8,18 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from configs.errors import Problem
 from configs.schema import Config
+from parallel.architecture import expert_ffn
+
+# torch's grouped product wants rows that start at multiples of this.
+_ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`transformer_engine`: its layer spec and fused kernels. `grouped_experts`: one product for all local experts."""
+    """`transformer_engine`: its layers and fused kernels. `grouped_experts`: one product for all local experts, by
+    Transformer Engine or by pretrain/experts.py. `fused_wgrad`: weight gradients are added in the product's kernel."""
 
     transformer_engine: bool
     grouped_experts: bool
@@ -21,25 +27,60 @@ class Backend:
     fp8: str | None
 
 
-def has_package(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+@dataclass(frozen=True)
+class Machine:
+    """What a process finds where it runs."""
+
+    cuda: bool
+    transformer_engine: bool
+    fused_wgrad: bool
 
 
-def choose_backend(config: Config, cuda: bool, transformer_engine: bool, fused_wgrad: bool) -> Backend:
-    """The backend for this config on a machine with or without CUDA, Transformer Engine and the fused weight-gradient kernel.
-
-    Raises RuntimeError when the config needs what the machine lacks; `phalanx check` says so earlier where it can know.
-    """
-    fp8 = None if config.precision.fp8 == "none" else config.precision.fp8
-    if cuda and not transformer_engine:
-        raise RuntimeError("training on a GPU needs Transformer Engine: pip install transformer-engine[pytorch]")
-    if fp8 and not cuda:
-        raise RuntimeError(f"precision.fp8 = {fp8} needs a GPU with Transformer Engine")
-    grouped = config.model.moe.grouped_gemm
-    # On the CPU separate products are as fast as a grouped one, which falls back to the same loop there.
-    return Backend(cuda, (cuda if grouped == "auto" else grouped == "on"), cuda and fused_wgrad, fp8)
+def detect_machine(cuda: bool) -> Machine:
+    """The packages of this process."""
+    return Machine(cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"))
 
 
-def detect_backend(config: Config, cuda: bool) -> Backend:
-    """`choose_backend` for the packages of this process."""
-    return choose_backend(config, cuda, has_package("transformer_engine"), has_package("fused_weight_gradient_mlp_cuda"))
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_backend(config: Config, machine: Machine) -> list[Problem]:
+    """What the config needs and this machine lacks."""
+    problems = []
+    if machine.cuda and not machine.transformer_engine:
+        fix = "pip install --no-build-isolation 'transformer-engine[pytorch]', or hide the GPUs: CUDA_VISIBLE_DEVICES="
+        problems.append(Problem("cluster.device", "cuda", "training on a GPU needs Transformer Engine", fix))
+    if config.precision.fp8 != "none" and not machine.cuda:
+        rule = "fp8 products need a GPU with Transformer Engine"
+        problems.append(Problem("precision.fp8", config.precision.fp8, rule, "set precision.fp8=none here"))
+    if not machine.cuda and config.model.moe.grouped_gemm == "on" and (reason := _why_not_grouped(config)):
+        rule = f"on the CPU the grouped product is not possible: {reason}"
+        problems.append(Problem("model.moe.grouped_gemm", "on", rule, "set model.moe.grouped_gemm=auto"))
+    return problems
+
+
+def choose_backend(config: Config, machine: Machine) -> Backend:
+    """The backend for a config without problems on this machine."""
+    wanted = config.model.moe.grouped_gemm
+    possible = machine.cuda or not _why_not_grouped(config)
+    return Backend(
+        transformer_engine=machine.cuda,
+        grouped_experts=bool(config.model.moe.num_experts) and wanted != "off" and possible,
+        fused_wgrad=machine.cuda and machine.fused_wgrad,
+        fp8=None if config.precision.fp8 == "none" else config.precision.fp8,
+    )
+
+
+def _why_not_grouped(config: Config) -> str | None:
+    """Why experts must be separate modules on the CPU; None: one product for all of them is exact and faster."""
+    model, recompute = config.model, config.recompute
+    if model.mlp_bias or model.activation == "gpt_oss_glu":
+        return "experts have biases or gpt-oss's activation"
+    if recompute.mode == "selective" and "moe_act" in recompute.modules:
+        return "recompute.modules holds moe_act"
+    size = 2 if config.precision.params == "bf16" else 4
+    for name, width in (("hidden_size", model.hidden_size), ("an expert's inner width", expert_ffn(model))):
+        if width * size % (_ALIGNMENT_BYTES * config.parallel.expert_tensor):
+            return f"{name} {width} is no multiple of {_ALIGNMENT_BYTES // size} on each expert-tensor rank"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from configs.schema import Config
 from parallel.guards import mark_expert_parameters
 from parallel.layout import Layout
 from parallel.stages import Chunk
-from pretrain.backend import detect_backend
+from pretrain.backend import choose_backend, detect_machine
 from pretrain.batches import MicroBatch, Prefetcher, micro_batches
 from pretrain.data import SampleStream, build_streams
 from pretrain.engine.base import Engine
@@ -39,7 +40,7 @@ def make_model(
     device: torch.device,
 ) -> list[PaddedVocabGPT]:
     """This rank's chunks with their initial weights, on the device."""
-    backend = detect_backend(config, device.type == "cuda")
+    backend = choose_backend(config, detect_machine(device.type == "cuda"))
     transformer = make_transformer_config(config, layout, chunks, backend)
     model = build_chunks(config, vocab_size, transformer, layout, chunks, groups, backend)
     for chunk in model:
@@ -53,8 +54,13 @@ def make_model(
 
 def make_engine(config: Config, model: list[PaddedVocabGPT], groups: ProcessGroupCollection, device: torch.device) -> Engine:
     """The engine that the config names."""
-    assert config.zero.engine == "megatron", "the legality table refuses the others"
-    return MegatronEngine(config, model, groups, device)
+    if config.zero.engine == "megatron":
+        return MegatronEngine(config, model, groups, device)
+    # Else it guesses, and warns on stdout.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from pretrain.engine.deepspeed import DeepSpeedZero  # noqa: PLC0415  (3 s, which the other engine's ranks need not wait)
+
+    return DeepSpeedZero(config, model, groups, device)
 
 
 def make_run(
@@ -68,7 +74,11 @@ def make_run(
 ) -> Run:
     """Data, metrics and saver around the engine."""
     config, runtime = session.config, session.runtime
-    streams = build_streams(config, session.tokenizer, is_builder=runtime.rank == 0, barrier=dist.barrier)
+
+    def barrier() -> None:
+        dist.barrier()
+
+    streams = build_streams(config, session.tokenizer, is_builder=runtime.rank == 0, barrier=barrier)
     reader = BatchReader(config, groups)
     stop_step = session.stop_step
     return Run(

@@ -128,12 +128,9 @@ class CheckpointWriter:
         self.wait()
         self._save = None
         mine = (save.written, str(save.error) if save.error else None)
-        gathered: list[Part] | None = [(None, None)] * dist.get_world_size() if self.rank == 0 else None
-        dist.gather_object(mine, gathered, dst=0)
-        result: list[str | None] = [None]
-        if self.rank == 0:
-            assert gathered is not None, "rank 0 gathers"
-            result = [self._complete(save, gathered)]
+        gathered: list[Part] = [(None, None)] * (dist.get_world_size() if self.rank == 0 else 0)
+        dist.gather_object(mine, gathered or None, dst=0)
+        result: list[str | None] = [self._complete(save, gathered) if self.rank == 0 else None]
         dist.broadcast_object_list(result, src=0)
         return save.partial.with_suffix(""), result[0]
 

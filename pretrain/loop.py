@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,7 +124,7 @@ def train(run: Run) -> Ended:
     return _end(run, "finished", f"all {run.stop_step} steps are done")
 
 
-def _step(run: Run) -> tuple[dict[str, object], StepResult]:
+def _step(run: Run) -> tuple[dict[str, Any], StepResult]:
     """One optimizer step; moves `run.position` when it was applied."""
     config, before = run.config, run.position
     started_s = time.perf_counter()

@@ -125,7 +125,8 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
         moe_shared_expert_gate=moe.shared_gate,
         moe_shared_expert_overlap=moe.shared_overlap,
-        moe_grouped_gemm=backend.grouped_experts,
+        # Without Transformer Engine Megatron-Core means a CUDA package by this; ours is chosen by the layer spec.
+        moe_grouped_gemm=backend.grouped_experts and backend.transformer_engine,
         moe_permute_fusion=backend.transformer_engine,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,7 +61,7 @@ def build_chunk(
     padded = padded_vocab(model, vocab_size)
     gpt = PaddedVocabGPT(
         config=transformer,
-        transformer_layer_spec=block_spec(transformer, chunk, backend.transformer_engine),  # type: ignore[arg-type]
+        transformer_layer_spec=block_spec(transformer, chunk, backend),  # type: ignore[arg-type]
         vocab_size=padded,
         max_sequence_length=model.max_position_tokens or config.batch.seq_length_tokens,
         pre_process=chunk.embedding,
@@ -71,7 +73,7 @@ def build_chunk(
         rope_scaling=scaling.kind == "llama3",
         rope_scaling_factor=scaling.factor,
         seq_len_interpolation_factor=scaling.factor if scaling.kind == "linear" else None,
-        mtp_block_spec=mtp_spec(transformer, backend.transformer_engine, vp_stage) if chunk.mtp else None,
+        mtp_block_spec=mtp_spec(transformer, backend, vp_stage) if chunk.mtp else None,
         pg_collection=groups,
         vp_stage=vp_stage,
     )
@@ -80,7 +82,7 @@ def build_chunk(
     return gpt
 
 
-def _position_kind(config: Config) -> str:
+def _position_kind(config: Config) -> Any:
     position = config.model.position
     if position.kind == "rope" and position.scaling.kind == "yarn" and config.model.mla.kv_lora_rank is None:
         return "yarn"

@@ -18,6 +18,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from configs.model_schema import Model
 from parallel.architecture import moe_layers
+from pretrain.shards import layer_of
 
 
 class MoeMetrics:
@@ -28,20 +29,20 @@ class MoeMetrics:
     """
 
     def __init__(self, chunks: Sequence[GPTModel], model: Model, groups: ProcessGroupCollection) -> None:
-        router = model.moe.router
         self.groups = groups
         self.moe_layers = [layer for layer, is_moe in enumerate(moe_layers(model)) if is_moe]
         self.mtp_depth = model.mtp.num_layers
         # A routed prediction layer reports into the same trackers as the last layer.
         self.num_routers = len(self.moe_layers) + (self.mtp_depth if moe_layers(model)[-1] else 0)
         self.losses = _enabled_losses(model) if self.moe_layers else {}
-        self.has_z_loss = bool(self.moe_layers) and router.z_loss_coeff > 0
+        self.has_z_loss = bool(self.moe_layers) and model.moe.router.z_loss_coeff > 0
         device = next(chunks[0].parameters()).device
         self.counts = torch.zeros(model.num_layers, max(model.moe.num_experts, 1), dtype=torch.float64, device=device)
         for chunk in chunks:
             for layer in chunk.decoder.layers:
-                if isinstance(getattr(layer.mlp, "router", None), TopKRouter):
-                    layer.mlp.router.register_forward_hook(self._counter(layer.layer_number - 1))
+                router = getattr(layer.mlp, "router", None)
+                if isinstance(router, TopKRouter):
+                    router.register_forward_hook(self._counter(layer_of(layer)))
 
     def _counter(self, layer: int) -> Any:
         def count(module: TopKRouter, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

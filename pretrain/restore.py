@@ -159,12 +159,17 @@ def _worst_damage(damage: DamagedFile | None) -> str | None:
 # Random state: dropout and jitter go on where they stopped. It belongs to a rank, so only the same layout can use it.
 
 
+def _tracker() -> Any:
+    """Megatron-Core's named generators, which tensor and expert ranks draw from."""
+    return get_cuda_rng_tracker()
+
+
 def random_state() -> dict[str, torch.Tensor]:
     """Generator states of this rank by name, uint8."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    for name, state in get_cuda_rng_tracker().get_states().items():
+    for name, state in _tracker().get_states().items():
         states[f"tracker-{name}"] = state if isinstance(state, torch.Tensor) else state.get_state()
     return states
 
@@ -193,7 +198,7 @@ def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states({name[len("tracker-") :]: state for name, state in states.items() if "tracker-" in name})
+    _tracker().set_states({name[len("tracker-") :]: state for name, state in states.items() if "tracker-" in name})
 
 
 def describe_error(error: BaseException) -> str:

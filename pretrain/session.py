@@ -23,6 +23,7 @@ from parallel.batch import horizon_steps, steps_of
 from parallel.layout import Layout
 from parallel.legality import check_config
 from parallel.runtime import Runtime, check_device, check_environment
+from pretrain.backend import check_backend, detect_machine
 from pretrain.checkpoint_write import CheckpointWriter, prune, remove_leftovers
 from pretrain.console import make_console
 from pretrain.data import data_identity
@@ -58,6 +59,7 @@ def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
     world = launch.nodes * launch.processes_per_node
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
     problems += check_device(config.cluster.device, runtime.device)
+    problems += check_backend(config, detect_machine(runtime.is_cuda))
     return [*problems, *check_config(config).problems, *check_data(config)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -56,6 +57,14 @@ class Shard:
             first += box.size
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of the model, and the number of the first on this rank."""
+
+    total: int
+    first: int
+
+
 def canonical_name(name: str, layer_number: int | None, first_expert: int) -> tuple[str, int | None]:
     """(canonical name, global expert or None) of a local parameter; layer and expert numbers count from 0."""
     if layer_number is not None:
@@ -78,16 +87,21 @@ def local_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
+def layer_of(layer: Any) -> int:
+    """The number of a decoder layer in the whole model, from 0."""
+    return layer.layer_number - 1
+
+
 def map_shards(chunk: GPTModel, groups: ProcessGroupCollection) -> dict[str, Shard]:
     """Local name -> Shard, in the order of the model."""
     config = chunk.config
-    experts = config.num_moe_experts or 0
-    first_expert = groups.ep.rank() * (experts // groups.ep.size())
-    layers = {str(index): layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+    total = config.num_moe_experts or 0
+    experts = Experts(total, groups.ep.rank() * (total // groups.ep.size()))
+    layers = {str(index): layer_of(layer) for index, layer in enumerate(chunk.decoder.layers)}
     shards = {}
     for local_name, tensor in local_tensors(chunk):
         match = re.match(r"^decoder\.layers\.(\d+)\.", local_name)
-        name, expert = canonical_name(local_name, layers[match[1]] if match else None, first_expert)
+        name, expert = canonical_name(local_name, layers[match[1]] if match else None, experts.first)
         gated = bool(config.gated_linear_unit) and "linear_fc1." in local_name
         shards[local_name] = _shard(name, tensor, expert, experts, gated, chunk, groups)
     return shards
@@ -97,41 +111,46 @@ def _shard(
     name: str,
     tensor: torch.Tensor,
     expert: int | None,
-    num_experts: int,
+    experts: Experts,
     gated: bool,
     chunk: GPTModel,
     groups: ProcessGroupCollection,
 ) -> Shard:
-    tensor_group = groups.tp if expert is None else groups.expt_tp
-    data_group = groups.dp_cp if expert is None else groups.expt_dp
+    routed = ".mlp.experts." in name
+    tensor_group = groups.expt_tp if routed else groups.tp
+    data_group = groups.expt_dp if routed else groups.dp_cp
     split = bool(getattr(tensor, "tensor_model_parallel", False)) and tensor_group.size() > 1
+    # Grouped experts hold the matrices of all local experts in one tensor.
+    stacked = routed and expert is None
+    matrix = tensor.shape[1:] if stacked else tensor.shape
     dim = getattr(tensor, "partition_dim", -1) if split else -1
-    shape = list(tensor.shape)
-    offset = [0] * len(shape)
-    boxes = [(offset, shape)]
-    if split:
-        size, rank = tensor_group.size(), tensor_group.rank()
-        # A gated first product holds [gate; up], each of them split over the ranks.
-        parts = 2 if gated and dim == 0 else 1
-        length = shape[dim] // parts
-        boxes = []
-        for part in range(parts):
-            part_shape, part_offset = list(shape), list(offset)
-            part_shape[dim] = length
-            part_offset[dim] = part * length * size + rank * length
-            boxes.append((part_offset, part_shape))
-        shape[dim] *= size
-    if expert is not None:
-        shape = [num_experts, *shape]
-        boxes = [([expert, *o], [1, *s]) for o, s in boxes]
+    # A gated first product holds [gate; up], each of them split over the ranks.
+    shape, boxes = _slices(tuple(matrix), dim, 2 if gated and dim == 0 else 1, tensor_group.rank(), tensor_group.size())
+    if routed:
+        numbers = range(experts.first, experts.first + tensor.shape[0]) if stacked else (expert,)
+        shape = (experts.total, *shape)
+        boxes = [Box((number or 0, *box.offset), (1, *box.shape)) for number in numbers for box in boxes]
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return Shard(
         name=name,
-        global_shape=tuple(shape),
-        boxes=tuple(Box(tuple(o), tuple(s)) for o, s in boxes),
+        global_shape=shape,
+        boxes=tuple(boxes),
         data_rank=data_group.rank(),
         num_data=data_group.size(),
         tensor_replica=0 if split else tensor_group.rank(),
         duplicate=name.startswith("embedding.") and not chunk.pre_process,
     )
+
+
+def _slices(shape: tuple[int, ...], dim: int, parts: int, rank: int, size: int) -> tuple[tuple[int, ...], list[Box]]:
+    """(whole shape, boxes) of a local tensor; `dim` is split over `size` ranks (-1: not), each of its parts apart."""
+    offset = (0,) * len(shape)
+    if dim < 0:
+        return shape, [Box(offset, shape)]
+    length = shape[dim] // parts
+    boxes = []
+    for part in range(parts):
+        start = part * length * size + rank * length
+        boxes.append(Box((*offset[:dim], start, *offset[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])))
+    return (*shape[:dim], shape[dim] * size, *shape[dim + 1 :]), boxes

@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from parallel.stages import Chunk
 from pretrain.attention import SDPAttention
+from pretrain.backend import Backend
+from pretrain.experts import GroupedExperts
 
 
 class Norm:
@@ -51,10 +53,10 @@ class CpuSpecProvider(LocalSpecProvider):
         return SDPAttention
 
 
-def layer_spec(config: TransformerConfig, is_moe: bool, transformer_engine: bool) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> ModuleSpec:
     """One layer, dense or MoE."""
     experts = config.num_moe_experts if is_moe else None
-    if transformer_engine:
+    if backend.transformer_engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -62,16 +64,19 @@ def layer_spec(config: TransformerConfig, is_moe: bool, transformer_engine: bool
             multi_latent_attention=config.multi_latent_attention,
         )
     provider = CpuSpecProvider()
-    mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm)
+    bias_dropout_add: Any = get_bias_dropout_add
+    mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=False)
+    if experts and backend.grouped_experts:
+        mlp.submodules.experts = GroupedExperts
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=_attention_spec(config, provider),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
         ),
     )
 
@@ -95,20 +100,20 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
     return ModuleSpec(module=MLASelfAttention, params=params, submodules=latent)
 
 
-def block_spec(config: TransformerConfig, chunk: Chunk, transformer_engine: bool) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, chunk: Chunk, backend: Backend) -> TransformerBlockSubmodules:
     """The layers of one chunk and the norm after the last."""
     pattern = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
-    specs = {is_moe: layer_spec(config, bool(is_moe), transformer_engine) for is_moe in {pattern[i] for i in chunk.layers}}
-    provider = gpt_layer_specs.TESpecProvider() if transformer_engine else CpuSpecProvider()
-    final_norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
+    specs = {is_moe: layer_spec(config, bool(is_moe), backend) for is_moe in {pattern[i] for i in chunk.layers}}
+    provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
+    final_norm: Any = provider.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
     return TransformerBlockSubmodules(layer_specs=[specs[pattern[i]] for i in chunk.layers], layer_norm=final_norm)
 
 
-def mtp_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> Any:
+def mtp_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None) -> Any:
     """Multi-token prediction: its transformer layers are like the model's last one."""
     pattern = config.moe_layer_freq if config.num_moe_experts else [0]
     assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
-    layer = layer_spec(config, bool(pattern[-1]), transformer_engine)
-    provider = gpt_layer_specs.TESpecProvider() if transformer_engine else CpuSpecProvider()
+    layer = layer_spec(config, bool(pattern[-1]), backend)
+    provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
     return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, layer, provider, vp_stage=vp_stage)

@@ -72,7 +72,7 @@ def write_tensor_file(
 
 def _write_summed(file: BinaryIO, value: NDArray[np.uint8]) -> int:
     total = 0
-    view = memoryview(value).cast("B") if value.nbytes else memoryview(b"")
+    view = value.reshape(-1).data
     for start in range(0, len(view), _CHUNK_BYTES):
         part = view[start : start + _CHUNK_BYTES]
         total = zlib.crc32(part, total)
@@ -111,7 +111,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def read_bytes(path: Path, entry: Entry, expected_sum: int | None) -> NDArray[np.uint8]:
     """The raw bytes of one tensor, checked against its CRC-32. Raises DamagedFile."""
     buffer = np.empty(entry.stop - entry.start, dtype=np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     try:
         with open(path, "rb", buffering=0) as file:
             position = 0

@@ -34,7 +34,7 @@ LIGHT = [
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.
-DISPATCH = ("tools.data.cli",)
+DISPATCH = ("tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")
 
 # Words for people, and values that a rule holds at the one that megatron-core has (they matter when converting).
 NO_READER = {
@@ -161,7 +161,7 @@ def test_no_imports_of_ours_inside_functions() -> None:
     assert not hidden
 
 
-CHECKS = ("configs", "parallel.rules", "parallel.notices", "parallel.legality", "tools.check")
+CHECKS = ("configs", "parallel.rules", "parallel.notices", "parallel.legality", "parallel.zero_table", "tools.check")
 
 
 @cache

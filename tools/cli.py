@@ -29,6 +29,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "before a run": {
         "data": Command("tools.data.cli", "train a tokenizer, encode text, look into the result"),
         "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
+        "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", with_name=True),
+        "plan-validate": Command("tools.plan", "the planner's predictions against published runs", with_name=True),
+        "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),
     },
     "a run": {
         "launch": Command("launch.cli", "start it (--dry-run prints the exact command)", with_name=True),
@@ -36,6 +39,11 @@ GROUPS: dict[str, dict[str, Command]] = {
         "logs": Command("launch.cli", "its logs, the first error first", with_name=True),
         "cancel": Command("launch.cli", "stop it; what it has learned is saved", with_name=True),
         "resume": Command("launch.cli", "go on where a run folder stopped", with_name=True),
+    },
+    "after a run": {
+        "generate": Command("tools.inference.cli", "text from a checkpoint", with_name=True),
+        "evaluate": Command("tools.inference.cli", "its loss and perplexity on tokenised data", with_name=True),
+        "convert": Command("tools.convert.cli", "checkpoints from and to Hugging Face, and the proof that they are the same"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}

@@ -41,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="phalanx model", description="Parameters, FLOPs and weight bytes of a model.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("model", metavar="PRESET|CONFIG|config.json", help="a shipped preset, a YAML file, or a Hugging Face config")
+    parser.add_argument(
+        "model", metavar="PRESET|CONFIG|config.json", help="a shipped preset, a YAML file, or a Hugging Face config"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
-    parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="context for the attention FLOPs (default 4096, or the config's)")
+    parser.add_argument(
+        "--seq-length", type=int, metavar="TOKENS", help="context for the attention FLOPs (default 4096, or the config's)"
+    )
     parser.add_argument("--to-yaml", action="store_true", help="print it as a preset for `base:`")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -105,7 +109,9 @@ def describe(model: Model, seq_length_tokens: int, notes: list[str]) -> dict[str
 
 def _table(document: dict[str, Any]) -> str:
     total, mtp = document["params_total"], document["params_by_component"]["mtp"]
-    lines = [f"{document['name']}: {total:,} parameters ({count(total)})" + (f", and {mtp:,} of prediction depths" if mtp else "")]
+    lines = [
+        f"{document['name']}: {total:,} parameters ({count(total)})" + (f", and {mtp:,} of prediction depths" if mtp else "")
+    ]
     lines += [f"  from     {document['source']}"] if document["source"] else []
     for name, value in document["params_active"].items():
         lines.append(f"  active   {value:>19,}  {CONVENTIONS[name]} ({name})")
@@ -133,6 +139,7 @@ def main(argv: list[str]) -> int:
     if args.to_yaml:
         print(preset_yaml(model, f"{model.name}, from {args.model}"), end="")
         return 0
-    document = describe(model, args.seq_length or length or 4096, notes)
+    length = args.seq_length or length or min(4096, model.max_position_tokens or 4096)
+    document = describe(model, length, notes)
     print(json.dumps(document) if args.json else _table(document))
     return 0

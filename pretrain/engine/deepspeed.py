@@ -45,8 +45,8 @@ class DeepSpeedZero:
         self.embedding = finish.SharedEmbedding(chunks, groups, sharded=self.zero_stage > 0)
         self.runtime, self.models = make_runtime(config, chunks, groups, device)
         self.runtime.before_update = self._finish_gradients
-        self.adam = self.runtime.basic_optimizer
-        assert self.adam is not None, "the engine was given an optimizer"
+        assert self.runtime.basic_optimizer is not None, "the engine was given an optimizer"
+        self.adam: torch.optim.Optimizer = self.runtime.basic_optimizer
         self.partition = make_partition(self.runtime, by_id)
         self.buffers = [
             Slot(shards[index][name], tensor, 0, tensor.numel())
@@ -64,6 +64,7 @@ class DeepSpeedZero:
         # multi-token prediction and the router's losses alike.
         scale = self.groups.dp_cp.size() / max(num_tokens, 1)
         self.transformer.grad_scale_func = lambda loss: loss * scale
+        self.partition.begin()
         loss_sum, _ = self.schedule.run(self.models, batches, forward_only=False)
         self.loss = loss_sum / max(num_tokens, 1)
         for group in self.adam.param_groups:

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.guards_deepspeed import EXPERT_GROUP, GuardedEngine, place_experts
+from parallel.guards_deepspeed import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
 
 # Elements; DeepSpeed allocates buffers of this size (default 5e8: 2 GB in fp32) however small the model is.
 _BUCKET_ELEMENTS = 50_000_000
@@ -68,7 +68,7 @@ class ChunkCall(nn.Module):
         self.share_embeddings_and_output_weights = chunk.share_embeddings_and_output_weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        runtime: GuardedEngine = self.runtime  # type: ignore[assignment]
+        runtime: Any = self.runtime
         # Without ZeRO the engine refuses a backward pass that it doesn't run itself; it has no hooks to set either.
         call = runtime if runtime.zero_optimization() else runtime.module
         return call(self.index, *args, **kwargs)
@@ -90,6 +90,7 @@ def make_runtime(
     # A name that deepspeed/__init__.py binds when its own launcher runs; the engine reads it.
     deepspeed.dist = deepspeed.comm  # type: ignore[attr-defined]
     GuardedEngine.has_experts = place_experts(chunks, groups)
+    compare_orders_within(groups.dp_cp)
     answers = GroupAnswers(groups)
     settings = engine_settings(config, device.type == "cuda")
     runtime = GuardedEngine(

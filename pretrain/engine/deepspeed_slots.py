@@ -46,6 +46,10 @@ class Partition(ABC):
     @abstractmethod
     def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]: ...
 
+    def begin(self) -> None:
+        """Before the first micro-batch of a step."""
+        return
+
     @abstractmethod
     def gradients(self) -> list[torch.Tensor]:
         """The reduced gradient of each slot, 1-D, to be changed in place; between reduction and update only."""
@@ -72,7 +76,7 @@ class Replicated(Partition):
     """Stage 0: every parameter is its own flat tensor."""
 
     def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]:
-        for index, parameter in enumerate(self.runtime.module.parameters()):
+        for index, parameter in enumerate(self.runtime.parameters()):
             yield _slot(shards[id(parameter)], parameter, 0, parameter.numel(), parameter, index, 0)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -157,6 +161,14 @@ class CutParameters(Partition):
                 if low < high:
                     yield _slot(shards[id(parameter)], parameter, low, high, flat, group, position)
                 position += size
+
+    def begin(self) -> None:
+        """Clear the gradients of the step before.
+
+        Fault (deepspeed 0.19.8): the first backward pass of a step overwrites them, the others add. A parameter that the first
+        pass doesn't reach (another virtual chunk's) adds to the step before's: wrong from the second step, no error.
+        """
+        self.zero.grad_partitions_flat_buffer.zero_()
 
     def gradients(self) -> list[torch.Tensor]:
         if self.zero.offload_optimizer:

@@ -93,8 +93,9 @@ class MegatronEngine:
             group["lr"] = learning_rate
             group["weight_decay"] = decay * group.get("wd_mult", 1.0)
         for part in self._parts():
-            if clip > 0 and part.get_parameters():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
+            parameters: list[torch.Tensor] = list(part.get_parameters())
+            if clip > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 

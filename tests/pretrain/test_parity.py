@@ -132,6 +132,43 @@ def test_bf16_weights_follow_fp32_main_weights() -> None:
     assert all(values.dtype == "float32" for values in ranks[0].weights.values())
 
 
+def test_grouped_and_separate_experts_are_the_same_model() -> None:
+    """Same canonical names, same numbers: on the CPU the grouped product is taken where it can be."""
+    want = reference(())
+    (got,) = run_ranks(1, train_small, small_config(model__moe__grouped_gemm="off"))
+    assert [step[:2] for step in got.steps] == [pytest.approx(step[:2], rel=1e-6) for step in want.steps]
+    assert largest_difference(assemble([got.weights]), assemble([want.weights]))[0] < 1e-4
+
+
+def test_padding_of_the_vocabulary_changes_nothing() -> None:
+    """300 tokens padded to 384 and to 304: pads get no probability, so no gradient either."""
+    want = reference(())
+    (got,) = run_ranks(1, train_small, small_config(model__vocab_multiple=8))
+    assert [step[:2] for step in got.steps] == [pytest.approx(step[:2], rel=1e-6) for step in want.steps]
+    wide, narrow = assemble([want.weights]), assemble([got.weights])
+    key = ("weight", "output_layer.weight")
+    assert (wide[key].shape[0], narrow[key].shape[0]) == (384, 304)
+    assert wide[key][:300] == pytest.approx(narrow[key][:300], rel=1e-3, abs=1e-6)
+    assert not wide[("exp_avg", "output_layer.weight")][300:].any()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model__moe__router__jitter_eps": 0.1, "model__hidden_dropout": 0.1, "model__attention__dropout": 0.1},
+        {"model__moe__capacity_factor": 1.0, "model__moe__pad_to_capacity": True},
+        {"model__moe__router__balance": "global_aux_loss"},
+        {"model__moe__dispatcher": "allgather", "recompute__mode": "selective"},
+    ],
+    ids=lambda model: "-".join(key.split("__")[-1] for key in model),
+)
+def test_what_depends_on_the_layout_by_nature_still_trains(model: dict[str, Any]) -> None:
+    ranks = run_ranks(2, train_small, small_config(launch__processes_per_node=2, **{TP: 2, EP: 2}, **model))
+    losses = [step[0] for step in ranks[0].steps]
+    assert losses == [step[0] for step in ranks[1].steps]
+    assert all(4 < loss < 9 for loss in losses)
+
+
 # Guards: without each, a composed layout is silently wrong.
 
 

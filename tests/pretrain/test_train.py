@@ -124,6 +124,26 @@ def test_a_stop_saves_and_going_on_equals_going_through(config: Path, tmp_path: 
     assert same_checkpoint(stopped, whole)
 
 
+def test_a_growing_batch_goes_on_where_it_stopped(config: Path, tmp_path: Path) -> None:
+    """4, 4, 6, 6, 8, 8 sequences: counted in samples, whatever the attempt."""
+    ramp = ("batch.ramp.start_seqs=4", "batch.ramp.increment_seqs=2", "batch.ramp.samples=16")
+    assert attempt(config, tmp_path / "whole", *ramp) == [0] * 4
+    assert attempt(config, tmp_path / "parts", *ramp, "run.steps=3") == [0] * 4
+    assert attempt(config, tmp_path / "parts", *ramp) == [0] * 4
+    samples = [row["samples"] for row in rows(tmp_path / "whole")]
+    sizes = [after - before for before, after in zip([0, *samples], samples, strict=False)]
+    assert sizes == sorted(sizes) and sizes[0] == 4 and sizes[-1] == 8 and len(set(sizes)) > 1
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert same_checkpoint(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_profile_is_written_for_its_window(config: Path, tmp_path: Path) -> None:
+    words = ("run.steps=3", "metrics.profile.start_step=2", "metrics.profile.num_steps=1", "checkpoint.save_at_end=false")
+    assert attempt(config, tmp_path / "run", *words) == [0] * 4
+    assert [path.name for path in (tmp_path / "run" / "profile").iterdir()] == ["rank_0.trace.json"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_0000002")), "nothing was due"
+
+
 def test_damage_is_passed_over_loudly_but_refused_by_name(
     config: Path, tmp_path: Path, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def bare_step(config: Config, model: Any, groups: Any) -> Callable[[list[MicroBa
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         run(
-            forward_step_func=forward, data_iterator=iter(batches), model=wrapped, num_microbatches=len(batches),
+            forward_step_func=forward, data_iterator=iter(batches), model=list[torch.nn.Module](wrapped), num_microbatches=len(batches),
             seq_length=config.batch.seq_length_tokens, micro_batch_size=config.batch.micro_batch_seqs, forward_only=False,
         )  # fmt: skip
         optimizer.step()
@@ -111,7 +111,8 @@ def our_step(config: Config, model: Any, groups: Any, device: torch.device, fold
 def rank_main(rank: int, world: int, folder: str, steps: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     config = load_config("quickstart", OVERRIDES).config
     layout = make_layout(config)
     device = start(os.environ).device
@@ -149,9 +150,7 @@ def main() -> None:
     for name in ("bare", "ours"):
         both = [a + b for a, b in zip(times[0][name], times[1][name], strict=True)]
         print(f"{name:<28}{statistics.median(both):8.3f}{min(both):8.3f}")
-    ratios = [
-        (times[0]["ours"][i] + times[1]["ours"][i]) / (times[0]["bare"][i] + times[1]["bare"][i]) for i in range(steps)
-    ]
+    ratios = [(times[0]["ours"][i] + times[1]["ours"][i]) / (times[0]["bare"][i] + times[1]["bare"][i]) for i in range(steps)]
     print(f"{'ours / bare, median of steps':<28}{statistics.median(ratios):8.3f}")
 
 

@@ -82,7 +82,9 @@ class Key:
             yield Problem(f"config.json: {self.theirs}", value, f"must be of type {words}", "mend the config.json")
             return
         if value is None and self.default is REQUIRED:
-            yield Problem(f"config.json: {self.theirs}", None, f"must be a number: it is model.{self.ours}", "mend the config.json")
+            yield Problem(
+                f"config.json: {self.theirs}", None, f"must be a number: it is model.{self.ours}", "mend the config.json"
+            )
             return
         put(model, self.ours, float(value) if kinds == (float,) and value is not None else value)
 

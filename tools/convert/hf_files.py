@@ -73,7 +73,9 @@ class HfFiles:
             experts, rows, groups, half = entry.shape
             factors = self.raw.get(with_name)
             if factors is None or factors[1].shape != (experts, rows, groups) or factors[1].dtype != "U8" or half != 16:
-                problems.append(_problem(name, list(entry.shape), f"MXFP4 needs U8 {with_name} of shape {[experts, rows, groups]}"))
+                problems.append(
+                    _problem(name, list(entry.shape), f"MXFP4 needs U8 {with_name} of shape {[experts, rows, groups]}")
+                )
                 return None
             return Stored((experts, rows, groups * 32), "BF16", file, entry, "mxfp4", with_name)
         if entry.dtype == "F8_E4M3":
@@ -191,7 +193,9 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Proble
             problems.append(_problem(str(index), absent[:_SHOWN], f"names {len(absent)} tensors that its files don't hold"))
         extra = sorted(set(tensors) - set(listed))
         if extra:
-            problems.append(_problem(str(index), extra[:_SHOWN], f"the files hold {len(extra)} tensors that the index doesn't name"))
+            problems.append(
+                _problem(str(index), extra[:_SHOWN], f"the files hold {len(extra)} tensors that the index doesn't name")
+            )
     return tensors, problems
 
 
@@ -204,7 +208,9 @@ def _add_file(path: Path, tensors: dict[str, tuple[Path, Entry]]) -> list[Proble
     for name, entry in header.items():
         size = RAW[entry.dtype].itemsize if entry.dtype in RAW else None
         if size is not None and entry.stop - entry.start != prod(entry.shape) * size:
-            problems.append(_problem(name, entry.stop - entry.start, f"{path.name}: {entry.dtype}{list(entry.shape)} has other bytes"))
+            problems.append(
+                _problem(name, entry.stop - entry.start, f"{path.name}: {entry.dtype}{list(entry.shape)} has other bytes")
+            )
         if name in tensors:
             problems.append(_problem(name, path.name, f"is in {tensors[name][0].name} too: which one counts?"))
         tensors[name] = (path, entry)
@@ -213,7 +219,9 @@ def _add_file(path: Path, tensors: dict[str, tuple[Path, Entry]]) -> list[Proble
 
 def _unlisted(folder: Path) -> list[str]:
     """Files of a folder without an index."""
-    found = sorted(path.name for path in folder.glob("model*.safetensors")) or sorted(p.name for p in folder.glob("*.safetensors"))
+    found = sorted(path.name for path in folder.glob("model*.safetensors")) or sorted(
+        p.name for p in folder.glob("*.safetensors")
+    )
     if found:
         return found
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -221,4 +229,6 @@ def _unlisted(folder: Path) -> list[str]:
         rule = "must be safetensors: pickle files run code when they are loaded"
         fix = "where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         raise ConfigError(Problem(str(folder), pickles[:_SHOWN], rule, fix))
-    raise ConfigError(_problem(str(folder), "no *.safetensors", "must hold a model's weights", "name the folder of a downloaded model"))
+    raise ConfigError(
+        _problem(str(folder), "no *.safetensors", "must hold a model's weights", "name the folder of a downloaded model")
+    )

@@ -31,15 +31,10 @@ from tools.convert.hf_files import HfFiles
 from tools.convert.links import Links, Part, make_links, width
 from tools.convert.preset import preset_yaml, read_config, understand
 from tools.convert.spans import Span
+from tools.convert.tokenizer_files import COMPANIONS, KEPT
 from tools.convert.work import Entry, Share, Unit, Workplace, cut_rows, plan_files
 
 FILE_BYTES = 2 << 30
-KEPT = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "special_tokens_map.json", "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja",
-    "tiktoken.model", "tokenization_kimi.py",
-)  # fmt: skip
-COMPANIONS = "huggingface"
 _SHOWN = 8
 
 
@@ -73,7 +68,9 @@ def open_source(folder: Path) -> Source:
         raise ConfigError(problems)
     files = HfFiles(folder, config)
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
-        notes.append(f"the files hold none of the {model.mtp.num_layers} prediction depths that config.json names: imported without")
+        notes.append(
+            f"the files hold none of the {model.mtp.num_layers} prediction depths that config.json names: imported without"
+        )
         model.mtp.num_layers = 0
     model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
     links = make_links(family, model, files.tensors.__contains__)
@@ -187,7 +184,9 @@ def import_model(folder: Path, out: Path, dtype: str, share: Share, workers: int
     heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in source.files.raw.items()}
     workplace = Workplace(out, files, [source.config, heads, dtype], force)
     written = workplace.write(share, workers, lambda unit: fill_ours(unit, source.links, source.files))
-    finished = workplace.finish(lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files}))
+    finished = workplace.finish(
+        lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
+    )
     source.files.close()
     return {
         "out": str(out),
@@ -200,11 +199,13 @@ def import_model(folder: Path, out: Path, dtype: str, share: Share, workers: int
     }
 
 
-def _complete(partial: Path, sums: dict[str, dict[str, int]], source: Source, dtypes: dict[str, str], sizes: dict[str, int]) -> None:
+def _complete(
+    partial: Path, sums: dict[str, dict[str, int]], source: Source, dtypes: dict[str, str], sizes: dict[str, int]
+) -> None:
     """index.json, manifest.json, the companions, and last the marker."""
     companions = partial / COMPANIONS
     companions.mkdir(exist_ok=True)
-    for name in KEPT:
+    for name in ("config.json", *KEPT):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, companions / name)
     model = source.model

@@ -50,7 +50,9 @@ def make_links(family: Family, model: Model, holds: Callable[[str], bool] | None
     return links
 
 
-def _named(family: Family, model: Model, holds: Callable[[str], bool] | None) -> Iterator[tuple[str, tuple[int, ...], list[str], Join]]:
+def _named(
+    family: Family, model: Model, holds: Callable[[str], bool] | None
+) -> Iterator[tuple[str, tuple[int, ...], list[str], Join]]:
     """(canonical name, lead, names in the files, join) of every part."""
     kinds = arch.moe_layers(model)
     scopes: list[tuple[str, int, set[str]]] = [("", 0, {"model"})]
@@ -105,7 +107,11 @@ def _audit(links: Links, model: Model) -> None:
         for span in sorted(spans, key=lambda span: span.row):
             assert span.row == edge, f"{name}{lead}: rows {edge} to {span.row} have no source, or two"
             edge += span.rows
-        full = model.vocab_size if name in ("embedding.word_embeddings.weight", "output_layer.weight") else links.our_rows((name, lead))
+        full = (
+            model.vocab_size
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            else links.our_rows((name, lead))
+        )
         assert edge == full, f"{name}{lead}: {edge} of {full} rows have a source"
     for (name, lead), spans in links.theirs.items():
         used = np.zeros(max(span.hf_end for span in spans), dtype=np.int8)

@@ -72,7 +72,9 @@ class HeadDim:
         # Megatron-Core needs it stated; hidden / heads is what transformers takes.
         heads = model.attention.num_heads
         if value is None and model.hidden_size % heads:
-            yield Problem("config.json: head_dim", None, f"must be there: {model.hidden_size} / {heads} is no whole number", "state it")
+            yield Problem(
+                "config.json: head_dim", None, f"must be there: {model.hidden_size} / {heads} is no whole number", "state it"
+            )
             return
         model.attention.head_dim = value or model.hidden_size // heads
 
@@ -93,7 +95,9 @@ class DenseFirst:
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         value = theirs.get("first_k_dense_replace", self.absent)
         if isinstance(value, bool) or not isinstance(value, int):
-            yield Problem("config.json: first_k_dense_replace", None if value is REQUIRED else value, "must be an int", "state it")
+            yield Problem(
+                "config.json: first_k_dense_replace", None if value is REQUIRED else value, "must be an int", "state it"
+            )
             return
         model.moe.first_dense_layers = value
 
@@ -206,9 +210,19 @@ class Dense:
             yield "it has no experts"
 
 
-NO_MLA = Always("mla.kv_lora_rank", None)
-NO_MTP = Always("mtp.num_layers", 0)
-NO_WINDOW = Always("attention.window_size_tokens", None)
+@dataclass(frozen=True)
+class WholeHeads:
+    """transformers refuses a Llama whose hidden_size is no multiple of its heads, whatever head_dim says."""
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        return iter(())
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        if model.hidden_size % model.attention.num_heads:
+            yield f"transformers wants hidden_size = {model.hidden_size} to be a multiple of the {model.attention.num_heads} heads"
 
 
 def plain_attention(**changed: Any) -> tuple[Setting, ...]:
@@ -334,7 +348,9 @@ DENSE_MLP = (
 )
 
 
-def experts(router: str = _M + "gate.weight", one: str = _M + "experts.{E}.", names: tuple[str, str, str] | None = None) -> tuple[Tensor, ...]:
+def experts(
+    router: str = _M + "gate.weight", one: str = _M + "experts.{E}.", names: tuple[str, str, str] | None = None
+) -> tuple[Tensor, ...]:
     """Router and experts, one tensor an expert; also read in transformers 5's stacked form (gate above up)."""
     gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
     together = _M + "experts."
@@ -363,9 +379,7 @@ def shared_experts(name: str = "shared_experts") -> tuple[Tensor, ...]:
 
 
 EXPERT_BIAS = (
-    tensor(
-        "moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias
-    ),
+    tensor("moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias),
 )
 # Depth i stands behind the last layer; its embedding and head are copies of the model's.
 MTP = (

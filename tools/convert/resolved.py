@@ -55,4 +55,8 @@ def _unused_of_scaling(model: Model) -> set[str]:
 def differences(first: Model, second: Model) -> list[str]:
     """Each effective key that differs, in words."""
     one, two = resolved(first), resolved(second)
-    return [f"model.{key}: {one.get(key)!r} and {two.get(key)!r}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
+    return [
+        f"model.{key}: {one.get(key)!r} and {two.get(key)!r}"
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key)
+    ]

@@ -86,7 +86,9 @@ class Rope:
 
 def _disagreements(new: Mapping[str, Any], old: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Problem]:
     pairs = [(name, new[name], old[name]) for name in new if name in old]
-    pairs += [(name, new[name], theirs[name]) for name in ("rope_theta", "partial_rotary_factor") if name in new and name in theirs]
+    pairs += [
+        (name, new[name], theirs[name]) for name in ("rope_theta", "partial_rotary_factor") if name in new and name in theirs
+    ]
     for name, first, second in pairs:
         if first != second:
             rule = f"must agree: rope_parameters says {first!r}, the older key {second!r}"
@@ -99,7 +101,9 @@ def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterato
     for theirs, ours in {"factor": "factor", **_NUMBERS[kind]}.items():
         value = values.get(theirs)
         if value is None and theirs == "factor":
-            yield Problem("config.json: rope factor", None, f"must be there: rope type {kind} stretches by it", "mend the config.json")
+            yield Problem(
+                "config.json: rope factor", None, f"must be there: rope type {kind} stretches by it", "mend the config.json"
+            )
         elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             yield Problem(f"config.json: rope {theirs}", value, "must be a number", "mend the config.json")
             return
@@ -109,7 +113,9 @@ def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterato
         return
     original = values.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     if not isinstance(original, int):
-        yield Problem("config.json: original_max_position_embeddings", original, "must be a number of tokens", "mend the config.json")
+        yield Problem(
+            "config.json: original_max_position_embeddings", original, "must be a number of tokens", "mend the config.json"
+        )
         return
     scaling.original_max_position = original
     if kind == "yarn":

@@ -65,7 +65,9 @@ class Entry:
     """(lead, first row, rows) of each unit, in the order of the bytes."""
 
 
-def plan_files(entries: Sequence[Entry], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]) -> list[OutFile]:
+def plan_files(
+    entries: Sequence[Entry], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
+) -> list[OutFile]:
     """Entries in order, files of about `file_bytes` (a larger tensor has its own). `name_of`: (number, count) -> name."""
     groups: list[list[Entry]] = [[]]
     size = 0

@@ -13,11 +13,6 @@ from parallel import architecture as arch
 from parallel.stages import Chunk
 from tools.planner.job import Job
 
-# Of one logit: bf16, and fp32 probabilities that its gradient overwrites (vocabulary parallel cross entropy).
-LOGIT_BYTES = 6.0
-# PyTorch's own cross entropy keeps fp32 logits, their log-softmax and its gradient besides.
-EAGER_LOGIT_BYTES = 12.0
-
 
 @dataclass(frozen=True)
 class Widths:
@@ -174,5 +169,4 @@ def stage_activations(job: Job, stage: int, kept: Kept) -> float:
 
 def logit_bytes(job: Job) -> float:
     """The output layer's logits and their loss, one micro-batch at a time (a prediction depth's come after)."""
-    size = EAGER_LOGIT_BYTES if job.zero.engine == "fsdp" else LOGIT_BYTES
-    return size * job.micro_tokens * job.padded_vocab / job.layout.tensor
+    return job.logit_bytes * job.micro_tokens * job.padded_vocab / job.layout.tensor

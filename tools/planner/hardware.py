@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,10 @@ GIB = 2**30
 LARGEST_GEMM_BF16, LARGEST_GEMM_FP8 = 0.78, 0.735
 TYPICAL_NIC_GBIT_S = 200.0
 PCIE_GB_S = 25.0
+# Makers' GB of GPU memory are GiB; the driver keeps about 1% (nvidia-smi: 79.6 GiB of an H100's 80, 140.4 of an H200's 141).
+USABLE_MEMORY = 0.99
+# One core: products in TFLOP/s, memory in GB/s.
+HOST_NAME, HOST_TFLOPS, HOST_GB_S = "a CPU process", 0.1, 8.0
 # What people write, lower case, for names of the table.
 ALIASES = {
     "a100": "A100-SXM-80GB", "a100-80gb": "A100-SXM-80GB", "a100-40gb": "A100-SXM-40GB", "a800": "A800-SXM-80GB",
@@ -49,7 +54,7 @@ class Gpu:
 
     @property
     def memory_gib(self) -> float:
-        return self.memory_gb * 1e9 / GIB
+        return USABLE_MEMORY * self.memory_gb
 
     def peak_tflops(self, compute: str) -> float:
         """Dense peak of a number format; one that the GPU doesn't have runs in the next wider one."""
@@ -107,10 +112,17 @@ def find_gpu(name: str) -> Gpu | None:
     return table[alias] if alias else None
 
 
+def host(config: Config) -> Gpu:
+    """A process of a machine without GPUs, as a slow GPU: its share of the memory, a few GB/s through gloo."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share_gb = pages / GIB / config.launch.processes_per_node / USABLE_MEMORY
+    return Gpu(HOST_NAME, HOST_TFLOPS, HOST_TFLOPS, HOST_TFLOPS, share_gb, HOST_GB_S, HOST_GB_S / 4, 8, 10.0, 0.5, 0.5)
+
+
 def make_machine(config: Config) -> Machine:
     """The machine of the `cluster` section. Raises ConfigError when its GPU isn't in the table."""
     cluster = config.cluster
-    gpu = find_gpu(cluster.gpu) if cluster.gpu else None
+    gpu = find_gpu(cluster.gpu) if cluster.gpu else host(config)
     if gpu is None:
         names = [*gpus(), *ALIASES]
         close = difflib.get_close_matches(cluster.gpu or "", names, n=3, cutoff=0.3)

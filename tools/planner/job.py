@@ -11,12 +11,18 @@ from functools import cached_property
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
-from configs.schema import Config
+from configs.schema import Config, Recompute
 from parallel import architecture as arch
 from parallel.batch import num_micro_batches
 from parallel.layout import Layout, make_layout
-from parallel.stages import Chunk, make_chunks
+from parallel.stages import Chunk
+from tools.planner import facts
 from tools.planner.hardware import Machine, make_machine
+
+# Of one logit: bf16, and fp32 probabilities that its gradient overwrites (vocabulary parallel cross entropy).
+LOGIT_BYTES = 6.0
+# PyTorch's own cross entropy, not compiled: fp32 logits, their log-softmax and its gradient besides.
+EAGER_LOGIT_BYTES = 12.0
 
 
 @dataclass(frozen=True)
@@ -71,23 +77,22 @@ class Job:
     compute: str = "bf16"
     flash: bool = True
     split: tuple[int, ...] | None = None
-    steps: int | None = None
+    logit_bytes: float = LOGIT_BYTES
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """Layers of each stage and chunk."""
-        return make_chunks(self.model, self.layout.pipeline, self.layout.virtual_pipeline, self.vocab, self.split)
+        return facts.chunks_of(self.model, self.vocab, self.layout.pipeline, self.layout.virtual_pipeline, self.split)
 
     @cached_property
     def moe_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it is a MoE layer."""
-        return arch.moe_layers(self.model)
+        return facts.moe_layers(self.model)
 
     @cached_property
     def stage_chunks(self) -> tuple[tuple[Chunk, ...], ...]:
         """The chunks of each stage."""
-        stages = range(self.layout.pipeline)
-        return tuple(tuple(chunk for chunk in self.chunks if chunk.stage == stage) for stage in stages)
+        return tuple(self.chunks[stage :: self.layout.pipeline] for stage in range(self.layout.pipeline))
 
     @cached_property
     def padded_vocab(self) -> int:
@@ -129,6 +134,11 @@ def compute_of(config: Config) -> str:
     return "fp8" if config.precision.fp8 != "none" else config.precision.params
 
 
+def recomputation_of(section: Recompute) -> Recomputation:
+    """The config's section as a job's."""
+    return Recomputation(section.mode, frozenset(section.modules), section.method, section.num_layers)
+
+
 def make_job(config: Config, vocab_size: int | None, machine: Machine | None = None) -> Job:
     """The job of a legal config. Raises ConfigError when the vocabulary or the GPU is not known."""
     if vocab_size is None:
@@ -137,7 +147,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
     batch, layout = config.batch, make_layout(config)
     # Divides, or the checks were passed over: an assertion is ours.
     num_micro_batches(batch, layout.data, batch.global_batch_seqs)
-    zero, recompute = config.zero, config.recompute
+    zero = config.zero
     return Job(
         model=config.model,
         vocab=vocab_size,
@@ -148,7 +158,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
         global_batch=batch.global_batch_seqs,
         states=states_of(config),
         zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce),
-        recompute=Recomputation(recompute.mode, frozenset(recompute.modules), recompute.method, recompute.num_layers),
+        recompute=recomputation_of(config.recompute),
         compute=compute_of(config),
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,
     )

@@ -18,6 +18,8 @@ from tools.planner.weights import Held, layer_held, stage_held, state_bytes
 CONTEXT_GIB, COMMUNICATOR_GIB = 0.9, 0.25
 # Part of the allocated bytes lost between blocks: usual, and where dropless routing changes sizes every step.
 FRAGMENTATION_DENSE, FRAGMENTATION_MOE = 0.03, 0.06
+# DeepSpeed's flat buffers: BLOOM's nvidia-smi figures stood a third above what the tensors add up to.
+FRAGMENTATION_DEEPSPEED = 0.3
 # Tokens of the fullest expert rank over the mean: what a balanced router reaches, and a young one.
 IMBALANCE, IMBALANCE_HIGH = 1.1, 1.5
 # Uncertainty of the activations' count (kernels differ in what they keep).
@@ -119,14 +121,20 @@ def communicators(job: Job) -> int:
     return sum(size > 1 for size in sizes)
 
 
+def fragmentation(job: Job) -> float:
+    """Part of the allocated bytes that is lost between blocks."""
+    if job.zero.engine == "deepspeed":
+        return FRAGMENTATION_DEEPSPEED
+    return FRAGMENTATION_MOE if job.model.moe.num_experts else FRAGMENTATION_DENSE
+
+
 def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept, Kept, Kept]) -> Rank:
     states = state_bytes(job, held)
     kept, balanced, young = (activations.stage_activations(job, stage, count) for count in counts)
     transient = transient_bytes(job, stage, held, imbalance)
     allocated = states.total + kept + transient
-    moe = job.model.moe.num_experts > 0
     outside = GIB * (CONTEXT_GIB + COMMUNICATOR_GIB * communicators(job))
-    overhead = outside + (FRAGMENTATION_MOE if moe else FRAGMENTATION_DENSE) * allocated
+    overhead = outside + fragmentation(job) * allocated
     return Rank(
         stage=stage,
         weights_gib=states.weights / GIB,
@@ -141,10 +149,21 @@ def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept
     )
 
 
-def make_ledger(job: Job, imbalance: float | None = None) -> Ledger:
-    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance)."""
+def likely_fullest(job: Job) -> set[int]:
+    """Stages among which the fullest is: the first two (most micro-batches wait), the last (logits), the longest."""
+    last = job.layout.pipeline - 1
+    longest = max(range(last + 1), key=lambda stage: sum(len(chunk.layers) for chunk in job.stage_chunks[stage]))
+    return {0, min(1, last), last, longest}
+
+
+def make_ledger(job: Job, imbalance: float | None = None, quick: bool = False) -> Ledger:
+    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance).
+
+    `quick`: only of the stages among which the fullest is (a search's filter).
+    """
     ratio = IMBALANCE if imbalance is None else imbalance
     counts = tuple(activations.kept_by_layer(job, each) for each in (ratio, 1.0, max(ratio, IMBALANCE_HIGH)))
     assert len(counts) == 3, "the usual, the balanced and the young router"
-    ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)))
+    wanted = likely_fullest(job) if quick else set(range(job.layout.pipeline))
+    ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)) if stage in wanted)
     return Ledger(ranks, job.machine.gpu.memory_gib)

@@ -17,7 +17,7 @@ from configs.model_schema import Model
 from parallel.layout import Layout
 from pretrain.flops import training_flops
 from tools.planner.hardware import Machine, find_gpu
-from tools.planner.job import Job, Recomputation, States, Zero
+from tools.planner.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, Job, Recomputation, States, Zero
 from tools.planner.ledger import make_ledger
 from tools.planner.published_model import Unusable, model_of
 
@@ -28,6 +28,15 @@ SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
 # Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
 # the measured bytes leave no room for fp32).
 BF16_MOMENTS = ("Moonlight",)
+SOURCES = (
+    ("tests/functional_tests", "Megatron-LM CI"),
+    ("Megatron-Bridge docs/performance-summary", "Megatron-Bridge performance summary"),
+    ("Megatron-Bridge skills", "Megatron-Bridge skills"),
+    ("dgxc-benchmarking", "NVIDIA/dgxc-benchmarking"),
+    ("pytorch/torchtitan", "pytorch/torchtitan"),
+    ("bigscience", "BLOOM (bigscience)"),
+    ("2104.04473", "Narayanan et al. 2021"),
+)
 RECOMPUTE_LADDER = (
     Recomputation(),
     Recomputation("selective", frozenset({"core_attn", "layernorm", "moe_act"})),
@@ -58,11 +67,12 @@ class Run:
 
 
 def short_source(text: str) -> str:
-    """The source without commit, section and row: what rows are grouped by."""
-    if "tests/functional_tests" in text:
-        return "Megatron-LM CI"
-    text = re.split(r" @ |\(blob|, section|, read in| Tables? | appendix", text)[0]
-    return re.sub(r"README(_\w+)?\.md", "README", text).strip()[:70]
+    """Who published: what rows are grouped by. A project's pages of the same kind are one source."""
+    for words, name in SOURCES:
+        if words in text:
+            return name
+    text = re.split(r" @ | \(blob|, section|, read in| Tables? | appendix| sec | \+ ", text)[0]
+    return re.sub(r"README(_\w+)?\.md", "README", text).strip()[:70] or "?"
 
 
 def machine_of(text: str) -> Machine:
@@ -104,7 +114,9 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
     states = States(2, 2 if short else 4, moments)
     group = re.search(r"within (\d+)", text)
     stage = 0 if text.startswith("none") else 1
-    return Zero("deepspeed" if "deepspeed" in text else "megatron", stage, "none", int(group[1]) if group else None, not old), states
+    return Zero(
+        "deepspeed" if "deepspeed" in text else "megatron", stage, "none", int(group[1]) if group else None, not old
+    ), states
 
 
 def recompute_of(row: dict[str, Any], num_layers: int) -> Recomputation | None:
@@ -119,7 +131,9 @@ def recompute_of(row: dict[str, Any], num_layers: int) -> Recomputation | None:
         # torchtitan: every second layer, or every second product.
         return Recomputation("full", frozenset(), "block", -(-num_layers // 2 // int(row.get("pp") or 1)))
     known = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "shared_experts")
-    modules = {name for name in known if re.search(rf"\b{name}\b", words)} | ({"core_attn"} if "core attention" in words else set())
+    modules = {name for name in known if re.search(rf"\b{name}\b", words)} | (
+        {"core_attn"} if "core attention" in words else set()
+    )
     modules |= {"moe"} if re.search(r"\bmoe\b", words) else set()
     modules |= {"core_attn"} if words.startswith("selective + sequence") else set()
     return Recomputation("selective", frozenset(modules)) if modules else Recomputation()
@@ -225,6 +239,7 @@ def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
+        logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
     )  # fmt: skip
     if stated is not None:
         return job, False
@@ -256,7 +271,21 @@ def excluded(row: dict[str, Any]) -> str | None:
 
 
 def _key(row: dict[str, Any]) -> tuple[object, ...]:
-    names = ("gpu", "n_gpus", "tp", "pp", "vpp", "ep", "cp", "seq_len", "micro_batch", "global_batch", "precision", "zero", "task")
+    names = (
+        "gpu",
+        "n_gpus",
+        "tp",
+        "pp",
+        "vpp",
+        "ep",
+        "cp",
+        "seq_len",
+        "micro_batch",
+        "global_batch",
+        "precision",
+        "zero",
+        "task",
+    )
     return (row.get("source", "").split(" @ ")[0].split("-archive")[0].split(".md")[0], (row.get("model") or {}).get("name"),
             *(row.get(name) for name in names))  # fmt: skip
 
@@ -296,7 +325,10 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
     if reason:
         raise Unusable(reason)
     memory, kind = memory_of(row)
-    if what == "memory" and (memory is None or (row.get("usable") or {}).get("memory") is False):
+    oom = bool((row.get("measured") or {}).get("oom"))
+    if what == "memory" and "distill" in str((row.get("model") or {}).get("name")):
+        raise Unusable("two models (distillation)")
+    if what == "memory" and not oom and (memory is None or (row.get("usable") or {}).get("memory") is False):
         raise Unusable("no memory measured" if memory is None else "memory not comparable")
     if what == "time" and row.get("global_batch") is None:
         raise Unusable("global batch not stated")
@@ -306,6 +338,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         raise Unusable("no speed measured")
     odd = not job.flash and job.model.hidden_size // job.model.attention.num_heads % 8
     name, source = str((row.get("model") or {}).get("name")), str(row.get("source") or "?")
+    notes = str(row.get("notes") or "")
     return Run(
         id=str(row.get("id") or f"row {position + 1}"),
         source=short_source(source),
@@ -314,7 +347,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         tokens_per_s=speed,
         memory_gb=memory,
         memory_kind=kind,
-        apart="head dim not divisible by 8" if odd else None,
-        oom=bool((row.get("measured") or {}).get("oom")),
+        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if oom and "fragmentation" in notes else None,
+        oom=oom,
         assumed_recompute=assumed,
     )

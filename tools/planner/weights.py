@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from parallel import architecture as arch
 from parallel.stages import Chunk
-from pretrain.flops import layer_parameters
+from tools.planner import facts
 from tools.planner.job import Job
 
 
@@ -47,7 +47,7 @@ class StateBytes:
 def layer_held(job: Job, is_moe: bool) -> Held:
     """Parameters of one layer on one rank."""
     model, layout = job.model, job.layout
-    counts = layer_parameters(model, is_moe)
+    counts = facts.layer_counts(model, is_moe)
     whole = counts.norms + counts.router
     divided = counts.attention + counts.dense + counts.shared
     if model.mla.kv_lora_rank is not None:
@@ -56,21 +56,17 @@ def layer_held(job: Job, is_moe: bool) -> Held:
     return Held(whole + divided / layout.tensor, counts.routed / (layout.expert * layout.expert_tensor))
 
 
-def chunk_held(job: Job, chunk: Chunk) -> Held:
-    """Parameters of one chunk on one rank."""
+def chunk_held(job: Job, chunk: Chunk, by_kind: tuple[Held, Held]) -> Held:
+    """Parameters of one chunk on one rank. `by_kind`: of a dense and a MoE layer."""
     model, tensor = job.model, job.layout.tensor
     table = job.padded_vocab * model.hidden_size / tensor
-    kinds = job.moe_layers
-    held = Held(0.0)
-    for is_moe in (False, True):
-        number = sum(kinds[layer] == is_moe for layer in chunk.layers)
-        if number:
-            layer = layer_held(job, is_moe)
-            held += Held(number * layer.dense, number * layer.routed)
+    moe = sum(job.moe_layers[layer] for layer in chunk.layers)
+    plain, routing = by_kind
+    held = Held((len(chunk.layers) - moe) * plain.dense + moe * routing.dense, moe * routing.routed)
     if chunk.embedding:
         held += Held(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
     if chunk.mtp:
-        depth = layer_held(job, arch.mtp_is_moe(model))
+        depth = by_kind[arch.mtp_is_moe(model)]
         held += Held(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
         # The prediction depths embed their tokens again: on another stage than the first that is a copy of the table.
         held += Held(0.0 if chunk.embedding else table)
@@ -81,9 +77,10 @@ def chunk_held(job: Job, chunk: Chunk) -> Held:
 
 def stage_held(job: Job) -> tuple[Held, ...]:
     """Parameters of one rank of each stage."""
+    by_kind = (layer_held(job, False), layer_held(job, True) if any(job.moe_layers) else Held(0.0))
     stages = [Held(0.0)] * job.layout.pipeline
     for chunk in job.chunks:
-        stages[chunk.stage] += chunk_held(job, chunk)
+        stages[chunk.stage] += chunk_held(job, chunk, by_kind)
     return tuple(stages)
 
 

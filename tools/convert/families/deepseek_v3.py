@@ -39,7 +39,7 @@ DEEPSEEK_V3 = Family(
         Only("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
         Only("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
         Only("moe_layer_freq", (1, None), "its MoE layers follow each other"),
-        Key("num_nextn_predict_layers", "mtp.num_layers", 0),
+        Key("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
         *parts.EMBEDDING, *parts.LATENT, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts(),

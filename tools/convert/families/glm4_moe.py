@@ -32,7 +32,7 @@ GLM4_MOE = Family(
         parts.DenseFirst(absent=1),
         parts.Groups(absent=1),
         *SIGMOID_ROUTER,
-        Key("num_nextn_predict_layers", "mtp.num_layers", 0),
+        Key("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
         *parts.EMBEDDING, *parts.ATTENTION, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts(),

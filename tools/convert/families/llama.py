@@ -19,6 +19,7 @@ LLAMA = Family(
         Rope(),
         Only("attention_bias", (False, None), "megatron-core has one switch for the biases of all products"),
         Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
+        parts.WholeHeads(),
         Only("pretraining_tp", (1, None), "its products are summed in another order"),
         *parts.plain_attention(),
         parts.Dense(),

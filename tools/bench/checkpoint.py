@@ -1,0 +1,74 @@
+"""How long training stands still for a save: asynchronous against synchronous, the same state, in one run.
+
+    python -m tools.bench.checkpoint [--gib 1.0] [--folder .]
+
+One process with a state of that size in slices of 16 MiB. Synchronous: written, synced and completed before it returns.
+Asynchronous: `start` returns after one copy in memory; the files are written by a thread. The first asynchronous save
+also pays for the fresh pages of its buffer, which later ones find ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain.boxes import Box
+from pretrain.checkpoint_write import CheckpointWriter
+from pretrain.engine.base import WEIGHT, Piece
+from pretrain.manifest import FORMAT, Manifest
+
+SLICE = 4 << 20
+
+
+def make_state(gib: float) -> list[Piece]:
+    count = max(1, round(gib * 2**30 / 4 / SLICE))
+    box = Box((0,), (SLICE,))
+    return [Piece(WEIGHT, f"tensor_{i}", (SLICE,), box, 0, SLICE, torch.full((SLICE,), float(i))) for i in range(count)]
+
+
+def manifest(step: int) -> Manifest:
+    return Manifest(FORMAT, step, 0, 0, step, None, "megatron", 1, {}, {}, 1, None, None, {}, (WEIGHT,), {}, {}, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
+    parser.add_argument("--folder", default=".", help="where to write, and delete again")
+    args = parser.parse_args()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    pieces = make_state(args.gib)
+    folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=args.folder))
+    try:
+        writers = {"synchronous": CheckpointWriter(folder, 0, False), "asynchronous": CheckpointWriter(folder, 0, True)}
+        stalls: dict[str, list[float]] = {name: [] for name in writers}
+        for step in range(1, 4):
+            for name, writer in writers.items():
+                before_s = time.perf_counter()
+                writer.start(replace(manifest(step)), pieces)
+                if name == "synchronous":
+                    writer.finish()
+                stalls[name].append(time.perf_counter() - before_s)
+                if name == "asynchronous":
+                    before_s = time.perf_counter()
+                    _, error = writer.finish()
+                    print(f"step {step}: written in the background in {time.perf_counter() - before_s:.2f} s {error or ''}")
+                shutil.rmtree(folder)
+                folder.mkdir()
+        for name, times in stalls.items():
+            print(f"{name:<14} stall, s: {', '.join(f'{value:.3f}' for value in times)}")
+        print(f"asynchronous / synchronous, last save: {stalls['asynchronous'][-1] / stalls['synchronous'][-1]:.3f}")
+    finally:
+        shutil.rmtree(folder)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

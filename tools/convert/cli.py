@@ -1,0 +1,156 @@
+"""`phalanx convert …`: Hugging Face models in and out, a look into either, and proof by logits. [p]
+
+In: arguments. Out: an exit code. Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from tools.convert.work import Share
+
+EPILOG = """\
+from Hugging Face and back:
+  phalanx convert import ~/models/Qwen3-30B-A3B checkpoints/qwen3
+  phalanx convert verify checkpoints/qwen3 ~/models/Qwen3-30B-A3B
+  phalanx convert export runs/quickstart exported
+
+Weights only: a run that starts from an import (checkpoint.load=PATH) has a fresh optimizer.
+Killed or out of disk: the same command goes on. Several processes: --shard 0/4 … --shard 3/4, in any order.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one subcommand."""
+    args = _parser().parse_args(argv)
+    result, text = args.run(args)
+    for note in result.get("notes", []):
+        print(f"note: {note}", file=sys.stderr)
+    print(json.dumps(result, ensure_ascii=False) if args.json else text)
+    return int(result.get("ok") is False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="phalanx convert", description="Checkpoints from and to Hugging Face.", epilog=EPILOG, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    work = argparse.ArgumentParser(add_help=False, parents=[shared])
+    work.add_argument(
+        "--dtype", choices=("keep", "bf16", "fp32", "fp16"), default="keep", help="type of the weights (default: as they are)"
+    )
+    work.add_argument(
+        "--shard", type=_share, default=Share(), metavar="I/N", help="do the I-th of N shares; the last one finishes"
+    )
+    work.add_argument(
+        "--workers", type=_positive, default=min(4, os.cpu_count() or 1), metavar="N", help="threads (default: %(default)s)"
+    )
+    work.add_argument("--force", action="store_true", help="replace OUT")
+
+    get = commands.add_parser(
+        "import", parents=[work], help="a Hugging Face folder (or a Megatron-LM torch_dist one) becomes a checkpoint"
+    )
+    get.add_argument("source", type=Path, metavar="HF_DIR")
+    get.add_argument("out", type=Path, metavar="OUT")
+    get.set_defaults(run=_import)
+
+    put = commands.add_parser("export", parents=[work], help="a checkpoint becomes a Hugging Face folder")
+    put.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest one")
+    put.add_argument("out", type=Path, metavar="HF_DIR")
+    put.add_argument("--family", metavar="NAME", help="the kind of model to write (default: the one that fits)")
+    put.add_argument("--tokenizer", metavar="PATH", help="its tokenizer, where the run's is gone")
+    put.set_defaults(run=_export)
+
+    look = commands.add_parser(
+        "inspect", parents=[shared], help="what a folder holds: model, tensors, types; and whether it is whole"
+    )
+    look.add_argument("path", type=Path, metavar="PATH")
+    look.set_defaults(run=_inspect)
+
+    prove = commands.add_parser("verify", parents=[shared], help="compare logits of the Megatron-Core model with transformers'")
+    prove.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    prove.add_argument("hf", type=Path, metavar="HF_DIR")
+    prove.add_argument(
+        "--layers", type=_positive, metavar="N", help="only the first N layers of both (a model that does not fit)"
+    )
+    prove.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens of a sequence (default: 64)")
+    prove.add_argument("--sequences", type=_positive, default=2, metavar="N", help="sequences (default: 2)")
+    prove.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="largest |difference| of a logit, times max |logit| / 10 where that is more than 1 (default: 1e-3)",
+    )
+    prove.set_defaults(run=_verify)
+    return parser
+
+
+def _share(text: str) -> Share:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError("I/N with I from 0 to N-1, for example 0/4")
+    return Share(int(match[1]), int(match[2]))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a whole number from 1 on")
+    return int(text)
+
+
+def _folder(path: Path, name: str) -> Path:
+    if not path.is_dir():
+        raise ConfigError(Problem(name, str(path), "must be a folder", "check the path"))
+    return path
+
+
+def _import(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.convert.importing import import_model  # noqa: PLC0415  (the subcommand's modules only)
+
+    folder = _folder(args.source, "HF_DIR")
+    result = import_model(folder, args.out, args.dtype, args.shard, args.workers, args.force)
+    text = f"{result['tensors_read']} tensors of {result['family']} read, {result['tensors_written']} written: {args.out}"
+    if not result["finished"]:
+        return result, f"{text}\nthe other shares still write; the last one finishes"
+    return (
+        result,
+        f"{text}\nweights only: checkpoint.load={args.out} starts a run from them with a fresh optimizer; its model is {args.out}/model.yaml",
+    )
+
+
+def _export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.convert.exporting import export_model  # noqa: PLC0415  (the subcommand's modules only)
+
+    result = export_model(
+        args.checkpoint, args.out, args.dtype, args.shard, args.workers, args.force, args.family, args.tokenizer
+    )
+    text = f"{result['tensors_written']} tensors of {result['family']} from {result['checkpoint']}: {args.out}"
+    return result, text if result["finished"] else f"{text}\nthe other shares still write; the last one finishes"
+
+
+def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.convert.inspecting import inspect  # noqa: PLC0415  (the subcommand's modules only)
+
+    return inspect(args.path)
+
+
+def _verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.convert.verify import verify  # noqa: PLC0415  (torch, megatron-core and transformers)
+
+    result = verify(args.checkpoint, _folder(args.hf, "HF_DIR"), args.layers, args.sequences, args.tokens, args.tolerance)
+    word = "the same model" if result["ok"] else "NOT the same model"
+    return result, (
+        f"{word}: max |difference| {result['max_abs_diff']:.3e} at logits up to {result['max_abs_logit']:.2f}, "
+        f"argmax agrees on {result['argmax_agreement']:.2%} of {result['tokens']} tokens ({result['layers']} of {result['layers_total']} layers)"
+    )

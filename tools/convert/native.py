@@ -1,0 +1,94 @@
+"""A checkpoint as a Megatron-Core model in this one process, on the CPU, in fp32: for verify, generate and evaluate.
+
+In: a checkpoint's folder and Model. Out: a GPT chunk whose call is tokens [b, s] -> logits [b, s, vocab].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from configs.errors import ConfigError
+from configs.model_schema import Model
+from configs.schema import Batch, Config, Precision
+from parallel import architecture as arch
+from parallel.groups import close_groups, make_groups
+from parallel.layout import make_layout
+from parallel.runtime import start, stop
+from parallel.stages import make_chunks
+from pretrain.backend import choose_backend
+from pretrain.checkpoint_read import CheckpointReader
+from pretrain.engine.base import WEIGHT, Piece
+from pretrain.megatron_config import make_transformer_config
+from pretrain.model import PaddedVocabGPT, build_chunks
+from pretrain.shards import local_tensors, map_shards
+from pretrain.tensor_file import DamagedFile
+from tools.convert.checkpoints import damage
+
+
+def inference_config(model: Model, seq_length_tokens: int, layers: int | None = None) -> Config:
+    """One rank, fp32, no dropout, no prediction depths (they only help training); the first `layers` layers."""
+    model = copy.deepcopy(model)
+    model.mtp.num_layers = 0
+    model.hidden_dropout = model.attention.dropout = 0.0
+    # Tokens are dropped and travel in training only.
+    model.moe.capacity_factor, model.moe.pad_to_capacity, model.moe.shared_overlap = None, False, False
+    model.moe.dispatcher, model.moe.grouped_gemm = "alltoall", "off"
+    if layers is not None and layers < model.num_layers:
+        if model.moe.num_experts:
+            model.moe.layer_pattern = [int(flag) for flag in arch.moe_layers(model)[:layers]]
+        model.num_layers = layers
+        if not any(arch.moe_layers(model)):
+            model.moe.num_experts, model.moe.layer_pattern = 0, None
+    # Positions are not limited by what training took.
+    model.max_position_tokens = max(model.max_position_tokens or 0, seq_length_tokens)
+    return Config(
+        model=model, precision=Precision(params="fp32"), batch=Batch(seq_length_tokens=seq_length_tokens, global_batch_seqs=1)
+    )
+
+
+@contextmanager
+def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int | None = None) -> Iterator[PaddedVocabGPT]:
+    """The model with the checkpoint's weights. Raises ConfigError when the checkpoint is damaged. Not twice at a time."""
+    config = inference_config(model, seq_length_tokens, layers)
+    runtime = start({})
+    layout = make_layout(config)
+    vocab_size = config.model.vocab_size
+    assert vocab_size, "a checkpoint's model states its vocabulary"
+    chunks = make_chunks(config.model, 1, 1, vocab_size)
+    groups = make_groups(layout, config.run.seed)
+    try:
+        backend = choose_backend(config, cuda=False, transformer_engine=False, fused_wgrad=False)
+        transformer = make_transformer_config(config, layout, chunks, backend)
+        (chunk,) = build_chunks(config, vocab_size, transformer, layout, chunks, groups, backend)
+        chunk.to(runtime.device)
+        try:
+            CheckpointReader(folder).fill(weight_pieces(chunk, groups))
+        except DamagedFile as error:
+            raise ConfigError(damage(folder, error)) from error
+        yield chunk.eval()
+    finally:
+        close_groups()
+        stop()
+
+
+def weight_pieces(chunk: PaddedVocabGPT, groups: object) -> Iterator[Piece]:
+    """Every tensor of the chunk as pieces to be filled in place."""
+    shards = map_shards(chunk, groups)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, tensor in local_tensors(chunk):
+            shard, flat = shards[name], tensor.detach().view(-1)
+            for at, box, start, stop_at in shard.pieces(0, flat.numel()):
+                yield Piece(WEIGHT, shard.name, shard.global_shape, box, start, stop_at, flat[at : at + stop_at - start])
+
+
+def logits_of(chunk: PaddedVocabGPT, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [b, s] -> logits [b, s, vocab], fp32, padding cut off."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        logits = chunk(tokens, positions, None)
+    return logits.float()[..., : chunk.num_tokens_in_vocab]

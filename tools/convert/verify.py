@@ -1,0 +1,82 @@
+"""Proof of a conversion: logits of the Megatron-Core model against transformers' on the same tokens, both fp32 on the CPU.
+
+In: a checkpoint, a Hugging Face folder. Out: {"ok", "max_abs_diff", "argmax_agreement", …}. The two sides share no code
+of ours: transformers reads the folder by itself, Megatron-Core the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError, Problem
+from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
+from tools.convert.native import loaded_model, logits_of
+from tools.convert.preset import read_config, understand
+from tools.convert.resolved import differences
+
+AGREEMENT = 0.99
+"""Least share of tokens whose most likely successor must be the same; ties and last bits may differ."""
+
+
+def verify(path: Path, hf: Path, layers: int | None, sequences: int, length_tokens: int, tolerance: float) -> dict[str, Any]:
+    """Compare; `ok` when the largest difference is within `tolerance` (scaled up for logits beyond 10). Raises ConfigError."""
+    folder = find_checkpoint(path)
+    model = model_of(open_manifest(folder))
+    config = read_config(hf)
+    _, theirs, problems, _ = understand(config)
+    if problems:
+        raise ConfigError(problems)
+    if theirs.vocab_size != model.vocab_size:
+        rule = f"must have the checkpoint's {model.vocab_size} tokens"
+        raise ConfigError(Problem("config.json: vocab_size", theirs.vocab_size, rule, "name the folder it came from"))
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, model.vocab_size or 1, (sequences, length_tokens), generator=generator)
+    kept = min(layers or model.num_layers, model.num_layers)
+    expected = transformers_logits(hf, config, tokens, kept)
+    with loaded_model(folder, model, length_tokens, kept) as chunk:
+        got = logits_of(chunk, tokens)
+    difference = (got - expected).abs()
+    largest, scale = float(difference.max()), float(expected.abs().max())
+    agreement = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+    within = largest <= tolerance * max(1.0, scale / 10)
+    theirs.mtp.num_layers = model.mtp.num_layers
+    return {
+        "ok": bool(within and agreement >= AGREEMENT),
+        "max_abs_diff": largest,
+        "mean_abs_diff": float(difference.mean()),
+        "max_abs_logit": scale,
+        "argmax_agreement": agreement,
+        "tolerance": tolerance,
+        "tokens": tokens.numel(),
+        "layers": kept,
+        "layers_total": model.num_layers,
+        "notes": [f"the configs differ: {text}" for text in differences(model, theirs)],
+    }
+
+
+def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, layers: int) -> torch.Tensor:
+    """Logits [b, s, vocab] of the folder's model, its first `layers` layers. Raises ConfigError when it can't be loaded."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (3 s; the environment comes first)
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == "fp8":
+        rule = "transformers runs fp8 files on GPUs only"
+        fix = "export the checkpoint (--dtype bf16) and compare elsewhere, or compare with a bf16 release of the model"
+        raise ConfigError(Problem("config.json: quantization_config", "fp8", rule, fix))
+    settings = AutoConfig.from_pretrained(hf, local_files_only=True)
+    settings.num_hidden_layers = layers
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[:layers]
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, config=settings, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    with torch.no_grad():
+        return model.eval()(tokens, use_cache=False).logits.float()

@@ -1,0 +1,89 @@
+"""`phalanx generate` and `phalanx evaluate`: text from a checkpoint, and its loss on tokenised data. On the CPU, fp32. [p]
+
+In: arguments, the command's name first. Out: an exit code. Raises ConfigError for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """argv[0] is generate or evaluate."""
+    args = {"generate": _generate_parser, "evaluate": _evaluate_parser}[argv[0]]().parse_args(argv[1:])
+    # Megatron-Core's CPU parts are chosen when it is imported: a GPU that may be training must not be seen.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if argv[0] == "generate":
+        from tools.inference.generate import generate  # noqa: PLC0415  (torch and megatron-core: --help needs neither)
+
+        result = generate(
+            args.checkpoint, args.prompt or [""], args.max_new_tokens, args.temperature, args.top_k, args.seed, args.tokenizer
+        )
+        text = "\n\n".join(part["prompt"] + part["text"] for part in result["texts"])
+    else:
+        from tools.inference.evaluate import evaluate  # noqa: PLC0415  (as above)
+
+        result = evaluate(args.checkpoint, args.data, args.max_tokens, args.seq_length, args.batch_seqs)
+        text = (
+            f"{result['checkpoint']}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
+            f"over {result['tokens']:,} tokens of {', '.join(result['data'])}"
+        )
+    for note in result.get("notes", []):
+        print(f"note: {note}", file=sys.stderr)
+    print(json.dumps(result, ensure_ascii=False) if args.json else text)
+    return 0
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phalanx generate",
+        description="Text from a checkpoint. For a look: every token costs a pass over the whole text; serve exports elsewhere.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest one), or a checkpoint"
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="how the text begins; may be given several times")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer (default: 64)")
+    parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0: the most likely token (default)")
+    parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most likely tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="its tokenizer, where the run's is gone")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phalanx evaluate", description="Loss and perplexity of a checkpoint on tokenised data."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest one), or a checkpoint"
+    )
+    parser.add_argument("--data", nargs="+", metavar="PREFIX", help="PREFIX.bin and .idx (default: what the run holds out)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=65536, metavar="N", help="predicted tokens a part (default: 65536)"
+    )
+    parser.add_argument("--seq-length", type=_positive, metavar="TOKENS", help="of one pass (default: the run's, or 512)")
+    parser.add_argument("--batch-seqs", type=_positive, default=4, metavar="N", help="sequences of one pass (default: 4)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a whole number from 1 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1e6:
+        raise argparse.ArgumentTypeError("a number from 0 on")
+    return value

@@ -1,0 +1,159 @@
+"""`phalanx plan` and `phalanx plan-validate`: what a run will take, before anything is queued. [p]
+
+In: a config's name and key=value words, or published rows. Out: memory, time, cost and the best layouts, as text or JSON.
+Exit 0, also when a plan does not fit (`fits` says so); 2 when the input is bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from configs.load import load_config
+from configs.schema import Config
+from parallel.legality import check_config
+from pretrain.data_check import vocab_size
+from tools.planner import report
+from tools.planner.advice import describe_change, explain, what_would_fit
+from tools.planner.calibrate import calibrate
+from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
+from tools.planner.hardware import HOST_NAME, make_machine
+from tools.planner.job import make_job
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict
+from tools.planner.search import search
+from tools.planner.validate import validate
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phalanx plan",
+        description="Memory, time, MFU, days and cost of a config; with --search the best layouts for its number of GPUs.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
+    parser.add_argument("--search", action="store_true", help="try all layouts; the config's own degrees don't matter then")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
+    parser.add_argument("--calibrate", metavar="RUN_DIR", help="scale by this measured run of the same kind of machine")
+    parser.add_argument(
+        "--gpu-mtbf-hours", type=_positive, default=GPU_MTBF_HOURS, help="hours between failures of one GPU (default: Llama 3's)"
+    )
+    parser.add_argument("--restart-s", type=_positive, default=RESTART_S, help="seconds until steps go on after a failure")
+    parser.add_argument("--save-s", type=_positive, help="seconds that a save stalls training (default: from its bytes)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> list[str]:
+    """What the reader should know beside the numbers."""
+    notes = [f"{notice.path}: {notice.text}" for notice in check_config(config).notices]
+    if plan.job.machine.gpu.name == HOST_NAME:
+        notes.append("cluster.gpu is not set: a process is taken for a slow GPU, good for an order of magnitude only")
+    if calibration.source:
+        scales = f"time x{calibration.time_scale:.3f}, memory x{calibration.memory_scale:.3f}"
+        notes.append(f"calibrated by {calibration.source}: {scales}")
+    if not plan.fits:
+        ledger = plan.ledger
+        notes.append(f"stage {ledger.fullest.stage} needs {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f}")
+        changes = what_would_fit(config, plan, vocab, calibration)[:6]
+        notes += [describe_change(change, plan) for change in changes]
+        notes += [] if changes else ["no single change would help: try --search"]
+    return notes
+
+
+def _legal(config: Config) -> None:
+    """Raises ConfigError when the config itself is not legal."""
+    problems = check_config(config).problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _without_layout(config: Config) -> None:
+    """Raises ConfigError for problems that no layout could mend: those outside the searched sections."""
+    searched = ("parallel", "batch.micro_batch", "batch.global_batch", "recompute", "zero")
+    problems = [problem for problem in check_config(config).problems if not problem.path.startswith(searched)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration: Calibration) -> None:
+    _legal(config)
+    job = make_job(config, vocab)
+    plan, model = make_plan(job, calibration), model_dict(job)
+    failures = Failures(args.gpu_mtbf_hours, args.restart_s, args.save_s)
+    run = estimate_run(config, job, plan.timing.step_s, failures)
+    notes = _notes(config, plan, vocab, calibration)
+    if args.json:
+        print(json.dumps({"model": model} | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
+    else:
+        print(report.plan_text(args.config, plan, run, model, notes))
+
+
+def _plan_search(args: argparse.Namespace, config: Config, vocab: int, calibration: Calibration) -> None:
+    _without_layout(config)
+    result = search(config, vocab, make_machine(config), calibration)
+    reasons = explain(result)
+    if not args.json:
+        print(report.search_text(result, args.top, reasons))
+        return
+    failures = Failures(args.gpu_mtbf_hours, args.restart_s, args.save_s)
+    candidates: list[dict[str, Any]] = []
+    for candidate in result.candidates[: args.top]:
+        run = estimate_run(candidate.config, candidate.plan.job, candidate.plan.timing.step_s, failures)
+        words = {"settings": candidate.words, "pareto": candidate.pareto, "run": run.as_dict(), "notes": []}
+        candidates.append({"model": model_dict(candidate.plan.job)} | candidate.plan.as_dict() | words)
+    refused = [{"rule": rule, "layouts": number} for rule, number in result.refused.items()]
+    refused += [{"rule": "memory", "layouts": len(result.too_large)}] if result.too_large else []
+    document = {"candidates": candidates, "tried": result.tried, "fitting": len(result.candidates), "refused": refused}
+    print(json.dumps(document | {"notes": reasons}))
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line whose first word is the command's name: plan or plan-validate."""
+    return (_validate if argv[0] == "plan-validate" else _plan)(argv[1:])
+
+
+def _plan(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    if args.top < 1:
+        raise ConfigError(Problem("--top", args.top, "must be at least 1", "leave it out for 10"))
+    config = load_config(args.config, args.overrides).config
+    vocab = vocab_size(config)
+    calibration = calibrate(args.calibrate) if args.calibrate else UNCALIBRATED
+    (_plan_search if args.search else _plan_one)(args, config, vocab, calibration)
+    return 0
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Published rows of a file: a JSON list of objects. Raises ConfigError."""
+    fix = "give a JSON list of rows, as tools/planner/data/published_runs.json"
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(path, str(error), "must be a readable file", fix)) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(Problem(path, str(error), "must be JSON", fix)) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(Problem(path, type(rows).__name__, "must be a list of objects", fix))
+    return rows
+
+
+def _validate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="phalanx plan-validate", description="The planner's predictions against published runs: errors by source."
+    )
+    parser.add_argument("rows", metavar="ROWS.json", help="a JSON list of rows (format: tools/planner/data/README.md)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    args = parser.parse_args(argv)
+    document = validate(read_rows(args.rows))
+    print(json.dumps(document) if args.json else report.validation_text(document))
+    return 0

@@ -1,0 +1,87 @@
+"""A measured run as the measure of the user's machine: `phalanx plan CONFIG --calibrate RUN_DIR`. [p]
+
+In: a run folder (config.yaml, metrics.jsonl). Out: a `Calibration`: its median step time over the predicted one, and its
+peak memory over the predicted, which later plans for the same cluster are scaled by. A run on CPUs calibrates nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from configs.load import from_yaml_text
+from configs.schema import Config
+from pretrain.data_check import vocab_size
+from tools.planner.hardware import find_gpu
+from tools.planner.job import make_job
+from tools.planner.planning import Calibration, make_plan
+
+# First steps load kernels and fill caches.
+WARMUP_STEPS = 5
+
+
+def _refuse(path: str, got: object, rule: str, fix: str) -> ConfigError:
+    return ConfigError(Problem(path, got, rule, fix))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record that hold a step time. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _refuse(
+            str(path), str(error), "a measured run has a readable record", "name the folder of a run that ran"
+        ) from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a line being written
+                continue
+            raise _refuse(f"{path}:{number}", line[:60], "each line is a JSON object", "name another run") from error
+        if isinstance(row, dict) and isinstance(row.get("step_time_s"), (int, float)) and row["step_time_s"] > 0:
+            rows.append(row)
+    if not rows:
+        raise _refuse(str(path), "no step times", "a calibration needs measured steps", "let the run make some steps first")
+    return rows
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a run folder. Raises ConfigError."""
+    path = folder / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _refuse(str(path), str(error), "a run folder holds its config", "name the folder of a run that ran") from error
+    return from_yaml_text(text, str(path))
+
+
+def measured_memory_gib(rows: list[dict[str, Any]]) -> float | None:
+    """The fullest stage's peak over the record, None where it isn't there."""
+    values = [float(value) for row in rows for name, value in row.items()
+              if name.startswith("memory_gib/") and isinstance(value, (int, float))]  # fmt: skip
+    return max(values, default=None)
+
+
+def calibrate(run_dir: str) -> Calibration:
+    """The machine of this run over ours. Raises ConfigError with what is missing."""
+    folder = Path(run_dir)
+    config = read_config(folder)
+    if config.cluster.gpu is None or find_gpu(config.cluster.gpu) is None:
+        rule = "a calibration run computed on a GPU of the planner's table"
+        raise _refuse("cluster.gpu", config.cluster.gpu, rule, f"name a GPU run instead of {run_dir}")
+    rows = read_rows(folder / "metrics.jsonl")
+    job = make_job(config, vocab_size(config))
+    plan = make_plan(job)
+    settled = rows[WARMUP_STEPS:] or rows
+    memory = measured_memory_gib(rows)
+    predicted = max(rank.allocated_gib for rank in plan.ledger.ranks)
+    return Calibration(
+        time_scale=median(float(row["step_time_s"]) for row in settled) / plan.timing.step_s,
+        memory_scale=memory / predicted if memory else 1.0,
+        source=str(folder),
+    )

@@ -1,0 +1,87 @@
+"""One layout's plan: memory, time and speed together. [p]
+
+In: a Job, maybe a calibration. Out: a `Plan`, as JSON what DESIGN.md says `phalanx plan --json` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pretrain.flops import count_parameters, training_flops
+from tools.planner.job import Job
+from tools.planner.ledger import Ledger, Rank, make_ledger
+from tools.planner.timing import Timing, time_step
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A user's machine over ours: measured / predicted step time, and peak memory."""
+
+    time_scale: float = 1.0
+    memory_scale: float = 1.0
+    source: str = ""
+
+
+UNCALIBRATED = Calibration()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job takes. Speeds per GPU; mfu over the dense bf16 peak, model FLOPs without recomputation."""
+
+    job: Job
+    ledger: Ledger
+    timing: Timing
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+
+    @property
+    def fits(self) -> bool:
+        return self.ledger.fits
+
+    def time_dict(self) -> dict[str, object]:
+        return {
+            "step_s": round(self.timing.step_s, 6),
+            "tokens_per_s_per_gpu": round(self.tokens_per_s_per_gpu, 3),
+            "tflops_per_gpu": round(self.tflops_per_gpu, 3),
+            "mfu": round(self.mfu, 5),
+            "bubble_fraction": round(self.timing.bubble_fraction, 5),
+            "breakdown_s": {name: round(value, 6) for name, value in self.timing.breakdown_s.items()},
+        }
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "layout": self.job.layout.degrees() | {"num_micro_batches": self.job.num_micro_batches},
+            "memory": self.ledger.as_dict(),
+            "time": self.time_dict(),
+            "fits": self.fits,
+        }
+
+
+def model_dict(job: Job) -> dict[str, object]:
+    """Parameters and FLOPs a token of the job's model."""
+    parameters = count_parameters(job.model, job.vocab)
+    return {
+        "params_total": parameters.total,
+        "params_active": parameters.active,
+        "flops_per_token": training_flops(job.model, job.vocab, job.seq_length).per_token,
+    }
+
+
+def _scaled(rank: Rank, scale: float) -> Rank:
+    """A rank whose activations and buffers take what the calibration adds."""
+    added = (scale - 1.0) * rank.allocated_gib
+    return replace(rank, buffers_gib=rank.buffers_gib + added, low_gib=rank.low_gib + added, high_gib=rank.high_gib + added)
+
+
+def make_plan(job: Job, calibration: Calibration = UNCALIBRATED, flops_per_token: float | None = None) -> Plan:
+    """Memory and time of a job. `flops_per_token` saves counting them again for each layout of a search."""
+    ledger = make_ledger(job)
+    if calibration.memory_scale != 1.0:
+        ledger = Ledger(tuple(_scaled(rank, calibration.memory_scale) for rank in ledger.ranks), ledger.capacity_gib)
+    timing = time_step(job, scale=calibration.time_scale)
+    flops = flops_per_token or training_flops(job.model, job.vocab, job.seq_length).per_token
+    speed = job.step_tokens / timing.step_s / job.layout.world_size
+    tflops = speed * flops / 1e12
+    return Plan(job, ledger, timing, speed, tflops, tflops / job.machine.gpu.bf16_tflops)

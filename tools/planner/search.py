@@ -1,0 +1,231 @@
+"""The best legal layouts of a config for its number of GPUs: `phalanx plan CONFIG --search`. [p]
+
+In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation and ZeRO are what is searched).
+Out: a `Search`: candidates, fastest first, and why others are refused. What is legal is asked of parallel/legality.py, for
+every candidate that fits. Deterministic: the same config gives the same list.
+
+Cheap first: degrees that can't divide are never made; layouts whose states alone fill the GPU are dropped; the others are
+timed once as they stand, and the best REFINED of them are tried with every micro-batch, number of chunks and
+recomputation, of which only the lightest that fits is timed: each heavier one is slower.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from configs.schema import Config, Recompute
+from parallel import architecture as arch
+from parallel.legality import check_config
+from parallel.rules import world_size
+from pretrain.flops import training_flops
+from tools.planner.hardware import Machine
+from tools.planner.job import make_job, recomputation_of
+from tools.planner.ledger import make_ledger
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
+from tools.planner.timing import time_step
+from tools.planner.weights import stage_held, state_bytes
+
+TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 12)
+# Context parallelism pays from sequences of this many tokens a rank on.
+CONTEXT_TOKENS = 8192
+# Memory that a plan may fill: the rest is for what the estimate doesn't know.
+FILL = 0.97
+# Degrees tried in full; a layout that misses these is some 20% behind even before it has to recompute.
+REFINED = 160
+
+
+@dataclass(frozen=True)
+class Degrees:
+    tensor: int
+    context: int
+    pipeline: int
+    expert: int
+    expert_tensor: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A legal layout with its plan. `pareto`: no other is faster and needs less memory."""
+
+    config: Config
+    plan: Plan
+    pareto: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The settings as key=value words."""
+        p, r, config = self.config.parallel, self.config.recompute, self.config
+        words = [f"parallel.{name}={getattr(p, name)}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
+        words += [
+            f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}",
+            f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
+        ]
+        words += [f"recompute.mode={r.mode}"]
+        if r.mode == "selective":
+            words += [f"recompute.modules=[{','.join(r.modules)}]"]
+        return words + [f"zero.engine={config.zero.engine}", f"zero.stage={config.zero.stage}"]
+
+    @property
+    def degrees(self) -> Degrees:
+        p = self.config.parallel
+        return Degrees(p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor)
+
+    def describe(self) -> str:
+        text = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}"
+        return text + ("" if self.config.recompute.mode == "none" else f" recompute {self.config.recompute.mode}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """`candidates` fastest first; `too_large` by what they would need, GiB; `refused`: rule → layouts."""
+
+    candidates: tuple[Candidate, ...]
+    too_large: dict[Degrees, float]
+    refused: dict[str, int]
+    tried: int
+
+
+def divisors(number: int, limit: int) -> list[int]:
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+def degrees_of(config: Config, machine: Machine) -> Iterator[Degrees]:
+    """Degrees that divide the world, the heads, the experts and the layers."""
+    model, world = config.model, world_size(config)
+    layers, experts = model.num_layers, model.moe.num_experts
+    expert_sizes = divisors(experts, world) if experts else [1]
+    for tensor in (t for t in TENSOR if t <= machine.domain and world % t == 0 and model.attention.num_heads % t == 0):
+        for context in (c for c in CONTEXT if c == 1 or config.batch.seq_length_tokens / c >= CONTEXT_TOKENS / 2):
+            for pipeline in divisors(world // tensor, min(layers, 64)):
+                if world % (tensor * context * pipeline) or config.batch.global_batch_seqs % (
+                    world // (tensor * context * pipeline)
+                ):
+                    continue
+                for expert_tensor in sorted({1, tensor}) if experts else [1]:
+                    for expert in expert_sizes:
+                        if world % (expert * expert_tensor * pipeline) == 0 and _worth(model.moe.top_k, expert, experts):
+                            yield Degrees(tensor, context, pipeline, expert, expert_tensor)
+
+
+def _worth(top_k: int, expert: int, experts: int) -> bool:
+    """Expert degrees that people use: powers of two, or all experts apart."""
+    return expert & (expert - 1) == 0 or expert == experts
+
+
+def recomputations(config: Config) -> list[Recompute]:
+    """From none to full, as the model has parts for it."""
+    model = config.model
+    kinds = arch.moe_layers(model)
+    delayed = config.precision.fp8 != "none" and config.precision.fp8_recipe == "delayed"
+    light = [] if delayed else ["layernorm"]
+    if any(kinds) and model.moe.grouped_gemm != "off" and not delayed:
+        light.append("moe_act")
+    if arch.is_mla(model):
+        light.append("mla_up_proj")
+    heavy = ["mlp"] if not all(kinds) and not any(kinds) else ["moe"] if any(kinds) else []
+    steps = [Recompute(mode="none")]
+    steps += [Recompute(mode="selective", modules=light)] if light else []
+    steps += [Recompute(mode="selective", modules=[m for m in light if m != "moe_act"] + heavy)] if heavy else []
+    return [*steps, Recompute(mode="full", method="uniform", num_layers=1)]
+
+
+def virtual_chunks(config: Config, pipeline: int, micro_batches: int) -> list[int]:
+    """None, the fewest, a middle number and the most chunks a stage that fill evenly."""
+    layers = config.model.num_layers
+    if pipeline == 1 or micro_batches % pipeline:
+        return [1]
+    even = layers % pipeline == 0
+    legal = [v for v in VIRTUAL if v > 1 and pipeline * v <= layers and not (even and layers % (pipeline * v))]
+    return [1, *sorted({*legal[:1], *legal[len(legal) // 2 :][:1], *legal[-1:]})]
+
+
+def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) -> Iterator[Config]:
+    """Micro-batches and virtual chunks of these degrees, without recomputation."""
+    data = world_size(config) // (degrees.tensor * degrees.context * degrees.pipeline)
+    per_rank = config.batch.global_batch_seqs // data
+    for micro in (m for m in micros if per_rank % m == 0):
+        for virtual in virtual_chunks(config, degrees.pipeline, per_rank // micro):
+            parallel = replace(
+                config.parallel, tensor=degrees.tensor, context=degrees.context, pipeline=degrees.pipeline, sequence=None,
+                expert=degrees.expert, expert_tensor=degrees.expert_tensor, pipeline_split=None,
+                virtual_pipeline=virtual if virtual > 1 else None,
+            )  # fmt: skip
+            yield replace(config, parallel=parallel, batch=replace(config.batch, micro_batch_seqs=micro))
+
+
+class Searcher:
+    """Goes through the degrees once and keeps what it learns."""
+
+    def __init__(self, config: Config, vocab_size: int, machine: Machine, calibration: Calibration) -> None:
+        self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
+        self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
+        self.steps = recomputations(config)
+        self.found: list[Candidate] = []
+        self.too_large: dict[Degrees, float] = {}
+        self.refused: Counter[str] = Counter()
+        self.tried = 0
+        self.capacity = FILL * machine.gpu.memory_gib
+
+    def first_look(self, degrees: Degrees) -> float | None:
+        """Seconds a token of the degrees at their first micro-batch, None when the states alone don't fit."""
+        config = list(variants(self.config, degrees, MICRO[:1]))[-1]
+        job = make_job(config, self.vocab_size, self.machine)
+        states = max(state_bytes(job, held).total for held in stage_held(job)) / 2**30
+        self.tried += 1
+        if states > self.capacity:
+            self._note_large(degrees, states)
+            return None
+        return time_step(job).step_s
+
+    def visit(self, degrees: Degrees) -> None:
+        """Keeps the fastest legal variant of these degrees that fits."""
+        fitting: list[tuple[float, int, Config]] = []
+        for config in variants(self.config, degrees):
+            first = make_job(config, self.vocab_size, self.machine)
+            for job, step in ((replace(first, recompute=recomputation_of(step)), step) for step in self.steps):
+                self.tried += 1
+                peak = make_ledger(job, quick=True).peak_gib * self.calibration.memory_scale
+                if peak <= self.capacity:
+                    fitting.append((time_step(job).step_s, len(fitting), replace(config, recompute=step)))
+                    break
+                self._note_large(degrees, peak)
+        for _, _, config in sorted(fitting, key=lambda item: item[:2]):
+            if self._keep(config):
+                return
+
+    def _note_large(self, degrees: Degrees, need_gib: float) -> None:
+        self.too_large[degrees] = min(self.too_large.get(degrees, need_gib), need_gib)
+
+    def _keep(self, config: Config) -> bool:
+        verdict = check_config(config)
+        if not verdict.ok:
+            self.refused[f"{verdict.problems[0].path}: {verdict.problems[0].rule}"] += 1
+            return False
+        plan = make_plan(make_job(config, self.vocab_size, self.machine), self.calibration, self.flops)
+        self.found.append(Candidate(config, plan))
+        return True
+
+
+def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
+    """Fastest first, each marked whether nothing faster needs less memory."""
+    ordered = sorted(candidates, key=lambda c: (c.plan.timing.step_s, c.plan.ledger.peak_gib, c.words))
+    least = float("inf")
+    marked = []
+    for candidate in ordered:
+        marked.append(replace(candidate, pareto=candidate.plan.ledger.peak_gib < least))
+        least = min(least, candidate.plan.ledger.peak_gib)
+    return tuple(marked)
+
+
+def search(config: Config, vocab_size: int, machine: Machine, calibration: Calibration = UNCALIBRATED) -> Search:
+    """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation."""
+    searcher = Searcher(config, vocab_size, machine, calibration)
+    looks = [(searcher.first_look(degrees), degrees) for degrees in degrees_of(config, machine)]
+    timed = sorted(((seconds, degrees) for seconds, degrees in looks if seconds is not None), key=lambda look: look[0])
+    for _, degrees in timed[:REFINED]:
+        searcher.visit(degrees)
+    best = {candidate.degrees for candidate in searcher.found}
+    too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}
+    return Search(mark_pareto(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)

@@ -50,6 +50,7 @@ class CheckpointWriter:
         self.rank = rank
         self.asynchronous = asynchronous
         self._buffer: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._touch: threading.Thread | None = None
         self._save: _Save | None = None
 
     @property
@@ -61,6 +62,13 @@ class CheckpointWriter:
         if save.thread is not None and save.thread.is_alive():
             return PENDING
         return FAILED if save.error else DONE
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make the buffer of coming asynchronous saves ready in the background: fresh pages cost more than the copy."""
+        if self.asynchronous and num_bytes > self._buffer.nbytes:
+            self._buffer = np.empty(num_bytes, dtype=np.uint8)
+            self._touch = threading.Thread(target=self._buffer.fill, args=(0,), name="reserve", daemon=True)
+            self._touch.start()
 
     def start(self, manifest: Manifest, pieces: Sequence[Piece]) -> None:
         """Begin to save; with asynchronous=False the files are written when this returns. Needs no save under way."""
@@ -94,10 +102,11 @@ class CheckpointWriter:
             self._write(save, path, heads, (_bytes(piece.data) for piece in pieces))
 
     def _snapshot(self, pieces: Sequence[Piece]) -> list[NDArray[np.uint8]]:
-        """Copies in one host buffer that is kept: fresh pages cost more than the copy."""
+        """Copies in one host buffer that is kept from save to save."""
         sizes = [piece.data.numel() * piece.data.element_size() for piece in pieces]
-        if sum(sizes) > self._buffer.nbytes:
-            self._buffer = np.empty(sum(sizes), dtype=np.uint8)
+        self.reserve(sum(sizes))
+        if self._touch is not None:
+            self._touch.join()
         copies, position = [], 0
         for piece, size in zip(pieces, sizes, strict=True):
             target = self._buffer[position : position + size]

@@ -173,6 +173,9 @@ class Session:
     def make_saver(self, engine: Engine, layout: Layout) -> Saver:
         section = self.config.checkpoint
         writer = CheckpointWriter(self.folder.checkpoints, self.runtime.rank, section.asynchronous)
+        # Adam's moments come with the first step: each is as large as the weights.
+        weights = sum(piece.data.nbytes for piece in engine.owned() if piece.kind == WEIGHT)
+        writer.reserve((1 + len(MOMENTS)) * weights)
 
         def begin(position: Position) -> None:
             if self.attempt is not None and self.record is not None:

@@ -21,6 +21,7 @@ from parallel.legality import check_config, derive_layout
 from parallel.stages import make_chunks
 from pretrain.data_check import check_data, vocab_size
 from pretrain.flops import count_parameters, training_flops
+from tools.planner.verdict import memory_verdict
 
 # The sections that `check_data` reads.
 READ_BY_DATA = ("data", "batch", "run", "model.vocab")
@@ -113,7 +114,10 @@ def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | 
     # Files are held against lengths and weights, which must be numbers of the right kind first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
-    return config, problems, verdict.notices
+    if not verdict.ok:
+        return config, problems, verdict.notices
+    too_large, tight = memory_verdict(config, vocabulary(config))
+    return config, problems + too_large, (*verdict.notices, *tight)
 
 
 def main(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
+import deepspeed.ops.adam
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -84,8 +85,9 @@ def make_runtime(
     # DeepSpeed logs to stdout, which is not its to write to; what it warns of is decided by the legality table.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").handlers = [logging.StreamHandler(sys.stderr)]
-    # A shared-memory all-reduce for inference, which it would compile here (50 s, once a machine) and never call.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    # Else it probes compilers for every kernel it has (linker errors on stderr), and compiles a shared-memory all-reduce for
+    # inference (50 s, once a machine) that nothing here calls.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.init_distributed(auto_mpi_discovery=False)
     # A name that deepspeed/__init__.py binds when its own launcher runs; the engine reads it.
     deepspeed.dist = deepspeed.comm  # type: ignore[attr-defined]

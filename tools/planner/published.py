@@ -1,8 +1,6 @@
-"""Published runs as jobs with measurements. [p]
+"""Published runs as jobs with measurements: which rows count, and which do not. [p]
 
-In: rows (see data/README.md). Out: `Run`s that can be compared, and for the others the reason, counted. What a row leaves
-open gets a stated default: zero-1 of Megatron; one virtual chunk; expert_tensor 1 (Megatron's CI: as tensor); flash
-attention from 2023 on; recomputation: the least that fits the GPU by our ledger.
+In: rows (see data/README.md). Out: `Run`s that can be compared, and for the others the reason, counted.
 """
 
 from __future__ import annotations
@@ -13,21 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.model_schema import Model
-from parallel.layout import Layout
-from pretrain.flops import training_flops
-from tools.planner.hardware import Machine, find_gpu
-from tools.planner.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, Job, Recomputation, States, Zero
-from tools.planner.ledger import make_ledger
-from tools.planner.published_model import Unusable, model_of
+from tools.planner.job import Job
+from tools.planner.published_model import Unusable
+from tools.planner.published_row import job_of, memory_of, speed_of
 
-# Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
-OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
-# NICs of machines that differ from the usual, Gbit/s per GPU (8 GPUs share 4 links of 100).
-SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
-# Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
-# the measured bytes leave no room for fp32).
-BF16_MOMENTS = ("Moonlight",)
+# Who published, by words of a row's source.
 SOURCES = (
     ("tests/functional_tests", "Megatron-LM CI"),
     ("Megatron-Bridge docs/performance-summary", "Megatron-Bridge performance summary"),
@@ -36,12 +24,6 @@ SOURCES = (
     ("pytorch/torchtitan", "pytorch/torchtitan"),
     ("bigscience", "BLOOM (bigscience)"),
     ("2104.04473", "Narayanan et al. 2021"),
-)
-RECOMPUTE_LADDER = (
-    Recomputation(),
-    Recomputation("selective", frozenset({"core_attn", "layernorm", "moe_act"})),
-    Recomputation("selective", frozenset({"core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp"})),
-    Recomputation("full"),
 )
 
 
@@ -75,131 +57,6 @@ def short_source(text: str) -> str:
     return re.sub(r"README(_\w+)?\.md", "README", text).strip()[:70] or "?"
 
 
-def machine_of(text: str) -> Machine:
-    """The machine of a row's `gpu`."""
-    words = text.split(" (")[0].split(",")[0].split("/")[0]
-    gpu = find_gpu(words) or find_gpu(words.split(" ")[0])
-    if text.startswith("H100 96GB HBM2e"):
-        gpu = find_gpu("H100-SXM-96GB-HBM2e-500W (Meta Grand Teton, torchtitan)")
-    if gpu is None:
-        raise Unusable("GPU not in the table")
-    nic = next((value for words, value in SLOW_NICS.items() if words in text), gpu.nic_gbit_s)
-    return Machine(gpu, gpu.scaleup_gpus, nic / 8)
-
-
-def compute_of(text: str | None) -> str:
-    words = (text or "bf16").lower()
-    if "fp4" in words:
-        return "fp4"
-    if "fp8" in words or "float8" in words:
-        return "fp8"
-    return "bf16"
-
-
-def is_old(row: dict[str, Any]) -> bool:
-    """Published before flash attention and sequence parallelism were usual."""
-    return any(words in str(row.get("source") or "") for words in OLD_SOURCES)
-
-
-def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
-    text, precision = str(row.get("zero") or "zero-1").lower(), str(row.get("precision") or "")
-    if "fsdp" in text or "zero-3" in text or "shard_grad_op" in text:
-        stage = 2 if "shard_grad_op" in text else 3
-        states = States() if "megatron" in text else States(4, 4, 8)
-        return Zero("fsdp", stage), states
-    name = str((row.get("model") or {}).get("name") or "")
-    halved = "bf16 moments" in text and "formula" not in text
-    moments = 8 if (halved and "for DeepSeek" not in text) or name.startswith(BF16_MOMENTS) else 12
-    short = "16-bit grad" in precision or name.startswith(BF16_MOMENTS) or row.get("task") == "sft"
-    states = States(2, 2 if short else 4, moments)
-    group = re.search(r"within (\d+)", text)
-    stage = 0 if text.startswith("none") else 1
-    return Zero(
-        "deepspeed" if "deepspeed" in text else "megatron", stage, "none", int(group[1]) if group else None, not old
-    ), states
-
-
-def recompute_of(row: dict[str, Any], num_layers: int) -> Recomputation | None:
-    """What the row says, None when it says nothing."""
-    text = row.get("recompute")
-    if text is None or "not stated" in text or "HEAD recipe" in text or "none set" in text:
-        return None
-    words = text.lower()
-    if words.startswith("full"):
-        return Recomputation("full")
-    if words in ("selective ac", "per-op sac"):
-        # torchtitan: every second layer, or every second product.
-        return Recomputation("full", frozenset(), "block", -(-num_layers // 2 // int(row.get("pp") or 1)))
-    known = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "shared_experts")
-    modules = {name for name in known if re.search(rf"\b{name}\b", words)} | (
-        {"core_attn"} if "core attention" in words else set()
-    )
-    modules |= {"moe"} if re.search(r"\bmoe\b", words) else set()
-    modules |= {"core_attn"} if words.startswith("selective + sequence") else set()
-    return Recomputation("selective", frozenset(modules)) if modules else Recomputation()
-
-
-def _split(num_layers: int, pipeline: int, chunks: int) -> tuple[int, tuple[int, ...] | None]:
-    """(virtual chunks, explicit split): embedding and head may take the place of layers in the outer chunks."""
-    wanted = pipeline * chunks
-    if wanted <= num_layers:
-        return chunks, None
-    if wanted <= num_layers + 2:
-        empty_last = wanted == num_layers + 2
-        return chunks, (0, *[1] * num_layers, *[0] * empty_last)
-    return 1, None
-
-
-def layout_of(row: dict[str, Any], is_moe: bool, is_test: bool) -> Layout:
-    n_gpus = row.get("n_gpus")
-    tp, pp, cp = (int(row.get(name) or 1) for name in ("tp", "pp", "cp"))
-    if n_gpus is None and row.get("dp"):
-        n_gpus = int(row["dp"]) * tp * pp * cp
-    if n_gpus is None:
-        raise Unusable("number of GPUs not stated")
-    if int(n_gpus) % (tp * pp * cp):
-        raise Unusable("layout does not fill the GPUs")
-    ep = int(row.get("ep") or 1) if is_moe else 1
-    etp = int(row.get("etp") or (tp if is_test else 1)) if is_moe else 1
-    if int(n_gpus) % (ep * etp * pp):
-        raise Unusable("layout does not fill the GPUs")
-    args = (row.get("model") or {}).get("args") or {}
-    # Sequence parallelism came in 2022 (Korthikanti et al.).
-    sequence = tp > 1 and (not is_old(row) or "+ sequence parallel" in str(row.get("recompute")))
-    sequence = sequence and (not is_test or bool(args.get("sequence-parallel")))
-    return Layout(tp, sequence, pp, int(row.get("vpp") or 1), cp, ep, etp, int(n_gpus), 1)
-
-
-def speed_of(row: dict[str, Any], job: Job) -> float | None:
-    """Tokens a second and GPU as measured; from TFLOPs only where the source's way of counting is known."""
-    measured, derived = row.get("measured") or {}, row.get("derived") or {}
-    world = job.layout.world_size
-    if measured.get("tokens_per_s_per_gpu"):
-        return float(measured["tokens_per_s_per_gpu"])
-    if measured.get("tokens_per_s"):
-        return float(measured["tokens_per_s"]) / world
-    if measured.get("step_time_s"):
-        return job.step_tokens / float(measured["step_time_s"]) / world
-    if derived.get("tokens_per_s_per_gpu"):
-        return float(derived["tokens_per_s_per_gpu"])
-    convention, tflops = str(row.get("flops_convention") or ""), measured.get("tflops_per_gpu")
-    if tflops and convention.startswith("causal"):
-        return float(tflops) * 1e12 / training_flops(job.model, job.vocab, job.seq_length).per_token
-    if tflops and convention.startswith("hardware flops with full recompute, full attention"):
-        h, s, layers = job.model.hidden_size, job.seq_length, job.model.num_layers
-        return float(tflops) * 1e12 / (96 * layers * h * h * (1 + s / (6 * h) + job.vocab / (16 * layers * h)))
-    return None
-
-
-def memory_of(row: dict[str, Any]) -> tuple[float | None, str]:
-    measured, source = row.get("measured") or {}, str(row.get("source") or "")
-    value = measured.get("memory_gb")
-    if value is None and measured.get("memory_gib") is not None:
-        value = float(measured["memory_gib"]) * 1.073741824
-    kind = "used" if "bigscience" in source else "reserved" if "torchtitan" in source else "allocated"
-    return (float(value) if value is not None else None), kind
-
-
 def mend(row: dict[str, Any]) -> dict[str, Any]:
     """Known slips of the collection, put right (see data/README.md)."""
     identity, name = str(row.get("id") or ""), str((row.get("model") or {}).get("name") or "")
@@ -210,41 +67,6 @@ def mend(row: dict[str, Any]) -> dict[str, Any]:
     if identity == "megatron-readme-gpt3-a100":
         return row | {"recompute": "full"}
     return row
-
-
-def _is_small_dense(model: Model) -> bool:
-    """Megatron's small CI models run the unfused attention (deterministic mode), whether their arguments say so or not."""
-    return model.hidden_size < 1024 and model.moe.num_experts == 0
-
-
-def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
-    """(job, whether the recomputation is our assumption). Raises Unusable."""
-    is_test, old = "tests/functional_tests" in str(row.get("source") or ""), is_old(row)
-    model, vocab = model_of(row.get("model") or {}, is_test)
-    seq, micro, batch = row.get("seq_len"), row.get("micro_batch"), row.get("global_batch")
-    if micro is None:
-        raise Unusable("micro-batch not stated")
-    if seq is None:
-        raise Unusable("sequence length not stated")
-    layout = layout_of(row, model.moe.num_experts > 0, is_test)
-    chunks, split = _split(model.num_layers, layout.pipeline, layout.virtual_pipeline if layout.pipeline > 1 else 1)
-    layout = replace(layout, virtual_pipeline=chunks)
-    if layout.pipeline > model.num_layers:
-        raise Unusable("layout does not fill the GPUs")
-    zero, states = zero_of(row, old)
-    args = (row.get("model") or {}).get("args") or {}
-    stated = recompute_of(row, model.num_layers)
-    job = Job(
-        model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or "")), seq_length=int(seq),
-        micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
-        zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
-        flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
-        logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
-    )  # fmt: skip
-    if stated is not None:
-        return job, False
-    tries = [replace(job, recompute=each) for each in RECOMPUTE_LADDER]
-    return next((each for each in tries if make_ledger(each, 1.0).low_gib <= each.machine.gpu.memory_gib), tries[-1]), True
 
 
 def excluded(row: dict[str, Any]) -> str | None:
@@ -347,7 +169,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         tokens_per_s=speed,
         memory_gb=memory,
         memory_kind=kind,
-        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if oom and "fragmentation" in notes else None,
+        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if oom and what == "memory" and "fragmentation" in notes else None,
         oom=oom,
         assumed_recompute=assumed,
     )

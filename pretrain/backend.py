@@ -67,7 +67,8 @@ def choose_backend(config: Config, machine: Machine) -> Backend:
     return Backend(
         transformer_engine=machine.cuda,
         grouped_experts=bool(config.model.moe.num_experts) and wanted != "off" and possible,
-        fused_wgrad=machine.cuda and machine.fused_wgrad,
+        # The kernel adds to Megatron-Core's main_grad, which DeepSpeed's parameters lack.
+        fused_wgrad=machine.cuda and machine.fused_wgrad and config.zero.engine == "megatron",
         fp8=None if config.precision.fp8 == "none" else config.precision.fp8,
     )
 

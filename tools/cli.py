@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "before a run": {
         "data": Command("tools.data.cli", "train a tokenizer, encode text, look into the result"),
         "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
+        "rehearse": Command("tools.rehearse.cli", "the layout on this machine's CPUs against one process, with a small model"),
         "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", with_name=True),
         "plan-validate": Command("tools.plan", "the planner's predictions against published runs", with_name=True),
         "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),

@@ -42,7 +42,8 @@ class DeepSpeedZero:
             id(tensor): shards[index][name] for index, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()
         }
         self.tensor_partial = {number for chunk in chunks for number in finish.tensor_partial(chunk)}
-        self.embedding = finish.SharedEmbedding(chunks, groups, sharded=self.zero_stage > 0)
+        gradient_device = device if config.zero.offload == "none" else torch.device("cpu")
+        self.embedding = finish.SharedEmbedding(chunks, groups, self.zero_stage > 0, gradient_device)
         self.runtime, self.models = make_runtime(config, chunks, groups, device)
         self.runtime.before_update = self._finish_gradients
         assert self.runtime.basic_optimizer is not None, "the engine was given an optimizer"

@@ -50,9 +50,10 @@ class SharedEmbedding:
     each of these ranks for the length of the reduction.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, sharded: bool) -> None:
+    def __init__(self, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, sharded: bool, device: torch.device) -> None:
+        """`device` is where gradients are when they are reduced, also on a rank that has no part of this one."""
         self.parameter: nn.Parameter | None = None
-        self.groups, self.sharded = groups, sharded
+        self.groups, self.sharded, self.device = groups, sharded, device
         ranks = dist.get_process_group_ranks(groups.embd) if groups.embd is not None else []
         if len(ranks) < 2 or dist.get_rank() not in ranks:
             return
@@ -67,8 +68,7 @@ class SharedEmbedding:
         if self.parameter is None:
             return
         mine = [pair for pair in zip(slots, gradients, strict=True) if pair[0].parameter is self.parameter]
-        device = gradients[0].device if gradients else self.parameter.device
-        whole = torch.zeros(self.numel, device=device)
+        whole = torch.zeros(self.numel, device=self.device)
         for slot, gradient in mine:
             whole[slot.start : slot.stop] = gradient
         if self.sharded:

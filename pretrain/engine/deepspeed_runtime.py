@@ -87,7 +87,7 @@ def make_runtime(
     logging.getLogger("DeepSpeed").handlers = [logging.StreamHandler(sys.stderr)]
     # Else it probes compilers for every kernel it has (linker errors on stderr), and compiles a shared-memory all-reduce for
     # inference (50 s, once a machine) that nothing here calls.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(auto_mpi_discovery=False)
     # A name that deepspeed/__init__.py binds when its own launcher runs; the engine reads it.
     deepspeed.dist = deepspeed.comm  # type: ignore[attr-defined]
@@ -158,10 +158,14 @@ def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) 
         for (is_expert, is_vector), parameters in sorted(grouped.items(), key=lambda item: item[0])
     ]
     values: dict[str, Any] = dict(lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
-    if config.zero.offload != "none" and can_compile():
+    offloaded = config.zero.offload != "none"
+    if offloaded and can_compile():
         # Vectorised on the host (ZeRO-Offload, arXiv 2101.06840); built at the first use, about a minute.
         return deepspeed.ops.adam.DeepSpeedCPUAdam(members, adamw_mode=True, **values)
-    fused = device.type == "cuda" and config.zero.offload == "none"
+    if offloaded and dist.get_rank() == 0:
+        text = "no ninja or C++ compiler here: torch's AdamW updates the offloaded state, slower than DeepSpeed's CPU Adam"
+        print(f"phalanx: {text}", file=sys.stderr, flush=True)
+    fused = device.type == "cuda" and not offloaded
     return torch.optim.AdamW(members, fused=fused or None, **values)
 
 

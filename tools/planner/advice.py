@@ -13,6 +13,7 @@ from parallel.legality import check_config
 from tools.planner.job import make_job
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.search import Candidate, Search, recomputations
+from tools.planner.work import WORDS
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _difference(one: Plan, other: Plan) -> str:
     kinds = set(one.timing.breakdown_s) | set(other.timing.breakdown_s)
     lost = {kind: other.timing.breakdown_s.get(kind, 0.0) - one.timing.breakdown_s.get(kind, 0.0) for kind in kinds}
     worst = sorted((kind for kind in lost if lost[kind] > 0.005 * one.timing.step_s), key=lambda kind: -lost[kind])[:2]
-    return ", ".join(f"{kind} +{lost[kind]:.2f} s" for kind in worst) or "a little of everything"
+    return ", ".join(f"{WORDS[kind]} +{lost[kind]:.2f} s" for kind in worst) or "a little of everything"
 
 
 # Layouts that people ask about: name, and which candidates have it.
@@ -115,7 +116,7 @@ def explain(result: Search) -> list[str]:
 def _why(winner: Candidate) -> str:
     timing, ledger = winner.plan.timing, winner.plan.ledger
     parts = sorted(timing.breakdown_s.items(), key=lambda item: -item[1])[:3]
-    shares = ", ".join(f"{kind} {value / timing.step_s:.0%}" for kind, value in parts)
+    shares = ", ".join(f"{WORDS[kind]} {value / timing.step_s:.0%}" for kind, value in parts)
     return (
         f"{winner.describe()} wins: {winner.plan.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, {ledger.peak_gib:.0f} of "
         f"{ledger.capacity_gib:.0f} GiB; its time goes into {shares}"

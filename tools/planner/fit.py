@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tools.planner.job import Job
 from tools.planner.published import Run, runs_of
-from tools.planner.timing import BESIDE, FIT, NAMES, NARROW, OVERLAP_POWER, combine, step_vector
+from tools.planner.timing import FIT, NAMES, NARROW, combine, shares, step_vector
 from tools.planner.work import INDEX, KINDS, Vector
 
 # Seconds taken over seconds at full speed that one expects before looking: the largest products are the unit.
@@ -82,24 +82,15 @@ class Design:
     def log_error(self, factors: Vector) -> tuple[Vector, NDArray[np.float64]]:
         """log(predicted / measured), and its derivative by each log factor, [row, name]."""
         seconds = self.seconds(factors)
-        total, rest = combine(seconds), seconds.sum(axis=1)
-        stream = np.zeros_like(seconds)  # what runs one after another with a kind
-        for group in BESIDE:
-            members = [INDEX[name] for name in group]
-            together = seconds[:, members].sum(axis=1)
-            stream[:, members] = together[:, None]
-            rest = rest - together
-        alone = [INDEX[name] for name in KINDS if not any(name in group for group in BESIDE)]
-        stream[:, alone] = rest[:, None]
         share = np.zeros((len(seconds), len(NAMES)))
-        share[:, : len(KINDS)] = seconds * stream ** (OVERLAP_POWER - 1) / total[:, None] ** OVERLAP_POWER
+        share[:, : len(KINDS)] = shares(seconds)
         for compute, pairs in NARROW.items():
             for kind, name in pairs:
                 share[:, NAMES.index(name)] += share[:, INDEX[kind]] * getattr(self, compute)
         share[:, NAMES.index("data_not_overlapped")] = share[:, INDEX["data"]] * self.waits
         share[self.waits, INDEX["data"]] = 0.0
         share[:, NAMES.index("memory_eager")] = share[:, INDEX["memory"]] * self.eager
-        return np.log(total / self.measured_s), share
+        return np.log(combine(seconds) / self.measured_s), share
 
 
 def step_seconds(run: Run) -> float:

@@ -160,7 +160,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         raise Unusable("no speed measured")
     odd = not job.flash and job.model.hidden_size // job.model.attention.num_heads % 8
     name, source = str((row.get("model") or {}).get("name")), str(row.get("source") or "?")
-    notes = str(row.get("notes") or "")
+    fragmented = oom and what == "memory" and "fragmentation" in str(row.get("notes") or "")
     return Run(
         id=str(row.get("id") or f"row {position + 1}"),
         source=short_source(source),
@@ -169,7 +169,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         tokens_per_s=speed,
         memory_gb=memory,
         memory_kind=kind,
-        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if oom and what == "memory" and "fragmentation" in notes else None,
+        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if fragmented else None,
         oom=oom,
         assumed_recompute=assumed,
     )

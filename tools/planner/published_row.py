@@ -67,8 +67,8 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
         states = States() if "megatron" in text else States(4, 4, 8)
         return Zero("fsdp", stage), states
     name = str((row.get("model") or {}).get("name") or "")
-    halved = "bf16 moments" in text and "formula" not in text
-    moments = 8 if (halved and "for DeepSeek" not in text) or name.startswith(BF16_MOMENTS) else 12
+    # One source says "bf16 moments" of runs whose published bytes are those of fp32 ones: only names decide.
+    moments = 8 if name.startswith(BF16_MOMENTS) else 12
     short = "16-bit grad" in precision or name.startswith(BF16_MOMENTS) or row.get("task") == "sft"
     states = States(2, 2 if short else 4, moments)
     group = re.search(r"within (\d+)", text)

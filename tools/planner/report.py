@@ -12,15 +12,7 @@ from configs.units import count, duration
 from tools.planner.duration import RunEstimate
 from tools.planner.planning import Plan
 from tools.planner.search import Search
-
-# What the kinds of work.py mean, for people.
-WORDS = {
-    "gemm": "dense products", "experts": "expert products", "attention": "attention scores", "memory": "memory traffic",
-    "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
-    "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "data": "gradients, weights",
-    "shards": "ZeRO-3 shards", "optimizer": "optimizer", "kernels": "kernel launches", "expert_kernels": "experts' launches",
-    "steps": "per step", "bubble": "pipeline bubble",
-}  # fmt: skip
+from tools.planner.work import WORDS
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tools.planner.job import Job
 from tools.planner.work import INDEX, KINDS, Vector, stage_micro_work, step_work
@@ -62,11 +63,25 @@ def kind_factors(job: Job, factors: Vector) -> Vector:
     return weights
 
 
-def combine(seconds: Vector) -> Vector:
+def combine(seconds: NDArray[np.float64]) -> Vector:
     """Total of [..., kind] seconds: one after another, but the groups of BESIDE beside all others."""
     beside = [seconds[..., [INDEX[name] for name in group]].sum(axis=-1) for group in BESIDE]
     rest = seconds.sum(axis=-1) - sum(beside)
     return (rest**OVERLAP_POWER + sum(part**OVERLAP_POWER for part in beside)) ** (1 / OVERLAP_POWER)
+
+
+def shares(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each kind contributes to `combine`'s total, [..., kind], adding up to 1 (its derivative by each log)."""
+    total, rest = combine(seconds), seconds.sum(axis=-1)
+    stream = np.zeros_like(seconds)  # what runs one after another with a kind
+    for group in BESIDE:
+        members = [INDEX[name] for name in group]
+        together = seconds[..., members].sum(axis=-1)
+        stream[..., members] = together[..., None]
+        rest = rest - together
+    alone = [INDEX[name] for name in KINDS if not any(name in group for group in BESIDE)]
+    stream[..., alone] = rest[..., None]
+    return seconds * stream ** (OVERLAP_POWER - 1) / total[..., None] ** OVERLAP_POWER
 
 
 @dataclass(frozen=True)
@@ -82,13 +97,10 @@ def time_step(job: Job, factors: Vector | None = None, scale: float = 1.0) -> Ti
     """The time of a step. `scale`: the user's own machine over ours (calibration)."""
     factors = fitted() if factors is None else factors
     work, waiting = step_vector(job, factors)
-    weights = kind_factors(job, factors)
-    seconds = work * weights
-    total = float(combine(seconds))
-    waits = float(waiting @ weights)
-    parts = {name: float(value) for name, value in zip(KINDS, (work - waiting) * weights) if value > 0}
-    parts["bubble"] = waits
-    hidden = sum(parts.values()) - total
-    if "shards" in parts:
-        parts["shards"] = max(0.0, parts["shards"] - hidden)
-    return Timing(scale * total, waits / total, {name: scale * value for name, value in parts.items()})
+    seconds = work * kind_factors(job, factors)
+    total = scale * float(combine(seconds))
+    parts = total * shares(seconds)
+    # Of each kind, the part that the slowest stage doesn't do but waits for.
+    idle = parts * np.divide(waiting, work, out=np.zeros_like(work), where=work > 0)
+    breakdown = {name: float(value) for name, value in zip(KINDS, parts - idle) if value > 0}
+    return Timing(total, float(idle.sum()) / total, breakdown | {"bubble": float(idle.sum())})

@@ -36,6 +36,14 @@ KINDS = (
     "expert_kernels",  # products, casts and permutations launched expert by expert: local experts, a count
     "steps",  # 1: what a step costs whatever its size
 )
+# What they are called, for people.
+WORDS = {
+    "gemm": "dense products", "experts": "expert products", "attention": "attention scores", "memory": "memory traffic",
+    "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
+    "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "data": "gradients, weights",
+    "shards": "ZeRO-3 shards", "optimizer": "optimizer", "kernels": "kernel launches", "expert_kernels": "experts' launches",
+    "steps": "per step", "bubble": "pipeline bubble",
+}  # fmt: skip
 INDEX = {name: position for position, name in enumerate(KINDS)}
 Vector = NDArray[np.float64]
 # Kernels of a layer's forward and backward pass; a MoE layer routes, permutes and talks besides.

@@ -1,0 +1,90 @@
+"""Rows of others: what is compared, what is left out, and how far the predictions are off."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools.planner.fit import fit
+from tools.planner.published import runs_of
+from tools.planner.timing import fitted
+from tools.planner.validate import ROWS, shipped_runs, validate
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return json.loads(ROWS.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return validate(rows)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row as anyone might write it."""
+    model = {"name": "M", "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_heads": 32, "num_kv_heads": 8,
+             "vocab_size": 128256}  # fmt: skip
+    base = {"id": "x", "source": "someone", "gpu": "H100", "n_gpus": 8, "model": model, "seq_len": 8192, "micro_batch": 1,
+            "global_batch": 128, "measured": {"tokens_per_s_per_gpu": 10000}}  # fmt: skip
+    return base | changes
+
+
+def test_shipped_factors_are_the_fit_of_the_shipped_rows() -> None:
+    assert np.allclose(fitted(), fit(shipped_runs()), rtol=0.01)
+
+
+def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
+    """A guard against regressions; the figures themselves are printed by plan-validate."""
+    speed, memory = document["tokens_per_s"], document["memory"]
+    assert speed["median_abs_rel_err"] <= 0.10 and speed["dense"]["median_abs_rel_err"] <= 0.095
+    assert speed["moe"]["median_abs_rel_err"] <= 0.16 and speed["p90_abs_rel_err"] <= 0.30
+    assert document["tokens_per_s_calibrated"]["median_abs_rel_err"] <= 0.08
+    assert speed["median_abs_rel_err"] < 0.5 * document["tokens_per_s_constant_mfu"]["median_abs_rel_err"]
+    assert memory["median_abs_rel_err"] <= 0.10
+    fits = document["fits"]
+    assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] == 0
+    assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
+
+
+def test_every_row_is_counted(document: dict[str, Any]) -> None:
+    apart = sum(part["rows"] for part in document["apart"].values())
+    assert document["rows"] == document["tokens_per_s"]["rows"] + apart + sum(document["skipped"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "lora"}, "LoRA"),
+        ({"notes": "token drop CF=1"}, "drops tokens"),
+        ({"id": "mlm-golden-x"}, "CI timing"),
+        ({"micro_batch": None}, "micro-batch not stated"),
+        ({"global_batch": None}, "global batch not stated"),
+        ({"n_gpus": None}, "number of GPUs not stated"),
+        ({"gpu": "abacus"}, "GPU not in the table"),
+        ({"n_gpus": 8, "tp": 3}, "layout does not fill the GPUs"),
+        ({"model": {"name": "only a name"}}, "architecture incomplete"),
+        ({"measured": {}}, "no speed measured"),
+        ({"seq_len": "long"}, "a field is not what its name says"),
+        ({"model": "a name"}, "a field is not what its name says"),
+        ({"tp": 0, "micro_batch": -1}, "a field is not what its name says"),
+    ],
+)
+def test_rows_that_cant_be_compared(changes: dict[str, Any], reason: str) -> None:
+    runs, skipped = runs_of([row(**changes)], "time")
+    assert not runs and dict(skipped) == {reason: 1}
+
+
+def test_unseen_row_is_predicted_and_duplicates_count_once() -> None:
+    document = validate([row(), row()])
+    assert document["tokens_per_s"]["rows"] == 1 and document["skipped"] == {"exact duplicate": 1}
+    assert document["tokens_per_s"]["median_abs_rel_err"] < 0.3
+
+
+def test_no_rows() -> None:
+    document = validate([])
+    assert document["rows"] == 0 and document["tokens_per_s"]["median_abs_rel_err"] is None
+    json.dumps(document)

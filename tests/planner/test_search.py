@@ -1,0 +1,107 @@
+"""The search and the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.load import to_yaml
+from parallel.legality import check_config
+from tests.planner.conftest import WORDS, config_of
+from tools import cli
+from tools.planner.hardware import make_machine
+from tools.planner.search import Search, search
+
+
+def found(*words: str) -> Search:
+    config = config_of("qwen3_30b_a3b", "launch.nodes=2", "batch.global_batch_seqs=128", *words)
+    assert config.model.vocab_size
+    return search(config, config.model.vocab_size, make_machine(config))
+
+
+def test_candidates_are_legal_fit_and_stand_in_order() -> None:
+    result = found()
+    assert len(result.candidates) > 10
+    times = [candidate.plan.timing.step_s for candidate in result.candidates]
+    assert times == sorted(times)
+    for candidate in result.candidates:
+        assert check_config(candidate.config).ok and candidate.plan.fits
+    assert result.candidates[0].pareto
+
+
+def test_search_is_deterministic() -> None:
+    assert [c.words for c in found().candidates] == [c.words for c in found("parallel.tensor=2").candidates]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.run(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_settings_of_a_candidate_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "launch.nodes=2", "batch.global_batch_seqs=128"]
+    code, out, _ = run(capsys, "plan", "model/qwen3_30b_a3b", *words, "--search", "--top", "2", "--json")
+    document = json.loads(out)
+    assert code == 0 and len(document["candidates"]) == 2 and document["notes"]
+    best = document["candidates"][0]
+    code, out, _ = run(capsys, "plan", "model/qwen3_30b_a3b", *words, *best["settings"], "--json")
+    again = json.loads(out)
+    assert code == 0 and again["time"] == best["time"] and again["memory"] == best["memory"] and again["fits"]
+
+
+def test_json_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "plan", "model/llama3_8b", *WORDS, "cluster.price_per_gpu_hour_usd=2", "--json")
+    document = json.loads(out)
+    assert code == 0 and not err
+    assert {"model", "layout", "memory", "time", "run", "fits", "notes"} <= set(document)
+    assert {"params_total", "params_active", "flops_per_token"} <= set(document["model"])
+    names = {"stage", "weights_gib", "gradients_gib", "optimizer_gib", "activations_gib", "buffers_gib", "total_gib"}
+    assert names <= set(document["memory"]["ranks"][0]) and {"peak_gib", "capacity_gib"} <= set(document["memory"])
+    assert {"step_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "bubble_fraction", "breakdown_s"} <= set(document["time"])
+    assert {"steps", "days", "gpu_hours", "cost_usd"} <= set(document["run"])
+
+
+def test_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "model/llama3_70b", *WORDS)
+    assert code == 0 and "DOES NOT FIT" in out and "parallel.tensor=2" in out
+
+
+def test_check_refuses_by_the_lower_bound_and_warns_by_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "model/llama3_70b", *WORDS, "--no-data", "--json")
+    document = json.loads(out)
+    assert code == 2 and "GiB" in document["problems"][0]["rule"] and "plan --search" in document["problems"][0]["fix"]
+    words = ["model/llama3_8b", *WORDS, "batch.micro_batch_seqs=3", "batch.global_batch_seqs=24", "--no-data", "--json"]
+    document = json.loads((run(capsys, "check", *words))[1])
+    assert document["ok"] and any("GiB" in warning["text"] for warning in document["warnings"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "nosuch"),
+        ("plan", "model/llama3_8b", *WORDS, "cluster.gpu=H1000"),
+        ("plan", "model/llama3_8b", *WORDS, "parallel.tensor=3"),
+        ("plan", "model/llama3_8b", *WORDS, "--top", "0"),
+        ("plan", "model/llama3_8b", *WORDS, "--calibrate", "nosuch"),
+        ("plan-validate", "nosuch.json"),
+    ],
+)
+def test_bad_input(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    code, out, err = run(capsys, *words)
+    assert code == 2 and not out and "fix:" in err
+
+
+def test_calibration_by_a_measured_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = config_of("llama3_8b", "parallel.tensor=2")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    first = json.loads(run(capsys, "plan", "model/llama3_8b", *WORDS, "parallel.tensor=2", "--json")[1])
+    slow = 1.3 * first["time"]["step_s"]
+    lines = [json.dumps({"step": n, "step_time_s": slow if n > 5 else 9 * slow, "memory_gib/stage_0": 30.0}) for n in range(1, 12)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 12, "step_ti')
+    code, out, _ = run(capsys, "plan", "model/llama3_8b", *WORDS, "parallel.tensor=2", "--calibrate", str(tmp_path), "--json")
+    document = json.loads(out)
+    assert code == 0 and document["time"]["step_s"] == pytest.approx(slow, rel=1e-4)
+    assert document["memory"]["ranks"][0]["allocated_gib"] == pytest.approx(30.0, rel=0.02)

@@ -1,0 +1,116 @@
+"""FLOPs anchors, and laws of the time model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pretrain.flops import training_flops
+from tests.planner.conftest import config_of
+from tools.planner.duration import Failures, estimate_run, goodput, interval_s
+from tools.planner.hardware import find_gpu, make_machine
+from tools.planner.job import Job, Recomputation, make_job
+from tools.planner.planning import Calibration, make_plan
+from tools.planner.timing import fitted, step_vector, time_step
+from tools.planner.work import INDEX, KINDS, stage_micro_work
+
+
+def llama(*words: str) -> Job:
+    config = config_of("llama3_8b", "launch.nodes=4", "batch.global_batch_seqs=128", *words)
+    return make_job(config, config.model.vocab_size)
+
+
+def test_gpt3_takes_3640_petaflop_days() -> None:
+    """arXiv 2005.14165, table D.1: 300 billion tokens."""
+    model = config_of("gpt3_175b").model
+    days = training_flops(model, model.vocab_size or 0, 2048).per_token * 300e9 / 86400 / 1e15
+    assert days == pytest.approx(3640, rel=0.05)
+
+
+def test_gpt4_class_budget() -> None:
+    """25,000 A100 for 95 days at 34% MFU are 2.15e25 FLOP."""
+    gpu = find_gpu("A100")
+    assert gpu is not None
+    assert 25000 * 95 * 86400 * 0.34 * gpu.bf16_tflops * 1e12 == pytest.approx(2.15e25, rel=0.02)
+
+
+def test_products_are_the_models_flops() -> None:
+    """Work at full speed, turned back into FLOPs, is what pretrain/flops.py counts for weights and head."""
+    job = llama()
+    gpu = job.machine.gpu
+    seconds = stage_micro_work(job)[:, INDEX["gemm"]].sum()
+    flops = training_flops(job.model, job.padded_vocab, job.seq_length)
+    want = (flops.per_token - flops.attention_scores) * job.micro_tokens
+    assert seconds * gpu.bf16_tflops * 1e12 * gpu.gemm_bf16 == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("words", [(), ("parallel.tensor=2", "parallel.pipeline=2"), ("parallel.pipeline=4", "parallel.virtual_pipeline=2")])
+def test_breakdown_adds_up(words: tuple[str, ...]) -> None:
+    timing = time_step(llama(*words))
+    assert sum(timing.breakdown_s.values()) == pytest.approx(timing.step_s)
+    assert (timing.bubble_fraction > 0) == (len(words) > 0 and "pipeline" in words[-1])
+
+
+def test_bubble_follows_the_schedule() -> None:
+    """(pp - 1) / vpp micro-batches of waiting beside m of work, when stages are alike."""
+    plain, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
+    factors = fitted()
+    for job, waits in ((plain, 3.0), (interleaved, 1.5)):
+        work, waiting = step_vector(job, factors)
+        kind = INDEX["attention"]
+        assert waiting[kind] / (work[kind] - waiting[kind]) == pytest.approx(waits / job.num_micro_batches, rel=0.15)
+
+
+def test_work_shrinks_with_tensor_parallelism_and_pays_for_it() -> None:
+    one, two = llama(), llama("parallel.tensor=2")
+    a, b = stage_micro_work(one)[0], stage_micro_work(two)[0]
+    assert b[INDEX["gemm"]] == pytest.approx(a[INDEX["gemm"]] / 2)
+    assert a[INDEX["tensor"]] == 0 < b[INDEX["tensor"]]
+
+
+def test_recomputation_costs_time() -> None:
+    job = llama()
+    full = replace(job, recompute=Recomputation("full"))
+    assert 1.2 < time_step(full).step_s / time_step(job).step_s < 1.4
+
+
+def test_tokens_to_experts_leave_the_domain() -> None:
+    words = ("launch.nodes=4", "batch.global_batch_seqs=128")
+    for expert, far in ((8, False), (32, True)):
+        config = config_of("qwen3_30b_a3b", *words, f"parallel.expert={expert}")
+        work = stage_micro_work(make_job(config, config.model.vocab_size))[0]
+        assert (work[INDEX["expert_far"]] > 0) == far
+
+
+def test_factors_are_physical() -> None:
+    factors = dict(zip(KINDS, fitted()))
+    assert np.isfinite(fitted()).all() and (fitted() > 0).all()
+    assert 0.9 < factors["gemm"] < 1.6 and 1.0 < factors["attention"] < 4.0
+
+
+def test_calibration_scales_time_and_memory() -> None:
+    job = llama()
+    plain, scaled = make_plan(job), make_plan(job, Calibration(1.25, 1.1, "run"))
+    assert scaled.timing.step_s == pytest.approx(1.25 * plain.timing.step_s)
+    assert scaled.tokens_per_s_per_gpu == pytest.approx(plain.tokens_per_s_per_gpu / 1.25)
+    fullest = plain.ledger.fullest
+    assert scaled.ledger.peak_gib == pytest.approx(plain.ledger.peak_gib + 0.1 * fullest.allocated_gib)
+
+
+def test_youngs_interval_and_goodput() -> None:
+    save, mtbf = 10.0, 1e6
+    best = interval_s(save, mtbf)
+    assert best == pytest.approx((2 * save * mtbf) ** 0.5, rel=0.01)
+    assert goodput(save, best, mtbf, 600) > max(goodput(save, best / 2, mtbf, 600), goodput(save, best * 2, mtbf, 600))
+    assert interval_s(1e7, mtbf) == mtbf
+
+
+def test_run_estimate() -> None:
+    config = config_of("llama3_8b", "launch.nodes=4", "batch.global_batch_seqs=128", "cluster.price_per_gpu_hour_usd=2")
+    job = make_job(config, config.model.vocab_size, make_machine(config))
+    run = estimate_run(config, job, 3.0, Failures())
+    assert run.tokens == 1000 * 128 * 4096 and run.days == pytest.approx(3000 / 86400)
+    assert run.gpu_hours == pytest.approx(32 * 3000 / 3600) and run.cost_usd == pytest.approx(2 * run.gpu_hours)
+    assert run.checkpoint_gib == pytest.approx(14 * 8.03e9 / 2**30, rel=0.01) and 0 < run.goodput < 1

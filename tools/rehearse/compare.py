@@ -1,0 +1,89 @@
+"""Two trainings of the same model, tensor by tensor. In: what their ranks held. Out: the largest differences, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.boxes import Box
+from tools.rehearse.rank import Key, Trained
+
+Tensors = dict[str, NDArray[np.float32]]
+
+# fp32: relative difference of losses and norms; of tensors |difference| / |reference| in 2-norms.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4, 1e-4
+# A tensor smaller than this part of all of them together is measured against that part.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    loss_max_rel: float
+    grad_norm_max_rel: float
+    grad_max_rel: float
+    weight_max_rel: float
+    first_difference: str | None
+    bit_equal: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.first_difference is None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "ok": self.ok}
+
+
+def assemble(slices: Sequence[dict[Key, NDArray[np.float32]]]) -> Tensors:
+    """The whole tensors by name. Raises ValueError when an element is on no rank or on two."""
+    whole: Tensors = {}
+    count: Tensors = {}
+    for part in slices:
+        for (name, shape, box, first, stop), values in part.items():
+            index = box.slices_of(Box((0,) * len(shape), shape))
+            for target, content in ((whole, values), (count, np.ones_like(values))):
+                tensor = target.setdefault(name, np.zeros(shape, dtype=np.float32))
+                flat = tensor[index].flatten()
+                flat[first:stop] += content
+                tensor[index] = flat.reshape(box.shape)
+    wrong = [name for name, times in count.items() if not (times == 1).all()]
+    if wrong:
+        raise ValueError(f"elements of {wrong[0]} are on no rank, or written by two")
+    return whole
+
+
+def compare(ranks: Sequence[Trained], reference: Trained) -> Comparison:
+    """What the ranks of a layout did against what one process did."""
+    got, want = ranks[0], reference
+    loss = _largest(got.losses, want.losses)
+    norm = _largest(got.grad_norms, want.grad_norms)
+    gradients, first_gradient, equal_gradients = _tensors([r.gradients for r in ranks], want.gradients, GRADIENT_TOLERANCE)
+    weights, first_weight, equal_weights = _tensors([r.weights for r in ranks], want.weights, WEIGHT_TOLERANCE)
+    first = first_gradient or first_weight
+    if first is None and max(loss, norm) > LOSS_TOLERANCE:
+        first = "loss" if loss > LOSS_TOLERANCE else "gradient norm"
+    if any(rank.losses != got.losses for rank in ranks):
+        first = first or "loss, which differs between ranks"
+    return Comparison(loss, norm, gradients, weights, first, equal_gradients and equal_weights and got.losses == want.losses)
+
+
+def _largest(got: Sequence[float], want: Sequence[float]) -> float:
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(got, want, strict=True))
+
+
+def _tensors(
+    slices: Sequence[dict[Key, NDArray[np.float32]]], reference: dict[Key, NDArray[np.float32]], tolerance: float
+) -> tuple[float, str | None, bool]:
+    """(largest relative difference, first tensor in model order above the tolerance, are all bits equal)."""
+    got, want = assemble(slices), assemble([reference])
+    if got.keys() != want.keys():
+        return float("inf"), f"{sorted(got.keys() ^ want.keys())[0]} (missing)", False
+    floor = FLOOR * float(np.sqrt(sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in want.values())))
+    relative = {
+        name: float(np.linalg.norm(got[name] - want[name]) / max(float(np.linalg.norm(want[name])), floor)) for name in want
+    }
+    first = next((name for name, value in relative.items() if not value <= tolerance), None)
+    return max(relative.values()), first, all(np.array_equal(got[name], want[name]) for name in want)

@@ -1,0 +1,74 @@
+"""`--layouts auto`: few layouts that hold every legal pair (or triple) of values of the axes. [p]
+
+In: the config. Out: overrides, chosen greedily and always in the same order. What is legal is asked of the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import combinations, product
+from typing import Any
+
+from configs.schema import Config
+from parallel.layout import make_layout
+from parallel.legality import check_config
+from tools.rehearse.shrink import common_divisors, shrink
+
+Values = tuple[tuple[str, Any], ...]
+
+_AXES: dict[str, tuple[Any, ...]] = {
+    "tensor": (1, 2),
+    "context": (1, 2),
+    "pipeline": (1, 2),
+    "virtual_pipeline": (None, 2),
+    "expert": (1, 2),
+    "expert_tensor": (1, 2),
+    "data": (1, 2),
+    "zero": (("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)),
+}
+
+
+def apply(config: Config, values: Values) -> Config:
+    """The config with these values of the axes, on as many ranks as they need."""
+    chosen = dict(values)
+    config = deepcopy(config)
+    parallel = config.parallel
+    for axis in ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
+        setattr(parallel, axis, chosen[axis])
+    parallel.sequence, parallel.pipeline_split = None, None
+    config.zero.engine, config.zero.stage = chosen["zero"]
+    config.zero.offload = "none"
+    config.launch.nodes = 1
+    config.launch.processes_per_node = parallel.tensor * parallel.context * parallel.pipeline * chosen["data"]
+    return config
+
+
+def legal_layouts(config: Config, max_ranks: int) -> Iterator[tuple[Values, Config]]:
+    """(values of the axes, config) of every layout of at most `max_ranks` that this kind of model may have."""
+    for values in product(*_AXES.values()):
+        named = tuple(zip(_AXES, values, strict=True))
+        candidate = apply(config, named)
+        if candidate.launch.processes_per_node <= max_ranks and _is_legal(candidate):
+            yield named, candidate
+
+
+def _is_legal(config: Config) -> bool:
+    parallel = config.parallel
+    world = config.launch.processes_per_node
+    if world % (parallel.expert_tensor * parallel.expert * parallel.pipeline):
+        return False
+    return check_config(shrink(config, common_divisors([make_layout(config)]))).ok
+
+
+def covering_layouts(config: Config, strength: int, max_ranks: int) -> list[Config]:
+    """Layouts such that every legal combination of `strength` axis values is in one of them."""
+    candidates = list(legal_layouts(config, max_ranks))
+    groups = [set(combinations(values, strength)) for values, _ in candidates]
+    wanted = set().union(*groups)
+    chosen = []
+    while wanted:
+        best = max(range(len(candidates)), key=lambda index: len(wanted & groups[index]))
+        wanted -= groups[best]
+        chosen.append(candidates[best][1])
+    return chosen

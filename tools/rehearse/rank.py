@@ -1,0 +1,86 @@
+"""What one rank of a rehearsal does: three real optimizer steps on random tokens with random loss masks.
+
+In: the shrunken config. Out: losses and norms, this rank's slices of gradients (first step) and of weights (last step).
+The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from configs.schema import Config
+from parallel.groups import make_groups
+from parallel.layout import make_layout
+from parallel.runtime import start
+from parallel.stages import make_chunks
+from pretrain.batches import MicroBatch
+from pretrain.boxes import Box
+from pretrain.build import make_engine, make_model
+from pretrain.engine.base import MOMENTS, WEIGHT, Engine
+from tools.rehearse.shrink import VOCAB_SIZE
+
+# (name, shape of the whole tensor, box, first and last element of the box)
+Key = tuple[str, tuple[int, ...], Box, int, int]
+
+
+@dataclass
+class Trained:
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
+    weights: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def train(config: Config, steps: int) -> Trained:
+    """Collective over the ranks of the layout."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    layout = make_layout(config)
+    runtime = start(os.environ)
+    chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, VOCAB_SIZE, config.parallel.pipeline_split)
+    groups = make_groups(layout, config.run.seed)
+    model = make_model(config, VOCAB_SIZE, layout, chunks, groups, runtime.device)
+    engine = make_engine(config, model, groups, runtime.device)
+    trained = Trained()
+    for step in range(steps):
+        result = engine.step(random_batches(config, step, groups.dp.rank(), groups.dp.size()), config.optimizer.lr)
+        trained.losses.append(result.loss)
+        trained.grad_norms.append(result.grad_norm)
+        if step == 0:
+            trained.gradients = _slices(engine, MOMENTS[0], 1 / (1 - config.optimizer.beta1))
+    trained.weights = _slices(engine, WEIGHT, 1.0)
+    dist.barrier()
+    return trained
+
+
+def _slices(engine: Engine, kind: str, factor: float) -> dict[Key, NDArray[np.float32]]:
+    return {
+        (piece.name, piece.global_shape, piece.box, piece.start, piece.stop): (piece.data.detach().float() * factor).numpy()
+        for piece in engine.owned()
+        if piece.kind == kind
+    }
+
+
+def random_batches(config: Config, step: int, data_rank: int, data_size: int) -> list[MicroBatch]:
+    """This data rank's micro-batches of a global batch that is the same for every layout."""
+    generator = torch.Generator().manual_seed(1000 * config.run.seed + step)
+    total, seq = config.batch.global_batch_seqs, config.batch.seq_length_tokens
+    tokens = torch.randint(0, VOCAB_SIZE, (total, seq + 1), generator=generator)
+    mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
+    ends = (torch.rand(total, seq, generator=generator) > 0.85).int().cumsum(dim=1).int()
+    return [
+        MicroBatch(
+            tokens=tokens[row : row + 1, :-1].contiguous(),
+            labels=tokens[row : row + 1, 1:].contiguous(),
+            loss_mask=mask[row : row + 1],
+            position_ids=torch.arange(seq)[None],
+            document_ids=ends[row : row + 1] if config.data.document_mask else None,
+        )
+        for row in range(data_rank, total, data_size)
+    ]

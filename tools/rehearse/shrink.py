@@ -1,0 +1,154 @@
+"""A config of any size to one that CPUs train in a second: the same kind of model, the same switches, axes kept. [p]
+
+In: a whole Config. Out: a Config of at most 16 ranks, every axis that was larger than 1 still larger than 1, widths small
+and pairwise different, so that a transposed or swapped tensor cannot pass unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import lcm
+
+from configs.model_schema import Model
+from configs.schema import Config
+from parallel.architecture import is_mla, num_query_groups
+from parallel.layout import Layout
+
+MAX_RANKS = 16
+VOCAB_SIZE = 300
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every layout of one rehearsal must divide, so that all of them train the same model on the same batches."""
+
+    tensor: int
+    expert: int
+    expert_tensor: int
+    context: int
+    chunks: int
+    batch: int
+
+
+def fit_degrees(config: Config) -> Config:
+    """The layout on at most 16 ranks: as it is when it fits, else each axis above 1 becomes 2.
+
+    Data axes follow from the number of ranks, the smallest that keeps both above 1 where they were; where 16 ranks are too
+    few for that, the experts' data axis is given up first.
+    """
+    config = deepcopy(config)
+    parallel, launch = config.parallel, config.launch
+    world = launch.nodes * launch.processes_per_node
+    launch.nodes = 1
+    launch.processes_per_node = world
+    if world <= MAX_RANKS:
+        return config
+    attention = parallel.tensor * parallel.context * parallel.pipeline
+    experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
+    data, expert_data = world // attention > 1, world // experts > 1
+    for axis in ("tensor", "context", "pipeline", "expert", "expert_tensor"):
+        setattr(parallel, axis, min(getattr(parallel, axis), 2))
+    if parallel.virtual_pipeline:
+        parallel.virtual_pipeline = min(parallel.virtual_pipeline, 2)
+    parallel.pipeline_split = None
+    launch.processes_per_node = _smallest_world(config, data, expert_data)
+    return config
+
+
+def _smallest_world(config: Config, data: bool, expert_data: bool) -> int:
+    parallel = config.parallel
+    attention = parallel.tensor * parallel.context * parallel.pipeline
+    experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
+    step = lcm(attention, experts)
+    for keep_experts in (expert_data, False):
+        for world in range(step, MAX_RANKS + 1, step):
+            if (world // attention > 1) >= data and (world // experts > 1) >= keep_experts:
+                return world
+    return step
+
+
+def common_divisors(layouts: Sequence[Layout]) -> Common:
+    """The least that fits all layouts."""
+    return Common(
+        tensor=lcm(*(layout.tensor for layout in layouts)),
+        expert=lcm(*(layout.expert for layout in layouts)),
+        expert_tensor=lcm(*(layout.expert_tensor for layout in layouts)),
+        context=lcm(*(layout.context for layout in layouts)),
+        chunks=max(layout.pipeline * layout.virtual_pipeline for layout in layouts),
+        batch=lcm(4, *(layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1) for layout in layouts)),
+    )
+
+
+def shrink(config: Config, common: Common) -> Config:
+    """The small model on the degrees of `config`; random parts of training are off, for they follow the layout by nature."""
+    small = deepcopy(config)
+    small.model = shrink_model(config.model, common)
+    small.run.steps, small.run.tokens = 3, None
+    small.precision.params, small.precision.fp8 = "fp32", "none"
+    batch = small.batch
+    batch.global_batch_seqs, batch.micro_batch_seqs = common.batch, 1
+    batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
+    batch.ramp.start_seqs = None
+    small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
+    # Adam turns the rounding noise of a vanishing gradient into whole steps unless epsilon is above the noise.
+    small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-6, 0.0
+    small.cluster.device, small.cluster.gpu = "cpu", None
+    small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
+    small.checkpoint.resume_step = small.checkpoint.load = None
+    return small
+
+
+def shrink_model(model: Model, common: Common) -> Model:
+    """Small widths, all different; the pattern of layers, the router and every switch stay."""
+    small = deepcopy(model)
+    tensor = common.tensor
+    small.vocab_size, small.vocab_multiple = VOCAB_SIZE, 8 * tensor
+    small.hidden_size, small.ffn_hidden_size = 40, 56 * tensor
+    small.max_position_tokens = None
+    small.init_std, small.hidden_dropout = 0.1, 0.0
+    _shrink_attention(small, model, tensor)
+    _shrink_experts(small, model, common)
+    small.num_layers = max(common.chunks, 2, small.moe.first_dense_layers + 1)
+    if model.moe.layer_pattern is not None:
+        kinds = model.moe.layer_pattern[: small.num_layers]
+        # Both kinds of layers stay where there were both.
+        missing = set(model.moe.layer_pattern) - set(kinds)
+        small.moe.layer_pattern = [*kinds[: small.num_layers - len(missing)], *missing]
+    small.mtp.num_layers = min(model.mtp.num_layers, 1)
+    return small
+
+
+def _shrink_attention(small: Model, model: Model, tensor: int) -> None:
+    attention, groups = small.attention, num_query_groups(model)
+    attention.dropout = 0.0
+    if groups == model.attention.num_heads:
+        attention.num_heads, attention.num_query_groups = 2 * tensor, None
+    else:
+        attention.num_query_groups = 1 if groups == 1 else tensor * (2 if tensor == 1 else 1)
+        attention.num_heads = 2 * max(attention.num_query_groups, tensor)
+    attention.head_dim = None if is_mla(model) else (16 if model.position.rotary_fraction < 1 else 12)
+    if attention.window_size_tokens is not None:
+        attention.window_size_tokens = 5
+    if is_mla(model):
+        mla = small.mla
+        mla.kv_lora_rank, mla.q_lora_rank = 16, (20 if mla.q_lora_rank else None)
+        mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim = 12, 8, 10
+
+
+def _shrink_experts(small: Model, model: Model, common: Common) -> None:
+    moe = small.moe
+    if not model.moe.num_experts:
+        return
+    grouped = moe.router.num_groups is not None
+    moe.num_experts = common.expert * (4 if common.expert == 1 or grouped else 2)
+    moe.top_k = min(moe.top_k, 2)
+    if grouped:
+        moe.router.num_groups, moe.router.group_top_k = 2, 1
+    moe.ffn_hidden_size = 24 * common.expert_tensor
+    moe.shared_ffn_hidden_size = 36 * common.tensor if moe.shared_ffn_hidden_size else None
+    moe.first_dense_layers = min(moe.first_dense_layers, 1)
+    moe.layer_frequency = min(moe.layer_frequency, 2)
+    # Drops and noise depend on which tokens share a rank.
+    moe.capacity_factor, moe.pad_to_capacity, moe.router.jitter_eps = None, False, 0.0

@@ -28,7 +28,6 @@ from tools.convert.verify import verify
 from tools.inference.evaluate import evaluate
 from tools.inference.generate import generate
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -74,7 +73,8 @@ def test_a_run_is_exported_and_generates_in_transformers(trained: Path, tmp_path
     ids = tokenizer("def main(argv", return_tensors="pt")
     theirs = model.generate(**ids, max_new_tokens=12, do_sample=False)
     ours = generate(trained, ["def main(argv"], 12, 0.0, None, 0, None)["texts"][0]
-    assert tokenizer.decode(theirs[0], skip_special_tokens=True) == ours["prompt"] + ours["text"]
+    # Ids, since an untrained model writes bytes that are no UTF-8, which every decoder mends in its own way.
+    assert theirs[0, ids["input_ids"].shape[1] :].tolist() == ours["token_ids"]
 
 
 def test_dtypes_of_an_export(trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family: every dimension another number, no default eps, theta or scaling. transformers makes them."""
+"""Tiny random models of every family, made by transformers: every dimension another number, no default eps or theta."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ YARN = {
     "beta_slow": 2.0,
 }  # fmt: skip
 GQA = {
-    "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 90,
-    "max_position_embeddings": 128,
+    "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 90, "max_position_embeddings": 128,
 }  # fmt: skip
 LATENT = {
     "hidden_size": 40, "intermediate_size": 72, "moe_intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4,

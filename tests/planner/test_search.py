@@ -73,7 +73,8 @@ def test_check_refuses_by_the_lower_bound_and_warns_by_the_estimate(capsys: pyte
     code, out, _ = run(capsys, "check", "model/llama3_70b", *WORDS, "--no-data", "--json")
     document = json.loads(out)
     assert code == 2 and "GiB" in document["problems"][0]["rule"] and "plan --search" in document["problems"][0]["fix"]
-    words = ["model/llama3_8b", *WORDS, "batch.micro_batch_seqs=3", "batch.global_batch_seqs=24", "--no-data", "--json"]
+    tight = ("parallel.tensor=2", "batch.micro_batch_seqs=5", "batch.global_batch_seqs=240")
+    words = ["model/llama3_8b", *WORDS, *tight, "--no-data", "--json"]
     document = json.loads((run(capsys, "check", *words))[1])
     assert document["ok"] and any("GiB" in warning["text"] for warning in document["warnings"])
 
@@ -99,7 +100,9 @@ def test_calibration_by_a_measured_run(capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     first = json.loads(run(capsys, "plan", "model/llama3_8b", *WORDS, "parallel.tensor=2", "--json")[1])
     slow = 1.3 * first["time"]["step_s"]
-    lines = [json.dumps({"step": n, "step_time_s": slow if n > 5 else 9 * slow, "memory_gib/stage_0": 30.0}) for n in range(1, 12)]
+    lines = [
+        json.dumps({"step": n, "step_time_s": slow if n > 5 else 9 * slow, "memory_gib/stage_0": 30.0}) for n in range(1, 12)
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 12, "step_ti')
     code, out, _ = run(capsys, "plan", "model/llama3_8b", *WORDS, "parallel.tensor=2", "--calibrate", str(tmp_path), "--json")
     document = json.loads(out)

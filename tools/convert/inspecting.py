@@ -34,7 +34,8 @@ def _huggingface(path: Path) -> tuple[dict[str, Any], str]:
     source.files.close()
     result = {
         "kind": "huggingface", "family": source.family.name, "params_total": total, "tensors": len(source.files.raw),
-        "dtypes": dict(dtypes), "bytes": size, "files": len({file for file, _ in source.files.raw.values()}), "notes": source.notes,
+        "dtypes": dict(dtypes), "bytes": size, "files": len({file for file, _ in source.files.raw.values()}),
+        "notes": source.notes,
     }  # fmt: skip
     text = (
         f"{path}: a {source.family.name} model of {total:,} parameters, {len(source.files.raw)} tensors "
@@ -55,13 +56,15 @@ def _checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     dtypes = Counter(value["dtype"] for value in manifest.tensors.values())
     total = count_parameters(model, manifest.vocab_size).total
     result = {
-        "kind": "checkpoint", "checkpoint": str(folder), "step": manifest.step, "tokens": manifest.tokens, "engine": manifest.engine,
+        "kind": "checkpoint", "checkpoint": str(folder), "step": manifest.step, "tokens": manifest.tokens,
+        "engine": manifest.engine,
         "kinds": list(manifest.kinds), "layout": manifest.layout, "model": model.name, "params_total": total,
         "vocab_size": manifest.vocab_size, "tensors": len(manifest.tensors), "dtypes": dict(dtypes), "slices": slices,
         "bytes": sum(manifest.files.values()), "files": len(manifest.files), "tokenizer": manifest.tokenizer,
     }  # fmt: skip
     text = (
-        f"{folder}: {model.name}, {total:,} parameters, step {manifest.step} ({manifest.tokens:,} tokens), engine {manifest.engine}\n"
+        f"{folder}: {model.name}, {total:,} parameters, step {manifest.step} ({manifest.tokens:,} tokens), "
+        f"engine {manifest.engine}\n"
         f"{len(manifest.tensors)} tensors ({_words(dtypes)}) in {slices} slices of {len(manifest.files)} files, "
         f"{result['bytes'] / 2**30:.2f} GiB; holds {', '.join(manifest.kinds)}; every sum of the weights is right"
     )

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +21,7 @@ from parallel.groups import close_groups, make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start, stop
 from parallel.stages import make_chunks
-from pretrain.backend import choose_backend
+from pretrain.backend import choose_backend, detect_machine
 from pretrain.checkpoint_read import CheckpointReader
 from pretrain.engine.base import WEIGHT, Piece
 from pretrain.megatron_config import make_transformer_config
@@ -28,6 +29,10 @@ from pretrain.model import PaddedVocabGPT, build_chunks
 from pretrain.shards import local_tensors, map_shards
 from pretrain.tensor_file import DamagedFile
 from tools.convert.checkpoints import damage
+
+if TYPE_CHECKING:
+    # At run time `parallel` must come before anything of megatron (parallel/cpu.py).
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def inference_config(model: Model, seq_length_tokens: int, layers: int | None = None) -> Config:
@@ -54,31 +59,43 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
 @contextmanager
 def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int | None = None) -> Iterator[PaddedVocabGPT]:
     """The model with the checkpoint's weights. Raises ConfigError when the checkpoint is damaged. Not twice at a time."""
-    config = inference_config(model, seq_length_tokens, layers)
-    runtime = start({})
-    layout = make_layout(config)
-    vocab_size = config.model.vocab_size
-    assert vocab_size, "a checkpoint's model states its vocabulary"
-    chunks = make_chunks(config.model, 1, 1, vocab_size)
-    groups = make_groups(layout, config.run.seed)
-    try:
-        backend = choose_backend(config, cuda=False, transformer_engine=False, fused_wgrad=False)
-        transformer = make_transformer_config(config, layout, chunks, backend)
-        (chunk,) = build_chunks(config, vocab_size, transformer, layout, chunks, groups, backend)
-        chunk.to(runtime.device)
+    with _built(inference_config(model, seq_length_tokens, layers)) as (chunk, groups):
         try:
             CheckpointReader(folder).fill(weight_pieces(chunk, groups))
         except DamagedFile as error:
             raise ConfigError(damage(folder, error)) from error
         yield chunk.eval()
+
+
+@contextmanager
+def _built(config: Config) -> Iterator[tuple[PaddedVocabGPT, ProcessGroupCollection]]:
+    """The chunk without its weights, in a world of one rank that ends with the context."""
+    start({})
+    vocab_size = config.model.vocab_size
+    assert vocab_size, "a checkpoint's model states its vocabulary"
+    layout = make_layout(config)
+    chunks = make_chunks(config.model, 1, 1, vocab_size)
+    try:
+        groups = make_groups(layout, config.run.seed)
+        backend = choose_backend(config, detect_machine(cuda=False))
+        transformer = make_transformer_config(config, layout, chunks, backend)
+        (chunk,) = build_chunks(config, vocab_size, transformer, layout, chunks, groups, backend)
+        yield chunk, groups
     finally:
         close_groups()
         stop()
 
 
-def weight_pieces(chunk: PaddedVocabGPT, groups: object) -> Iterator[Piece]:
+def meta_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> whole shape of every parameter that Megatron-Core builds; nothing is allocated."""
+    with torch.device("meta"), _built(inference_config(model, 32)) as (chunk, groups):
+        names = dict(chunk.named_parameters())
+        return {shard.name: shard.global_shape for name, shard in map_shards(chunk, groups).items() if name in names}
+
+
+def weight_pieces(chunk: PaddedVocabGPT, groups: ProcessGroupCollection) -> Iterator[Piece]:
     """Every tensor of the chunk as pieces to be filled in place."""
-    shards = map_shards(chunk, groups)  # type: ignore[arg-type]
+    shards = map_shards(chunk, groups)
     with torch.no_grad():
         for name, tensor in local_tensors(chunk):
             shard, flat = shards[name], tensor.detach().view(-1)

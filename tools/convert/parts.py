@@ -111,7 +111,7 @@ class DenseFirst:
 
 @dataclass(frozen=True)
 class SparsePattern:
-    """decoder_sparse_step and mlp_only_layers (Qwen): layer i is MoE when it isn't named and (i + 1) is a multiple of the step."""
+    """decoder_sparse_step and mlp_only_layers (Qwen): layer i is MoE when not named and (i + 1) a multiple of the step."""
 
     def names(self) -> tuple[str, ...]:
         return ("decoder_sparse_step", "mlp_only_layers")
@@ -222,7 +222,7 @@ class WholeHeads:
 
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
         if model.hidden_size % model.attention.num_heads:
-            yield f"transformers wants hidden_size = {model.hidden_size} to be a multiple of the {model.attention.num_heads} heads"
+            yield f"transformers wants hidden_size = {model.hidden_size} to be a multiple of {model.attention.num_heads} heads"
 
 
 def plain_attention(**changed: Any) -> tuple[Setting, ...]:
@@ -281,7 +281,7 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentEps:
-    """The norms of the compressed query and key: transformers has 1e-6 there whatever rms_norm_eps, megatron-core rms_norm_eps."""
+    """The norms of the compressed query and key: 1e-6 in transformers, whatever rms_norm_eps."""
 
     def names(self) -> tuple[str, ...]:
         return ()

@@ -21,7 +21,8 @@ from tools.convert.family import Family
 
 # Keys of config.json that say nothing about the architecture, or only how transformers runs it.
 HARMLESS = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range",
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
+    "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "auto_map", "quantization_config", "id2label",
     "label2id", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder", "chunk_size_feed_forward",
     "problem_type", "layer_types", "max_window_layers", "attn_implementation", "_attn_implementation", "torchscript",

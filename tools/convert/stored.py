@@ -118,7 +118,7 @@ class CheckpointTensors:
         dtype = FLOATS[entry.dtype]
         buffer = np.empty(count, dtype=dtype)
         start = entry.start + first * dtype.itemsize
-        read_exactly(self._opened[stored.file], memoryview(buffer).cast("B"), start, self.folder / stored.file)
+        read_exactly(self._opened[stored.file], buffer.view(np.uint8).data, start, self.folder / stored.file)
         return buffer
 
     def check_all(self) -> int:

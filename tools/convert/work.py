@@ -22,6 +22,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.errors import ConfigError, Problem
 from configs.files import read_json, storage_problem, sync_folder, write_atomically
 from tools.convert.dtypes import FLOATS, Array
@@ -194,7 +196,7 @@ class Workplace:
 
             def work(unit: Unit) -> tuple[str, int]:
                 values = fill(unit)
-                raw = memoryview(values).cast("B") if values.flags.c_contiguous else memoryview(values.copy()).cast("B")
+                raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
                 _write_at(descriptor, raw, unit.offset)
                 return unit.key, zlib.crc32(raw)
 
@@ -213,7 +215,10 @@ class Workplace:
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
 
     def finish(self, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
-        """When every file is there: `complete(folder, sums by file)` adds the rest, the folder gets its name. False: others still write."""
+        """When every file is there, `complete(folder, sums by file)` adds the rest and the folder gets its name.
+
+        False: others still write.
+        """
         if self.out.exists() and not self.partial.exists():
             return True
         try:

@@ -23,7 +23,7 @@ def generate(
     seed: int,
     tokenizer_path: str | None,
 ) -> dict[str, Any]:
-    """{"checkpoint", "texts": [{"prompt", "text", "tokens", "ended"}]}. Raises ConfigError."""
+    """{"checkpoint", "texts": [{"prompt", "text", "token_ids", "ended"}]}. Raises ConfigError."""
     folder = find_checkpoint(path)
     manifest = open_manifest(folder)
     model = model_of(manifest)
@@ -47,7 +47,7 @@ def generate(
             # Decoded together: a token may hold part of a character, and some tokenizers drop a leading space.
             whole, head = tokenizer.decode(start + answer), tokenizer.decode(start)
             text = whole[len(head) :] if whole.startswith(head) else tokenizer.decode(answer)
-            texts.append({"prompt": prompt, "text": text, "tokens": len(drawn), "ended": ended})
+            texts.append({"prompt": prompt, "text": text, "token_ids": drawn, "ended": ended})
     return {"checkpoint": str(folder), "step": manifest.step, "texts": texts}
 
 

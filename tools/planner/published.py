@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.planner.job import Job
 from tools.planner.published_model import Unusable
-from tools.planner.published_row import job_of, memory_of, speed_of
+from tools.planner.published_row import is_malformed, job_of, memory_of, speed_of
 
 # Who published, by words of a row's source.
 SOURCES = (
@@ -128,8 +128,11 @@ def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[Run], Count
     runs: list[Run] = []
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
-    slow = _superseded(rows)
-    for position, raw in enumerate(rows):
+    sound = [row for row in rows if not is_malformed(row)]
+    if len(sound) < len(rows):
+        skipped["a field is not what its name says"] = len(rows) - len(sound)
+    slow = _superseded(sound)
+    for position, raw in enumerate(sound):
         try:
             run = _run(mend(raw), position, what)
             fingerprint = f"{_key(raw)}{raw.get('recompute')}{raw.get('notes')}{run.tokens_per_s}{run.memory_gb}"

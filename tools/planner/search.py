@@ -15,19 +15,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from configs.schema import Config, Recompute
+from configs.schema import Config, Recompute, Zero
 from parallel import architecture as arch
 from parallel.legality import check_config
 from parallel.rules import world_size
 from pretrain.flops import training_flops
-from tools.planner.hardware import Machine
+from tools.planner.hardware import GIB, Machine
 from tools.planner.job import make_job, recomputation_of
 from tools.planner.ledger import make_ledger
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.timing import time_step
 from tools.planner.weights import stage_held, state_bytes
 
-TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 12)
+TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)
 # Context parallelism pays from sequences of this many tokens a rank on.
 CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
@@ -73,7 +73,8 @@ class Candidate:
         return Degrees(p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor)
 
     def describe(self) -> str:
-        text = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}"
+        text, zero = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}", self.config.zero
+        text += f" {zero.engine} ZeRO-{zero.stage}" if zero.engine != "megatron" else ""
         return text + ("" if self.config.recompute.mode == "none" else f" recompute {self.config.recompute.mode}")
 
 
@@ -132,13 +133,25 @@ def recomputations(config: Config) -> list[Recompute]:
 
 
 def virtual_chunks(config: Config, pipeline: int, micro_batches: int) -> list[int]:
-    """None, the fewest, a middle number and the most chunks a stage that fill evenly."""
+    """One chunk a stage, and up to four numbers from the fewest to the most that fill evenly."""
     layers = config.model.num_layers
     if pipeline == 1 or micro_batches % pipeline:
         return [1]
     even = layers % pipeline == 0
     legal = [v for v in VIRTUAL if v > 1 and pipeline * v <= layers and not (even and layers % (pipeline * v))]
-    return [1, *sorted({*legal[:1], *legal[len(legal) // 2 :][:1], *legal[-1:]})]
+    thirds = [legal[len(legal) * part // 3] for part in range(3)] if legal else []
+    return [1, *sorted({*thirds, *legal[-1:]})]
+
+
+def zero_choices(config: Config) -> list[Zero]:
+    """Megatron's distributed optimizer first (the config's own overlap), then DeepSpeed's stages 2 and 3.
+
+    A MoE model takes those only when nothing else fits: no published run of theirs could be fitted on.
+    """
+    own = config.zero
+    if own.engine == "deepspeed" or own.offload != "none":
+        return [own]
+    return [replace(own, stage=1), *(Zero(engine="deepspeed", stage=stage) for stage in (2, 3))]
 
 
 def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) -> Iterator[Config]:
@@ -162,6 +175,8 @@ class Searcher:
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
         self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
         self.steps = recomputations(config)
+        self.zeros = zero_choices(config)
+        self.reluctant = config.model.moe.num_experts > 0
         self.found: list[Candidate] = []
         self.too_large: dict[Degrees, float] = {}
         self.refused: Counter[str] = Counter()
@@ -171,18 +186,39 @@ class Searcher:
     def first_look(self, degrees: Degrees) -> float | None:
         """Seconds a token of the degrees at their first micro-batch, None when the states alone don't fit."""
         config = list(variants(self.config, degrees, MICRO[:1]))[-1]
-        job = make_job(config, self.vocab_size, self.machine)
-        states = max(state_bytes(job, held).total for held in stage_held(job)) / 2**30
-        self.tried += 1
-        if states > self.capacity:
-            self._note_large(degrees, states)
-            return None
-        return time_step(job).step_s
+        need = 0.0
+        for zero in self.zeros_of(degrees):
+            job = make_job(replace(config, zero=zero), self.vocab_size, self.machine)
+            need = max(state_bytes(job, held).total for held in stage_held(job)) / GIB
+            self.tried += 1
+            if need <= self.capacity:
+                return time_step(job).step_s
+        self._note_large(degrees, need)
+        return None
+
+    def zeros_of(self, degrees: Degrees) -> list[Zero]:
+        """The first is the usual one; sharding gradients and weights is for layouts without stages."""
+        return self.zeros if degrees.pipeline == 1 and not self.reluctant else self.zeros[:1]
+
+    def run(self) -> None:
+        """The best degrees by a first look, each in full; again with all of ZeRO where that finds nothing."""
+        looks = [(self.first_look(degrees), degrees) for degrees in degrees_of(self.config, self.machine)]
+        timed = sorted(((seconds, degrees) for seconds, degrees in looks if seconds is not None), key=lambda look: look[0])
+        for _, degrees in timed[:REFINED]:
+            self.visit(degrees)
+        if self.reluctant and not self.found:
+            self.reluctant = False
+            self.run()
 
     def visit(self, degrees: Degrees) -> None:
-        """Keeps the fastest legal variant of these degrees that fits."""
+        """Keeps the fastest legal variant of these degrees that fits; a higher ZeRO stage only where the one before doesn't."""
+        for zero in self.zeros_of(degrees):
+            if self.visit_zero(degrees, replace(self.config, zero=zero)):
+                return
+
+    def visit_zero(self, degrees: Degrees, base: Config) -> bool:
         fitting: list[tuple[float, int, Config]] = []
-        for config in variants(self.config, degrees):
+        for config in variants(base, degrees):
             first = make_job(config, self.vocab_size, self.machine)
             for job, step in ((replace(first, recompute=recomputation_of(step)), step) for step in self.steps):
                 self.tried += 1
@@ -191,9 +227,7 @@ class Searcher:
                     fitting.append((time_step(job).step_s, len(fitting), replace(config, recompute=step)))
                     break
                 self._note_large(degrees, peak)
-        for _, _, config in sorted(fitting, key=lambda item: item[:2]):
-            if self._keep(config):
-                return
+        return any(self._keep(config) for _, _, config in sorted(fitting, key=lambda item: item[:2]))
 
     def _note_large(self, degrees: Degrees, need_gib: float) -> None:
         self.too_large[degrees] = min(self.too_large.get(degrees, need_gib), need_gib)
@@ -222,10 +256,7 @@ def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
 def search(config: Config, vocab_size: int, machine: Machine, calibration: Calibration = UNCALIBRATED) -> Search:
     """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation."""
     searcher = Searcher(config, vocab_size, machine, calibration)
-    looks = [(searcher.first_look(degrees), degrees) for degrees in degrees_of(config, machine)]
-    timed = sorted(((seconds, degrees) for seconds, degrees in looks if seconds is not None), key=lambda look: look[0])
-    for _, degrees in timed[:REFINED]:
-        searcher.visit(degrees)
+    searcher.run()
     best = {candidate.degrees for candidate in searcher.found}
     too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}
     return Search(mark_pareto(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)

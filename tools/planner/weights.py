@@ -70,6 +70,8 @@ def chunk_held(job: Job, chunk: Chunk, by_kind: tuple[Held, Held]) -> Held:
         held += Held(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
         # The prediction depths embed their tokens again: on another stage than the first that is a copy of the table.
         held += Held(0.0 if chunk.embedding else table)
+    if chunk.head:
+        held += Held(model.hidden_size * (2 if model.norm == "layernorm" else 1))
     if chunk.head and not (model.tie_embeddings and (chunk.embedding or chunk.mtp)):
         held += Held(table)
     return held

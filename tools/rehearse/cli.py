@@ -20,7 +20,7 @@ from configs.schema import Config
 from parallel.layout import make_layout
 from parallel.legality import check_config
 from tools.rehearse.compare import Comparison, compare
-from tools.rehearse.cover import covering_layouts
+from tools.rehearse.cover import cover, legal_layouts
 from tools.rehearse.rank import Trained, train
 from tools.rehearse.ranks import RankFailed, run_ranks
 from tools.rehearse.shrink import Common, common_divisors, fit_degrees, shrink
@@ -44,7 +44,7 @@ def choose_layouts(source: str, overrides: list[str], wanted: str | None, streng
     if wanted is None:
         return [fit_degrees(config)]
     if wanted == "auto":
-        return covering_layouts(config, strength, max_ranks)
+        return [layout for _, layout in cover(list(legal_layouts(config, max_ranks)), strength)]
     try:
         listed = json.loads(Path(wanted).read_text(encoding="utf-8"))
         words = [[f"{key}={json.dumps(value)}" for key, value in layout.items()] for layout in listed]

@@ -5,7 +5,7 @@ In: the config. Out: overrides, chosen greedily and always in the same order. Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import combinations, product
 from typing import Any
@@ -61,14 +61,13 @@ def _is_legal(config: Config) -> bool:
     return check_config(shrink(config, common_divisors([make_layout(config)]))).ok
 
 
-def covering_layouts(config: Config, strength: int, max_ranks: int) -> list[Config]:
-    """Layouts such that every legal combination of `strength` axis values is in one of them."""
-    candidates = list(legal_layouts(config, max_ranks))
+def cover(candidates: Sequence[tuple[Values, Config]], strength: int) -> list[tuple[Values, Config]]:
+    """Some of the candidates, such that every combination of `strength` values that one of them has is in one of these."""
     groups = [set(combinations(values, strength)) for values, _ in candidates]
     wanted = set().union(*groups)
     chosen = []
     while wanted:
         best = max(range(len(candidates)), key=lambda index: len(wanted & groups[index]))
         wanted -= groups[best]
-        chosen.append(candidates[best][1])
+        chosen.append(candidates[best])
     return chosen

@@ -1,7 +1,7 @@
 """What one rank of a rehearsal does: three real optimizer steps on random tokens with random loss masks.
 
 In: the shrunken config. Out: losses and norms, this rank's slices of gradients (first step) and of weights (last step).
-The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine.
+The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine; clipping is undone by the norm that the engine reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from parallel.stages import make_chunks
 from pretrain.batches import MicroBatch
 from pretrain.boxes import Box
 from pretrain.build import make_engine, make_model
-from pretrain.engine.base import MOMENTS, WEIGHT, Engine
+from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
 from tools.rehearse.shrink import VOCAB_SIZE
 
 # (name, shape of the whole tensor, box, first and last element of the box)
@@ -53,10 +53,16 @@ def train(config: Config, steps: int) -> Trained:
         trained.losses.append(result.loss)
         trained.grad_norms.append(result.grad_norm)
         if step == 0:
-            trained.gradients = _slices(engine, MOMENTS[0], 1 / (1 - config.optimizer.beta1))
+            trained.gradients = _slices(engine, MOMENTS[0], 1 / (1 - config.optimizer.beta1) / _clipped(config, result))
     trained.weights = _slices(engine, WEIGHT, 1.0)
     dist.barrier()
     return trained
+
+
+def _clipped(config: Config, result: StepResult) -> float:
+    """What clipping multiplied the gradients with: a wrong norm must not make every gradient look wrong."""
+    limit = config.optimizer.clip_grad_norm
+    return min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
 
 
 def _slices(engine: Engine, kind: str, factor: float) -> dict[Key, NDArray[np.float32]]:

@@ -51,6 +51,7 @@ LLAMA4 = Family(
     planning_only="chunked attention, layers without positions, L2 norms of queries and keys, weights on the experts' input",
     ignored=(
         "use_qk_norm", "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size", "attn_temperature_tuning",
-        "floor_scale", "attn_scale", "attention_bias", "hidden_act", "router_aux_loss_coef", "router_jitter_noise", "for_llm_compressor",
+        "floor_scale", "attn_scale", "attention_bias", "hidden_act", 
+        "router_aux_loss_coef", "router_jitter_noise", "for_llm_compressor",
     ),
 )  # fmt: skip

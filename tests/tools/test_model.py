@@ -1,0 +1,142 @@
+"""`phalanx model` and the presets: exact totals from arithmetic, from names and shapes, and from the model as it is built."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.model_schema import Model
+from configs.sources import SHIPPED
+from parallel.legality import check_config
+from pretrain.flops import count_parameters
+from tools.cli import run
+from tools.convert.canonical import tensor_shapes
+
+# Totals: without prediction depths and buffers.
+GOLDEN = {
+    "mixtral_8x7b": 46_702_792_704, "mixtral_8x22b": 140_620_634_112, "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560, "deepseek_v3": 671_026_404_352, "kimi_k2": 1_026_408_209_408,
+    "kimi_k2_5": 1_026_408_209_408, "deepseek_v2": 235_741_434_880, "deepseek_v2_lite": 15_706_484_224,
+    "glm_4_5": 352_797_814_784, "glm_4_6": 352_797_814_784, "gpt_oss_120b": 116_829_156_672, "gpt_oss_20b": 20_914_757_184,
+    "olmoe_1b_7b": 6_919_161_856, "llama4_scout": 107_769_861_120, "qwen3_0_6b": 596_049_920, "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360, "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264, "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800, "gpt3_175b": 174_604_259_328, "llama3_8b": 8_030_261_248, "qwen3_1_7b": 1_720_574_976,
+}  # fmt: skip
+PLANNING_ONLY = {"olmoe_1b_7b", "llama4_scout", "grok_1", "deepseek_v2"}
+PRESETS = sorted(path.stem for path in (SHIPPED / "model").glob("*.yaml"))
+
+
+def preset(name: str) -> Model:
+    return load_config(f"model/{name}").config.model
+
+
+def described(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert run(["model", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_totals(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert described(capsys, name)["params_total"] == GOLDEN[name]
+
+
+def test_active_in_three_conventions(capsys: pytest.CaptureFixture[str]) -> None:
+    active = described(capsys, "deepseek_v3")["params_active"]
+    assert active == {"all": 37_552_282_624, "without_input_embedding": 36_625_603_584, "non_embedding": 35_698_924_544}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny_moe"])
+def test_presets_name_their_source_and_are_legal_or_say_why_not(name: str) -> None:
+    config = load_config(f"model/{name}").config
+    model = config.model
+    assert model.source and model.name == name
+    config.batch.seq_length_tokens = 2048
+    problems = [problem for problem in check_config(config).problems if problem.path.startswith("model.")]
+    if name in PLANNING_ONLY:
+        assert model.planning_only and "planning" in problems[0].rule
+    else:
+        assert not problems and not model.planning_only
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in (*PLANNING_ONLY, "tiny_moe")])
+def test_names_and_shapes_count_like_the_arithmetic(name: str) -> None:
+    model = preset(name)
+    model.vocab_multiple = 1
+    counted = count_parameters(model, model.vocab_size or 0)
+    shapes = {key: shape for key, shape in tensor_shapes(model).items() if not key.endswith("expert_bias")}
+    assert sum(map(prod, shapes.values())) == counted.total + counted.mtp
+
+
+def test_the_shipped_presets_are_tested() -> None:
+    assert set(PRESETS) == {*GOLDEN, "tiny_moe", "grok_1", "gpt4_class"}
+
+
+def test_grok_1_lacks_its_second_norms_only() -> None:
+    # models.json of the reference counts four norms a layer, as its code has them.
+    assert count_parameters(preset("grok_1"), 131072).total + 64 * 2 * 6144 == 315_684_820_992
+
+
+def test_config_json_becomes_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False, "invented_switch": 3,
+    }  # fmt: skip
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    document = described(capsys, str(file))
+    assert document["params_total"] == GOLDEN["qwen3_30b_a3b"]
+    assert "invented_switch" in document["notes"][0]
+    assert run(["model", str(file), "--to-yaml"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    mine, shipped = load_config(str(tmp_path / "mine.yaml")).config.model, preset("qwen3_30b_a3b")
+    mine.name, mine.source = shipped.name, shipped.source
+    assert mine == shipped
+
+
+def test_what_cannot_be_converted_is_still_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536, "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 8,
+        "topk_group": 3, "topk_method": "group_limited_greedy", "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "routed_scaling_factor": 16.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    document = described(capsys, str(tmp_path))
+    assert document["params_total"] == GOLDEN["deepseek_v2"] and "best expert" in document["planning_only"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere"], "nowhere"),
+        (["/nowhere/config.json"], "config.json"),
+        (["tiny_moe"], "model.vocab_size"),
+        (["qwen3_8b", "--seq-length", "0"], "--seq-length"),
+    ],
+)
+def test_bad_input(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["model", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_v2_lite", "gpt_oss_20b", "qwen3_4b"])
+def test_megatron_core_builds_as_many(name: str) -> None:
+    """The real model on the meta device, its tables not padded."""
+    from tools.convert.native import meta_parameters  # noqa: PLC0415  (megatron-core: 5 s that the others need not)
+
+    model = preset(name)
+    model.vocab_multiple = 1
+    built = meta_parameters(model)
+    shapes = {key: shape for key, shape in tensor_shapes(model).items() if not key.endswith("expert_bias")}
+    assert built == {key: shape for key, shape in shapes.items() if not key.startswith("mtp.")}
+    assert sum(map(prod, built.values())) == count_parameters(model, model.vocab_size or 0).total
+    assert torch.empty(1).device.type == "cpu"

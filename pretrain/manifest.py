@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import Problem
+from configs.fields import walk
 from configs.files import read_json
+from configs.model_schema import Model
 from pretrain.boxes import Box
 from pretrain.tensor_file import DamagedFile
 
@@ -150,11 +152,13 @@ def read_index(folder: Path) -> Iterator[Stored]:
 def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:
     """Does this checkpoint hold the weights of this model, for this tokenizer? Names every key that differs."""
     problems = []
-    for key in sorted(set(manifest.model) | set(model)):
-        if manifest.model.get(key) != model.get(key):
-            rule = f"must be {manifest.model.get(key)!r} as in the checkpoint {folder}: its tensors have other shapes or meaning"
+    # A key that the checkpoint does not know is younger than it: it was written with what is the default now.
+    written = {path: value for path, value, _ in walk(Model())} | manifest.model
+    for key in sorted(model):
+        if written.get(key) != model[key]:
+            rule = f"must be {written.get(key)!r} as in the checkpoint {folder}: its tensors have other shapes or meaning"
             fix = "use the model of the checkpoint, or another run.dir for this one"
-            problems.append(Problem(f"model.{key}", model.get(key), rule, fix))
+            problems.append(Problem(f"model.{key}", model[key], rule, fix))
     if manifest.tokenizer and tokenizer and manifest.tokenizer.get("sha256") != tokenizer.get("sha256"):
         rule = f"must be the tokenizer of the checkpoint {folder} (sha256 {str(manifest.tokenizer.get('sha256'))[:12]}…)"
         fix = "name that tokenizer's file, or another run.dir"

@@ -21,6 +21,7 @@ from parallel.legality import check_config, derive_layout
 from parallel.stages import make_chunks
 from pretrain.data_check import check_data, vocab_size
 from pretrain.flops import count_parameters, training_flops
+from tools.going_on import preview
 from tools.planner.verdict import memory_verdict
 
 # The sections that `check_data` reads.
@@ -125,16 +126,23 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     config, problems, notices = examine(args.config, args.overrides, not args.no_data)
     layout = derive_layout(config) if config else None
+    going_on = None
+    if config and layout and not problems:
+        going_on, refusals, seen = preview(config, layout, vocabulary(config))
+        problems, notices = refusals, (*notices, *seen)
     if args.json:
         document = {
             "ok": not problems,
             "problems": [json_problem(problem) for problem in problems],
             "warnings": [notice.as_dict() for notice in notices],
             "layout": layout_json(config, layout) if config else None,
+            "resume": going_on.as_dict() if going_on else None,
         }
         print(json.dumps(document))
     else:
         _print(args.config, config, layout, problems, notices)
+        if going_on and not problems:
+            print(f"resume   from step {going_on.step:,}, written by {going_on.written_by}: {going_on.exactness}")
     return 2 if problems or (args.strict and notices) else 0
 
 

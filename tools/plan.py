@@ -22,6 +22,7 @@ from tools.planner.calibrate import calibrate
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
 from tools.planner.hardware import HOST_NAME, make_machine
 from tools.planner.job import make_job
+from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict
 from tools.planner.search import search
 from tools.planner.validate import validate
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> list[str]:
     """What the reader should know beside the numbers."""
-    notes = [f"{notice.path}: {notice.text}" for notice in check_config(config).notices]
+    verdict = check_config(config)
+    notes = [f"{notice.path}: {notice.text}" for notice in verdict.notices]
+    notes += [f"{problem.path}: {problem.rule}" for problem in verdict.problems if problem.path == ONLY_FOR_PLANS]
     if plan.job.machine.gpu.name == HOST_NAME:
         notes.append("cluster.gpu is not set: a process is taken for a slow GPU, good for an order of magnitude only")
     if calibration.source:
@@ -72,7 +75,7 @@ def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> 
 
 def _legal(config: Config) -> None:
     """Raises ConfigError when the config itself is not legal."""
-    problems = check_config(config).problems
+    problems = plan_problems(config)
     if problems:
         raise ConfigError(problems)
 
@@ -80,7 +83,7 @@ def _legal(config: Config) -> None:
 def _without_layout(config: Config) -> None:
     """Raises ConfigError for problems that no layout could mend: those outside the searched sections."""
     searched = ("parallel", "batch.micro_batch", "batch.global_batch", "recompute", "zero")
-    problems = [problem for problem in check_config(config).problems if not problem.path.startswith(searched)]
+    problems = [problem for problem in plan_problems(config) if not problem.path.startswith(searched)]
     if problems:
         raise ConfigError(problems)
 

@@ -88,3 +88,11 @@ def test_no_rows() -> None:
     document = validate([])
     assert document["rows"] == 0 and document["tokens_per_s"]["median_abs_rel_err"] is None
     json.dumps(document)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "x", [], {"a": 1}, True, 1e308, 10**12, float("nan")])
+def test_a_wrong_field_is_counted_never_a_traceback(value: Any) -> None:
+    for name in ("n_gpus", "tp", "seq_len", "gpu", "precision", "recompute", "notes", "source", "model", "measured"):
+        json.dumps(validate([row(**{name: value})]))
+    for name in row()["model"]:
+        json.dumps(validate([row(model=row()["model"] | {name: value})]))

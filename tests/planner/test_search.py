@@ -108,3 +108,10 @@ def test_calibration_by_a_measured_run(capsys: pytest.CaptureFixture[str], tmp_p
     document = json.loads(out)
     assert code == 0 and document["time"]["step_s"] == pytest.approx(slow, rel=1e-4)
     assert document["memory"]["ranks"][0]["allocated_gib"] == pytest.approx(30.0, rel=0.02)
+
+
+def test_presets_for_planning_only_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "launch.nodes=32", "parallel.tensor=8", "parallel.pipeline=8", "batch.global_batch_seqs=64"]
+    code, out, _ = run(capsys, "plan", "model/grok_1", *words, "--json")
+    assert code == 0 and any("model.planning_only" in note for note in json.loads(out)["notes"])
+    assert run(capsys, "check", "model/grok_1", *words, "--no-data", "--json")[0] == 2

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from configs.schema import Config, Recompute
-from parallel.legality import check_config
 from tools.planner.job import make_job
+from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.search import Candidate, Search, recomputations
 from tools.planner.work import WORDS
@@ -56,7 +56,7 @@ def what_would_fit(config: Config, plan: Plan, vocab_size: int, calibration: Cal
     """Legal single changes after which it fits, fastest per token first; when none does, those that need least."""
     changes = []
     for words, changed in _changes(config):
-        if check_config(changed).ok:
+        if not plan_problems(changed):
             changes.append(Change(words, make_plan(make_job(changed, vocab_size, plan.job.machine), calibration)))
     fitting = [change for change in changes if change.plan.fits]
     if fitting:

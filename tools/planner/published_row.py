@@ -37,11 +37,16 @@ RECOMPUTE_LADDER = (
 COUNTS = ("n_gpus", "tp", "pp", "vpp", "ep", "etp", "cp", "dp", "seq_len", "micro_batch", "global_batch")
 MODEL_COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "topk",
                 "moe_ffn_hidden_size", "kv_lora_rank", "q_lora_rank", "v_head_dim")  # fmt: skip
+TEXTS = ("id", "source", "gpu", "precision", "recompute", "zero", "notes", "flops_convention", "kind", "task")
+MODEL_TEXTS = ("mlp", "attention", "positions", "moe_layer_freq")
+OTHER_COUNTS = ("num_experts", "shared_expert_ffn", "first_dense_layers", "mtp_layers", "moe_layers", "qk_nope_head_dim",
+                "qk_rope_head_dim", "sliding_window", "sliding_every")  # fmt: skip
+LARGEST_COUNT = 1e9
 SPEEDS = ("tokens_per_s_per_gpu", "tokens_per_s", "step_time_s", "tflops_per_gpu", "memory_gb", "memory_gib")
 
 
 def is_malformed(row: dict[str, Any]) -> bool:
-    """True when a field that is counted with isn't a whole positive number, or a section isn't a mapping."""
+    """True when a field that is counted with isn't a whole positive number, text isn't text, or a section isn't a mapping."""
     sections = [row.get(name) for name in ("model", "measured", "derived", "usable")]
     if not all(section is None or isinstance(section, dict) for section in sections):
         return True
@@ -49,10 +54,15 @@ def is_malformed(row: dict[str, Any]) -> bool:
     if not isinstance(model.get("args") or {}, dict):
         return True
     counts = [row.get(name) for name in COUNTS] + [model.get(name) for name in MODEL_COUNTS]
-    whole = all(value is None or (_is_number(value) and value >= 1 and value == int(value)) for value in counts)
-    others = [model.get(name) for name in ("num_experts", "shared_expert_ffn", "first_dense_layers", "mtp_layers", "moe_layers")]
-    whole = whole and all(value is None or (_is_number(value) and value >= 0) for value in others)
+    whole = all(value is None or (_is_count(value) and value >= 1) for value in counts)
+    whole = whole and all(model.get(name) is None or _is_count(model[name]) for name in OTHER_COUNTS)
+    texts = [row.get(name) for name in TEXTS] + [model.get(name) for name in MODEL_TEXTS]
+    whole = whole and all(text is None or isinstance(text, str) for text in texts)
     return not whole or not all(measured.get(name) is None or _is_number(measured[name]) for name in SPEEDS)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value == int(value) and value <= LARGEST_COUNT
 
 
 def _is_number(value: Any) -> bool:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 from configs.schema import Config, Recompute, Zero
 from parallel import architecture as arch
-from parallel.legality import check_config
 from parallel.rules import world_size
 from pretrain.flops import training_flops
 from tools.planner.hardware import GIB, Machine
 from tools.planner.job import make_job, recomputation_of
 from tools.planner.ledger import make_ledger
+from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.timing import time_step
 from tools.planner.weights import stage_held, state_bytes
@@ -233,9 +233,9 @@ class Searcher:
         self.too_large[degrees] = min(self.too_large.get(degrees, need_gib), need_gib)
 
     def _keep(self, config: Config) -> bool:
-        verdict = check_config(config)
-        if not verdict.ok:
-            self.refused[f"{verdict.problems[0].path}: {verdict.problems[0].rule}"] += 1
+        problems = plan_problems(config)
+        if problems:
+            self.refused[f"{problems[0].path}: {problems[0].rule}"] += 1
             return False
         plan = make_plan(make_job(config, self.vocab_size, self.machine), self.calibration, self.flops)
         self.found.append(Candidate(config, plan))

@@ -1,7 +1,7 @@
 """What one rank of a rehearsal does: three real optimizer steps on random tokens with random loss masks.
 
 In: the shrunken config. Out: losses and norms, this rank's slices of gradients (first step) and of weights (last step).
-The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine; clipping is undone by the norm that the engine reported.
+The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine; the reported norm undoes the clipping.
 """
 
 from __future__ import annotations

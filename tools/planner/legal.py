@@ -1,0 +1,18 @@
+"""What the planner asks of a config: legal, except that a preset may be for planning only. [p]
+
+In: a Config. Out: problems. The rules themselves stand in parallel/legality.py.
+"""
+
+from __future__ import annotations
+
+from configs.errors import Problem
+from configs.schema import Config
+from parallel.legality import check_config
+
+# The key by which a preset says that our engines can't train it: its sizes are right, so it can be planned.
+ONLY_FOR_PLANS = "model.planning_only"
+
+
+def plan_problems(config: Config) -> list[Problem]:
+    """Why a config can't be planned; empty when it can."""
+    return [problem for problem in check_config(config).problems if problem.path != ONLY_FOR_PLANS]

@@ -117,7 +117,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "deepspeed", (1, 2, 3), "embedding on two stages", COSTS,
-        "its ranges differ from stage to stage: both put the whole fp32 gradient of the embedding together once a step",
+        "two stages hold the embedding, cut differently: both put its whole fp32 gradient together once a step",
     ),
     Entry(
         "deepspeed", (1, 2, 3), "optimizer offload", COSTS,
@@ -151,3 +151,21 @@ def rows() -> Iterator[tuple[str, dict[tuple[str, int], Entry]]]:
     columns = [(engine, stage) for engine, stages in STAGES.items() for stage in stages]
     for name in FEATURES:
         yield name, {column: lookup(*column, name) for column in columns}
+
+
+def markdown() -> str:
+    """The table as the README shows it: a mark a cell, the reasons below."""
+    columns = [(engine, stage) for engine, stages in STAGES.items() for stage in stages]
+    reasons: list[str] = []
+    lines = ["| | " + " | ".join(f"{engine} {stage}" for engine, stage in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in rows():
+        marks = []
+        for column in columns:
+            entry = cells[column]
+            if entry.why and entry.why not in reasons:
+                reasons.append(entry.why)
+            number = f" ({reasons.index(entry.why) + 1})" if entry.why else ""
+            marks.append({LEGAL: "yes", COSTS: "cost", REFUSED: "no"}[entry.verdict] + number)
+        lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    notes = [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes])

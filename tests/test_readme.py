@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
+from parallel.zero_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,11 @@ def test_every_command_works(tmp_path: Path) -> None:
     for name, step in (("quickstart", 22), ("first", 28), ("by_hand", 24)):
         outcome = json.loads((tmp_path / "runs" / name / "outcome.json").read_text())
         assert (outcome["state"], outcome["step"]) == ("finished", step)
+
+
+def test_the_engine_table_is_the_one_that_check_decides_by() -> None:
+    (shown,) = re.findall(r"<!-- zero table -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert shown == markdown()
 
 
 def test_links_lead_somewhere() -> None:

@@ -31,10 +31,11 @@ LIGHT = [
     "configs", "parallel.architecture", "parallel.layout", "parallel.stages", "parallel.batch", "parallel.legality",
     "parallel.notices", "parallel.rules", "parallel.rules_engine", "parallel.rules_layout", "parallel.rules_model",
     "parallel.rules_run", "pretrain.flops", "pretrain.schedule", "pretrain.data_check", "launch", "tools.cli", "tools.check",
+    "tools.plan", "tools.planner",
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.
-DISPATCH = ("tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")
+DISPATCH = ("tools.rehearse.cli", "tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")
 
 # Words for people, and values that a rule holds at the one that megatron-core has (they matter when converting).
 NO_READER = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from configs.errors import ConfigError
 from configs.load import load_config
 from configs.sources import shipped_names
 from parallel.layout import make_layout
@@ -128,5 +129,5 @@ def test_every_family_on_composed_axes(name: str, tmp_path: Path, capsys: pytest
     [["parallel.tensor=3"], ["--layouts", "nowhere.json"], ["zero.stage=2"]],
 )
 def test_what_is_refused_for_the_run_is_refused_here(words: list[str]) -> None:
-    with pytest.raises(cli.ConfigError):
+    with pytest.raises(ConfigError):
         cli.main([*QUICK, *words])

@@ -153,7 +153,7 @@ def export_model(
         entries = list(entries_of(links, dtypes, copies))
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
-        workplace = Workplace(out, files, [manifest.as_json(), config], force)
+        workplace = Workplace(out, files, [manifest.as_json(), config], force, summed=False)
         written = workplace.write(share, workers, lambda unit: fill_theirs(unit, links, checkpoint))
 
         def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:

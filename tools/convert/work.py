@@ -122,9 +122,9 @@ class Share:
 class Workplace:
     """The folder OUT.partial of one conversion."""
 
-    def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool) -> None:
-        """Raises ConfigError: OUT exists, another conversion was begun there, no room, not writable."""
-        self.out, self.files = out, files
+    def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool, summed: bool = True) -> None:
+        """`summed`: each unit's CRC-32 is wanted. Raises ConfigError: OUT exists or was begun otherwise, no room, not writable."""
+        self.out, self.files, self.summed = out, files, summed
         self.partial = out.with_name(out.name + ".partial")
         self.force = force
         headers = [hashlib.sha256(file.header).hexdigest() for file in files]
@@ -198,7 +198,7 @@ class Workplace:
                 values = fill(unit)
                 raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
                 _write_at(descriptor, raw, unit.offset)
-                return unit.key, zlib.crc32(raw)
+                return unit.key, zlib.crc32(raw) if self.summed else 0
 
             sums: dict[str, int] = {}
             for key, crc in pool.map(work, file.units):

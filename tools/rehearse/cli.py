@@ -7,23 +7,7 @@ same batches. Compared: loss and gradient norm of every step, every gradient of 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
-from copy import deepcopy
-from pathlib import Path
-from typing import Any
-
-from configs.errors import ConfigError, Problem
-from configs.load import load_config
-from configs.schema import Config
-from parallel.layout import make_layout
-from parallel.legality import check_config
-from tools.rehearse.compare import Comparison, compare
-from tools.rehearse.cover import cover, legal_layouts
-from tools.rehearse.rank import Trained, train
-from tools.rehearse.ranks import RankFailed, run_ranks
-from tools.rehearse.shrink import Common, common_divisors, fit_degrees, shrink
+import os
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,85 +18,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strength", type=int, default=2, choices=(1, 2, 3), help="auto: values, pairs or triples")
     parser.add_argument("--max-ranks", type=int, default=8, help="auto: ranks of a layout at most")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: Transformer Engine's path, a GPU a rank")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
-
-
-def choose_layouts(source: str, overrides: list[str], wanted: str | None, strength: int, max_ranks: int) -> list[Config]:
-    """The configs to rehearse. Raises ConfigError."""
-    config = load_config(source, overrides).config
-    if wanted is None:
-        return [fit_degrees(config)]
-    if wanted == "auto":
-        return [layout for _, layout in cover(list(legal_layouts(config, max_ranks)), strength)]
-    try:
-        listed = json.loads(Path(wanted).read_text(encoding="utf-8"))
-        words = [[f"{key}={json.dumps(value)}" for key, value in layout.items()] for layout in listed]
-    except (OSError, ValueError, AttributeError) as error:
-        rule = f"must be a JSON list of overrides: {error}"
-        raise ConfigError(Problem("--layouts", wanted, rule, 'e.g. [{"parallel.tensor": 2, "zero.stage": 1}]')) from error
-    return [fit_degrees(load_config(source, [*overrides, *more]).config) for more in words]
-
-
-def check_layouts(configs: list[Config]) -> list[Problem]:
-    """Problems of the shrunken configs: what is refused for the whole run is refused here too."""
-    problems = []
-    for config in configs:
-        # Degrees that don't divide the world leave no layout to shrink to.
-        divided = [p for p in check_config(config).problems if p.path.startswith("parallel")]
-        problems += divided or list(check_config(shrink(config, common_divisors([make_layout(config)]))).problems)
-    return problems
-
-
-def reference_of(config: Config, common: Common) -> Config:
-    """The same model and batches on one process, nothing sharded."""
-    single = deepcopy(config)
-    parallel = single.parallel
-    parallel.tensor = parallel.pipeline = parallel.context = parallel.expert = parallel.expert_tensor = 1
-    parallel.virtual_pipeline, parallel.sequence, parallel.pipeline_split = None, None, None
-    single.launch.nodes = single.launch.processes_per_node = 1
-    single.zero.engine, single.zero.stage, single.zero.offload = "megatron", 0, "none"
-    return shrink(single, common)
-
-
-def rehearse_one(config: Config, reference: Trained, common: Common, steps: int) -> dict[str, Any]:
-    """One layout's line of the report."""
-    layout = make_layout(config)
-    started_s = time.perf_counter()
-    head = {"layout": layout.describe(), "engine": config.zero.engine, "zero": config.zero.stage, "ranks": layout.world_size}
-    try:
-        result: Comparison = compare(run_ranks(layout.world_size, train, shrink(config, common), steps), reference)
-    except (RankFailed, ValueError) as error:
-        return head | {"ok": False, "error": str(error), "seconds": round(time.perf_counter() - started_s, 2)}
-    return head | result.as_dict() | {"seconds": round(time.perf_counter() - started_s, 2)}
-
-
-def describe(line: dict[str, Any]) -> str:
-    name = f"{line['layout']:<28} {line['engine']} ZeRO-{line['zero']}"
-    if "error" in line:
-        return f"{name:<48} FAILED\n{line['error']}"
-    numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))
-    verdict = "bit-equal" if line["bit_equal"] else "same" if line["ok"] else f"WRONG: {line['first_difference']}"
-    return f"{name:<48} {numbers}  {verdict}"
 
 
 def main(argv: list[str]) -> int:
     """0: every layout gives the same answer; 1: one does not; 2: bad input."""
     args = _parser().parse_intermixed_args(argv)
-    configs = choose_layouts(args.config, args.overrides, args.layouts, args.strength, args.max_ranks)
-    if problems := check_layouts(configs):
-        raise ConfigError(problems)
-    common = common_divisors([make_layout(config) for config in configs])
-    (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
-    say = sys.stderr if args.json else sys.stdout
-    print(f"{'layout':<48} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
-    lines = []
-    for config in configs:
-        lines.append(rehearse_one(config, reference, common, args.steps))
-        print(describe(lines[-1]), file=say, flush=True)
-    wrong = [line for line in lines if not line["ok"]]
-    print(f"{len(lines) - len(wrong)} of {len(lines)} layouts give the answer of one process", file=say)
-    if args.json:
-        first = {"loss": reference.losses, "grad_norm": reference.grad_norms, "steps": args.steps}
-        print(json.dumps({"reference": first, "layouts": lines}))
-    return 1 if wrong else 0
+    if args.device == "cpu":
+        # Megatron-Core is prepared for the CPU, when it is imported, where no GPU is in sight.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from tools.rehearse.run import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
+
+    return rehearse(args)

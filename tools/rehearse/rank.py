@@ -1,7 +1,8 @@
 """What one rank of a rehearsal does: three real optimizer steps on random tokens with random loss masks.
 
 In: the shrunken config. Out: losses and norms, this rank's slices of gradients (first step) and of weights (last step).
-The gradient is read as Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine; the reported norm undoes the clipping.
+The gradient is read from Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine;
+the norm that the engine reported undoes the clipping.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 from numpy.typing import NDArray
 
 from configs.schema import Config
@@ -26,6 +29,9 @@ from pretrain.build import make_engine, make_model
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
 from tools.rehearse.shrink import VOCAB_SIZE
 
+# Scores closer than this may change places under another order of additions.
+NEAR_TIE = 1e-6
+
 # (name, shape of the whole tensor, box, first and last element of the box)
 Key = tuple[str, tuple[int, ...], Box, int, int]
 
@@ -36,6 +42,7 @@ class Trained:
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
     weights: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
+    near_ties: int = 0
 
 
 def train(config: Config, steps: int) -> Trained:
@@ -47,6 +54,7 @@ def train(config: Config, steps: int) -> Trained:
     groups = make_groups(layout, config.run.seed)
     model = make_model(config, VOCAB_SIZE, layout, chunks, groups, runtime.device)
     engine = make_engine(config, model, groups, runtime.device)
+    margins = [watch_margins(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
     trained = Trained()
     for step in range(steps):
         result = engine.step(random_batches(config, step, groups.dp.rank(), groups.dp.size()), config.optimizer.lr)
@@ -54,9 +62,28 @@ def train(config: Config, steps: int) -> Trained:
         trained.grad_norms.append(result.grad_norm)
         if step == 0:
             trained.gradients = _slices(engine, MOMENTS[0], 1 / (1 - config.optimizer.beta1) / _clipped(config, result))
+    trained.near_ties = sum(int((margin < NEAR_TIE).sum()) for found in margins for margin in found)
     trained.weights = _slices(engine, WEIGHT, 1.0)
     dist.barrier()
     return trained
+
+
+def watch_margins(router: TopKRouter) -> list[torch.Tensor]:
+    """Collects, at every forward pass, by how much each token's last chosen expert leads the first one not chosen [tokens]."""
+    found: list[torch.Tensor] = []
+    routing = router.routing
+
+    def watched(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        scores = logits.detach().float().flatten(0, -2)
+        if router.score_function == "sigmoid":
+            scores = scores.sigmoid() + (0 if router.expert_bias is None else router.expert_bias)
+        if scores.shape[-1] > router.topk:
+            best = scores.topk(router.topk + 1, dim=-1).values
+            found.append(best[:, -2] - best[:, -1])
+        return routing(logits, *args, **kwargs)
+
+    router.routing = watched  # type: ignore[method-assign]
+    return found
 
 
 def _clipped(config: Config, result: StepResult) -> float:

@@ -69,7 +69,8 @@ def _main(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     try:
         store = dist.FileStore(os.path.join(folder, "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         sender.send((True, program(*args)))
         dist.destroy_process_group()
     except BaseException:

@@ -94,7 +94,7 @@ def shrink(config: Config, common: Common) -> Config:
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
     # Adam turns the rounding noise of a vanishing gradient into whole steps unless epsilon is above the noise.
     small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-6, 0.0
-    small.cluster.device, small.cluster.gpu = "cpu", None
+    small.cluster.device, small.cluster.gpu = "auto", None
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None
     return small

@@ -74,6 +74,10 @@ ENTRIES: tuple[Entry, ...] = (
         "set zero.offload=none, or zero.engine=deepspeed with zero.stage=3",
     ),
     Entry(
+        "megatron", (0, 1), "offload to nvme", REFUSED,
+        "the megatron engine keeps everything on the device; offload is deepspeed's", "set zero.offload=none",
+    ),
+    Entry(
         "megatron", (0,), "overlapped gathering", REFUSED,
         "gathers weights that ZeRO sharded: zero.stage = 0", "set zero.stage=1, or overlap_param_gather=false",
     ),

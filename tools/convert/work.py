@@ -123,7 +123,7 @@ class Workplace:
     """The folder OUT.partial of one conversion."""
 
     def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool, summed: bool = True) -> None:
-        """`summed`: each unit's CRC-32 is wanted. Raises ConfigError: OUT exists or was begun otherwise, no room, not writable."""
+        """`summed`: each unit's CRC-32 is wanted. Raises ConfigError: OUT exists, is begun otherwise, no room."""
         self.out, self.files, self.summed = out, files, summed
         self.partial = out.with_name(out.name + ".partial")
         self.force = force

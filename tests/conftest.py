@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.tokenizer import load_tokenizer, section_for
+from tests import keep_groups
 from tools.data.corpus import expand
 from tools.data.tokenize import tokenize
 from tools.data.tokenizer import train
+
+keep_groups.install()
 
 # Ranks and helper threads share two cores: more threads a process only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

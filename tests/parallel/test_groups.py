@@ -12,9 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel.groups import make_groups
 from parallel.layout import Layout
 
-LAYOUT = Layout(
-    tensor=4, sequence=True, pipeline=8, virtual_pipeline=2, context=2, expert=32, expert_tensor=1, nodes=512, processes_per_node=8
-)
+LAYOUT = Layout(tensor=4, sequence=True, pipeline=8, virtual_pipeline=2, context=2, expert=32, nodes=512, processes_per_node=8)
 
 
 def groups_of(rank: int, sender: Connection) -> None:

@@ -1,7 +1,7 @@
 """Layout changes nothing but speed: every axis against one process, on the real Megatron-Core over gloo.
 
-Loss agrees to 1e-6 and the gradient norm to 1e-5 over three optimizer steps with random loss masks, every weight to 1e-4 (the norm of
-a difference over the norm; Adam's first steps magnify rounding), router metrics to 1e-5.
+Loss agrees to 1e-6 and the gradient norm to 1e-5 over three optimizer steps with random loss masks, every weight to
+1e-4 (the norm of a difference over the norm; Adam's first steps magnify rounding), router metrics to 1e-5.
 """
 
 from __future__ import annotations

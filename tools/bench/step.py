@@ -77,9 +77,14 @@ def bare_step(config: Config, model: Any, groups: Any) -> Callable[[list[MicroBa
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         run(
-            forward_step_func=forward, data_iterator=iter(batches), model=list[torch.nn.Module](wrapped), num_microbatches=len(batches),
-            seq_length=config.batch.seq_length_tokens, micro_batch_size=config.batch.micro_batch_seqs, forward_only=False,
-        )  # fmt: skip
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=list[torch.nn.Module](wrapped),
+            num_microbatches=len(batches),
+            seq_length=config.batch.seq_length_tokens,
+            micro_batch_size=config.batch.micro_batch_seqs,
+            forward_only=False,
+        )
         optimizer.step()
 
     return step

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--force", action="store_true", help="replace OUT")
 
     get = commands.add_parser(
-        "import", parents=[work], help="a Hugging Face folder (or a Megatron-LM torch_dist one) becomes a checkpoint"
+        "import", parents=[work], help="a Hugging Face folder becomes a checkpoint: weights only"
     )
     get.add_argument("source", type=Path, metavar="HF_DIR")
     get.add_argument("out", type=Path, metavar="OUT")

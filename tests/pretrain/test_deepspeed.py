@@ -36,6 +36,8 @@ MORE_LAYOUTS: list[tuple[int, Keys]] = [
 ]  # fmt: skip
 
 
+# `make test` rehearses every legal pair of axis values under both engines (tests/rehearse).
+@pytest.mark.prove
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=name_of)
 def test_layout_changes_nothing(world: int, layout: Keys) -> None:
     check(world, layout, {})

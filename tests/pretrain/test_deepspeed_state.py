@@ -89,6 +89,7 @@ def trained() -> dict[Any, np.ndarray]:
     return spread(1, {}, None, 0, 2)[2]
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("world", "keys"), STATES, ids=name_of)
 def test_the_other_engines_state_is_taken_bit_by_bit(world: int, keys: Keys, trained: dict[Any, np.ndarray]) -> None:
     before, losses, after = spread(world, keys, trained, 2, 3)

@@ -37,8 +37,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed 3": (2, {"parallel__expert": 2, "zero__engine": "deepspeed", "zero__stage": 3}),
 }
 PAIRS = [
-    ("pp2·ep2", "one"), ("pp2·ep2", "deepspeed 3"), ("one", "pp2·ep2"), ("deepspeed 3", "dp4"), ("deepspeed 1", "tp2·etp2"),
-    ("tp2·etp2", "deepspeed 2·pp2"), ("deepspeed 2·pp2", "deepspeed 1"),
+    ("pp2·ep2", "one"), ("one", "deepspeed 3"), ("deepspeed 3", "dp4"), ("tp2·etp2", "deepspeed 2·pp2"),
+    ("one", "pp2·ep2"), ("deepspeed 1", "tp2·etp2"), ("deepspeed 2·pp2", "deepspeed 1"),
 ]  # fmt: skip
 
 State = dict[Any, np.ndarray]
@@ -77,7 +77,7 @@ def go_on(config: Config, load: str | None, save: str | None, steps: int) -> tup
     return state, result.loss
 
 
-@pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
+@pytest.mark.parametrize(("before", "after"), [*PAIRS[:4], *(pytest.param(*pair, marks=pytest.mark.prove) for pair in PAIRS[4:])])
 def test_any_state_goes_on_under_any_layout_and_engine(before: str, after: str, tmp_path: Path) -> None:
     wrote = run_ranks(LAYOUTS[before][0], go_on, config_of(before), None, str(tmp_path), 2)
     read = run_ranks(LAYOUTS[after][0], go_on, config_of(after), str(tmp_path), None, 0)

@@ -57,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--force", action="store_true", help="replace OUT")
 
-    get = commands.add_parser(
-        "import", parents=[work], help="a Hugging Face folder becomes a checkpoint: weights only"
-    )
+    get = commands.add_parser("import", parents=[work], help="a Hugging Face folder becomes a checkpoint: weights only")
     get.add_argument("source", type=Path, metavar="HF_DIR")
     get.add_argument("out", type=Path, metavar="OUT")
     get.set_defaults(run=_import)

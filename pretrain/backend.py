@@ -75,11 +75,9 @@ def choose_backend(config: Config, machine: Machine) -> Backend:
 
 def _why_not_grouped(config: Config) -> str | None:
     """Why experts must be separate modules on the CPU; None: one product for all of them is exact and faster."""
-    model, recompute = config.model, config.recompute
+    model = config.model
     if model.mlp_bias or model.activation == "gpt_oss_glu":
         return "experts have biases or gpt-oss's activation"
-    if recompute.mode == "selective" and "moe_act" in recompute.modules:
-        return "recompute.modules holds moe_act"
     size = 2 if config.precision.params == "bf16" else 4
     for name, width in (("hidden_size", model.hidden_size), ("an expert's inner width", expert_ffn(model))):
         if width * size % (_ALIGNMENT_BYTES * config.parallel.expert_tensor):

@@ -36,7 +36,7 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
         **_architecture(model),
         **_parallelism(layout, chunks),
         **_numerics(config, backend),
-        **_recompute(config),
+        **_recompute(config, backend),
         **(_experts(model, layout, backend) if model.moe.num_experts else {}),
     }
     if model.mla.kv_lora_rank is None:
@@ -214,10 +214,14 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _recompute(config: Config) -> dict[str, Any]:
+def _recompute(config: Config, backend: Backend) -> dict[str, Any]:
     recompute = config.recompute
     if recompute.mode == "none":
         return {}
     if recompute.mode == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+        # Recomputing an expert's activation alone is Transformer Engine's; where it is absent the activation is kept.
+        modules = [
+            name for name in recompute.modules if name != "moe_act" or (backend.grouped_experts and backend.transformer_engine)
+        ]
+        return dict(recompute_granularity="selective", recompute_modules=modules) if modules else {}
     return dict(recompute_granularity="full", recompute_method=recompute.method, recompute_num_layers=recompute.num_layers)

@@ -27,11 +27,6 @@ class Runtime:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def synchronize(self) -> None:
-        """Wait for the device; on the CPU nothing is pending."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-
 
 def read_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank); a single process without torchrun is rank 0 of 1."""

@@ -88,6 +88,8 @@ class Session:
         self.record: Record | None = None
         self.saver: Saver | None = None
         self._checkpoint: Path | None = None
+        # Rank 0 alone reads it: hashing the whole index of large data takes a while.
+        self._data_identity: dict[str, Any] | None = None
         self._started = Position()
         self._ended = False
         self._begun = lead(self._begin)
@@ -111,9 +113,9 @@ class Session:
             remove_leftovers(self.folder.checkpoints)
             section, say = self.config.checkpoint, self._say
             folders = choose_checkpoints(section, self.folder.checkpoints, self._identity(), say)
-            self._data_identity = data_identity(self.config)
+            data = self._data_identity = data_identity(self.config)
             if folders:
-                refuse(check_data_change(read_manifest(folders[0]).data, self._data_identity, self.config))
+                refuse(check_data_change(read_manifest(folders[0]).data, data, self.config))
             return _Begun(None, self.attempt.number, folders, None if folders else warm_start_folder(section, self._identity()))
         except ConfigError as error:
             self._finish(Ended("failed", error.problems[0].rule, Position()))
@@ -209,7 +211,7 @@ class Session:
             model=architecture(self.config.model, self.vocab_size),
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer.identity(),
-            data=getattr(self, "_data_identity", None),
+            data=self._data_identity,
             config=asdict(self.config),
             kinds=(WEIGHT, *MOMENTS, "rng"),
             tensors={name: {"shape": shape, "dtype": "F32"} for name, shape in sorted(merged.items())},

@@ -43,7 +43,7 @@ prove: install
 lint: install
 	$(BIN)/ruff check configs parallel pretrain launch tools tests setup.py
 	$(BIN)/ruff format --check configs parallel pretrain launch tools tests setup.py
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info

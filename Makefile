@@ -1,4 +1,4 @@
-# make demo   from a fresh clone to a trained MoE on this machine's CPU
+# make demo   from a fresh clone to a trained MoE on this machine's CPU, exported and writing text in transformers
 # make test   what a user runs before trusting it; make prove: the long campaigns
 # make lint   ruff and pyright
 
@@ -11,7 +11,10 @@ DATA := data/quickstart
 # WORDS: key=value words for the demo, e.g. make demo WORDS="run.steps=500"
 WORDS ?=
 
-.PHONY: install demo data test prove lint clean
+# What the tests' private Slurm cluster is made of (tests/slurm); without it those tests are skipped.
+SLURM := slurmctld slurmd slurm-client munge
+
+.PHONY: install slurm demo data test prove lint clean
 
 install: $(VENV)/installed
 
@@ -31,13 +34,31 @@ $(DATA)/train.idx: $(DATA)/tokenizer.model | $(VENV)/installed
 
 data: $(DATA)/train.idx
 
+# Where WORDS put the run: run.dir, else run.name, else the config's own name; of several the last one counts.
+lastword_of = $(lastword $(patsubst $(1)=%,%,$(filter $(1)=%,$(WORDS))))
+RUN := $(or $(call lastword_of,run.dir),runs/$(or $(call lastword_of,run.name),quickstart))
+
+# --force: the folder is the demo's own, a second demo exports what it then finds.
 demo: $(DATA)/train.idx
 	$(BIN)/phalanx launch configs/run/quickstart.yaml $(WORDS)
+	$(BIN)/phalanx convert export $(RUN) $(RUN)/huggingface --force
+	@echo; echo '$$ phalanx generate $(RUN)/huggingface      (transformers, from the exported files)'
+	$(BIN)/phalanx generate $(RUN)/huggingface --temperature 0.7 --max-new-tokens 40 \
+	  --prompt "def main(" --prompt "class Test" --prompt "import "
 
-test: install
+# As root on Debian or Ubuntu: the packages, where they are missing. The tests start daemons of their own.
+slurm:
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get install -y -qq --no-install-recommends $(SLURM) || \
+	   (apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM))) >/dev/null \
+	  || echo "no Slurm: its tests will be skipped" >&2; \
+	else echo "no Slurm, and no root or apt-get to install it: its tests will be skipped" >&2; fi
+
+test: install slurm
 	$(BIN)/python -m pytest -q
 
-prove: install
+prove: install slurm
 	$(BIN)/python -m pytest -q -m prove --timeout 3600
 
 lint: install

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import ConfigError
+from pretrain.tensor_file import read_header
 from tests.convert.test_families import assert_same_bits, bring_in, bring_out, tensors
 from tests.convert.tiny import make
 from tools.cli import run
-from tools.convert import importing, work
+from tools.convert import file_plan, importing
 from tools.convert.dtypes import E4M3, dequantize_fp8, dequantize_mxfp4, from_float32, to_float32
 from tools.convert.preset import read_config
+from tools.convert.verify import verify
 from tools.convert.work import Share
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,7 +166,7 @@ def test_a_killed_import_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.M
     script = (
         "import sys, time; from tools.convert import importing, work; importing.FILE_BYTES = 20_000;"
         "write = work.Workplace._write_file\n"
-        "def slow(self, *args): write(self, *args); time.sleep(0.2)\n"
+        "def slow(self, *args): made = write(self, *args); time.sleep(0.2); return made\n"
         "work.Workplace._write_file = slow\n"
         "from tools.cli import run; sys.exit(run(sys.argv[1:]))"
     )
@@ -202,8 +204,31 @@ def test_shares_of_several_processes(hf: Path, tmp_path: Path, monkeypatch: pyte
     assert_same_bits(hf, tmp_path / "out")
 
 
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("UNIT_BYTES", 4000), ("BLOCK_BYTES", 700), ("SMALL_BYTES", 300)):
+        monkeypatch.setattr(file_plan, name, size)
+
+
+@pytest.mark.parametrize("place", ["first", "padding", "last"])
+def test_damage_is_found_wherever_it_is(place: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices are summed while they are read, by several threads, some of them in part; vocabulary padding isn't read at all."""
+    bring_in(hf, tmp_path / "checkpoint")
+    (file,) = (tmp_path / "checkpoint").glob("part_*.safetensors")
+    header = read_header(file)
+    (table,) = (entry for key, entry in header.items() if "word_embeddings" in key)
+    at = {"first": table.start + 5, "padding": table.start + 100 * 40 * 4, "last": table.start + 90 * 40 * 4 - 1}[place]
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    small_units(monkeypatch)
+    for workers in (1, 3):
+        with pytest.raises(ConfigError, match="other bytes than were written"):
+            bring_out(tmp_path / "checkpoint", tmp_path / "out", workers=workers)
+        assert not (tmp_path / "out").exists() and not list((tmp_path / "out.partial").glob("*.done"))
+
+
 def test_large_tensors_are_cut_into_units(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "UNIT_BYTES", 1000)
+    small_units(monkeypatch)
     bring_in(hf, tmp_path / "checkpoint")
     bring_out(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
@@ -304,6 +329,8 @@ def test_an_fp8_model_is_read_as_its_dequantised_self(tmp_path: Path) -> None:
     bring_out(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "plain", tmp_path / "out")
     assert "quantization_config" not in read_config(tmp_path / "out")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "packed", None, 2, 24, 1e-3)
+    assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4
     del packed[next(name for name in packed if name.endswith("_scale_inv"))]
     save_file(packed, tmp_path / "packed" / "model.safetensors")
     with pytest.raises(ConfigError, match="fp8 needs"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.ranks import run_ranks
 from tools.convert.preset import preset_yaml, read_config, understand
 from tools.convert.verify import verify
 from tools.inference.evaluate import evaluate
+from tools.inference.exported import generate_exported
 from tools.inference.generate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,11 @@ def test_a_run_is_exported_and_generates_in_transformers(trained: Path, tmp_path
     ours = generate(trained, ["def main(argv"], 12, 0.0, None, 0, None)["texts"][0]
     # Ids, since an untrained model writes bytes that are no UTF-8, which every decoder mends in its own way.
     assert theirs[0, ids["input_ids"].shape[1] :].tolist() == ours["token_ids"]
+    exported = generate_exported(tmp_path / "hf", ["def main(argv", ""], 12, 0.0, None, 0)["texts"]
+    assert exported[0]["token_ids"] == ours["token_ids"] and exported[1]["token_ids"]
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="transformers loads"):
+        generate_exported(tmp_path / "hf", [""], 1, 0.0, None, 0)
 
 
 def test_dtypes_of_an_export(trained: Path, tmp_path: Path) -> None:
@@ -100,22 +105,21 @@ def test_generate_is_repeatable_and_draws(trained: Path) -> None:
     assert generate(trained, ["import"], 8, 1.0, 20, 6, None)["texts"][0]["text"] != first[0]["text"]
 
 
-def test_an_import_is_trained_on_and_goes_back(folder: Path, tmp_path: Path) -> None:
-    make("qwen3_moe", tmp_path / "hf", vocab_size=704, num_hidden_layers=2, mlp_only_layers=[])
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+@pytest.mark.parametrize(
+    ("world", "words"), [(2, ["parallel.expert=2"]), (4, ["parallel.tensor=2", "parallel.pipeline=2"])], ids=["ep2", "tp2-pp2"]
+)
+def test_an_import_is_trained_on_and_goes_back(world: int, words: list[str], folder: Path, tmp_path: Path) -> None:
     config = with_data(Config(), folder, 1)
+    # In a process of its own, since transformers starts threads, which the ranks' fork would not survive.
+    script = "import sys; from pathlib import Path; from tests.convert.tiny import make; "
+    script += f"make('qwen3_moe', Path({str(tmp_path / 'hf')!r}), vocab_size=704, num_hidden_layers=2, mlp_only_layers=[], "
+    script += "num_attention_heads=4)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=200)
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
     config.model = understand(read_config(tmp_path / "hf"))[1]
     config.precision.params = "fp32"
     config.schedule.horizon_steps, config.optimizer.lr = 2, 1e-3
-    place = tmp_path / "config.yaml"
-    place.write_text(to_yaml(config))
-    words = ["--config", str(place), f"run.dir={tmp_path / 'work' / 'run'}", f"checkpoint.load={tmp_path / 'checkpoint'}"]
-    # A process of its own: transformers has started threads in this one, which a fork would not survive.
-    done = subprocess.run(
-        [sys.executable, "pretrain/main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(config, tmp_path / "work" / "config.yaml", f"checkpoint.load={tmp_path / 'checkpoint'}", *words, world=world)
     bring_out(tmp_path / "work" / "run", tmp_path / "out")
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -146,7 +150,8 @@ def test_what_no_family_can_say_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lora_adapter_trains_on_an_export(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # noqa: PLC0415  (seconds)
+
     make("qwen3_moe", tmp_path / "hf")
     bring_in(tmp_path / "hf", tmp_path / "checkpoint")
     bring_out(tmp_path / "checkpoint", tmp_path / "out")

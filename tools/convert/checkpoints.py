@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
-from pretrain.manifest import COMPLETE, Manifest, complete_checkpoints, read_manifest
+from configs.run_folder import COMPLETE, complete_checkpoints
+from pretrain.manifest import Manifest, read_manifest
 from pretrain.tensor_file import DamagedFile
 
 

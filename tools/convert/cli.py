@@ -57,9 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--force", action="store_true", help="replace OUT")
 
-    get = commands.add_parser("import", parents=[work], help="a Hugging Face folder becomes a checkpoint: weights only")
-    get.add_argument("source", type=Path, metavar="HF_DIR")
+    get = commands.add_parser(
+        "import",
+        parents=[work],
+        help="a Hugging Face folder, or a Megatron-LM torch_dist one, becomes a checkpoint: weights only",
+    )
+    get.add_argument("source", type=Path, metavar="HF_DIR|MEGATRON_DIR")
     get.add_argument("out", type=Path, metavar="OUT")
+    get.add_argument("--model", metavar="PRESET|YAML", help="the model, where a Megatron-LM checkpoint doesn't say it")
     get.set_defaults(run=_import)
 
     put = commands.add_parser("export", parents=[work], help="a checkpoint becomes a Hugging Face folder")
@@ -116,8 +121,8 @@ def _folder(path: Path, name: str) -> Path:
 def _import(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tools.convert.importing import import_model  # noqa: PLC0415  (the subcommand's modules only)
 
-    folder = _folder(args.source, "HF_DIR")
-    result = import_model(folder, args.out, args.dtype, args.shard, args.workers, args.force)
+    folder = _folder(args.source, "HF_DIR|MEGATRON_DIR")
+    result = import_model(folder, args.out, args.dtype, args.shard, args.workers, args.force, args.model)
     text = f"{result['tensors_read']} tensors of {result['family']} read, {result['tensors_written']} written: {args.out}"
     if not result["finished"]:
         return result, f"{text}\nthe other shares still write; the last one finishes"

@@ -11,8 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from configs.errors import ConfigError, Problem
 from configs.files import read_json, write_json
 from configs.model_schema import Model
@@ -22,14 +20,15 @@ from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_ma
 from tools.convert.dtypes import FLOATS, NAMES, Array, convert, widest
 from tools.convert.families import family_for, family_named, family_of
 from tools.convert.family import Family
+from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
 from tools.convert.hf_files import INDEX
-from tools.convert.links import Links, Part, make_links, width
+from tools.convert.links import Links, make_links, width
 from tools.convert.preset import HARMLESS
 from tools.convert.resolved import differences
-from tools.convert.spans import Span
+from tools.convert.source import read_rows
 from tools.convert.stored import CheckpointTensors
 from tools.convert.tokenizer_files import COMPANIONS, find_tokenizer, special_ids, write_tokenizer
-from tools.convert.work import Entry, Share, Unit, Workplace, cut_rows, plan_files
+from tools.convert.work import Share, Workplace
 
 FILE_BYTES = 5 << 30
 _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F64": "float64"}
@@ -85,34 +84,31 @@ def entries_of(links: Links, dtypes: dict[str, str], copies: dict[str, str]) -> 
     for key, name in [*((name, name) for name in leads), *copies.items()]:
         shape, dtype = links.their_shapes[name], dtypes[name]
         parts: list[tuple[tuple[int, ...], int, int]] = []
+        plain = all(span.is_plain for lead in leads[name] for span in links.theirs[(name, lead)])
         for lead in sorted(leads[name]):
             rows = shape[len(lead)]
-            plain = all(span.is_plain for span in links.theirs[(name, lead)])
             cuts = cut_rows(rows, width(shape, lead) * FLOATS[dtype].itemsize) if plain else [(0, rows)]
             parts += [(lead, first, count) for first, count in cuts]
-        yield Entry(key, dtype, shape, name, tuple(parts))
+        yield Entry(key, dtype, shape, name, tuple(parts), not plain)
 
 
-def fill_theirs(unit: Unit, links: Links, checkpoint: CheckpointTensors) -> Array:
+def fill_theirs(unit: Unit, out: Array, links: Links, checkpoint: CheckpointTensors) -> None:
     """The rows of a tensor of the files that a unit names, from the checkpoint."""
-    part: Part = (unit.name, unit.lead)
-    shape = links.their_shapes[unit.name]
-    result = np.empty((unit.rows, width(shape, unit.lead)), dtype=FLOATS[unit.dtype])
-    for span in links.theirs[part]:
-        if span.is_plain:
-            low, high = max(unit.first, span.hf_row), min(unit.first + unit.rows, span.hf_end)
-            if low < high:
-                values = checkpoint.read_rows(span.name, span.lead, span.row + low - span.hf_row, high - low)
-                result[low - unit.first : high - unit.first] = convert(values, checkpoint.dtype(span.name), unit.dtype)
+    for span in links.theirs[(unit.name, unit.lead)]:
+        dtype = checkpoint.dtype(span.name)
+        if not span.is_plain:
+            values = convert(read_rows(checkpoint, span.name, span.lead, span.row, span.rows), dtype, unit.dtype)
+            matrix = out.T if span.transposed else out
+            matrix[span.hf_row : span.hf_end : span.hf_step] = values
+            continue
+        low, high = max(unit.first, span.hf_row), min(unit.first + unit.rows, span.hf_end)
+        if low >= high:
+            continue
+        rows, row = out[low - unit.first : high - unit.first], span.row + low - span.hf_row
+        if dtype == unit.dtype:
+            checkpoint.read_into(span.name, span.lead, row, rows)
         else:
-            _scatter(span, result, checkpoint, unit.dtype)
-    return result
-
-
-def _scatter(span: Span, result: Array, checkpoint: CheckpointTensors, dtype: str) -> None:
-    values = convert(checkpoint.read_rows(span.name, span.lead, span.row, span.rows), checkpoint.dtype(span.name), dtype)
-    matrix = result.T if span.transposed else result
-    matrix[span.hf_row : span.hf_end : span.hf_step] = values
+            rows[...] = convert(read_rows(checkpoint, span.name, span.lead, row, high - low), dtype, unit.dtype)
 
 
 def _check_tensors(links: Links, checkpoint: CheckpointTensors) -> None:
@@ -154,7 +150,7 @@ def export_model(
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
         workplace = Workplace(out, files, [manifest.as_json(), config], force, summed=False)
-        written = workplace.write(share, workers, lambda unit: fill_theirs(unit, links, checkpoint))
+        written = workplace.write(share, workers, lambda unit, out: fill_theirs(unit, out, links, checkpoint), checkpoint.settle)
 
         def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:
             write_json(partial / "config.json", config)

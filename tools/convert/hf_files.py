@@ -101,38 +101,34 @@ class HfFiles:
     def dtype(self, name: str) -> str:
         return self.tensors[name].dtype
 
-    def read_rows(self, name: str, lead: tuple[int, ...], first: int, rows: int) -> Array:
-        """Rows [first, first + rows) of tensor[lead] as [rows, columns] (a vector has one column), in its own type."""
+    def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
+        """Fill `out` [rows, columns] with rows of tensor[lead], in its own type; packed ones are dequantised on the way."""
         stored = self.tensors[name]
-        if stored.packing == "mxfp4":
-            return self._read_mxfp4(stored, lead, first, rows)
-        values = self._read(stored.file, stored.entry, lead, first, rows)
-        if stored.packing == "fp8":
-            assert stored.with_name, "fp8 has factors"
-            file, entry = self.raw[stored.with_name]
-            factors = self._read(file, entry, (), 0, entry.shape[0])
-            return dequantize_fp8(values, factors, first, self.block)
-        return values
-
-    def _read_mxfp4(self, stored: Stored, lead: tuple[int, ...], first: int, rows: int) -> Array:
-        assert stored.with_name, "mxfp4 has exponents"
+        if stored.packing is None:
+            self._read(stored.file, stored.entry, lead, first, out)
+            return
+        assert stored.with_name, "a packed tensor has factors"
         file, entry = self.raw[stored.with_name]
-        exponents = self._read(file, entry, lead, first, rows)
-        blocks = self._read(stored.file, stored.entry, lead, first, rows)
-        return dequantize_mxfp4(blocks.reshape(rows, exponents.shape[1], 16), exponents)
+        rows = len(out)
+        if stored.packing == "fp8":
+            factors = np.empty(entry.shape, dtype=np.float32)
+            self._read(file, entry, (), 0, factors)
+            codes = np.empty(out.shape, dtype=np.uint8)
+            self._read(stored.file, stored.entry, lead, first, codes)
+            out[...] = dequantize_fp8(codes, factors, first, self.block)
+            return
+        exponents = np.empty((rows, entry.shape[-1]), dtype=np.uint8)
+        self._read(file, entry, lead, first, exponents)
+        blocks = np.empty((rows, exponents.shape[1], 16), dtype=np.uint8)
+        self._read(stored.file, stored.entry, lead, first, blocks)
+        out[...] = dequantize_mxfp4(blocks, exponents)
 
-    def _read(self, file: Path, entry: Entry, lead: tuple[int, ...], first: int, rows: int) -> Array:
-        """Raw elements, one read. Raises DamagedFile."""
-        dtype = RAW[entry.dtype]
-        depth = len(lead)
-        width = prod(entry.shape[depth + 1 :])
-        index = 0
-        for dim, at in enumerate(lead):
-            index += at * prod(entry.shape[dim + 1 :])
-        start = entry.start + (index + first * width) * dtype.itemsize
-        buffer = np.empty((rows, width), dtype=dtype)
-        read_exactly(self._descriptor(file), buffer.reshape(-1).view(np.uint8).data, start, file)
-        return buffer
+    def _read(self, file: Path, entry: Entry, lead: tuple[int, ...], first: int, out: Array) -> None:
+        """Raw elements from row `first` of tensor[lead] on, one read. Raises DamagedFile."""
+        width = prod(entry.shape[len(lead) + 1 :])
+        index = sum(at * prod(entry.shape[dim + 1 :]) for dim, at in enumerate(lead))
+        start = entry.start + (index + first * width) * RAW[entry.dtype].itemsize
+        read_exactly(self._descriptor(file), out.reshape(-1).view(np.uint8).data, start, file)
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:

@@ -1,7 +1,8 @@
-"""Hugging Face -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch. [p]
+"""Hugging Face or Megatron-LM -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch. [p]
 
-In: a model folder. Out: a checkpoint folder that `checkpoint.load`, `phalanx generate` and `convert export` read, with
-model.yaml (the preset) and huggingface/ (config.json, tokenizer and generation files, as they came).
+In: a model folder (Hugging Face), or a torch_dist checkpoint (megatron_lm/). Out: a checkpoint folder that `checkpoint.load`,
+`phalanx generate` and `convert export` read, with model.yaml (the preset) and, of a Hugging Face folder, huggingface/
+(config.json, tokenizer and generation files, as they came).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +19,31 @@ import numpy as np
 from configs.errors import ConfigError, Problem
 from configs.files import write_atomically
 from configs.model_schema import Model
+from configs.run_folder import COMPLETE
 from configs.schema import Config, Tokenizer
 from parallel.layout import Layout
-from parallel.rules_model import RULES
 from pretrain.boxes import Box
-from pretrain.manifest import COMPLETE, FORMAT, Manifest, piece_key
+from pretrain.manifest import FORMAT, Manifest, piece_key
 from pretrain.resume import architecture
+from pretrain.tensor_file import DamagedFile
 from pretrain.tokenizer import load_tokenizer
 from tools.convert.dtypes import NAMES, RAW, Array, convert, widest
 from tools.convert.family import Family
+from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
 from tools.convert.hf_files import HfFiles
 from tools.convert.links import Links, Part, make_links, width
+from tools.convert.megatron_lm.opening import is_megatron, open_megatron
 from tools.convert.preset import preset_yaml, read_config, understand
+from tools.convert.source import Source, Tensors, check_model, read_rows
 from tools.convert.spans import Span
 from tools.convert.tokenizer_files import COMPANIONS, KEPT
-from tools.convert.work import Entry, Share, Unit, Workplace, cut_rows, plan_files
+from tools.convert.work import Share, Workplace
 
 FILE_BYTES = 2 << 30
 _SHOWN = 8
 
 
-@dataclass
-class Source:
-    """A Hugging Face folder, understood: family, model, tensors, the ledger and what to tell."""
-
-    folder: Path
-    config: dict[str, Any]
-    family: Family
-    model: Model
-    files: HfFiles
-    links: Links
-    notes: list[str]
-
-
-def check_model(model: Model) -> list[Problem]:
-    """What megatron-core can't build, by the rules of `phalanx check`."""
-    config = Config(model=model)
-    config.batch.seq_length_tokens = min(config.batch.seq_length_tokens, model.max_position_tokens or 1 << 30)
-    return [problem for rule in RULES for problem in rule.check(config)]
-
-
-def open_source(folder: Path) -> Source:
+def open_huggingface(folder: Path) -> Source:
     """Read and check everything but the numbers. Raises ConfigError with all problems."""
     config = read_config(folder)
     family, model, problems, notes = understand(config)
@@ -79,7 +64,19 @@ def open_source(folder: Path) -> Source:
         raise ConfigError(problems)
     if not links.theirs:
         raise ConfigError(Problem(str(folder), 0, "must hold tensors", "name a model's folder"))
-    return Source(folder, config, family, model, files, links, notes)
+    heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in files.raw.items()}
+    num_tensors = len(links.their_shapes) + len(files.factors)
+    return Source(folder, family.name, model, files, links, [config, heads], num_tensors, True, notes)
+
+
+def open_source(folder: Path, preset: str | None = None) -> Source:
+    """What an import reads from. `preset`: the model, where a Megatron-LM checkpoint doesn't say it. Raises ConfigError."""
+    if is_megatron(folder) and not (folder / "config.json").is_file():
+        return open_megatron(folder, preset)
+    if preset is not None:
+        rule = "is for Megatron-LM checkpoints: config.json states the model here"
+        raise ConfigError(Problem("--model", preset, rule, "leave it out"))
+    return open_huggingface(folder)
 
 
 def _is_mtp(name: str, model: Model) -> bool:
@@ -119,7 +116,7 @@ def _equal(files: HfFiles, name: str, original: str) -> bool:
         return False
     row_bytes = width(shape, ()) * RAW[files.dtype(name)].itemsize
     return all(
-        np.array_equal(_bits(files.read_rows(name, (), first, rows)), _bits(files.read_rows(original, (), first, rows)))
+        np.array_equal(_bits(read_rows(files, name, (), first, rows)), _bits(read_rows(files, original, (), first, rows)))
         for first, rows in cut_rows(shape[0], row_bytes)
     )
 
@@ -142,57 +139,67 @@ def _entries(links: Links, dtypes: dict[str, str]) -> Iterator[Entry]:
     for name, lead in links.ours:
         shape, dtype = links.shapes[name], dtypes[name]
         inner = shape[len(lead) + 1 :]
-        whole = all(span.is_plain for span in links.ours[(name, lead)])
-        rows = shape[len(lead)]
-        cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize) if whole else [(0, rows)]
+        spans, rows = links.ours[(name, lead)], shape[len(lead)]
+        plain = all(span.is_plain for span in spans)
+        # Pieces end where the files' tensors do: an export then reads whole pieces, which it sums on the way.
+        edges = (span.row for span in spans if span.row)
+        cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
         for first, count in cuts:
             box = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
-            yield Entry(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, ((lead, first, count),))
+            parts = ((lead, first, count),)
+            yield Entry(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, parts, not plain)
 
 
-def fill_ours(unit: Unit, links: Links, files: HfFiles) -> Array:
-    """The rows of a canonical tensor that a unit names, from the files."""
-    part: Part = (unit.name, unit.lead)
-    result = np.zeros((unit.rows, width(links.shapes[unit.name], unit.lead)), dtype=RAW[unit.dtype])
-    last = unit.first + unit.rows
+def fill_ours(unit: Unit, out: Array, links: Links, files: Tensors) -> None:
+    """The rows of a canonical tensor that a unit names, from the files; vocabulary padding is zero."""
+    last, edge = unit.first + unit.rows, unit.first
     whole: dict[Part, Array] = {}
-    for span in links.ours[part]:
+    for span in links.ours[(unit.name, unit.lead)]:
         low, high = max(unit.first, span.row), min(last, span.row + span.rows)
-        if low < high:
-            values = _their_rows(span, low - span.row, high - low, files, whole)
-            result[low - unit.first : high - unit.first] = convert(values, files.dtype(span.hf), unit.dtype)
-    return result
+        if low >= high:
+            continue
+        rows, dtype = out[low - unit.first : high - unit.first], files.dtype(span.hf)
+        if span.is_plain and dtype == unit.dtype:
+            files.read_into(span.hf, span.hf_lead, span.hf_row + low - span.row, rows)
+        else:
+            rows[...] = convert(_their_rows(span, low - span.row, high - low, files, whole), dtype, unit.dtype)
+        edge = max(edge, high)
+    out[edge - unit.first :] = 0
 
 
-def _their_rows(span: Span, skip: int, rows: int, files: HfFiles, whole: dict[Part, Array]) -> Array:
+def _their_rows(span: Span, skip: int, rows: int, files: Tensors, whole: dict[Part, Array]) -> Array:
     """`rows` rows of a span, from its row `skip` on, as the canonical tensor has them."""
     if span.is_plain:
-        return files.read_rows(span.hf, span.hf_lead, span.hf_row + skip, rows)
+        return read_rows(files, span.hf, span.hf_lead, span.hf_row + skip, rows)
     key = (span.hf, span.hf_lead)
     if key not in whole:
-        whole[key] = files.read_rows(span.hf, span.hf_lead, 0, files.shape(span.hf)[len(span.hf_lead)])
+        whole[key] = read_rows(files, span.hf, span.hf_lead, 0, files.shape(span.hf)[len(span.hf_lead)])
     matrix = whole[key].T if span.transposed else whole[key]
     return matrix[span.hf_row : span.hf_end : span.hf_step][skip : skip + rows]
 
 
-def import_model(folder: Path, out: Path, dtype: str, share: Share, workers: int, force: bool) -> dict[str, Any]:
+def import_model(
+    folder: Path, out: Path, dtype: str, share: Share, workers: int, force: bool, preset: str | None = None
+) -> dict[str, Any]:
     """Convert; returns what was done. Raises ConfigError."""
-    source = open_source(folder)
+    source = open_source(folder, preset)
     dtypes = _dtypes(source, dtype)
     entries = list(_entries(source.links, dtypes))
     files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
-    heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in source.files.raw.items()}
-    workplace = Workplace(out, files, [source.config, heads, dtype], force)
-    written = workplace.write(share, workers, lambda unit: fill_ours(unit, source.links, source.files))
+    workplace = Workplace(out, files, [source.identity, dtype], force)
+    try:
+        written = workplace.write(share, workers, lambda unit, out: fill_ours(unit, out, source.links, source.files))
+    except DamagedFile as error:
+        raise ConfigError(Problem(str(source.folder), "damaged", str(error), "copy or download the folder again")) from error
     finished = workplace.finish(
         lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
     )
     source.files.close()
     return {
         "out": str(out),
-        "family": source.family.name,
+        "family": source.kind,
         "finished": finished,
-        "tensors_read": len(source.links.their_shapes) + len(source.files.factors),
+        "tensors_read": source.num_tensors,
         "tensors_written": len(source.links.shapes),
         "bytes_written": written,
         "notes": source.notes,
@@ -203,11 +210,12 @@ def _complete(
     partial: Path, sums: dict[str, dict[str, int]], source: Source, dtypes: dict[str, str], sizes: dict[str, int]
 ) -> None:
     """index.json, manifest.json, the companions, and last the marker."""
-    companions = partial / COMPANIONS
-    companions.mkdir(exist_ok=True)
-    for name in ("config.json", *KEPT):
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, companions / name)
+    if source.companions:
+        companions = partial / COMPANIONS
+        companions.mkdir(exist_ok=True)
+        for name in ("config.json", *KEPT):
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, companions / name)
     model = source.model
     write_atomically(partial / "model.yaml", preset_yaml(model, f"{model.name}: {model.source}"))
     write_atomically(partial / "index.json", json.dumps(sums))

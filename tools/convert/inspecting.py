@@ -11,7 +11,8 @@ from configs.files import read_json
 from pretrain.flops import count_parameters
 from pretrain.tensor_file import DamagedFile
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
-from tools.convert.importing import open_source
+from tools.convert.hf_files import HfFiles
+from tools.convert.importing import open_huggingface
 from tools.convert.stored import CheckpointTensors
 
 
@@ -25,7 +26,8 @@ def inspect(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _huggingface(path: Path) -> tuple[dict[str, Any], str]:
-    source = open_source(path)
+    source = open_huggingface(path)
+    assert isinstance(source.files, HfFiles)
     model = source.model
     assert model.vocab_size, "a converted model states its vocabulary"
     dtypes = Counter(entry.dtype for _, entry in source.files.raw.values())
@@ -33,12 +35,12 @@ def _huggingface(path: Path) -> tuple[dict[str, Any], str]:
     total = count_parameters(model, model.vocab_size).total
     source.files.close()
     result = {
-        "kind": "huggingface", "family": source.family.name, "params_total": total, "tensors": len(source.files.raw),
+        "kind": "huggingface", "family": source.kind, "params_total": total, "tensors": len(source.files.raw),
         "dtypes": dict(dtypes), "bytes": size, "files": len({file for file, _ in source.files.raw.values()}),
         "notes": source.notes,
     }  # fmt: skip
     text = (
-        f"{path}: a {source.family.name} model of {total:,} parameters, {len(source.files.raw)} tensors "
+        f"{path}: a {source.kind} model of {total:,} parameters, {len(source.files.raw)} tensors "
         f"({_words(dtypes)}) in {result['files']} files, {size / 2**30:.2f} GiB; every tensor has its place"
     )
     return result, text

@@ -46,7 +46,7 @@ def make_links(family: Family, model: Model, holds: Callable[[str], bool] | None
         for span in spans:
             theirs.setdefault((span.hf, span.hf_lead), []).append(span)
     links = Links(shapes, ours, theirs, _their_shapes(theirs, shapes))
-    _audit(links, model)
+    audit(links, model)
     return links
 
 
@@ -97,7 +97,7 @@ def _their_shapes(theirs: dict[Part, list[Span]], shapes: dict[str, Shape]) -> d
     return result
 
 
-def _audit(links: Links, model: Model) -> None:
+def audit(links: Links, model: Model) -> None:
     """The ledger. A failure is a bug of a family's description."""
     leads = {name: _leads(name, shape) for name, shape in links.shapes.items()}
     wanted = {(name, lead) for name in links.shapes for lead in leads[name]}

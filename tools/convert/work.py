@@ -13,102 +13,25 @@ import json
 import os
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import ConfigError, Problem
 from configs.files import read_json, storage_problem, sync_folder, write_atomically
 from tools.convert.dtypes import FLOATS, Array
+from tools.convert.file_plan import OutFile, Unit
 
-UNIT_BYTES = 32 << 20
-"""Largest part of a tensor that is in memory at once, where rows can be cut."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Rows [first, first + rows) of tensor[lead], written at byte `offset` of its file. `key`: its name in the file's sums."""
-
-    name: str
-    lead: tuple[int, ...]
-    first: int
-    rows: int
-    dtype: str
-    offset: int
-    key: str
-
-
-@dataclass(frozen=True)
-class OutFile:
-    """One file: its header and what follows it."""
-
-    name: str
-    header: bytes
-    units: tuple[Unit, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written under `key`, in one piece or, with `cut` rows at a time, in several units."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    name: str
-    parts: tuple[tuple[tuple[int, ...], int, int], ...]
-    """(lead, first row, rows) of each unit, in the order of the bytes."""
-
-
-def plan_files(
-    entries: Sequence[Entry], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
-) -> list[OutFile]:
-    """Entries in order, files of about `file_bytes` (a larger tensor has its own). `name_of`: (number, count) -> name."""
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        own = prod(entry.shape) * FLOATS[entry.dtype].itemsize
-        if groups[-1] and size + own > file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += own
-    return [_plan_file(group, name_of(number, len(groups)), metadata) for number, group in enumerate(groups)]
-
-
-def _plan_file(entries: list[Entry], name: str, metadata: dict[str, str]) -> OutFile:
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    places, position = [], 0
-    for entry in entries:
-        size = prod(entry.shape) * FLOATS[entry.dtype].itemsize
-        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, position + size]}
-        places.append(position)
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    raw = len(text).to_bytes(8, "little") + text
-    units = []
-    for entry, place in zip(entries, places):
-        rows = sum(rows for _, _, rows in entry.parts)
-        row_bytes = prod(entry.shape) * FLOATS[entry.dtype].itemsize // rows
-        for lead, first, count in entry.parts:
-            units.append(Unit(entry.name, lead, first, count, entry.dtype, len(raw) + place, entry.key))
-            place += count * row_bytes
-    return OutFile(name, raw, tuple(units), len(raw) + position)
-
-
-def cut_rows(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first, rows) of the units of a tensor that may be cut."""
-    step = max(1, UNIT_BYTES // max(1, row_bytes))
-    for first in range(0, rows, step):
-        yield first, min(step, rows - first)
+Fill = Callable[[Unit, Array], None]
+"""Puts a unit's (or a block's) rows into an array [rows, columns] of its type."""
 
 
 @dataclass(frozen=True)
@@ -170,46 +93,74 @@ class Workplace:
         whole = isinstance(done, dict) and path.exists() and path.stat().st_size == file.num_bytes
         return done if whole else None
 
-    def write(self, share: Share, workers: int, fill: Callable[[Unit], Array]) -> int:
-        """Write this share's files; returns the number of bytes written. Raises ConfigError when the disk refuses."""
+    def write(self, share: Share, workers: int, fill: Fill, settle: Callable[[], None] = lambda: None) -> int:
+        """Write this share's files; returns the number of bytes written. Raises ConfigError when the disk refuses.
+
+        `settle` is called when a file is filled and before it counts: it raises when what was read turns out to be damaged.
+        """
         written = 0
         mine = [file for number, file in enumerate(self.files) if number % share.count == share.index]
-        with ThreadPoolExecutor(workers) as pool:
+        # A file goes to the disk while the next one is filled.
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as sealer:
+            sealing: list[Future[None]] = []
             for number, file in enumerate(mine):
-                if self.sums_of(file) is None:
-                    try:
-                        self._write_file(file, pool, fill)
-                    except OSError as error:
-                        problem = storage_problem("OUT", self.partial / file.name, error)
-                        fix = f"{problem.fix}; the same command then goes on: complete files are kept in {self.partial}"
-                        raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
-                    written += file.num_bytes
+                try:
+                    if self.sums_of(file) is None:
+                        sums = self._write_file(file, pool, fill, settle)
+                        _wait(sealing)
+                        sealing = [sealer.submit(self._seal, file, sums)]
+                        written += file.num_bytes
+                    if number + 1 == len(mine):
+                        _wait(sealing)
+                except OSError as error:
+                    problem = storage_problem("OUT", self.partial / file.name, error)
+                    fix = f"{problem.fix}; the same command then goes on: complete files are kept in {self.partial}"
+                    raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
                 print(f"{number + 1} of {len(mine)} files: {file.name} ({file.num_bytes / 2**20:.0f} MiB)", file=sys.stderr)
         return written
 
-    def _write_file(self, file: OutFile, pool: ThreadPoolExecutor, fill: Callable[[Unit], Array]) -> None:
-        beside = self.partial / f".{file.name}.{os.getpid()}.tmp"
+    def _beside(self, file: OutFile) -> Path:
+        return self.partial / f".{file.name}.{os.getpid()}.tmp"
+
+    def _write_file(self, file: OutFile, pool: ThreadPoolExecutor, fill: Fill, settle: Callable[[], None]) -> dict[str, int]:
+        """Fill the file under another name; CRC-32 by key."""
+        beside, buffers = self._beside(file), threading.local()
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+        def work(unit: Unit) -> tuple[str, int]:
+            total = 0
+            for block in unit.blocks():
+                # One buffer a thread: fresh memory costs more than the copy, page by page.
+                values = _buffer(buffers, block.rows * block.row_bytes)
+                fill(block, values.view(FLOATS[block.dtype]).reshape(block.rows, -1))
+                _write_at(descriptor, values.data, block.offset)
+                total = zlib.crc32(values.data, total) if self.summed else 0
+            return unit.key, total
+
         try:
-            os.posix_fallocate(descriptor, 0, file.num_bytes)
+            os.truncate(descriptor, file.num_bytes)
             _write_at(descriptor, memoryview(file.header), 0)
-
-            def work(unit: Unit) -> tuple[str, int]:
-                values = fill(unit)
-                raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-                _write_at(descriptor, raw, unit.offset)
-                return unit.key, zlib.crc32(raw) if self.summed else 0
-
-            sums: dict[str, int] = {}
-            for key, crc in pool.map(work, file.units):
-                # A tensor of several units has no sum of its own; only whole pieces are looked up later.
-                sums[key] = crc
-            os.fsync(descriptor)
+            # A tensor of several units has no sum of its own; only whole pieces are looked up later.
+            sums = dict(pool.map(work, file.units))
+            settle()
         except BaseException:
-            os.close(descriptor)
             beside.unlink(missing_ok=True)
             raise
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
+        return sums
+
+    def _seal(self, file: OutFile, sums: dict[str, int]) -> None:
+        """Make a filled file last, give it its name, and note it."""
+        beside = self._beside(file)
+        descriptor = os.open(beside, os.O_WRONLY)
+        try:
+            os.fsync(descriptor)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
         os.replace(beside, self.partial / file.name)
         sync_folder(self.partial)
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
@@ -246,6 +197,19 @@ class Workplace:
         sync_folder(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _buffer(buffers: threading.local, num_bytes: int) -> NDArray[np.uint8]:
+    """The first bytes of this thread's memory, which grows to the largest block."""
+    held: NDArray[np.uint8] | None = getattr(buffers, "held", None)
+    if held is None or len(held) < num_bytes:
+        held = buffers.held = np.empty(num_bytes, dtype=np.uint8)
+    return held[:num_bytes]
 
 
 def _write_at(descriptor: int, view: memoryview, offset: int) -> None:

@@ -17,7 +17,13 @@ def main(argv: list[str]) -> int:
     args = {"generate": _generate_parser, "evaluate": _evaluate_parser}[argv[0]]().parse_args(argv[1:])
     # Megatron-Core's CPU parts are chosen when it is imported: a GPU that may be training must not be seen.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if argv[0] == "generate":
+    if argv[0] == "generate" and (args.checkpoint / "config.json").is_file():
+        from tools.inference.exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
+
+        prompts = args.prompt or [""]
+        result = generate_exported(args.checkpoint, prompts, args.max_new_tokens, args.temperature, args.top_k, args.seed)
+        text = "\n\n".join(part["prompt"] + part["text"] for part in result["texts"])
+    elif argv[0] == "generate":
         from tools.inference.generate import generate  # noqa: PLC0415  (torch and megatron-core: --help needs neither)
 
         result = generate(
@@ -44,7 +50,10 @@ def _generate_parser() -> argparse.ArgumentParser:
         description="Text from a checkpoint. For a look: every token costs a pass over the whole text; serve exports elsewhere.",
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest one), or a checkpoint"
+        "checkpoint",
+        type=Path,
+        metavar="RUN_DIR|CHECKPOINT|HF_DIR",
+        help="a run folder (its newest one), a checkpoint, or a Hugging Face folder (by transformers)",
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="how the text begins; may be given several times")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer (default: 64)")

@@ -6,7 +6,7 @@ top_k / topk_group: other experts would be chosen, without an error (largest log
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only
 from tools.convert.rope import Rope
 
@@ -15,16 +15,16 @@ DEEPSEEK_V2 = Family(
     model_types=("deepseek_v2",),
     architecture="DeepseekV2ForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6, kv_heads=False),
-        parts.PLAIN_MLP,
-        *parts.latent_attention(),
+        *settings.decoder(eps=1e-6, kv_heads=False),
+        settings.PLAIN_MLP,
+        *settings.latent_attention(),
         Rope(),
         Key("n_routed_experts", "moe.num_experts", 64),
         Key("num_experts_per_tok", "moe.top_k"),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
         Key("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
-        parts.SharedExperts(),
-        parts.DenseFirst(absent=0),
+        settings.SharedExperts(),
+        settings.DenseFirst(absent=0),
         Only(
             "topk_method", ("greedy",),
             "transformers takes a group's best expert as its score, megatron-core the sum of several: other experts answer",
@@ -35,9 +35,9 @@ DEEPSEEK_V2 = Family(
         Only("moe_layer_freq", (1, None), "its MoE layers follow each other"),
         Only("scoring_func", ("softmax", None), "the family's scores are softmax"),
         Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
-        *parts.softmax_router(**{"moe.router.normalize_top_k": False, "moe.router.scaling_factor": parts.REQUIRED,
+        *settings.softmax_router(**{"moe.router.normalize_top_k": False, "moe.router.scaling_factor": settings.REQUIRED,
                                  "moe.shared_gate": False, "mtp.num_layers": 0}),
     ),
-    tensors=(*parts.EMBEDDING, *parts.LATENT, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts()),
+    tensors=(*tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts()),
     ignored=("aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
 )  # fmt: skip

@@ -5,16 +5,16 @@ Source: transformers models/deepseek_v3 and the files' own modeling_deepseek.py.
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only
 from tools.convert.rope import Rope
 
 SIGMOID_ROUTER = (
-    parts.Always("moe.router.score", "sigmoid"),
-    parts.Always("moe.router.expert_bias", True),
-    parts.Always("moe.router.bias", False),
-    parts.Always("moe.router.normalize_top_k", True),
-    parts.Always("moe.shared_gate", False),
+    settings.Always("moe.router.score", "sigmoid"),
+    settings.Always("moe.router.expert_bias", True),
+    settings.Always("moe.router.bias", False),
+    settings.Always("moe.router.normalize_top_k", True),
+    settings.Always("moe.shared_gate", False),
     Only("norm_topk_prob", (True,), "megatron-core always normalises sigmoid scores"),
 )
 
@@ -23,18 +23,18 @@ DEEPSEEK_V3 = Family(
     model_types=("deepseek_v3", "kimi_k2"),
     architecture="DeepseekV3ForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6, kv_heads=False),
-        parts.PLAIN_MLP,
-        *parts.latent_attention(),
+        *settings.decoder(eps=1e-6, kv_heads=False),
+        settings.PLAIN_MLP,
+        *settings.latent_attention(),
         Rope(),
         Only("rope_interleave", (True, None), "the tensors hold the rotated widths as neighbouring pairs"),
         Key("n_routed_experts", "moe.num_experts", 256),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
         Key("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
-        parts.SharedExperts(),
-        parts.DenseFirst(absent=3),
-        parts.Groups(),
+        settings.SharedExperts(),
+        settings.DenseFirst(absent=3),
+        settings.Groups(),
         *SIGMOID_ROUTER,
         Only("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
         Only("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
@@ -42,9 +42,9 @@ DEEPSEEK_V3 = Family(
         Key("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
-        *parts.EMBEDDING, *parts.LATENT, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts(),
-        *parts.EXPERT_BIAS, *parts.MTP,
+        *tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),
+        *tensors.EXPERT_BIAS, *tensors.MTP,
     ),
-    copies=parts.mtp_copies,
+    copies=tensors.mtp_copies,
     ignored=("aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
 )  # fmt: skip

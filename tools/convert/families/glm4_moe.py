@@ -5,7 +5,7 @@ Source: transformers models/glm4_moe.
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.families.deepseek_v3 import SIGMOID_ROUTER
 from tools.convert.family import Family, Key
 from tools.convert.rope import Rope
@@ -15,29 +15,29 @@ GLM4_MOE = Family(
     model_types=("glm4_moe",),
     architecture="Glm4MoeForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-5),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-5),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(fraction=0.5),
         Key("attention_bias", "attention.qkv_bias", False, bool),
         Key("use_qk_norm", "attention.qk_norm", False, bool),
-        *parts.plain_attention(
-            **{"attention.qkv_bias": parts.REQUIRED, "attention.qk_norm": parts.REQUIRED, "mtp.num_layers": parts.REQUIRED}
+        *settings.plain_attention(
+            **dict.fromkeys(("attention.qkv_bias", "attention.qk_norm", "mtp.num_layers"), settings.REQUIRED)
         ),
         Key("n_routed_experts", "moe.num_experts", 128),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         Key("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
-        parts.SharedExperts(),
-        parts.DenseFirst(absent=1),
-        parts.Groups(absent=1),
+        settings.SharedExperts(),
+        settings.DenseFirst(absent=1),
+        settings.Groups(absent=1),
         *SIGMOID_ROUTER,
         Key("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
-        *parts.EMBEDDING, *parts.ATTENTION, *parts.DENSE_MLP, *parts.experts(), *parts.shared_experts(),
-        *parts.EXPERT_BIAS, *parts.MTP,
+        *tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),
+        *tensors.EXPERT_BIAS, *tensors.MTP,
     ),
-    copies=parts.mtp_copies,
+    copies=tensors.mtp_copies,
     ignored=("router_aux_loss_coef",),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import REQUIRED, Always, Family, Key, Only, tensor
 from tools.convert.rope import Rope
 from tools.convert.spans import interleaved, interleaved_columns, stacked, stacked_columns
@@ -49,8 +49,8 @@ GPT_OSS = Family(
     model_types=("gpt_oss",),
     architecture="GptOssForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
-        parts.HeadDim(absent=64),
+        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        settings.HeadDim(absent=64),
         Rope(theta=REQUIRED),
         Key("sliding_window", "attention.window_size_tokens", 128),
         AlternatingWindow(),
@@ -69,14 +69,14 @@ GPT_OSS = Family(
         Key("num_local_experts", "moe.num_experts", 128),
         Key("num_experts_per_tok", "moe.top_k", 4, also=("experts_per_token",)),
         Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
-        parts.AllSparse(),
-        *parts.softmax_router(
+        settings.AllSparse(),
+        *settings.softmax_router(
             **{"moe.router.bias": True, "moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}
         ),
     ),
     tensors=(
-        *parts.EMBEDDING,
-        *parts.ATTENTION,
+        *tensors.EMBEDDING,
+        *tensors.ATTENTION,
         tensor("moe", "mlp.router.weight", _M + "router.weight"),
         tensor("moe", "mlp.router.bias", _M + "router.bias"),
         tensor(

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Always, Family, Key, Only
 from tools.convert.rope import Rope
 
-_TENSORS = (*parts.EMBEDDING, *parts.ATTENTION, *parts.DENSE_MLP)
+_TENSORS = (*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP)
 
 LLAMA = Family(
     name="llama",
     model_types=("llama",),
     architecture="LlamaForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-6),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(),
         Only("attention_bias", (False, None), "megatron-core has one switch for the biases of all products"),
         Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
-        parts.WholeHeads(),
+        settings.WholeHeads(),
         Only("pretraining_tp", (1, None), "its products are summed in another order"),
-        *parts.plain_attention(),
-        parts.Dense(),
+        *settings.plain_attention(),
+        settings.Dense(),
     ),
     tensors=_TENSORS,
 )
@@ -32,14 +32,14 @@ MISTRAL = Family(
     model_types=("mistral",),
     architecture="MistralForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-6),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(),
         Key("sliding_window", "attention.window_size_tokens", 4096),
         Always("attention.window_layers", "all"),
-        *parts.plain_attention(**{"attention.window_size_tokens": parts.REQUIRED}),
-        parts.Dense(),
+        *settings.plain_attention(**{"attention.window_size_tokens": settings.REQUIRED}),
+        settings.Dense(),
     ),
     tensors=_TENSORS,
 )

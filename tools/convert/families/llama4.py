@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert import parts
+from tools.convert import settings
 from tools.convert.family import Always, Family, Key
 from tools.convert.rope import Rope
 
@@ -37,11 +37,11 @@ LLAMA4 = Family(
     model_types=("llama4_text", "llama4"),
     architecture="Llama4ForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
         Key("intermediate_size_mlp", "ffn_hidden_size", 16384),
-        parts.HeadDim(absent=128),
+        settings.HeadDim(absent=128),
         Rope(theta=500000.0),
-        *parts.plain_attention(),
+        *settings.plain_attention(),
         Key("num_local_experts", "moe.num_experts", 16),
         Key("num_experts_per_tok", "moe.top_k", 1),
         Interleaved(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings
 from tools.convert.family import Family, Key, Only
 from tools.convert.rope import Rope
 
@@ -11,20 +11,20 @@ OLMOE = Family(
     model_types=("olmoe",),
     architecture="OlmoeForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(),
         Only("attention_bias", (False, None), "its output bias has no counterpart here"),
         Only("clip_qkv", (None,), "clipped queries and keys can't be built"),
-        *parts.plain_attention(**{"attention.qk_norm": True}),
-        parts.Always("attention.qk_norm_span", "all_heads"),
+        *settings.plain_attention(**{"attention.qk_norm": True}),
+        settings.Always("attention.qk_norm_span", "all_heads"),
         Key("num_experts", "moe.num_experts", 64),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
         Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.01, float),
-        parts.AllSparse(),
-        *parts.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
+        settings.AllSparse(),
+        *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
     planning_only="its norms of queries and keys span all heads, megatron-core's one head",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only, tensor
 from tools.convert.rope import Rope
 
@@ -11,28 +11,28 @@ QWEN2_MOE = Family(
     model_types=("qwen2_moe",),
     architecture="Qwen2MoeForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-6),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(),
         Key("qkv_bias", "attention.qkv_bias", True, bool),
         Only("use_sliding_window", (False, None), "windows in some layers can't be built"),
-        *parts.plain_attention(**{"attention.qkv_bias": parts.REQUIRED}),
+        *settings.plain_attention(**{"attention.qkv_bias": settings.REQUIRED}),
         Key("num_experts", "moe.num_experts", 60),
         Key("num_experts_per_tok", "moe.top_k", 4),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         Key("shared_expert_intermediate_size", "moe.shared_ffn_hidden_size", 5632),
         Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
         Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
-        parts.SparsePattern(),
-        *parts.softmax_router(**{"moe.shared_gate": True}),
+        settings.SparsePattern(),
+        *settings.softmax_router(**{"moe.shared_gate": True}),
     ),
     tensors=(
-        *parts.EMBEDDING,
-        *parts.ATTENTION,
-        *parts.DENSE_MLP,
-        *parts.experts(),
-        *parts.shared_experts("shared_expert"),
+        *tensors.EMBEDDING,
+        *tensors.ATTENTION,
+        *tensors.DENSE_MLP,
+        *tensors.experts(),
+        *tensors.shared_experts("shared_expert"),
         tensor("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
     ),
     ignored=("sliding_window", "max_window_layers"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Family, Only
 from tools.convert.rope import Rope
 
@@ -11,15 +11,15 @@ QWEN3 = Family(
     model_types=("qwen3",),
     architecture="Qwen3ForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6),
-        parts.PLAIN_MLP,
-        parts.HeadDim(absent=128),
+        *settings.decoder(eps=1e-6),
+        settings.PLAIN_MLP,
+        settings.HeadDim(absent=128),
         Rope(),
         Only("attention_bias", (False, None), "its output bias has no counterpart here"),
         Only("use_sliding_window", (False, None), "windows in some layers can't be built"),
-        *parts.plain_attention(**{"attention.qk_norm": True}),
-        parts.Dense(),
+        *settings.plain_attention(**{"attention.qk_norm": True}),
+        settings.Dense(),
     ),
-    tensors=(*parts.EMBEDDING, *parts.ATTENTION, *parts.DENSE_MLP),
+    tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP),
     ignored=("sliding_window", "max_window_layers"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.convert import parts
+from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only
 from tools.convert.rope import Rope
 
@@ -11,21 +11,21 @@ QWEN3_MOE = Family(
     model_types=("qwen3_moe",),
     architecture="Qwen3MoeForCausalLM",
     settings=(
-        *parts.decoder(eps=1e-6),
-        parts.PLAIN_MLP,
-        parts.HeadDim(),
+        *settings.decoder(eps=1e-6),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
         Rope(),
         Only("attention_bias", (False, None), "its output bias has no counterpart here"),
         Only("use_sliding_window", (False, None), "windows in some layers can't be built"),
-        *parts.plain_attention(**{"attention.qk_norm": True}),
+        *settings.plain_attention(**{"attention.qk_norm": True}),
         Key("num_experts", "moe.num_experts", 128, also=("num_local_experts",)),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 768),
         Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
         Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
-        parts.SparsePattern(),
-        *parts.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
+        settings.SparsePattern(),
+        *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
-    tensors=(*parts.EMBEDDING, *parts.ATTENTION, *parts.DENSE_MLP, *parts.experts()),
+    tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts()),
     ignored=("sliding_window", "max_window_layers"),
 )

@@ -1,0 +1,119 @@
+"""Tensor files planned to the byte: what lies where, and in which parts it is written. [p]
+
+In: tensors to be written. Out: `OutFile`s: header, and `Unit`s with their place. Format: safetensors (pretrain/tensor_file.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from tools.convert.dtypes import FLOATS
+
+UNIT_BYTES = 32 << 20
+"""Largest part of a tensor that one thread writes, where rows can be cut."""
+BLOCK_BYTES = 1 << 20
+"""What is read, summed and written at once: it stays in a core's cache, so that only the files cost memory traffic."""
+SMALL_BYTES = 1 << 18
+"""A cut that is not needed for size makes no piece smaller than this."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows [first, first + rows) of tensor[lead], written at byte `offset` of its file. `key`: its name in the file's sums.
+
+    `whole`: its rows are made together (transposed or interleaved ones); others are filled block by block, in order.
+    """
+
+    name: str
+    lead: tuple[int, ...]
+    first: int
+    rows: int
+    dtype: str
+    offset: int
+    key: str
+    row_bytes: int
+    whole: bool
+
+    def blocks(self) -> Iterator[Unit]:
+        """The unit in parts of about BLOCK_BYTES."""
+        step = self.rows if self.whole else max(1, BLOCK_BYTES // self.row_bytes)
+        for skip in range(0, self.rows, step):
+            rows, offset = min(step, self.rows - skip), self.offset + skip * self.row_bytes
+            yield replace(self, first=self.first + skip, rows=rows, offset=offset)
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """One file: its header and what follows it."""
+
+    name: str
+    header: bytes
+    units: tuple[Unit, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written under `key`, in one piece or, with `cut` rows at a time, in several units."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+    parts: tuple[tuple[tuple[int, ...], int, int], ...]
+    """(lead, first row, rows) of each unit, in the order of the bytes."""
+    whole: bool = False
+
+
+def plan_files(
+    entries: Sequence[Entry], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
+) -> list[OutFile]:
+    """Entries in order, files of about `file_bytes` (a larger tensor has its own). `name_of`: (number, count) -> name."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        own = prod(entry.shape) * FLOATS[entry.dtype].itemsize
+        if groups[-1] and size + own > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += own
+    return [_plan_file(group, name_of(number, len(groups)), metadata) for number, group in enumerate(groups)]
+
+
+def _plan_file(entries: list[Entry], name: str, metadata: dict[str, str]) -> OutFile:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    places, position = [], 0
+    for entry in entries:
+        size = prod(entry.shape) * FLOATS[entry.dtype].itemsize
+        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, position + size]}
+        places.append(position)
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+    units = []
+    for entry, place in zip(entries, places):
+        rows = sum(rows for _, _, rows in entry.parts)
+        row_bytes = prod(entry.shape) * FLOATS[entry.dtype].itemsize // rows
+        for lead, first, count in entry.parts:
+            units.append(Unit(entry.name, lead, first, count, entry.dtype, len(raw) + place, entry.key, row_bytes, entry.whole))
+            place += count * row_bytes
+    return OutFile(name, raw, tuple(units), len(raw) + position)
+
+
+def cut_rows(rows: int, row_bytes: int, edges: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
+    """(first, rows) of the units of a tensor that may be cut; at `edges` too, where the parts don't become small."""
+    step = max(1, UNIT_BYTES // max(1, row_bytes))
+    least = SMALL_BYTES // max(1, row_bytes)
+    start = 0
+    for edge in [*sorted(edges), rows]:
+        if edge < rows and (edge - start <= least or rows - edge <= least):
+            continue
+        for first in range(start, edge, step):
+            yield first, min(step, edge - first)
+        start = edge

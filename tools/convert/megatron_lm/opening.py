@@ -1,0 +1,203 @@
+"""A Megatron-LM checkpoint as the source of an import: which iteration, which model, which tensor is which. [p]
+
+In: a run's folder or one iteration's, optionally a preset that states the model. Out: `Source`. Names: layers are stacked
+("decoder.layers.mlp…", layer first) or numbered; experts are stacked or numbered, too; norms have the names that Transformer
+Engine gives them; a gated product may be two tensors, _w and _v.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from configs.files import read_json
+from configs.load import load_config
+from configs.model_schema import Model
+from configs.sources import find_file
+from tools.convert.canonical import tensor_shapes
+from tools.convert.links import Links, Part, audit
+from tools.convert.megatron_lm.arguments import read_args
+from tools.convert.megatron_lm.pickles import MALFORMED, load
+from tools.convert.megatron_lm.torch_dist import COMMON, METADATA, TorchDist
+from tools.convert.source import Source, check_model
+from tools.convert.spans import Span
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+_SHOWN = 8
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+_NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
+# Canonical name -> the name that Transformer Engine's fused norms have; either may be there.
+_FUSED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether it looks like Megatron-LM's, of any of its formats."""
+    marks = (METADATA, TRACKER, COMMON)
+    return any((folder / mark).exists() for mark in marks) or any(folder.glob("mp_rank_*"))
+
+
+def open_megatron(folder: Path, preset: str | None) -> Source:
+    """Read and check everything but the numbers. Raises ConfigError with all problems."""
+    place = _iteration(folder)
+    model, notes = _model(place, preset)
+    problems = check_model(model)
+    if problems:
+        raise ConfigError(problems)
+    model.name, model.source = folder.resolve().name, "imported from a Megatron-LM torch_dist checkpoint"
+    files = TorchDist(place)
+    links, problems = _links(model, files)
+    for name in links.their_shapes:
+        problems += files.check(name)
+    left = sorted(name for name in files.tensors if name not in links.their_shapes and not name.startswith(_NOT_WEIGHTS))
+    if left:
+        rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
+        problems.append(Problem(str(place), left[:_SHOWN], rule, "state the right model: --model PRESET|YAML"))
+    if problems:
+        raise ConfigError(problems)
+    if any(name.startswith(_NOT_WEIGHTS) for name in files.tensors):
+        notes.append("its optimizer state stays behind: a run that starts from this import has a fresh optimizer")
+    identity = [str(name) for name in files.tensors] + [str(stored) for stored in files.tensors.values()]
+    return Source(place, "megatron-lm", model, files, links, identity, len(links.their_shapes), False, notes)
+
+
+def _iteration(folder: Path) -> Path:
+    """The folder of one iteration, in the one format that is read. Raises ConfigError."""
+    place = folder
+    if not (folder / METADATA).exists() and (folder / TRACKER).is_file():
+        word = (folder / TRACKER).read_text(errors="replace").strip()
+        place = folder / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else "iter_?")
+        if not place.is_dir():
+            raise ConfigError(Problem(str(folder / TRACKER), word, f"{place.name} must be there", "name an iteration's folder"))
+    fix = "load it in Megatron-LM and save it with --ckpt-format torch_dist"
+    if any(place.glob("mp_rank_*")):
+        rule = "must be torch_dist: the older format is a pickle a rank, which runs code when it is loaded"
+        raise ConfigError(Problem(str(place), "mp_rank_*", rule, fix))
+    said = read_json(place / "metadata.json")
+    backend = said.get("sharded_backend") if isinstance(said, dict) else None
+    if backend not in (None, "torch_dist"):
+        raise ConfigError(Problem(str(place / "metadata.json"), backend, "sharded_backend must be torch_dist", fix))
+    return place
+
+
+def _model(place: Path, preset: str | None) -> tuple[Model, list[str]]:
+    """The model that the preset states, else the saved arguments. Raises ConfigError."""
+    if preset is not None:
+        found = f"model/{preset}" if find_file(preset, Path.cwd()) is None else preset
+        model = load_config(found).config.model
+        if model.vocab_size is None:
+            rule = "must be stated: the number of real tokens"
+            raise ConfigError(Problem("--model: model.vocab_size", None, rule, "state it in the preset"))
+        return model, []
+    args = _saved_args(place)
+    model, problems, notes = read_args(args)
+    if problems:
+        raise ConfigError(problems)
+    return model, notes
+
+
+def _saved_args(place: Path) -> dict[str, Any]:
+    path, fix = place / COMMON, "state the model: --model PRESET|YAML"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            raw = archive.read(name)
+    except FileNotFoundError as error:
+        raise ConfigError(Problem(str(path), "missing", "holds the arguments of the run", fix)) from error
+    except (zipfile.BadZipFile, *MALFORMED) as error:
+        raise ConfigError(Problem(str(path), "damaged", f"must be a file of torch.save: {error}", fix)) from error
+    common = load(raw, str(path))
+    args = common.get("args") if isinstance(common, dict) else None
+    values = getattr(args, "state", None)
+    if not isinstance(values, dict):
+        raise ConfigError(Problem(f"{path}: args", None, "must be there, as Megatron-LM saves them", fix))
+    return values
+
+
+def _links(model: Model, files: TorchDist) -> tuple[Links, list[Problem]]:
+    """Every canonical tensor's spans, and what is missing or of another shape."""
+    shapes = tensor_shapes(model)
+    ours: dict[Part, list[Span]] = {}
+    theirs: dict[Part, list[Span]] = {}
+    missing, problems = [], []
+    for name, shape in shapes.items():
+        leads = [(index,) for index in range(shape[0])] if ".mlp.experts." in name else [()]
+        for lead in leads:
+            spans = _spans(name, lead, shape, files, model)
+            if not spans:
+                missing.append(name)
+            for span in spans:
+                problems += _check_shape(span, shape, files)
+                theirs.setdefault((span.hf, span.hf_lead), []).append(span)
+            ours[(name, lead)] = spans
+    fix = "state the right model: --model PRESET|YAML"
+    if missing:
+        names = list(dict.fromkeys(missing))
+        rule = f"the model needs {len(names)} tensors that the checkpoint doesn't hold"
+        problems.insert(0, Problem(str(files.folder), names[:_SHOWN], rule, fix))
+    links = Links(shapes, ours, theirs, {name: files.shape(name) for name, _ in theirs})
+    if not problems:
+        audit(links, model)
+    return links, list({(problem.path, problem.rule): problem for problem in problems}.values())
+
+
+def _spans(name: str, lead: tuple[int, ...], shape: tuple[int, ...], files: TorchDist, model: Model) -> list[Span]:
+    """Where a canonical tensor (or one expert of it) lies; empty: nowhere."""
+    rows = shape[len(lead)] if name not in TABLES else model.vocab_size or 0
+    for key, place in _candidates(name, lead):
+        if key in files.tensors:
+            return [Span(name, lead, 0, rows, key, place)]
+        if key + "_w" in files.tensors and key + "_v" in files.tensors:
+            half = rows // 2
+            return [Span(name, lead, 0, half, key + "_w", place), Span(name, lead, half, half, key + "_v", place)]
+    return []
+
+
+def _candidates(name: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name there, place on its leading dims) of each form in which a tensor may be saved."""
+    match = re.fullmatch(r"((?:decoder|mtp)\.layers\.)(\d+)\.(.+)", name)
+    if not match:
+        yield name, lead
+        return
+    stack, layer, inner = match[1], int(match[2]), match[3]
+    prefix, dot, tail = inner.partition("transformer_layer.")
+    prefixes = (("transformer_layer.", "mtp_model_layer.") if dot else ("",)) if not (dot and prefix) else ()
+    for head in prefixes:
+        for own in _names(tail if dot else inner):
+            yield f"{stack}{layer}.{head}{own}", lead
+            if not head:
+                yield f"{stack}{own}", (layer, *lead)
+            if lead:
+                numbered = own.replace("mlp.experts.experts.", f"mlp.experts.experts.{lead[0]}.")
+                yield f"{stack}{layer}.{head}{numbered}", ()
+                if not head:
+                    yield f"{stack}{numbered}", (layer,)
+
+
+def _names(inner: str) -> Iterator[str]:
+    """A layer's tensor under its own name and as a fused norm."""
+    own = inner.replace("mlp.experts.", "mlp.experts.experts.")
+    yield own
+    for ours, fused in _FUSED:
+        if own.startswith(ours):
+            yield own.replace(ours, fused)
+
+
+def _check_shape(span: Span, shape: tuple[int, ...], files: TorchDist) -> Iterator[Problem]:
+    """The tensor that is there has the rows and columns that the model needs; a table may have more rows, padding."""
+    got, depth = files.shape(span.hf), len(span.hf_lead)
+    wanted = (span.rows, *shape[len(span.lead) + 1 :])
+    fits = len(got) == depth + len(wanted) and got[depth + 1 :] == wanted[1:] and all(a < b for a, b in zip(span.hf_lead, got))
+    padded = fits and span.name in TABLES and got[depth] >= wanted[0]
+    if not (fits and got[depth] == wanted[0]) and not padded:
+        rule = f"must be of shape {[*('layers', 'experts')[:depth], *wanted]} by the model"
+        yield Problem(span.hf, list(got), rule, "state the right model: --model PRESET|YAML")

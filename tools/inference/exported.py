@@ -1,0 +1,66 @@
+"""Text from a Hugging Face folder by transformers alone: what an export is worth to everybody else. On the CPU, fp32.
+
+In: a folder (an export, or a download), prompts. Out: what the model goes on with. No code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError, Problem
+from tools.convert.preset import read_config
+
+
+def generate_exported(
+    folder: Path, prompts: list[str], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> dict[str, Any]:
+    """{"huggingface", "texts": [{"prompt", "text", "token_ids", "ended"}]}. Raises ConfigError."""
+    tokenizer, model = load_exported(folder)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        end = model.generation_config.eos_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        if ids.shape[1] == 0:
+            ids = torch.tensor([[tokenizer.eos_token_id]])
+        # Each prompt has its own draws, so that its answer does not depend on the others.
+        torch.manual_seed(seed)
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature else {"do_sample": False}
+        with torch.no_grad():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **drawing)
+        drawn = whole[0, ids.shape[1] :].tolist()
+        ended = bool(drawn) and drawn[-1] in ends
+        answer = tokenizer.decode(drawn, skip_special_tokens=True)
+        texts.append({"prompt": prompt, "text": answer, "token_ids": drawn, "ended": ended})
+    return {"huggingface": str(folder), "texts": texts}
+
+
+def load_exported(folder: Path) -> tuple[Any, Any]:
+    """(tokenizer, model) as transformers loads them. Raises ConfigError, also when it misses or finds too many tensors."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
+    from transformers.utils import logging  # noqa: PLC0415
+
+    read_config(folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        rule = f"must be a model that transformers loads: {str(error).strip().splitlines()[0]}"
+        raise ConfigError(
+            Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR")
+        ) from error
+    model, found = loaded
+    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names and kind != "error_msgs"}
+    if wrong:
+        rule = f"must hold the tensors of its config.json: {wrong}"
+        raise ConfigError(Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR"))
+    return tokenizer, model.eval()

@@ -43,8 +43,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write beside `path`, fsync, rename. Raises OSError; the old content then still stands and nothing lies beside it."""
+def write_atomically(path: str | Path, data: bytes | str, durable: bool = True) -> None:
+    """Write beside `path`, fsync, rename. Raises OSError; the old content then still stands and nothing lies beside it.
+
+    `durable` False: without the fsync, for what is written again in seconds; readers still see the old or the new one.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = data.encode() if isinstance(data, str) else data
@@ -52,12 +55,14 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         with open(beside, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -145,3 +150,15 @@ def _last_piece(file: Any) -> bytes:
             break
         size = start
     return piece
+
+
+def recent_rows(path: str | Path, tail_bytes: int = 1 << 18) -> list[dict[str, Any]]:
+    """The last complete lines that are JSON objects, as many as fit into `tail_bytes`; none without the file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        file.seek(max(0, size - tail_bytes))
+        lines = file.read().split(b"\n")[:-1]
+    return [row for line in lines[1 if size > tail_bytes else 0 :] if (row := parse_line(line)) is not None]

@@ -7,9 +7,11 @@ runs/NAME/
     events.jsonl       attempts, saves, signals, verdicts: one JSON object a line
     outcome.json       how the last attempt ended          DONE   the run is finished
     launch/attempt_0001/   config.yaml, provenance.json, command.sh, launcher.json of each attempt
-    logs/attempt_0001/     rank_0.log …, torchrun.log, rank_3.failure.json
+    logs/attempt_0001/     rank_0.log …, torchrun.log, rank_3.failure.json, stacks.txt; on large runs one NODE.log a node
     checkpoints/       step_0000100/ …
     wandb/             W&B's own files, and cursor.json
+    doctor/            0001/ …: what phalanx doctor found out here
+    huggingface/       the newest checkpoint for transformers, where it was exported here (make demo)
     wandb_id           the one W&B run that all attempts share
     lock               who trains here now
 """
@@ -40,6 +42,10 @@ EXIT_BROKE, EXIT_BAD_INPUT = 1, 2
 HEARTBEAT_S = 5.0
 SILENCE_S = 4 * HEARTBEAT_S
 
+# Written last into a checkpoint's folder, after everything else was synced.
+COMPLETE = "COMPLETE"
+_STEP = re.compile(r"step_(\d{7,})$")
+
 _NAMES = {
     "config.yaml",
     "provenance.json",
@@ -50,6 +56,8 @@ _NAMES = {
     "launch",
     "logs",
     "checkpoints",
+    "doctor",
+    "huggingface",
     "wandb",
     "wandb_id",
     "lock",
@@ -158,6 +166,10 @@ class RunFolder:
         step = value.get("step") if isinstance(value, dict) else None
         return step if isinstance(step, int) else None
 
+    def newest_checkpoint_step(self) -> int:
+        """The step of the newest complete checkpoint; 0: there is none."""
+        return max((step for step, _ in complete_checkpoints(self.checkpoints)), default=0)
+
     def read_outcome(self) -> Outcome | None:
         """How the newest ended attempt ended. None: none has, or the file isn't one of ours."""
         value = read_json(self.outcome)
@@ -165,6 +177,22 @@ class RunFolder:
             return Outcome(**value) if isinstance(value, dict) else None
         except (TypeError, AssertionError):
             return None
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:07d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every complete checkpoint, newest first. Nothing is opened but folders."""
+    if not checkpoints.is_dir():
+        return []
+    found = []
+    for folder in checkpoints.iterdir():
+        match = _STEP.match(folder.name)
+        if match and (folder / COMPLETE).exists():
+            found.append((int(match[1]), folder))
+    return sorted(found, reverse=True)
 
 
 def finished_text(folder: RunFolder, stop_step: int) -> str:

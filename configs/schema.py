@@ -150,6 +150,27 @@ class Checkpoint:
 
 
 @dataclass
+class Divergence:
+    """What follows a loss or gradient that is no number, and a loss that jumps. A refused step changes no weights."""
+
+    nonfinite: str = key(
+        "stop",
+        "loss or gradients are not finite: stop the run, skip the step, or roll back and pass over the batches since",
+        choices=("stop", "skip", "rollback"),
+    )
+    spike: str = key("off", "the loss jumps, by the rule below", choices=("off", "skip", "rollback", "stop"))
+    spike_window_steps: int = key(64, "a loss is held against the median of the losses of so many applied steps before it", low=4)
+    spike_min_steps: int = key(16, "no spike before so many losses are known", low=4)
+    spike_deviations: float = key(8.0, "a spike is more above the median than so many times 1.4826 x MAD of the window", above=0)
+    spike_floor_nats: float = key(0.2, "and more than this above it, in nats: a still window has a MAD near 0", above=0)
+    max_skips: int = key(10, "skipped steps of the whole run, over all attempts; the next one is the end", low=1)
+    max_rollbacks: int = key(3, "rollbacks of the whole run, over all attempts; the next one is the end", low=1)
+    rollback_checkpoints: int = key(
+        1, "how many complete checkpoints back a rollback goes; once more after a rollback without a save since", low=1
+    )
+
+
+@dataclass
 class Wandb:
     project: str = key("phalanx", "W&B project")
     entity: Optional[str] = key(None, "W&B entity; None: the key's default")
@@ -181,6 +202,17 @@ class Metrics:
 
 
 @dataclass
+class Container:
+    """What the ranks run inside of; the batch step stays on the host, where Slurm's commands are."""
+
+    kind: str = key("none", "how Slurm's tasks enter the image", choices=("none", "pyxis", "apptainer"))
+    image: Optional[str] = key(None, "image, as srun --container-image (pyxis) or apptainer exec takes it")
+    mounts: List[str] = key(factory=list, doc="HOST:INSIDE folders; the run folder and the data must be seen under the same path")
+    python: str = key("python3", "Python inside the image, with phalanx and torch installed")
+    args: List[str] = key(factory=list, doc="further words for srun (pyxis) or apptainer exec")
+
+
+@dataclass
 class Slurm:
     partition: Optional[str] = key(None, "partition")
     account: Optional[str] = key(None, "account")
@@ -191,9 +223,45 @@ class Slurm:
     gpus_per_node: Optional[str] = key(None, "GPUs of each node, as sbatch takes it")
     mem: Optional[str] = key(None, "memory of each node; 0: all")
     cpus_per_task: Optional[int] = key(None, "cores of each node's task", low=1)
+    nodelist: Optional[str] = key(None, "nodes to use")
     exclude: Optional[str] = key(None, "nodes to keep off")
     reservation: Optional[str] = key(None, "reservation")
-    extra: List[str] = key(factory=list, doc="further #SBATCH lines, without the prefix")
+    dependency: Optional[str] = key(None, "start after other jobs, as sbatch takes it: afterok:123")
+    chain: int = key(0, "further jobs submitted at once, each after the end of the one before: for sites without requeue", low=0)
+    extra: List[str] = key(factory=list, doc="further #SBATCH lines, without the prefix: --mail-type=END")
+    modules: List[str] = key(factory=list, doc="environment modules to load, in this order")
+    prologue: List[str] = key(factory=list, doc="shell commands of the batch script before anything else, each whole in itself")
+    srun_args: List[str] = key(factory=list, doc="further words for srun: --cpu-bind=none")
+    python: Optional[str] = key(None, "Python with phalanx on the compute nodes; None: the one that submits")
+    container: Container = key(factory=Container)
+    min_nodes: Optional[int] = key(None, "go on with as few nodes when launch.nodes are not to be had; None: wait", low=1)
+    stop_before_s: float = key(120.0, "save this long before the time limit, or more when saves take longer", low=0)
+    requeue: bool = key(True, "start again by scontrol requeue after preemption, time limit, crash or node failure")
+    max_attempts: int = key(50, "attempts of one submission, all causes counted", low=1)
+    max_without_progress: int = key(
+        2, "crashes or hangs in a row without a new checkpoint, after which the run is given up", low=1
+    )
+    exclude_after_failures: int = key(2, "failures of one node in one submission, after which it is excluded; 0: never", low=0)
+
+
+@dataclass
+class Watch:
+    """When ranks count as hung, and nodes as slow; the launcher's watchdog looks from outside of the ranks."""
+
+    step_timeout_s: Optional[float] = key(
+        None, "longest time without a sign of progress inside a step; None: 20 median steps, at least 300 s; 0: never hung", low=0
+    )
+    start_timeout_s: float = key(
+        1800.0, "the same outside of steps and in the first one: imports, data, restore, save, validation; 0: never hung", low=0
+    )
+    stacks: bool = key(True, "ask hung ranks for their stacks before the attempt is ended")
+    straggler_ratio: Optional[float] = key(
+        1.5, "a rank is slow from so many times the median of all; None: not looked at", above=1
+    )
+    probe_interval_steps: Optional[int] = key(
+        20, "time a small fixed matrix product every so many steps, to tell a slow rank; None: never", low=1
+    )
+    per_rank_files_max: int = key(256, "with more ranks, logs are gathered into one file a node", low=0)
 
 
 @dataclass
@@ -206,6 +274,7 @@ class Launch:
         None, "rendezvous port; None: a free one (local), from the job id (Slurm)", low=1024, high=65535
     )
     slurm: Slurm = key(factory=Slurm)
+    watch: Watch = key(factory=Watch)
 
 
 @dataclass
@@ -215,6 +284,7 @@ class Cluster:
     gpu: Optional[str] = key(None, "GPU type, as named in the planner's table; None: CPU")
     gpus_per_node: int = key(8, "GPUs a machine", low=1)
     scaleup_gpus: Optional[int] = key(None, "GPUs in one scale-up (NVLink) domain; None: gpus_per_node", low=1)
+    interface: Optional[str] = key(None, "network interface for gloo and NCCL's first contact: eth0; None: theirs to choose")
     network_gbit_s: Optional[float] = key(None, "NIC bandwidth a GPU, one direction; None: typical for the GPU", above=0)
     price_per_gpu_hour_usd: Optional[float] = key(None, "price of a GPU for an hour", low=0)
 
@@ -232,6 +302,7 @@ class Config:
     schedule: Schedule = key(factory=Schedule)
     data: Data = key(factory=Data)
     checkpoint: Checkpoint = key(factory=Checkpoint)
+    divergence: Divergence = key(factory=Divergence)
     metrics: Metrics = key(factory=Metrics)
     launch: Launch = key(factory=Launch)
     cluster: Cluster = key(factory=Cluster)

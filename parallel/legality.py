@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from configs.errors import Notice, Problem
 from configs.fields import check_keys
 from configs.schema import Config
-from parallel import notices, rules_engine, rules_layout, rules_model, rules_run
+from parallel import notices, rules_engine, rules_layout, rules_model, rules_run, rules_slurm
 from parallel.layout import Layout, make_layout
 from parallel.rules import Rule
 
-PROBLEM_RULES: tuple[Rule[Problem], ...] = (*rules_layout.RULES, *rules_model.RULES, *rules_engine.RULES, *rules_run.RULES)
+PROBLEM_RULES: tuple[Rule[Problem], ...] = (
+    *rules_layout.RULES,
+    *rules_model.RULES,
+    *rules_engine.RULES,
+    *rules_run.RULES,
+    *rules_slurm.RULES,
+)
 NOTICE_RULES: tuple[Rule[Notice], ...] = notices.RULES
 
 

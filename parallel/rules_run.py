@@ -101,6 +101,25 @@ def checkpoint_keys(config: Config) -> Iterator[Problem]:
             yield Problem("checkpoint.allow_change", name, "must be keys or sections of the config", fix)
 
 
+@reads("divergence", "checkpoint.interval_steps", "checkpoint.keep")
+def divergence_keys(config: Config) -> Iterator[Problem]:
+    section, checkpoint = config.divergence, config.checkpoint
+    if section.spike_min_steps > section.spike_window_steps:
+        rule = f"must be at most divergence.spike_window_steps = {section.spike_window_steps}: no more losses are kept"
+        yield Problem(
+            "divergence.spike_min_steps", section.spike_min_steps, rule, f"set it to {section.spike_window_steps} or less"
+        )
+    for name, action in (("nonfinite", section.nonfinite), ("spike", section.spike)):
+        if action == "rollback" and checkpoint.interval_steps is None:
+            rule = "goes back to a checkpoint: checkpoint.interval_steps must be set"
+            yield Problem(f"divergence.{name}", action, rule, f"set checkpoint.interval_steps, or divergence.{name}=skip")
+    back, keep = section.rollback_checkpoints, checkpoint.keep
+    if "rollback" in (section.nonfinite, section.spike) and keep and back > keep:
+        rule = f"only the newest checkpoint.keep = {keep} checkpoints are there to go back to"
+        fix = f"set divergence.rollback_checkpoints={keep} or less, or checkpoint.keep={back} or more"
+        yield Problem("divergence.rollback_checkpoints", back, rule, fix)
+
+
 @reads("metrics", "cluster", *WORLD)
 def profile_keys(config: Config) -> Iterator[Problem]:
     profile, world = config.metrics.profile, world_size(config)
@@ -137,14 +156,6 @@ def scaleup_domain(config: Config) -> Iterator[Problem]:
         yield Problem("cluster.scaleup_gpus", domain, rule, f"set it to {near_multiples(domain, gpus)}")
 
 
-@reads("launch.slurm.time", "launch.target")
-def slurm_time(config: Config) -> Iterator[Problem]:
-    time = config.launch.slurm.time
-    if time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", time, re.IGNORECASE):
-        rule = "must be a time as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS"
-        yield Problem("launch.slurm.time", time, rule, "for example launch.slurm.time=1-12:00:00")
-
-
 @reads("run.name", "run.dir")
 def run_has_a_folder(config: Config) -> Iterator[Problem]:
     name = config.run.name
@@ -168,11 +179,11 @@ RULES = (
     run_has_one_end,
     schedule_fits_horizon,
     checkpoint_keys,
+    divergence_keys,
     profile_keys,
     sinks_once,
     ranks_have_gpus,
     scaleup_domain,
-    slurm_time,
     run_has_a_folder,
     parts_have_paths,
 )

@@ -12,8 +12,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from configs.beat import BEAT_DIR
 from configs.errors import Problem
 from parallel import cpu
+
+# How long a rank waits for the others. Where a watchdog looks from outside, it says after launch.watch's times who is late;
+# the ranks' own errors, which can't, are then the second line.
+TIMEOUT_S, WATCHED_TIMEOUT_S = 600.0, 7200.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def check_device(wanted: str, device: torch.device) -> list[Problem]:
     return []
 
 
-def start(environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
+def start(environ: Mapping[str, str]) -> Runtime:
     """Bring the default process group up: gloo for CPU tensors, NCCL for CUDA tensors.
 
     Small control messages travel as CPU tensors over gloo also on a GPU, so that they never wait for a stream.
@@ -74,11 +79,15 @@ def start(environ: Mapping[str, str], timeout_s: float = 600.0) -> Runtime:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            timeout_s = WATCHED_TIMEOUT_S if environ.get(BEAT_DIR) else TIMEOUT_S
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
     return Runtime(rank, world_size, local_rank, device)
 
 
 def stop() -> None:
-    """Take the process groups down."""
+    """Take the process groups down, once all ranks are here: torchrun ends the others when one has left with a code, and
+    rank 0 may still be closing W&B.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

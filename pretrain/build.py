@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from pretrain.megatron_config import make_transformer_config
 from pretrain.metrics import make_meter
 from pretrain.model import PaddedVocabGPT, build_chunks
 from pretrain.moe_metrics import MoeMetrics
+from pretrain.probe import SpeedProbe
 from pretrain.profiling import ProfileWindow
 from pretrain.restore import Position
 from pretrain.session import Session
@@ -78,6 +80,9 @@ def make_run(
     def barrier() -> None:
         dist.barrier()
 
+    def read(position: Position) -> Prefetcher[GlobalBatch]:
+        return Prefetcher(reader.training(streams.train, position, stop_step))
+
     streams = build_streams(config, session.tokenizer, is_builder=runtime.rank == 0, barrier=barrier)
     reader = BatchReader(config, groups)
     stop_step = session.stop_step
@@ -87,14 +92,20 @@ def make_run(
         device=runtime.device,
         stage=groups.pp.rank(),
         engine=engine,
-        batches=Prefetcher(reader.training(streams.train, position, stop_step)),
+        read=read,
+        batches=read(position),
         validation=reader.validation(streams.valid) if streams.valid else [],
         moe=MoeMetrics(model, config.model, groups),
         meter=make_meter(config, layout, session.vocab_size),
         profile=ProfileWindow(config.metrics.profile, session.folder.path / "profile", runtime.rank),
         saver=session.make_saver(engine, layout),
         sink=session.open_sinks(),
+        policy=session.make_policy(),
+        roll_back=partial(session.roll_back, engine),
+        say=session.say,
         stop=signals,
+        beat=signals.beat,
+        probe=SpeedProbe(config.launch.watch.probe_interval_steps, runtime.device, signals.beat),
         position=position,
         stop_step=stop_step,
         horizon_steps=session.horizon_steps,

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.files import sync_folder, write_atomically
+from configs.run_folder import COMPLETE, complete_checkpoints, step_folder
 from pretrain.engine.base import Piece
-from pretrain.manifest import COMPLETE, Manifest, complete_checkpoints, piece_key, step_folder
+from pretrain.manifest import Manifest, piece_key
 from pretrain.tensor_file import Written, write_tensor_file
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.float64: "F64"}

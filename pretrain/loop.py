@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, saves, and the agreement of all ranks on when to end.
+"""The training loop: steps, what follows a step that may not be applied, validation, saves, and the agreement on when to end.
 
 In: a `Run` with everything built. Out: the state in which the attempt ended. It knows neither W&B nor any path.
 """
@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from configs.beat import AGREEING, COMPUTING, RECORDING, RESTORING, SAVING, VALIDATING, WAITING
 from configs.schema import Config
 from parallel.batch import global_batch_at
 from parallel.layout import Layout
 from pretrain.batches import MicroBatch, Prefetcher
-from pretrain.checkpoint_write import PENDING, CheckpointWriter
-from pretrain.engine.base import Engine, StepResult
+from pretrain.checkpoint_write import PENDING
+from pretrain.divergence import ACCEPT, DIVERGED, ROLLBACK, SKIP, SKIPPED, STOP, Decision, Policy, Refused
+from pretrain.engine.base import Engine
+from pretrain.heartbeat import Heartbeat
 from pretrain.metrics import Meter, peak_memory_gib
 from pretrain.moe_metrics import MoeMetrics
+from pretrain.probe import SpeedProbe
 from pretrain.profiling import ProfileWindow
 from pretrain.restore import Position
+from pretrain.saving import Saver
 from pretrain.schedule import learning_rate
 from pretrain.sinks import Sink
 from pretrain.stop import NONE, STATE_OF, StopSignals
@@ -43,13 +47,18 @@ class Ended:
 
 @dataclass
 class Run:
-    """Everything that a step needs. `batches` yields (sequences of the global batch, this rank's micro-batches)."""
+    """Everything that a step needs. `batches` yields (sequences of the global batch, this rank's micro-batches).
+
+    `read` makes them anew from a position; `roll_back` fills the engine from an earlier checkpoint and says where the run
+    stands then (None: there is none); `say` tells people and the events, on rank 0.
+    """
 
     config: Config
     layout: Layout
     device: torch.device
     stage: int
     engine: Engine
+    read: Callable[[Position], Prefetcher[GlobalBatch]]
     batches: Prefetcher[GlobalBatch]
     validation: list[list[MicroBatch]]
     moe: MoeMetrics
@@ -57,39 +66,15 @@ class Run:
     profile: ProfileWindow
     sink: Sink
     stop: StopSignals
+    beat: Heartbeat
+    probe: SpeedProbe
     saver: Saver
+    policy: Policy
+    roll_back: Callable[[Refused], tuple[Position, Policy] | None]
+    say: Callable[..., None]
     position: Position
     stop_step: int
     horizon_steps: int
-
-
-@dataclass
-class Saver:
-    """When to save, and what follows a save. `begin(position)` starts one; `published(folder, error)` hears of its end."""
-
-    writer: CheckpointWriter
-    interval_steps: int | None
-    at_end: bool
-    begin: Callable[[Position], None]
-    published: Callable[[Path, str | None], None]
-    last_step: int = -1
-    error: str | None = None
-
-    def save(self, position: Position) -> None:
-        """Start a save of this position, after the one under way. Collective."""
-        if self.last_step == position.step:
-            return
-        self.settle()
-        self.begin(position)
-        self.last_step = position.step
-        if not self.writer.asynchronous:
-            self.settle()
-
-    def settle(self) -> None:
-        """Wait for the save under way, if any, and complete it. Collective: every rank knows of the same saves."""
-        if self.writer.status is not None:
-            folder, self.error = self.writer.finish()
-            self.published(folder, self.error)
 
 
 @dataclass(frozen=True)
@@ -102,21 +87,34 @@ class Agreement:
 
 
 def train(run: Run) -> Ended:
-    """Step until the last one, a request to stop, or a loss that is no number. Collective."""
+    """Step until the last one, a request to stop, or a step whose refusal ends the run. Closes `run.batches`. Collective."""
+    try:
+        return _train(run)
+    finally:
+        run.batches.close()
+
+
+def _train(run: Run) -> Ended:
     while run.position.step < run.stop_step:
         step = run.position.step + 1
-        run.stop.phase = f"step {step}"
         run.profile.before(step)
-        row, result = _step(run)
-        if not result.applied:
-            run.sink.write(row)
-            return _end(run, "diverged", f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}: not applied")
+        row, decision, after = _step(run)
+        if decision.action in (STOP, ROLLBACK):
+            if ended := _stop_or_roll_back(run, row, decision):
+                return ended
+            continue
+        if decision.action == SKIP:
+            row["skipped"] = True
+            run.say(SKIPPED, **Refused.of(row, decision).as_fields())
+        run.position = after
         agreed = agree(run)
         if _validation_due(run):
-            run.stop.phase = f"validation after step {step}"
+            run.beat.enter(VALIDATING)
             row["val_loss"] = validate(run)
+        run.beat.enter(RECORDING)
         run.sink.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
         run.profile.after(step)
+        run.probe.after(step)
         _save_if_due(run, agreed)
         if agreed.requested != NONE:
             name = run.stop.signal_name or "a signal to another rank"
@@ -124,24 +122,52 @@ def train(run: Run) -> Ended:
     return _end(run, "finished", f"all {run.stop_step} steps are done")
 
 
-def _step(run: Run) -> tuple[dict[str, Any], StepResult]:
-    """One optimizer step; moves `run.position` when it was applied."""
+def _step(run: Run) -> tuple[dict[str, Any], Decision, Position]:
+    """One optimizer step: its row, what the policy decided, where the run stands when the step counts."""
     config, before = run.config, run.position
     started_s = time.perf_counter()
+    run.beat.enter(WAITING, before.step + 1)
     global_batch_seqs, batches = next(run.batches)
+    run.beat.enter(COMPUTING)
     rate = learning_rate(before.step, config.optimizer, config.schedule, run.horizon_steps)
-    result = run.engine.step(batches, rate)
+    decision = Decision(STOP, "the engine asked nobody")
+
+    def accept(loss: float, grad_norm: float) -> bool:
+        nonlocal decision
+        decision = run.policy.judge(loss, grad_norm)
+        return decision.action == ACCEPT
+
+    result = run.engine.step(batches, rate, accept)
+    assert result.applied == (decision.action == ACCEPT), f"the engine did not heed {decision}"
     moe = run.moe.take(len(batches), config.metrics.expert_load_layers)
     tokens = global_batch_seqs * config.batch.seq_length_tokens
     after = Position(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
     row = run.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
-    if result.applied:
-        run.position = after
-    return row | moe, result
+    return row | moe | ({} if result.applied else {"applied": False}), decision, after
+
+
+def _stop_or_roll_back(run: Run, row: dict[str, Any], decision: Decision) -> Ended | None:
+    """The end of the run, or None: it stands at an earlier checkpoint, with the refused batch behind it."""
+    refused, rule = Refused.of(row, decision), decision.rule
+    run.beat.enter(RECORDING)
+    run.sink.write(row)
+    if decision.action == ROLLBACK:
+        run.beat.enter(RESTORING)
+        run.saver.settle()
+        run.batches.close()
+        if found := run.roll_back(refused):
+            run.position, run.policy = found
+            run.saver.last_step = run.position.step
+            run.batches = run.read(run.position)
+            return None
+        rule += "; there is no earlier checkpoint to roll back to"
+    run.say(DIVERGED, **replace(refused, rule=rule).as_fields())
+    return _end(run, "diverged", f"step {refused.step} was not applied: {rule}")
 
 
 def agree(run: Run) -> Agreement:
     """One all-reduce of a few numbers over all ranks."""
+    run.beat.enter(AGREEING)
     status = run.saver.writer.status
     flags = torch.zeros(2 + run.layout.pipeline, dtype=torch.float64, device=run.device)
     flags[0] = run.stop.requested
@@ -166,16 +192,17 @@ def validate(run: Run) -> float:
 def _save_if_due(run: Run, agreed: Agreement) -> None:
     saver, step = run.saver, run.position.step
     if saver.writer.status is not None and not agreed.save_pending:
+        run.beat.enter(SAVING)
         saver.settle()
-    if saver.interval_steps and step % saver.interval_steps == 0:
-        run.stop.phase = f"saving step {step}"
+    if saver.is_due(step):
+        run.beat.enter(SAVING)
         saver.save(run.position)
 
 
 def _end(run: Run, state: str, why: str) -> Ended:
     """Save what is worth keeping, wait for it, and say how it ended."""
     saver = run.saver
-    run.stop.phase = f"saving step {run.position.step}"
+    run.beat.enter(SAVING)
     if saver.at_end and state != "diverged" and run.position.step > 0:
         saver.save(run.position)
     saver.settle()

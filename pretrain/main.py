@@ -10,14 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 
+from configs.beat import BUILDING, READING, RESTORING
+from pretrain.heartbeat import Heartbeat
 from pretrain.rank_process import prepare, run_rank
 from pretrain.stop import StopSignals
 
-SIGNALS = StopSignals()
+SIGNALS = StopSignals(beat=Heartbeat(os.environ))
 if __name__ == "__main__":
     # The imports below take seconds: signals, the rank's log and its parent's death are looked after before them.
     SIGNALS.install()
     prepare()
+    SIGNALS.beat.start()
 
 from configs.load import Loaded, load_config
 from parallel.groups import make_groups
@@ -48,6 +51,7 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
     with Session(loaded, runtime) as session:
         if session.is_finished:
             return 0
+        signals.beat.enter(BUILDING)
         layout = make_layout(config)
         chunks = make_chunks(
             config.model, layout.pipeline, layout.virtual_pipeline, session.vocab_size, config.parallel.pipeline_split
@@ -55,10 +59,12 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
         groups = make_groups(layout, config.run.seed)
         model = make_model(config, session.vocab_size, layout, chunks, groups, runtime.device)
         engine = make_engine(config, model, groups, runtime.device)
+        signals.beat.enter(RESTORING)
         position = session.restore(engine)
+        signals.beat.enter(READING)
         run = make_run(session, layout, groups, model, engine, position, signals)
-        with run.batches:
-            ended = train(run)
+        ended = train(run)
+        signals.beat.end()
         code = session.finish(ended)
     stop()
     return code

@@ -5,7 +5,8 @@
         index.json               which file holds which slice, with the CRC-32 of its bytes
         rank_00000.safetensors   slices that rank 0 wrote, 1-D, keyed  KIND:NAME[first:stop,…]  or  …[…](start:stop)
         COMPLETE                 written last, after everything above was synced
-A folder whose name ends in .partial is a save that did not finish; .damaged was found so at a resume.
+A folder whose name ends in .partial is a save that did not finish; .damaged was found so at a resume; the run went back
+behind .rolled_back.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from configs.errors import Problem
 from configs.fields import walk
 from configs.files import read_json
 from configs.model_schema import Model
+from configs.run_folder import COMPLETE
 from pretrain.boxes import Box
 from pretrain.tensor_file import DamagedFile
 
 FORMAT = 1
-COMPLETE = "COMPLETE"
-_STEP = re.compile(r"^step_(\d{7,})$")
 _KEY = re.compile(r"^(?P<kind>\w+):(?P<name>[^\[]+)\[(?P<box>[^\]]*)\](?:\((?P<start>\d+):(?P<stop>\d+)\))?$")
 
 
@@ -100,22 +100,6 @@ def parse_key(key: str) -> tuple[str, str, Box, int, int]:
     box = Box(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
     start, stop = (int(match["start"]), int(match["stop"])) if match["start"] else (0, box.size)
     return match["kind"], match["name"], box, start, stop
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step_{step:07d}"
-
-
-def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint, newest first. Nothing is opened but folders."""
-    if not checkpoints.is_dir():
-        return []
-    found = []
-    for folder in checkpoints.iterdir():
-        match = _STEP.match(folder.name)
-        if match and (folder / COMPLETE).exists():
-            found.append((int(match[1]), folder))
-    return sorted(found, reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

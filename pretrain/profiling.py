@@ -22,6 +22,8 @@ class ProfileWindow:
 
     def before(self, step: int) -> None:
         """Called before step number `step` (from 1)."""
+        if self._profiler is not None:
+            return  # after a rollback into the open window
         if self._wanted and step == self.section.start_step:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             if self.section.memory_snapshot and torch.cuda.is_available():

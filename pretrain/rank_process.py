@@ -4,15 +4,14 @@ The contract with our launchers, all of it optional (plain torchrun sets none of
     PHALANX_LOG_DIR   folder for rank_N.log (stdout and stderr, also of C code) and rank_N.failure.json
     PHALANX_TTY       the launcher's terminal, for rank 0's bar
     PHALANX_ATTEMPT   the attempt number that the launcher has claimed
+    PHALANX_BEAT_DIR  folder for heartbeats and stacks (configs/beat.py)
 Imports nothing heavy: `prepare` runs before torch is imported, whose failure to import belongs into the rank's log.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,14 +20,14 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.files import write_json
+from configs.process import die_with_parent, node_name
 from configs.run_folder import EXIT_BAD_INPUT, EXIT_BROKE
-
-_PR_SET_PDEATHSIG = 1
 
 
 def prepare(environ: Mapping[str, str] = os.environ) -> None:
     """Before anything heavy is imported: the rank's log, its death with its parent, tracebacks of crashes in C."""
     redirect_output(environ)
+    # torchrun's agent may be killed: without it, its store is gone too.
     die_with_parent()
     faulthandler.enable()
 
@@ -71,24 +70,13 @@ def redirect_output(environ: Mapping[str, str]) -> None:
             reconfigure(line_buffering=True)
 
 
-def die_with_parent() -> None:
-    """SIGKILL for this process when torchrun's agent dies, however that happens: without it, its store is gone too. Linux."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def record_failure(environ: Mapping[str, str], kind: str, text: str) -> None:
-    """Leave {"rank", "time", "kind": bad_input|exception, "text"} for the launcher. A full disk costs the file only."""
+    """Leave {"rank", "node", "time", "kind": bad_input|exception, "text"} for the launcher. A full disk costs the file only."""
     directory = environ.get("PHALANX_LOG_DIR")
     if not directory:
         return
     rank = _rank(environ)
-    failure = {"rank": rank, "time": time.time(), "kind": kind, "text": text}
+    failure = {"rank": rank, "node": node_name(environ), "time": time.time(), "kind": kind, "text": text}
     try:
         write_json(Path(directory) / f"rank_{rank}.failure.json", failure)
     except OSError as error:

@@ -64,6 +64,16 @@ class Record:
             raise ConfigError(storage_problem("run.dir", self.path, error)) from error
         self.last_step = step
 
+    def cut_back(self, step: int, keep_cut_in: Path) -> None:
+        """A rollback: drop the rows past `step`, and go on after it. Raises ConfigError when the disk refuses it."""
+        try:
+            _cut(self.path, step, self._note, keep_cut_in)
+            os.close(self._descriptor)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+        self.last_step = step
+
     def sync(self) -> None:
         """Put every row on the disk. Before a checkpoint is marked complete."""
         try:

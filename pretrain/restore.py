@@ -18,11 +18,13 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from configs.errors import ConfigError, Problem
+from configs.run_folder import complete_checkpoints, step_folder
 from configs.schema import Checkpoint
 from pretrain.boxes import Box
 from pretrain.checkpoint_read import CheckpointReader
 from pretrain.engine.base import MOMENTS, Engine, Piece
-from pretrain.manifest import Manifest, check_identity, complete_checkpoints, read_manifest, step_folder
+from pretrain.manifest import Manifest, check_identity, read_manifest
+from pretrain.rollback import move_aside
 from pretrain.tensor_file import DamagedFile
 from pretrain.together import lead, refuse
 
@@ -101,12 +103,7 @@ def _all_damaged(checkpoints: Path) -> Problem:
 
 def pass_over(folder: Path, damage: DamagedFile, say: Say) -> None:
     """Say loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
-    aside = folder.with_name(folder.name + ".damaged")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}.damaged{number}")
-    folder.rename(aside)
+    aside = move_aside(folder, "damaged")
     say("checkpoint_damaged", folder=folder.name, why=str(damage), kept_as=aside.name)
 
 

@@ -23,6 +23,7 @@ TABLE: dict[str, str] = {
     "zero": FREE,
     "recompute": FREE,
     "checkpoint": FREE,
+    "divergence": FREE,
     "metrics": FREE,
     "launch": FREE,
     "cluster": FREE,

@@ -7,16 +7,15 @@ Works the same under plain torchrun and under our launchers: the lock decides wh
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import append_line, mend_torn_line, storage_problem, write_atomically, write_json
+from configs.events import append_event, mend_events, sync_events
+from configs.files import storage_problem, write_atomically, write_json
 from configs.run_folder import Outcome, RunFolder, check_run_folder
 from pretrain.lock import FolderLock, acquire
 
@@ -32,7 +31,6 @@ class Attempt:
         self.number = number
         self.wandb_id = wandb_id
         self._lock = lock
-        self._events = os.open(folder.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._closed = False
 
     @property
@@ -42,9 +40,8 @@ class Attempt:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl. Raises ConfigError when the disk refuses it."""
-        row = {"time": round(time.time(), 3), "attempt": self.number, "kind": kind, **fields}
         try:
-            append_line(self._events, row)
+            append_event(self.folder, self.number, kind, **fields)
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
 
@@ -72,12 +69,12 @@ class Attempt:
             return
         self._closed = True
         try:
-            os.fsync(self._events)
-            self._lock.release()
+            try:
+                sync_events(self.folder)
+            finally:
+                self._lock.release()
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
-        finally:
-            os.close(self._events)
 
     def __enter__(self) -> Attempt:
         return self
@@ -123,7 +120,7 @@ def _open_held(
     before = folder.config.read_text() if folder.config.exists() else None
     if problems := list(may_go_on(before)):
         raise ConfigError(problems)
-    torn_bytes = mend_torn_line(folder.events)
+    torn_bytes = mend_events(folder)
     previous = folder.last_attempt()
     number = _allocate(folder, environ)
     lock.hold(number)

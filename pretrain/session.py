@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from configs.errors import ConfigError, Problem
-from configs.files import read_json
+from configs.events import sync_events
+from configs.files import storage_problem
 from configs.load import Loaded, from_yaml_text
 from configs.run_folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
 from parallel.batch import horizon_steps, steps_of
@@ -24,29 +25,33 @@ from parallel.layout import Layout
 from parallel.legality import check_config
 from parallel.runtime import Runtime, check_device, check_environment
 from pretrain.backend import check_backend, detect_machine
-from pretrain.checkpoint_write import CheckpointWriter, prune, remove_leftovers
+from pretrain.checkpoint_write import remove_leftovers
 from pretrain.console import make_console
 from pretrain.data import data_identity
 from pretrain.data_check import check_data, vocab_size
-from pretrain.engine.base import MOMENTS, WEIGHT, Engine
-from pretrain.loop import Ended, Saver
-from pretrain.manifest import FORMAT, Manifest, read_manifest
+from pretrain.divergence import Policy, Refused
+from pretrain.engine.base import Engine
+from pretrain.loop import Ended
+from pretrain.manifest import read_manifest
 from pretrain.provenance import make_provenance
-from pretrain.record import Record, read_rows
+from pretrain.record import Record, encode_row
 from pretrain.restore import (
     Identity,
     Position,
     choose_checkpoints,
     describe_error,
-    random_pieces,
+    random_state,
     restore,
+    set_random_state,
     warm_start,
     warm_start_folder,
 )
 from pretrain.resume import architecture, check_changes, check_data_change, flatten
+from pretrain.rollback import begin_rollback, finish_rollback, read_policy
 from pretrain.run_folder import Attempt, open_attempt
+from pretrain.saving import Common, Saver
 from pretrain.sinks import NullSink, RecordSink, Sink, Sinks
-from pretrain.summary import RunSummary, summary
+from pretrain.summary import make_summary, summary
 from pretrain.together import lead, refuse
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.wandb_sink import make_wandb_sink, wandb_place
@@ -71,6 +76,8 @@ class _Begun:
     attempt: int
     folders: list[Path]
     warm_folder: Path | None
+    # Samples that a rollback passed over, and all before: no step reads them again.
+    passed_samples: int = 0
 
 
 class Session:
@@ -87,10 +94,11 @@ class Session:
         self.sink: Sink = NullSink()
         self.record: Record | None = None
         self.saver: Saver | None = None
-        self._checkpoint: Path | None = None
         # Rank 0 alone reads it: hashing the whole index of large data takes a while.
         self._data_identity: dict[str, Any] | None = None
         self._started = Position()
+        # Generators as this attempt seeded them: what a checkpoint of another world size leaves as they are.
+        self._seeded: dict[str, torch.Tensor] = {}
         self._ended = False
         self._begun = lead(self._begin)
 
@@ -111,12 +119,14 @@ class Session:
         )
         try:
             remove_leftovers(self.folder.checkpoints)
-            section, say = self.config.checkpoint, self._say
+            section, say = self.config.checkpoint, self.say
+            passed_samples = finish_rollback(self.folder, say)
             folders = choose_checkpoints(section, self.folder.checkpoints, self._identity(), say)
             data = self._data_identity = data_identity(self.config)
             if folders:
                 refuse(check_data_change(read_manifest(folders[0]).data, data, self.config))
-            return _Begun(None, self.attempt.number, folders, None if folders else warm_start_folder(section, self._identity()))
+            warm = None if folders else warm_start_folder(section, self._identity())
+            return _Begun(None, self.attempt.number, folders, warm, passed_samples)
         except ConfigError as error:
             self._finish(Ended("failed", error.problems[0].rule, Position()))
             raise
@@ -130,10 +140,15 @@ class Session:
             return []
         return check_changes(flatten(from_yaml_text(before)), self.config)
 
-    def _say(self, kind: str, **fields: Any) -> None:
-        """Loud: an event and a line for people."""
-        assert self.attempt is not None, "rank 0 holds the attempt"
-        self.attempt.event(kind, **fields)
+    def say(self, kind: str, **fields: Any) -> None:
+        """Loud, on rank 0: an event, on the disk when this returns, and a line for people."""
+        if self.attempt is None:
+            return
+        self.attempt.event(kind, **encode_row(fields))
+        try:
+            sync_events(self.folder)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
         words = ", ".join(f"{key} {value}" for key, value in fields.items())
         print(f"phalanx: {kind.replace('_', ' ')}: {words}", file=sys.stderr, flush=True)
 
@@ -142,16 +157,20 @@ class Session:
     def restore(self, engine: Engine) -> Position:
         """Fill the engine from where the run stopped, or from the warm start's weights; step 0 keeps the initial weights."""
         asked = self.config.checkpoint.resume_step is not None
-        say = self._say if self.runtime.rank == 0 else _silent
-        found = restore(self._begun.folders, engine, asked, say)
+        self._seeded = random_state()
+        found = restore(self._begun.folders, engine, asked, self.say)
         if found is not None:
             self._started, manifest = found
             if self.config.schedule.horizon_steps is None and manifest.horizon_steps:
                 self.horizon_steps = manifest.horizon_steps
-            self._tell("resumed", step=self._started.step, layout=manifest.layout, engine=manifest.engine)
+            samples = max(self._started.consumed_samples, self._begun.passed_samples)
+            fields = {"step": self._started.step, "consumed_samples": samples}
+            self._tell("resumed", **fields, layout=manifest.layout, engine=manifest.engine)
         elif self._begun.warm_folder is not None:
             warm_start(self._begun.warm_folder, engine)
             self._tell("warm_start", folder=str(self._begun.warm_folder))
+        samples = max(self._started.consumed_samples, self._begun.passed_samples)
+        self._started = replace(self._started, consumed_samples=samples)
         return self._started
 
     def _tell(self, kind: str, **fields: Any) -> None:
@@ -161,8 +180,7 @@ class Session:
     def open_sinks(self) -> Sink:
         """The record, cut back to the restored step, and what copies it. Other ranks write to nothing."""
         if self.attempt is not None:
-            cut = self.attempt.own_dir / "metrics_cut.jsonl"
-            self.record = Record.open(self.folder.metrics, self._started.step, self.attempt.event, cut)
+            self.record = Record.open(self.folder.metrics, self._started.step, self.attempt.event, self._rows_cut)
             sinks: list[Sink] = [RecordSink(self.record)]
             if "console" in self.config.metrics.sinks:
                 sinks.append(make_console(self.stop_step, self.config.metrics.log_interval_steps, os.environ))
@@ -172,65 +190,44 @@ class Session:
                 self.sink.note(f"resumed at step {self._started.step}")
         return self.sink
 
+    @property
+    def _rows_cut(self) -> Path:
+        """Where rows go that this attempt cuts from the record."""
+        assert self.attempt is not None, "rank 0 holds the attempt"
+        return self.attempt.own_dir / "metrics_cut.jsonl"
+
     def make_saver(self, engine: Engine, layout: Layout) -> Saver:
-        section = self.config.checkpoint
-        writer = CheckpointWriter(self.folder.checkpoints, self.runtime.rank, section.asynchronous)
-        # Adam's moments come with the first step: each is as large as the weights.
-        weights = sum(piece.data.nbytes for piece in engine.owned() if piece.kind == WEIGHT)
-        writer.reserve((1 + len(MOMENTS)) * weights)
-
-        def begin(position: Position) -> None:
-            if self.attempt is not None and self.record is not None:
-                self.attempt.check_held()
-                # Every row that this checkpoint will claim is on the disk before it.
-                self.record.sync()
-            pieces = [*engine.owned(), *random_pieces(self.runtime.rank)]
-            writer.start(self._manifest(position, engine, layout, pieces), pieces)
-
-        self.saver = Saver(writer, section.interval_steps, section.save_at_end, begin, self._published)
+        common = Common(self.config, self._identity(), self.vocab_size, self._data_identity, self.horizon_steps, layout)
+        self.saver = Saver(self.folder.checkpoints, engine, common, self.runtime, self._before_save, self._tell, self.say)
         if self._begun.folders:
             self.saver.last_step = self._started.step
         return self.saver
 
-    def _manifest(self, position: Position, engine: Engine, layout: Layout, pieces: list[Any]) -> Manifest:
-        """Equal on all ranks but for `tensors`, which rank 0 gets from all."""
-        tensors = {piece.name: list(piece.global_shape) for piece in pieces if piece.kind == WEIGHT}
-        gathered: list[Any] | None = [None] * self.runtime.world_size if self.runtime.rank == 0 else None
-        dist.gather_object(tensors, gathered, dst=0)
-        merged = {name: shape for part in gathered or [] for name, shape in part.items()}
-        return Manifest(
-            format=FORMAT,
-            step=position.step,
-            consumed_samples=position.consumed_samples,
-            tokens=position.tokens,
-            optimizer_steps=engine.optimizer_steps(),
-            horizon_steps=self.horizon_steps,
-            engine=engine.name,
-            zero_stage=engine.zero_stage,
-            layout=layout.degrees(),
-            model=architecture(self.config.model, self.vocab_size),
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer.identity(),
-            data=self._data_identity,
-            config=asdict(self.config),
-            kinds=(WEIGHT, *MOMENTS, "rng"),
-            tensors={name: {"shape": shape, "dtype": "F32"} for name, shape in sorted(merged.items())},
-            files={},
-            world_size=self.runtime.world_size,
-        )
+    def _before_save(self) -> None:
+        if self.attempt is not None and self.record is not None:
+            self.attempt.check_held()
+            # Every row that this checkpoint will claim is on the disk before it.
+            self.record.sync()
 
-    def _published(self, folder: Path, error: str | None) -> None:
-        """A save is complete, or has failed and left nothing. The record is on the disk before the next one may rely on it."""
-        if self.attempt is None:
-            return
-        if error is not None:
-            self._say("save_failed", folder=folder.name, why=error)
-            return
-        self._checkpoint = folder
-        self.attempt.event("saved", step=int(folder.name.split("_")[1]), folder=folder.name)
-        section = self.config.checkpoint
-        for gone in prune(self.folder.checkpoints, section.keep, section.milestone_interval_steps):
-            self.attempt.event("pruned", folder=gone.name)
+    # Refused steps.
+
+    def make_policy(self) -> Policy:
+        """What judges the steps from here on. Collective, after the record is open: every rank knows the same history."""
+        return lead(lambda: read_policy(self.folder, self.config.divergence, self._started.consumed_samples))
+
+    def roll_back(self, engine: Engine, refused: Refused) -> tuple[Position, Policy] | None:
+        """Go back to an earlier checkpoint, and past the batches since. Collective. None: there is nothing to go back to."""
+        folders = lead(lambda: begin_rollback(self.folder, self.config.divergence, refused, self.say))
+        if not folders:
+            return None
+        set_random_state(self._seeded)
+        found = restore(folders, engine, False, self.say)
+        assert found is not None, "restore fills the engine or refuses"
+        self._started = replace(found[0], consumed_samples=refused.samples)
+        if self.attempt is not None and self.record is not None:
+            self.record.cut_back(self._started.step, self._rows_cut)
+            self.sink.note(f"rolled back to step {self._started.step}")
+        return self._started, self.make_policy()
 
     # Ending.
 
@@ -238,15 +235,18 @@ class Session:
         """Write the outcome, close the sinks, print the summary; returns the exit code. All ranks."""
         self._finish(ended)
         if self.attempt is not None:
-            print(summary(self._summary(ended)), flush=True)
+            place = wandb_place(self.config, self.folder, os.environ)
+            checkpoint = self.saver.newest if self.saver else None
+            outcome = self._outcome(ended)
+            known = make_summary(self.config, self.folder, outcome, ended.position.tokens, self.vocab_size, checkpoint, place)
+            print(summary(known), flush=True)
         return EXIT_CODE[ended.state]
 
     def _finish(self, ended: Ended) -> None:
         if self.attempt is None or self._ended:
             return
         self._ended = True
-        position = ended.position
-        outcome = Outcome(self.attempt.number, ended.state, ended.why, position.step, position.consumed_samples)
+        outcome = self._outcome(ended)
         try:
             if self.record is not None:
                 self.record.sync()
@@ -256,27 +256,10 @@ class Session:
         finally:
             self.attempt.close()
 
-    def _summary(self, ended: Ended) -> RunSummary:
-        rows = list(read_rows(self.folder.metrics))
-        speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
-        validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-        part = self.config.data.train[0].path
-        meta = read_json(Path(f"{part}.meta.json"))
-        return RunSummary(
-            outcome=Outcome(self._begun.attempt, ended.state, ended.why, ended.position.step, ended.position.consumed_samples),
-            folder=self.folder,
-            total_steps=self.stop_step,
-            first_loss=rows[0]["loss"] if rows else None,
-            last_loss=rows[-1]["loss"] if rows else None,
-            vocab_size=self.vocab_size,
-            unigram_entropy=meta.get("unigram_entropy_nats") if isinstance(meta, dict) else None,
-            val_loss=validated[-1] if validated else None,
-            tokens=ended.position.tokens,
-            tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
-            wall_s=sum(row.get("step_time_s") or 0.0 for row in rows) or None,
-            checkpoint=str(self._checkpoint) if self._checkpoint else None,
-            wandb_place=wandb_place(self.config, self.folder, os.environ),
-        )
+    def _outcome(self, ended: Ended) -> Outcome:
+        assert self.attempt is not None, "rank 0 holds the attempt"
+        position = ended.position
+        return Outcome(self.attempt.number, ended.state, ended.why, position.step, position.consumed_samples)
 
     def __enter__(self) -> Session:
         return self
@@ -284,7 +267,3 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not self._ended and self.attempt is not None:
             self._finish(Ended("failed", describe_error(error), self._started))
-
-
-def _silent(kind: str, **fields: Any) -> None:
-    return

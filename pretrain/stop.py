@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from pretrain.heartbeat import Heartbeat
+
 # Levels of a request, ordered so that the maximum over the ranks is what all of them do.
 NONE, STOPPED, PREEMPTED = 0, 1, 2
 STATE_OF = {STOPPED: "stopped", PREEMPTED: "preempted"}
@@ -28,12 +30,16 @@ REPEAT_S = 5.0
 class StopSignals:
     """Install once a process, in the main thread and early: before it, a signal ends the process as it always does."""
 
-    def __init__(self, at_once: Callable[[str], None] | None = None, repeat_s: float = REPEAT_S) -> None:
-        """`at_once(signal name)` runs in the reading thread right before the process ends at once; keep it short."""
+    def __init__(
+        self, at_once: Callable[[str], None] | None = None, repeat_s: float = REPEAT_S, beat: Heartbeat | None = None
+    ) -> None:
+        """`at_once(signal name)` runs in the reading thread right before the process ends at once; keep it short.
+
+        `beat` knows what the process is doing, for the message that a stop prints.
+        """
         self.requested = NONE
         self.signal_name = ""
-        # What the process is doing, for the message that a stop prints: "starting", "step 12", "saving step 100".
-        self.phase = "starting"
+        self.beat = beat or Heartbeat({})
         self._at_once = at_once
         self._repeat_s = repeat_s
         self._first_s = 0.0
@@ -70,9 +76,10 @@ class StopSignals:
             self._first_s = now_s
             self.signal_name = name
             self.requested = level
-            self._say(f"{name} during {self.phase}: finishing the step and saving; once more after {self._repeat_s:g} s: at once")
+            doing = self.beat.describe()
+            self._say(f"{name} during {doing}: finishing the step and saving; once more after {self._repeat_s:g} s: at once")
         elif now_s - self._first_s >= self._repeat_s:
-            self._say(f"{name} again during {self.phase}: ending at once, without saving")
+            self._say(f"{name} again during {self.beat.describe()}: ending at once, without saving")
             if self._at_once is not None:
                 self._at_once(name)
             os._exit(128 + number)

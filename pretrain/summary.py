@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
+from configs.files import read_json
 from configs.run_folder import Outcome, RunFolder
+from configs.schema import Config
 from configs.units import count, duration
+from parallel.batch import steps_of
+from pretrain.record import read_rows
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,37 @@ class RunSummary:
     wall_s: float | None = None
     checkpoint: str | None = None
     wandb_place: str | None = None
+
+
+def make_summary(
+    config: Config,
+    folder: RunFolder,
+    outcome: Outcome,
+    tokens: int,
+    vocab_size: int,
+    checkpoint: Path | None,
+    wandb_place: str | None,
+) -> RunSummary:
+    """What the record and the data say of the run. Reads the whole record once."""
+    rows = list(read_rows(folder.metrics))
+    speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    meta = read_json(Path(f"{config.data.train[0].path}.meta.json"))
+    return RunSummary(
+        outcome=outcome,
+        folder=folder,
+        total_steps=steps_of(config),
+        first_loss=rows[0]["loss"] if rows else None,
+        last_loss=rows[-1]["loss"] if rows else None,
+        vocab_size=vocab_size,
+        unigram_entropy=meta.get("unigram_entropy_nats") if isinstance(meta, dict) else None,
+        val_loss=validated[-1] if validated else None,
+        tokens=tokens,
+        tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
+        wall_s=sum(row.get("step_time_s") or 0.0 for row in rows) or None,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        wandb_place=wandb_place,
+    )
 
 
 def summary(run: RunSummary) -> str:

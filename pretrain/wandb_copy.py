@@ -52,7 +52,7 @@ class Job:
 
 
 class RowFollower:
-    """Reads metrics.jsonl as it grows. Keeps the file it opened: a later attempt's cut makes a new one."""
+    """Reads metrics.jsonl as it grows. A rollback replaces the file: the old one is read to its end, then the new one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,13 +60,20 @@ class RowFollower:
         self._torn = b""
 
     def poll(self) -> list[dict[str, Any]]:
+        """The rows since the last poll; after a cut all rows of the new file, known ones among them."""
         if self._file is None:
             if not self._path.exists():
                 return []
             self._file = open(self._path, "rb")  # noqa: SIM115  held until the process ends
+        # Asked before reading: what is written to the old file after the cut is nothing.
+        replaced = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         *lines, self._torn = (self._torn + self._file.read()).split(b"\n")
-        rows = (parse_line(line) for line in lines)
-        return [decode_row(row) for row in rows if row is not None and "step" in row]
+        rows = [decode_row(row) for line in lines if (row := parse_line(line)) is not None and "step" in row]
+        if replaced:
+            self._file.close()
+            self._file, self._torn = None, b""
+            rows += self.poll()
+        return rows
 
 
 class Copy:

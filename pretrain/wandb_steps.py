@@ -5,7 +5,8 @@ the steps of each segment, as last seen in its file, for the day when `wandb syn
 the step that the server was last known to have. Online, the server's own summary decides.
 
 A step that a resume replays is in W&B already, and stays there in its first version: W&B can't take rows back. The
-record has the newest version; on an unchanged layout both are bit for bit the same.
+record has the newest version; on an unchanged layout both are bit for bit the same. Steps before a rollback stay there too,
+as the ones that were not gone on from: W&B's curve shows them up to the refused step, the record the ones made instead.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,6 @@ from tools.data.tokenize import tokenize
 from tools.data.tokenizer import train
 
 keep_groups.install()
-
-# Ranks and helper threads share two cores: more threads a process only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

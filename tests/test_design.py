@@ -30,8 +30,9 @@ HEAVY = ("torch", "megatron", "deepspeed", "wandb", "transformers")
 LIGHT = [
     "configs", "parallel.architecture", "parallel.layout", "parallel.stages", "parallel.batch", "parallel.legality",
     "parallel.notices", "parallel.rules", "parallel.rules_engine", "parallel.rules_layout", "parallel.rules_model",
-    "parallel.rules_run", "pretrain.flops", "pretrain.schedule", "pretrain.data_check", "launch", "tools.cli", "tools.check",
-    "tools.plan", "tools.planner",
+    "parallel.rules_run", "parallel.rules_slurm", "pretrain.flops", "pretrain.schedule", "pretrain.data_check",
+    "pretrain.divergence", "pretrain.rollback", "launch",
+    "tools.cli", "tools.check", "tools.plan", "tools.planner",
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.
@@ -45,11 +46,6 @@ NO_READER = {
 # Keys whose module comes later, by that module. A key that is read by then must leave this list.
 LATER: dict[str, tuple[str, ...]] = {
     "pretrain.engine.deepspeed": ("zero.offload_device", "zero.nvme_path"),
-    "launch.slurm": tuple(
-        f"launch.slurm.{name}"
-        for name in ("partition", "account", "qos", "time", "constraint", "gres", "gpus_per_node", "mem", "cpus_per_task",
-                     "exclude", "reservation", "extra")
-    ),
 }  # fmt: skip
 NOT_YET = {key for keys in LATER.values() for key in keys}
 

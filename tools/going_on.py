@@ -10,10 +10,10 @@ from typing import Any
 
 from configs.errors import Notice, Problem
 from configs.load import from_yaml_text
-from configs.run_folder import folder_of
+from configs.run_folder import complete_checkpoints, folder_of
 from configs.schema import Config
 from parallel.layout import Layout
-from pretrain.manifest import Manifest, check_identity, complete_checkpoints, read_manifest
+from pretrain.manifest import Manifest, check_identity, read_manifest
 from pretrain.resume import architecture, check_changes, flatten
 from pretrain.tensor_file import DamagedFile
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,13 +16,21 @@ from pretrain.boxes import Box
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+# (loss, gradient norm) of a step before its update, equal on all ranks: may it be applied?
+Accept = Callable[[float, float], bool]
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """The least that every step must be."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, equal on all ranks.
 
     `loss` is the mean over the global batch's valid tokens, in nats; `grad_norm` is the global norm before clipping.
-    `applied` is False when loss or gradients were not finite: weights and optimizer state are then untouched.
+    `applied` is False when the step was refused: weights, optimizer state and expert bias are then as before it.
     """
 
     loss: float
@@ -47,8 +56,11 @@ class Engine(Protocol):
     name: str
     zero_stage: int
 
-    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Forward, backward and update on this rank's micro-batches of one global batch."""
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
+        """Forward and backward on this rank's micro-batches of one global batch, and the update when `accept` allows it.
+
+        `accept` is called once a step on every rank, and must answer alike on all of them.
+        """
         ...
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -6,7 +6,6 @@ embedding, norm, clipping, expert bias) is done here on the partitioned gradient
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from configs.schema import Config
 from pretrain.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
-from pretrain.engine.base import MOMENTS, WEIGHT, Piece, StepResult
+from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
 from pretrain.engine.deepspeed_slots import ZeroSlot, make_partition
 from pretrain.engine.schedule_step import Schedule
@@ -59,7 +58,7 @@ class DeepSpeedZero:
 
     # A step.
 
-    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
         num_tokens = self._count_tokens(batches)
         # The loss is a sum over tokens, gradients are averaged over data-parallel ranks. The schedule scales the main loss,
         # multi-token prediction and the router's losses alike.
@@ -70,7 +69,7 @@ class DeepSpeedZero:
         self.loss = loss_sum / max(num_tokens, 1)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        self.applied = False
+        self.accept, self.applied = accept, False
         self.runtime.step()
         if self.applied:
             self.updates += 1
@@ -93,7 +92,7 @@ class DeepSpeedZero:
         self.embedding.reduce(slots, gradients)
         norm = finish.global_norm(slots, gradients, self.zero_stage > 0, self.device)
         self.grad_norm = float(norm)
-        self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        self.applied = self.accept(self.loss, self.grad_norm)
         if self.applied:
             finish.clip(gradients, self.config.optimizer.clip_grad_norm, self.grad_norm)
             self.partition.set_norm(norm)

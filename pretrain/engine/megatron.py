@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
 from pretrain.batches import MicroBatch
-from pretrain.engine.base import MOMENTS, WEIGHT, Piece, StepResult
+from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.schedule_step import Schedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.megatron_config import DTYPES
@@ -55,6 +54,8 @@ class MegatronEngine:
         assert isinstance(optimizer, ChainedOptimizer), "megatron-core 0.16.1 chains dense and expert optimizers"
         self.optimizer = optimizer
         self.slots = self._make_slots()
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self.biased = [module for module in modules if getattr(module, "expert_bias", None) is not None]
         self.updates = 0
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -74,17 +75,22 @@ class MegatronEngine:
             overlap_param_gather=config.zero.overlap_param_gather,
         )
 
-    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        # Megatron-Core moves the expert bias as part of the backward pass: a few numbers a layer, put back when refused.
+        biases = [module.expert_bias.clone() for module in self.biased]
         loss_sum, num_tokens = self.schedule.run(self.models, batches, forward_only=False)
         loss = loss_sum / max(num_tokens, 1)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        applied = accept(loss, grad_norm)
         if applied:
             self._update(grad_norm, learning_rate)
+        else:
+            for module, bias in zip(self.biased, biases, strict=True):
+                module.expert_bias.copy_(bias)
         return StepResult(loss, grad_norm, num_tokens, applied)
 
     def _update(self, grad_norm: float, learning_rate: float) -> None:

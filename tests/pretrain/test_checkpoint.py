@@ -9,20 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from configs.run_folder import COMPLETE, complete_checkpoints, step_folder
 from pretrain.boxes import Box
 from pretrain.checkpoint_read import CheckpointReader
 from pretrain.checkpoint_write import CheckpointWriter, prune, remove_leftovers
 from pretrain.engine.base import Piece
-from pretrain.manifest import (
-    COMPLETE,
-    Manifest,
-    check_identity,
-    complete_checkpoints,
-    parse_key,
-    piece_key,
-    read_manifest,
-    step_folder,
-)
+from pretrain.manifest import Manifest, check_identity, parse_key, piece_key, read_manifest
 from pretrain.tensor_file import DamagedFile, read_bytes, read_header, write_tensor_file
 from tests.ranks import run_ranks
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from configs.run_folder import step_folder
 from configs.schema import Config
 from parallel.groups import make_groups
 from parallel.layout import make_layout
@@ -18,7 +19,7 @@ from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.checkpoint_read import CheckpointReader
 from pretrain.checkpoint_write import CheckpointWriter
-from pretrain.manifest import Manifest, step_folder
+from pretrain.manifest import Manifest
 from tests.pretrain.world import VOCAB, assemble, batches_of, small_config
 from tests.ranks import run_ranks
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from configs.beat import COMPUTING
 from configs.files import iterate_lines
 from configs.load import to_yaml
 from configs.schema import BlendPart
+from pretrain.heartbeat import Heartbeat
 from pretrain.main import main
 from pretrain.stop import StopSignals
 from tests.pretrain.world import small_config
@@ -44,16 +46,17 @@ def attempt(config: Path, run_dir: Path, *overrides: str, world: int = 4, reques
 
 
 def one_rank(words: list[str], request_at: int) -> int:
-    class AskedAt(StopSignals):
-        """A stop that is asked for on rank 0 while step `request_at` runs."""
+    class AskedAt(Heartbeat):
+        """A stop that is asked for while step `request_at` runs."""
 
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, value)
-            if name == "phase" and value == f"step {request_at}":
-                self.requested, self.signal_name = 1, "SIGINT"
+        def enter(self, phase: str, step: int | None = None) -> None:
+            super().enter(phase, step)
+            if (phase, self.step) == (COMPUTING, request_at):
+                signals.requested, signals.signal_name = 1, "SIGINT"
 
+    signals = StopSignals(beat=AskedAt({}))
     try:
-        return main(words, AskedAt())
+        return main(words, signals)
     except SystemExit as left:
         assert isinstance(left.code, int)
         return left.code

@@ -93,17 +93,17 @@ def kill_at_random(command: Command, generator: random.Random) -> str:
     return victim
 
 
-def check_equal(run: Path, undisturbed: Path) -> None:
+def check_equal(run: Path, undisturbed: Path, steps: int = STEPS) -> None:
     """The same weights and optimizer state bit for bit; each step once in the record and in W&B; the same losses."""
-    names = sorted(path.name for path in (undisturbed / "checkpoints" / f"step_{STEPS:07d}").glob("*.safetensors"))
+    names = sorted(path.name for path in (undisturbed / "checkpoints" / f"step_{steps:07d}").glob("*.safetensors"))
     assert names
     for name in names:
-        parts = [folder / "checkpoints" / f"step_{STEPS:07d}" / name for folder in (run, undisturbed)]
+        parts = [folder / "checkpoints" / f"step_{steps:07d}" / name for folder in (run, undisturbed)]
         assert filecmp.cmp(*parts, shallow=False), f"{name} differs"
     rows = [
         {row["step"]: row["loss"] for _, row in iterate_lines(folder / "metrics.jsonl") if row} for folder in (run, undisturbed)
     ]
     assert rows[0] == rows[1]
-    assert sorted(rows[0]) == list(range(1, STEPS + 1))
+    assert sorted(rows[0]) == list(range(1, steps + 1))
     wandb_id = (run / "wandb_id").read_text().strip()
-    assert sorted(offline_steps(run, wandb_id)) == list(range(1, STEPS + 1)), "each step once in W&B"
+    assert sorted(offline_steps(run, wandb_id)) == list(range(1, steps + 1)), "each step once in W&B"

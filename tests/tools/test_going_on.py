@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config, to_yaml
+from configs.run_folder import COMPLETE
 from configs.schema import Config
 from parallel.layout import make_layout
-from pretrain.manifest import COMPLETE, Manifest
+from pretrain.manifest import Manifest
 from pretrain.resume import architecture
 from tools.going_on import BIT_EQUAL, ONE_ULP, REHEARSED, preview
 

@@ -1,0 +1,33 @@
+"""A rank that stops in the middle of training: the launcher names it, ends the attempt, and going on leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from configs.files import iterate_lines
+from configs.run_folder import RunFolder
+from launch.guard import marked_pids
+from tests.run.world import check_equal, launch
+
+
+def test_a_stopped_rank_is_named_and_going_on_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "hung")
+    command = launch(run_config, folder.path, "launch.watch.step_timeout_s=4")
+    command.wait_for_step(3)
+    command.ranks()[1].send_signal(signal.SIGSTOP)
+    assert command.end(90) == 1
+    report = command.errors[command.errors.index("hung:") :]
+    assert report.startswith("hung: rank 1 on ") and "stopped (SIGSTOP) in step " in report
+    assert "1 other (rank 0): step " in report, "where the other rank waits"
+    assert "0" in report and "pretrain/loop.py" in (folder.log_dir(1) / "stacks.txt").read_text()
+    mark = json.loads((folder.launch_dir(1) / "launcher.json").read_text())["mark"]
+    assert marked_pids(mark) == []
+    outcome = folder.read_outcome()
+    assert outcome is not None and outcome.state == "failed" and outcome.why == report.splitlines()[0] and outcome.step >= 3
+    kinds = [row["kind"] for _, row in iterate_lines(folder.events) if row]
+    assert kinds[-2:] == ["hung", "outcome"]
+    again = launch(run_config, folder.path)
+    assert again.end() == 0, again.errors
+    check_equal(folder.path, undisturbed)

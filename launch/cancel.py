@@ -1,6 +1,7 @@
-"""Ends a live run. In: the run folder. Out: SIGINT to its launcher, or to rank 0 of a run started by hand; then a wait.
+"""Ends a live run. In: the run folder. Out: a request to its Slurm job, its launcher or its rank 0; then a wait.
 
-Only a process that is certainly the recorded one is signalled: same host, same pid, same start time.
+A job is asked through Slurm, from any host. A process is signalled only when it is certainly the recorded one: same host,
+same pid, same start time.
 """
 
 from __future__ import annotations
@@ -12,14 +13,30 @@ import time
 from typing import Any
 
 from configs.errors import ConfigError, Problem
+from configs.events import append_event
 from configs.files import read_json
 from configs.run_folder import RunFolder, live_holder, process_start_ticks
+from launch import scheduler
+from launch.lifecycle import OVER, Life, read_life
+from launch.scheduler import SchedulerError
 
 POLL_S = 0.2
+# Each look is a question to Slurm's controller.
+JOB_POLL_S = 1.0
 
 
-def cancel(folder: RunFolder, wait_s: float) -> str:
-    """Ask the run to save and stop, and wait for it. Returns what happened. Raises ConfigError when nothing here can be asked."""
+def cancel(folder: RunFolder, wait_s: float, at_once: bool = False) -> str:
+    """Ask the run to save and stop, and wait for it. Returns what happened. Raises ConfigError when nothing here can be asked.
+
+    `at_once`: a Slurm job is ended by scancel instead; its ranks have Slurm's KillWait (often 30 s) to save.
+    """
+    life = read_life(folder)
+    if life.jobs and life.phase != OVER:
+        try:
+            return _cancel_jobs(folder, life, wait_s, at_once)
+        except SchedulerError as error:
+            fix = "run it on a host with Slurm's commands, or scancel the job yourself"
+            raise ConfigError(Problem("RUN_DIR", str(folder.path), f"Slurm must answer: {error}", fix)) from error
     target = find_process(folder)
     if target is None:
         return "nothing to cancel: no attempt is live in this folder"
@@ -32,6 +49,29 @@ def cancel(folder: RunFolder, wait_s: float) -> str:
             return f"{outcome.state} at step {outcome.step}: {outcome.why}" if outcome else "ended before it had begun to train"
         time.sleep(POLL_S)
     return f"asked {name} (process {pid}) to save and stop; it still saves. Again after 5 s ends it at once."
+
+
+def _cancel_jobs(folder: RunFolder, life: Life, wait_s: float, at_once: bool) -> str:
+    jobs = [job for job in scheduler.find_jobs(life.jobs).values() if job.live]
+    if not jobs:
+        return "nothing to cancel: no job of this run is live"
+    waiting = [job.number for job in jobs if job.state == "PENDING"]
+    running = [job.number for job in jobs if job.state != "PENDING"]
+    if waiting or at_once:
+        scheduler.cancel([*waiting, *(running if at_once else [])])
+    if not running:
+        append_event(folder, life.attempt, "job_over", state="stopped", exit_code=130, why="cancelled while it waited")
+        return f"cancelled job {', '.join(map(str, waiting))}, which had not begun"
+    if not at_once:
+        for number in running:
+            scheduler.signal_batch(number, "INT")
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if not any(job.live for job in scheduler.find_jobs(running).values()):
+            life = read_life(folder)
+            return f"{life.state or life.phase}: {life.why}"
+        time.sleep(JOB_POLL_S)
+    return f"asked job {', '.join(map(str, running))} to save and stop; it still saves. --now ends it by scancel."
 
 
 def find_process(folder: RunFolder) -> tuple[str, int] | None:

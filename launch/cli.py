@@ -11,15 +11,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from configs.errors import ConfigError, Problem
-from configs.load import load_config
-from configs.run_folder import RunFolder, finished_text, live_holder
+from configs.load import Loaded, load_config
+from configs.run_folder import RunFolder, finished_text, folder_of, live_holder
+from configs.schema import Config
 from launch.cancel import cancel
 from launch.local import LocalResult, report, run_local
 from launch.logs import show
 from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
-from launch.status import as_json, describe, read_status, require_run_folder
+from launch.status import as_json, describe, line_of, list_runs, read_status, require_run_folder
+from launch.submit import as_json as submit_json
+from launch.submit import check_slurm, script_of, submit
+from launch.submit import describe as describe_submitted
 from parallel.batch import steps_of
 from parallel.legality import check_config
 
@@ -54,21 +59,36 @@ def _resume(words: list[str]) -> int:
 
 
 def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
-    config = load_config(source, overrides).config
+    loaded = load_config(source, overrides)
+    config, folder = loaded.config, folder_of(loaded.config)
     verdict = check_config(config)
-    local_problems = [] if options.dry_run else check_local(config)
-    if problems := [*verdict.problems, *local_problems]:
+    on_slurm = config.launch.target == "slurm"
+    target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
+    if problems := [*verdict.problems, *target_problems]:
         raise ConfigError(problems)
     for notice in verdict.notices:
         print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
-    if config.launch.target == "slurm":
-        raise ConfigError(Problem("launch.target", "slurm", "not available in this version", "set launch.target=local"))
-    plan = make_plan(config, source, overrides, os.environ)
-    done, stop_step = plan.folder.done_step(), steps_of(config)
+    done, stop_step = folder.done_step(), steps_of(config)
     if done is not None and done >= stop_step and not options.dry_run:
-        text = finished_text(plan.folder, stop_step)
-        print(json.dumps({"run_dir": str(plan.folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
+        text = finished_text(folder, stop_step)
+        print(json.dumps({"run_dir": str(folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
         return 0
+    return _start_slurm(loaded, options) if on_slurm else _start_local(config, source, overrides, options)
+
+
+def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:
+    folder = folder_of(loaded.config)
+    if options.dry_run:
+        text = script_of(loaded.config, Path.cwd())
+        print(json.dumps({"script": text, "run_dir": str(folder.path)}, indent=2) if options.json else text, end="")
+        return 0
+    submitted = submit(loaded, Path.cwd())
+    print(submit_json(submitted, folder) if options.json else describe_submitted(submitted, folder))
+    return 0
+
+
+def _start_local(config: Config, source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+    plan = make_plan(config, source, overrides, os.environ)
     if options.dry_run:
         _print_plan(plan, options.json)
         return 0
@@ -106,16 +126,21 @@ def _result_json(result: LocalResult, folder: RunFolder) -> str:
 
 
 def _status(words: list[str]) -> int:
-    parser = _parser("status", "how a run stands, from its folder's files")
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser = _parser("status", "how a run stands, from its folder's files and Slurm's queue")
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="the run folder; without it: a line for each run in runs/")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until the run is over")
     found = parser.parse_args(words)
+    if found.run_dir is None:
+        runs = list_runs(Path("runs"))
+        lines = [line_of(status) for status in runs] or ["no runs in runs/; phalanx status RUN_DIR names another place"]
+        print(json.dumps([status.as_dict() for status in runs], indent=2) if found.json else "\n".join(lines))
+        return 0
     folder = require_run_folder(found.run_dir)
     while True:
         status = read_status(folder)
         print(as_json(status) if found.json else describe(status), flush=True)
-        if not found.watch or status.state not in ("running", "starting"):
+        if not found.watch or status.state not in ("queued", "running", "starting"):
             return 0
         time.sleep(WATCH_S)
         if not found.json:
@@ -137,9 +162,10 @@ def _cancel(words: list[str]) -> int:
     parser = _parser("cancel", "ask a live run to finish its step, save and stop")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     parser.add_argument("--wait", type=float, default=CANCEL_WAIT_S, metavar="S", help="how long to wait for it, in seconds")
+    parser.add_argument("--now", action="store_true", help="end a Slurm job by scancel, whether it has saved or not")
     found = parser.parse_args(words)
     folder = require_run_folder(found.run_dir)
-    print(cancel(folder, found.wait))
+    print(cancel(folder, found.wait, found.now))
     return 0 if live_holder(folder) is None else 1
 
 

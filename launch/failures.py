@@ -12,10 +12,16 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.files import read_json
+from configs.files import iterate_lines, read_json
+from configs.run_folder import EXIT_CODE
 
+# torchrun's own log; over several nodes NODE.torchrun.log. Gathered (launch/gather.py): NODE.log, NODE.failures.jsonl.
 AGENT_LOG = "torchrun.log"
+NODE_LOG = ".log"
+GATHERED = ".failures.jsonl"
 _TAIL_LINES = 30
+# torchrun takes every exit code but 0 for a failure; these come with an outcome.
+_IN_ORDER = frozenset(EXIT_CODE[state] for state in ("preempted", "stopped", "diverged"))
 # torchrun's summary, one block a failed rank: "rank : 2 (local_rank: 2)", then "exitcode : -9 (pid: 17)".
 _AGENT_FAILURE = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 _AGENT_KILLED = re.compile(r"Unable to shutdown process (\d+)")
@@ -23,36 +29,54 @@ _AGENT_KILLED = re.compile(r"Unable to shutdown process (\d+)")
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end. `time` in seconds since the epoch, 0: unknown. `kind`: bad_input, exception, killed or exit."""
+    """One rank's end. `time` in seconds since the epoch, 0: unknown. `kind`: bad_input, exception, killed or exit.
+
+    `node`: its machine's name; empty: not known.
+    """
 
     rank: int
     time: float
     kind: str
     text: str
+    node: str = ""
 
 
 def find_failures(log_dir: Path) -> list[Failure]:
-    """All failed ranks, the first cause first."""
+    """All failed ranks, the first cause first. Also those that the nodes of a large run gathered."""
     written = {failure.rank: failure for path in log_dir.glob("rank_*.failure.json") if (failure := _read(path))}
-    killed, exited = [], []
-    for rank, exit_code in _agent_exit_codes(log_dir / AGENT_LOG):
-        if rank in written:
-            continue
-        if exit_code < 0:
-            text = f"killed by signal {-exit_code} ({_signal_name(-exit_code)})"
-            killed.append(Failure(rank, 0.0, "killed", _with_tail(text, log_dir, rank)))
-        else:
-            exited.append(Failure(rank, 0.0, "exit", _with_tail(f"exit code {exit_code}", log_dir, rank)))
-    return [*killed, *sorted(written.values(), key=lambda failure: failure.time), *exited]
+    gathered = (row for path in log_dir.glob(f"*{GATHERED}") for _, row in iterate_lines(path) if row is not None)
+    found = [*written.values(), *(Failure(**row) for row in gathered)]
+    for path in agent_logs(log_dir):
+        node = path.name.removesuffix(AGENT_LOG).rstrip(".")
+        for rank, exit_code in _agent_exit_codes(path):
+            if rank in written:
+                continue
+            if exit_code < 0:
+                text = f"killed by signal {-exit_code} ({_signal_name(-exit_code)})"
+                found.append(Failure(rank, 0.0, "killed", _with_tail(text, log_dir, rank), node))
+            else:
+                found.append(Failure(rank, 0.0, "exit", _with_tail(f"exit code {exit_code}", log_dir, rank), node))
+    order = {"killed": 0, "exit": 2}
+    return sorted(found, key=lambda failure: (order.get(failure.kind, 1), failure.time))
+
+
+def agent_logs(log_dir: Path) -> list[Path]:
+    """torchrun's own logs: torchrun.log, or one a node."""
+    return sorted(log_dir.glob(f"*{AGENT_LOG}"))
 
 
 def describe(failures: list[Failure], log_dir: Path) -> str:
     """The first failure in full, the others in a line, and where to read on."""
     if not failures:
-        tail = tail_of(log_dir / AGENT_LOG)
-        return f"no rank left a failure; the end of {log_dir / AGENT_LOG}:\n{tail}" if tail else f"no log in {log_dir}"
+        logs = [path for path in agent_logs(log_dir) or log_dir.glob(f"*{NODE_LOG}") if path.stat().st_size]
+        if not logs:
+            return f"no log in {log_dir}"
+        newest = max(logs, key=lambda path: path.stat().st_mtime)
+        return f"no rank left a failure; the end of {newest}:\n{tail_of(newest)}"
     first, *others = failures
-    lines = [f"rank {first.rank} failed first:", first.text.rstrip()]
+    is_local = (log_dir / AGENT_LOG).exists()
+    where = f" on {first.node}" if first.node and not is_local else ""
+    lines = [f"rank {first.rank}{where} failed first:", first.text.rstrip()]
     if others:
         lines.append("then rank " + ", ".join(str(failure.rank) for failure in others))
     lines.append(f"logs: {log_dir}")
@@ -72,17 +96,15 @@ def _read(path: Path) -> Failure | None:
     value = read_json(path)
     if not isinstance(value, dict):
         return None
-    return Failure(int(value["rank"]), float(value["time"]), str(value["kind"]), str(value["text"]))
+    return Failure(int(value["rank"]), float(value["time"]), str(value["kind"]), str(value["text"]), str(value.get("node", "")))
 
 
 def _agent_exit_codes(log: Path) -> list[tuple[int, int]]:
-    """(rank, exit code) as torchrun lists them at its end, without the ranks that it ended itself."""
-    if not log.exists():
-        return []
+    """(rank, exit code) as torchrun lists them at its end, without those that it ended itself or that ended in good order."""
     text = log.read_text(errors="replace")
     ended_by_agent = set(_AGENT_KILLED.findall(text))
     failed = [(int(rank), int(code)) for rank, code, pid in _AGENT_FAILURE.findall(text) if pid not in ended_by_agent]
-    return sorted((rank, code) for rank, code in failed if code != -signal.SIGTERM)
+    return sorted((rank, code) for rank, code in failed if code != -signal.SIGTERM and code not in _IN_ORDER)
 
 
 def _signal_name(number: int) -> str:

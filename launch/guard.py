@@ -15,6 +15,8 @@ import time
 MARK_NAME = "PHALANX_LAUNCH"
 # A process that was just being forked shows up within this.
 _QUIET_S = 1.0
+# W&B's copy takes some seconds to send the last rows.
+LINGER_S = 8.0
 # A process stuck in the kernel (a hung GPU driver, a lost file server) dies only when the kernel lets it.
 _GIVE_UP_S = 30.0
 
@@ -50,6 +52,16 @@ def kill_marked(mark: str, quiet_s: float = _QUIET_S) -> int:
                 continue
         time.sleep(0.05)
     return len(killed)
+
+
+def clear_up(mark: str, linger_s: float) -> None:
+    """Wait for the last marked processes, then kill what stays."""
+    deadline = time.monotonic() + linger_s
+    while marked_pids(mark):
+        if time.monotonic() >= deadline:
+            kill_marked(mark, quiet_s=0.2)
+            return
+        time.sleep(0.1)
 
 
 def main() -> int:

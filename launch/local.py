@@ -1,4 +1,4 @@
-"""Runs a plan on this machine. In: a `LaunchPlan`. Out: logs a rank, the first failure, an exit code; no process left.
+"""Runs a plan on this machine. In: a `LaunchPlan`. Out: logs a rank, who failed first or hangs, an exit code; no process left.
 
 The agent (torchrun) runs in its own session, so that a Ctrl-C at the terminal reaches only this launcher, which passes it
 to the ranks themselves: torchrun would pass a signal on twice and kill the ranks 30 s later, in the middle of a save.
@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from configs.beat import BEAT_DIR
 from configs.errors import ConfigError
 from configs.files import iterate_lines, storage_problem, write_atomically, write_json
+from configs.process import node_name
 from configs.run_folder import (
     EXIT_BAD_INPUT,
     EXIT_BROKE,
@@ -31,25 +33,31 @@ from configs.run_folder import (
     process_start_ticks,
 )
 from launch.failures import AGENT_LOG, Failure, describe, find_failures
-from launch.guard import MARK_NAME, kill_marked, marked_pids
+from launch.guard import LINGER_S, MARK_NAME, clear_up
+from launch.hang import HangWatch
 from launch.plan import LaunchPlan, torchrun_line
+from launch.scratch import scratch_folder
 from launch.signals import SignalForwarder
+from launch.triage import Triage, find_late, record_hang
 
 POLL_S = 0.1
-# A killed attempt's processes need a moment to go; W&B's copy takes some seconds to send the last rows.
+# Between looks at the ranks' heartbeats.
+LOOK_S = 1.0
+STACKS = "stacks.txt"
+# A killed attempt's processes need a moment to go.
 PATIENCE_S = 5.0
-LINGER_S = 8.0
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """`state` is an outcome's state, or bad_input, or died (no outcome was written)."""
+    """`state` is an outcome's state, or bad_input, or died (no outcome was written), or hung, with its triage."""
 
     attempt: int
     state: str
     exit_code: int
     log_dir: Path
     failures: tuple[Failure, ...]
+    triage: Triage | None = None
 
 
 def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO) -> LocalResult:
@@ -67,26 +75,48 @@ def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: Te
     signals = SignalForwarder(mark, err)
     signals.install()
     try:
-        agent = _start_agent(plan, {**environ, **dict(plan.env), **ours}, log_dir)
-        signals.agent = agent.pid
-        echo = _Echo(log_dir, None if terminal else out)
-        while agent.poll() is None:
-            time.sleep(POLL_S)
+        with scratch_folder("beats", in_memory=True) as beats:
+            agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir)
+            signals.agent = agent.pid
+            echo = _Echo(log_dir, None if terminal else out)
+            triage = _stay(agent, echo, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
+            # Not by the agent's own way, which lets hung ranks live for another 30 s.
+            agent.kill()
             echo.pump()
-            signals.deliver()
-        echo.pump()
-        _clear_up(mark, agent.returncode)
+            code = agent.wait()
+            # At once when the agent itself was killed.
+            clear_up(mark, 0.0 if triage is None and code < 0 else LINGER_S)
     finally:
         signals.restore()
         _dismiss(guard)
-    return _conclude(plan.folder, attempt, log_dir, agent.returncode, signals.asked)
+    if triage is not None:
+        return _conclude_hang(plan.folder, attempt, log_dir, triage)
+    return _conclude(plan.folder, attempt, log_dir, signals.asked)
 
 
-def claim_attempt(folder: RunFolder) -> int:
+def _stay(
+    agent: subprocess.Popen[bytes], echo: _Echo, signals: SignalForwarder, watch: HangWatch, log_dir: Path
+) -> Triage | None:
+    """Until the agent has ended: None. Or until the ranks hang: who is late, and all of them are still there."""
+    look_s = time.monotonic() + LOOK_S
+    while agent.poll() is None:
+        time.sleep(POLL_S)
+        echo.pump()
+        signals.deliver()
+        if time.monotonic() >= look_s:
+            look_s = time.monotonic() + LOOK_S
+            watch.look()
+            if watch.hung:
+                (log_dir / STACKS).write_text(watch.stacks)
+                return find_late(watch.states)
+    return None
+
+
+def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
     """Take the next attempt number by making its launch folder. Raises ConfigError: foreign, held, or unwritable folder."""
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while (holder := live_holder(folder)) is not None:
         if time.monotonic() > deadline:
             raise ConfigError(held_problem(folder, holder))
@@ -108,6 +138,8 @@ def report(result: LocalResult, folder: RunFolder) -> str:
     """What the launcher says at the end; empty when all is well."""
     if result.state in ("finished", "stopped", "preempted"):
         return ""
+    if result.triage is not None:
+        return f"{result.triage.text}\nall ranks were ended; every thread's stack: {result.log_dir / STACKS}"
     if result.state == "bad_input":
         return result.failures[0].text
     return describe(list(result.failures), result.log_dir)
@@ -147,17 +179,7 @@ def _dismiss(guard: subprocess.Popen[bytes]) -> None:
         guard.wait()
 
 
-def _clear_up(mark: str, agent_code: int) -> None:
-    """Wait for the last of the launch's processes, then kill what stays; at once when the agent itself was killed."""
-    deadline = time.monotonic() + (0 if agent_code < 0 else LINGER_S)
-    while marked_pids(mark):
-        if time.monotonic() >= deadline:
-            kill_marked(mark, quiet_s=0.2)
-            return
-        time.sleep(POLL_S)
-
-
-def _conclude(folder: RunFolder, claimed: int, log_dir: Path, agent_code: int, asked: str) -> LocalResult:
+def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> LocalResult:
     """The result, from the outcome that this launch's rank 0 wrote; torchrun's own exit code says only that all was well."""
     attempt = _begun_attempt(folder, log_dir) or claimed
     failures = tuple(find_failures(log_dir))
@@ -172,6 +194,16 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, agent_code: int, a
         # They died of the signal before they had anything to save.
         state = asked
     return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures)
+
+
+def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult:
+    """Nobody else can write this outcome: rank 0 hung with the others. Raises ConfigError when the disk refuses it."""
+    attempt = _begun_attempt(folder, log_dir) or claimed
+    try:
+        record_hang(folder, attempt, triage)
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+    return LocalResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)
 
 
 def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
 from configs.run_folder import RunFolder, live_holder
-from launch.failures import AGENT_LOG, describe, find_failures, tail_of
+from launch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
+from launch.watch import NodeReport, read_reports
 
 POLL_S = 0.2
+_SHOWN_LINES = 2000
 
 
 def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
@@ -26,34 +32,85 @@ def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
     raise ConfigError(Problem("--attempt", attempt, rule, "choose one of them"))
 
 
-def choose_log(log_dir: Path, rank: int) -> Path:
-    """A rank's log. Raises ConfigError, naming the ranks that have one; torchrun's own log when no rank came to life."""
+@dataclass(frozen=True)
+class RankLog:
+    """A rank's lines: all of `path`, or those that begin with `origin` in the log of its node."""
+
+    path: Path
+    origin: bytes = b""
+
+    def lines_of(self, text: bytes) -> bytes:
+        """The rank's own among whole lines, without their origin."""
+        if not self.origin:
+            return text
+        lines = text.splitlines(keepends=True)
+        return b"".join(line.removeprefix(self.origin) for line in lines if line.startswith(self.origin))
+
+
+def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> RankLog:
+    """A rank's log, of its own or its node's. Raises ConfigError, naming the ranks that have one; torchrun's own log when no
+    rank came to life. `reports` say on which node a rank of a large run was.
+    """
     path = log_dir / f"rank_{rank}.log"
     if path.exists():
-        return path
+        return RankLog(path)
+    origin = b"[rank %d] " % rank
+    hosts = [report.host for report in reports if any(state.rank == rank for state in report.ranks)]
+    gathered = _gathered_logs(log_dir)
+    likely = [path for path in gathered if path.name.removesuffix(NODE_LOG) in hosts] or gathered
+    if found := next((path for path in likely if _has_line(path, origin)), None):
+        return RankLog(found, origin)
     ranks = sorted(int(name.stem.removeprefix("rank_")) for name in log_dir.glob("rank_*.log"))
-    if not ranks and (log_dir / AGENT_LOG).exists():
-        return log_dir / AGENT_LOG
-    rule = "the rank must have a log; have one: " + (", ".join(map(str, ranks)) or "none")
-    raise ConfigError(Problem("--rank", rank, rule, "choose one of them"))
+    if not ranks and (logs := agent_logs(log_dir)):
+        return RankLog(logs[0])
+    known = ", ".join(map(str, ranks)) or ", ".join(path.name for path in gathered[:5]) or "none"
+    raise ConfigError(Problem("--rank", rank, f"the rank must have a log; have one: {known}", "choose one of them"))
 
 
 def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
     """Print the first failure, if any, and the rank's log; `follow` goes on until the run is over."""
     log_dir = choose_log_dir(folder, attempt)
-    path = choose_log(log_dir, rank)
+    log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
     failures = find_failures(log_dir)
     if failures:
         print(describe(failures, log_dir), file=out)
-        print(f"--- {path}", file=out)
+        print(f"--- {log.path}", file=out)
     if not follow:
-        print(tail_of(path, lines=2000), file=out)
+        print(_tail(log), file=out)
         return
-    with open(path, errors="replace") as file:
+    with open(log.path, "rb") as file:
         while True:
             alive = live_holder(folder) is not None
-            out.write(file.read())
+            out.write(_whole_lines(file, log).decode(errors="replace"))
             out.flush()
             if not alive:
                 return
             time.sleep(POLL_S)
+
+
+def _gathered_logs(log_dir: Path) -> list[Path]:
+    own = (path.name for path in [*log_dir.glob("rank_*.log"), *agent_logs(log_dir)])
+    return sorted(set(log_dir.glob(f"*{NODE_LOG}")) - {log_dir / name for name in own})
+
+
+def _has_line(path: Path, origin: bytes) -> bool:
+    with open(path, "rb") as file:
+        return any(line.startswith(origin) for line in file)
+
+
+def _tail(log: RankLog) -> str:
+    """The rank's last lines."""
+    if not log.origin:
+        return tail_of(log.path, lines=_SHOWN_LINES)
+    with open(log.path, "rb") as file:
+        last = deque((line for line in file if line.startswith(log.origin)), maxlen=_SHOWN_LINES)
+    return log.lines_of(b"".join(last)).decode(errors="replace").rstrip("\n")
+
+
+def _whole_lines(file: BinaryIO, log: RankLog) -> bytes:
+    """The rank's part of what was appended since the last call. A line that is being written is left for the next one."""
+    text = file.read()
+    if log.origin and (torn := len(text) - text.rfind(b"\n") - 1):
+        file.seek(-torn, os.SEEK_CUR)
+        text = text[:-torn]
+    return log.lines_of(text)

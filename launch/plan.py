@@ -15,6 +15,7 @@ from pathlib import Path
 from configs.errors import Problem
 from configs.run_folder import RunFolder, folder_of
 from configs.schema import Config
+from launch.watch import Policy, make_policy
 
 # Every rank's environment unless the user's environment or launch.env says otherwise: variable → value, reason.
 ENV_DEFAULTS: dict[str, tuple[str, str]] = {
@@ -22,6 +23,11 @@ ENV_DEFAULTS: dict[str, tuple[str, str]] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "tensor parallel overlap needs kernels to start in the order they were queued"),
     "PYTHONFAULTHANDLER": ("1", "a crash in C code leaves the Python stack in the rank's log"),
     "TOKENIZERS_PARALLELISM": ("false", "threads of a tokenizer don't survive the data loader's fork"),
+}
+# Where machines find each other, when cluster.interface names it: a node has several networks, and the first is often slow.
+INTERFACE_ENV: dict[str, str] = {
+    "GLOO_SOCKET_IFNAME": "the interface of gloo: control messages, and everything on CPU",
+    "NCCL_SOCKET_IFNAME": "the interface of NCCL's first contact; the data go over InfiniBand or RoCE where there is any",
 }
 # One machine's ranks meet on loopback: no name service, no firewall, no network that comes and goes.
 LOOPBACK = "127.0.0.1"
@@ -41,6 +47,7 @@ class LaunchPlan:
     rendezvous: str
     name: str
     env: tuple[tuple[str, str], ...]
+    watch: Policy
     python: str = sys.executable
 
     @property
@@ -55,6 +62,13 @@ class LaunchPlan:
             *("--max-restarts", "0", self.program),
             *self.arguments,
         ]
+
+
+def rank_env(config: Config) -> list[tuple[str, str, str]]:
+    """(variable, default, reason) of every rank's environment over several machines."""
+    found = [(name, value, reason) for name, (value, reason) in ENV_DEFAULTS.items()]
+    interface = config.cluster.interface
+    return found + [(name, interface, reason) for name, reason in INTERFACE_ENV.items() if interface is not None]
 
 
 def program_path() -> str:
@@ -80,9 +94,8 @@ def make_plan(
     launch = config.launch
     single = launch.nodes == 1
     rendezvous = f"{LOOPBACK}:{launch.master_port or 0}" if single else f"{host or 'HOST'}:{launch.master_port or DEFAULT_PORT}"
-    env = {name: value for name, (value, _) in ENV_DEFAULTS.items() if name not in environ}
-    if single:
-        env |= {name: value for name, value in LOOPBACK_ENV.items() if name not in environ}
+    defaults = {name: value for name, value, _ in rank_env(config)} | (LOOPBACK_ENV if single else {})
+    env = {name: value for name, value in defaults.items() if name not in environ}
     return LaunchPlan(
         folder=folder_of(config),
         program=program or program_path(),
@@ -92,6 +105,7 @@ def make_plan(
         rendezvous=rendezvous,
         name=config.run.name,
         env=tuple(sorted({**env, **launch.env}.items())),
+        watch=make_policy(config),
     )
 
 

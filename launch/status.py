@@ -1,6 +1,6 @@
-"""How a run stands, from its folder's files alone. In: the run folder. Out: `Status`, as text or JSON.
+"""How a run stands, from its folder's files and, for a Slurm run, its queue. In: the run folder. Out: `Status`.
 
-Works while the run trains, from any host that sees the folder, and long after.
+Works while the run trains, from any host that sees the folder, and long after; without Slurm's commands it says so.
 """
 
 from __future__ import annotations
@@ -8,25 +8,32 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import last_row, parse_line
+from configs.files import last_row, recent_rows
 from configs.load import from_yaml_text
 from configs.run_folder import RunFolder, is_run_folder, live_holder
 from configs.units import duration
+from launch.interruptions import Interruption, interruptions
+from launch.lifecycle import OVER, QUEUED, RUNNING, Life, read_life
+from launch.scheduler import Job, SchedulerError, find_jobs
 from parallel.batch import steps_of
 
-_TAIL_BYTES = 1 << 18
 _ETA_STEPS = 20
+_EVENTS = 5
+# Kinds that come with every checkpoint: they would push what matters out of the last few.
+_QUIET = frozenset({"saved", "pruned"})
 
 
 @dataclass(frozen=True)
 class Status:
-    """`state`: running, starting, an outcome's state, or died (the last attempt ended without an outcome). None: not known."""
+    """`state`: queued, starting, running, an outcome's state, gave_up, or died (it ended without a word). None: not known.
+
+    `job`: what Slurm says of the run's job, or why it says nothing; `nodes`: of the last attempt; `events`: the last few.
+    """
 
     run_dir: str
     state: str
@@ -43,6 +50,10 @@ class Status:
     last_row_age_s: float | None
     holder: str | None
     done: bool
+    job: dict[str, Any] | None
+    nodes: list[str]
+    interruptions: list[dict[str, Any]]
+    events: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +83,9 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
-    state, why = _state(folder, attempt, holder is not None, row)
+    life = read_life(folder)
+    job, silence = _job(life)
+    state, why = _state(folder, attempt, holder is not None, row) if not life.jobs else _slurm_state(life, job, silence, row)
     total_steps = _total_steps(folder)
     times_s = [r["step_time_s"] for r in rows[-_ETA_STEPS:] if isinstance(r.get("step_time_s"), (int, float))]
     step_time_s = statistics.median(times_s) if times_s else None
@@ -82,7 +95,7 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
         run_dir=str(folder.path),
         state=state,
         why=why,
-        attempt=attempt,
+        attempt=max(attempt, life.attempt),
         step=step,
         total_steps=total_steps,
         loss=row.get("loss"),
@@ -94,21 +107,11 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
         last_row_age_s=max(0.0, now_s - folder.metrics.stat().st_mtime) if rows else None,
         holder=holder.describe() if holder else None,
         done=folder.done.exists(),
+        job={**asdict(job), "requeued_excluding": list(life.excluded)} if job else {"unknown": silence} if life.jobs else None,
+        nodes=list(life.nodes),
+        interruptions=[found.as_dict() for found in interruptions(recent_rows(folder.events))] if life.jobs else [],
+        events=[event for event in recent_rows(folder.events, 1 << 14) if event.get("kind") not in _QUIET][-_EVENTS:],
     )
-
-
-def recent_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The record's last rows, as many as fit into 256 KiB."""
-    if not metrics.exists():
-        return []
-    with open(metrics, "rb") as file:
-        size = metrics.stat().st_size
-        file.seek(max(0, size - _TAIL_BYTES))
-        lines = deque(file.read().split(b"\n"))
-    lines.pop()
-    if size > _TAIL_BYTES:
-        lines.popleft()
-    return [row for line in lines if (row := parse_line(line)) is not None and isinstance(row.get("step"), int)]
 
 
 def describe(status: Status) -> str:
@@ -128,14 +131,79 @@ def describe(status: Status) -> str:
         ("s/step", status.step_time_s, "{:.3f}"),
     ]
     lines += [(name, text.format(value)) for name, value, text in numbers if value is not None]
+    if status.job is not None:
+        lines.append(("job", _job_text(status.job)))
+    if status.nodes:
+        lines.append(("nodes", ", ".join(status.nodes[:8]) + (f", … ({len(status.nodes)})" if len(status.nodes) > 8 else "")))
     if status.last_row_age_s is not None and status.state == "running":
         lines.append(("last row", f"{duration(status.last_row_age_s)} ago"))
+    broken = [str(Interruption(**found)) for found in status.interruptions[-3:]]
+    lines += [("" if index else "interrupted", text) for index, text in enumerate(broken)]
+    lines += [("" if index else "events", _event_text(event)) for index, event in enumerate(status.events)]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
 def as_json(status: Status) -> str:
     return json.dumps(status.as_dict(), indent=2)
+
+
+def list_runs(parent: Path) -> list[Status]:
+    """The runs whose folders lie in `parent`, the one that moved last first."""
+    folders = [RunFolder(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    found = [folder for folder in folders if is_run_folder(folder)]
+    return [read_status(folder) for folder in sorted(found, key=lambda folder: folder.events.stat().st_mtime, reverse=True)]
+
+
+def line_of(status: Status) -> str:
+    """One line of a list of runs."""
+    steps = f"{status.step}/{status.total_steps}" if status.total_steps is not None else str(status.step)
+    loss = f"loss {status.loss:.4f}" if status.loss is not None else ""
+    why = f"  {status.why.splitlines()[0]}" if status.why and status.state != "finished" else ""
+    return f"{status.run_dir:<32} {status.state:<10} {steps:>13}  {loss}{why}"
+
+
+def _job(life: Life) -> tuple[Job | None, str]:
+    """The newest job that Slurm knows, a live one first; else why nothing is known."""
+    if not life.jobs:
+        return None, ""
+    try:
+        jobs = list(find_jobs(life.jobs).values())
+    except SchedulerError as error:
+        return None, f"Slurm does not answer here: {str(error).splitlines()[-1]}"
+    live = [job for job in jobs if job.live]
+    return (live or jobs[-1:] or [None])[0], f"Slurm no longer knows job {life.jobs[-1]}"
+
+
+def _slurm_state(life: Life, job: Job | None, silence: str, row: dict[str, Any]) -> tuple[str, str]:
+    if life.phase == OVER:
+        return life.state, life.why
+    if job is None:
+        return {RUNNING: "running", QUEUED: "queued"}.get(life.phase, "died"), silence
+    if job.state == "PENDING":
+        expected = f", expected to start at {job.start}" if job.start else ""
+        return "queued", f"{life.why + '; ' if life.why else ''}waits for {job.reason or 'its turn'}{expected}"
+    if job.live:
+        return ("running" if life.phase == RUNNING and row else "starting"), ""
+    if job.state == "CANCELLED" and life.phase == QUEUED:
+        return "stopped", "cancelled while it waited"
+    return "died", f"job {job.number} is {job.state.lower()}; its last event was {life.phase}"
+
+
+def _job_text(job: dict[str, Any]) -> str:
+    if "unknown" in job:
+        return job["unknown"]
+    words = [f"{job['number']} {job['state'].lower()}"]
+    words += [f"on {job['nodes']}"] if job["nodes"] else []
+    words += [f"without {', '.join(job['requeued_excluding'])}"] if job["requeued_excluding"] else []
+    return ", ".join(words)
+
+
+def _event_text(event: dict[str, Any]) -> str:
+    clock = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
+    shown = [(name, value) for name, value in event.items() if name not in ("time", "kind", "attempt")]
+    words = " ".join(f"{name}={value}" for name, value in shown if value not in ("", None, [])).splitlines() or [""]
+    return f"{clock}  #{event.get('attempt', 0)} {event['kind']}  {words[0][:120]}"
 
 
 def _state(folder: RunFolder, attempt: int, held: bool, row: dict[str, Any]) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """A rank for the launcher's tests, without torch: opens the attempt, writes rows, obeys signals, fails as told.
 
 Arguments: --config FILE key=value … (as pretrain/main.py takes them). RANK_PLAN in the environment, as JSON:
-{"steps": 5, "pause_s": 0.05, "raise": {"2": 3}, "kill": {"1": 2}, "refuse": true, "ignore_signals": false}
+{"steps": 5, "pause_s": 0.05, "raise": {"2": 3}, "kill": {"1": 2}, "refuse": true, "ignore_signals": false,
+ "hang": {"0": 2}}
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
+from configs.beat import COMPUTING, RECORDING, WAITING
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.run_folder import Outcome, folder_of
+from pretrain.heartbeat import Heartbeat
 from pretrain.provenance import make_provenance
 from pretrain.rank_process import prepare, run_rank
 from pretrain.record import Record
@@ -25,13 +29,22 @@ from pretrain.stop import StopSignals
 RANK = int(os.environ["RANK"])
 
 
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
 def train(plan: dict[str, Any], signals: StopSignals, attempt: Attempt | None, record: Record | None) -> tuple[str, int]:
     """(state, last step)."""
     for step in range(1, plan["steps"] + 1):
+        signals.beat.enter(WAITING, step)
+        signals.beat.enter(COMPUTING)
         if plan.get("raise", {}).get(str(RANK)) == step:
             raise ValueError(f"rank {RANK} can't go on")
         if plan.get("kill", {}).get(str(RANK)) == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if plan.get("hang", {}).get(str(RANK)) == step:
+            wait_for_ever()
+        signals.beat.enter(RECORDING)
         if record is not None:
             record.append({"step": step, "loss": 5.0 / step, "grad_norm": 1.0, "tokens": step, "step_time_s": plan["pause_s"]})
             print(f"step {step}", flush=True)
@@ -42,7 +55,8 @@ def train(plan: dict[str, Any], signals: StopSignals, attempt: Attempt | None, r
 
 
 def body() -> int:
-    signals = StopSignals(repeat_s=0.5 if os.environ.get("SHORT_REPEAT") else 5.0).install()
+    signals = StopSignals(repeat_s=0.5 if os.environ.get("SHORT_REPEAT") else 5.0, beat=Heartbeat(os.environ)).install()
+    signals.beat.start()
     words = sys.argv[sys.argv.index("--config") + 1 :]
     plan = {"steps": 3, "pause_s": 0.02, **json.loads(os.environ.get("RANK_PLAN", "{}"))}
     loaded = load_config(words[0], words[1:])
@@ -52,10 +66,12 @@ def body() -> int:
         print("terminal", os.environ["PHALANX_TTY"])
     if RANK != 0:
         train(plan, signals, None, None)
+        signals.beat.end()
         return 0
     with open_attempt(folder_of(loaded.config), loaded.text, make_provenance(loaded.origin), os.environ) as attempt:
         record = Record.open(attempt.folder.metrics, 0, attempt.event, attempt.own_dir / "metrics_cut.jsonl")
         state, step = train(plan, signals, attempt, record)
+        signals.beat.end()
         record.close()
         attempt.finish(Outcome(attempt.number, state, signals.signal_name or "all steps done", step, step))
     return 0

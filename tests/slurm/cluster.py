@@ -1,0 +1,210 @@
+"""A private Slurm on this machine: munged, slurmctld and virtual nodes, real ones of their kind, as root, without systemd.
+
+Everything lies in one folder and is ended by pid. A node has its own hostname, /etc/hosts, /dev/shm and PID namespace, so
+that SIGKILL to its first process is a power-off. Nothing of the machine's own configuration is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "unshare")
+
+_CONF = """\
+ClusterName=private
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+StateSaveLocation={folder}/state
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+SlurmdLogFile={folder}/log/slurmd.%n.log
+SlurmdSpoolDir={folder}/spool/%n
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=256
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PropagateResourceLimits=NONE
+ReturnToService=1
+JobRequeue=1
+SlurmctldTimeout=30
+SlurmdTimeout=5
+MessageTimeout=5
+TCPTimeout=1
+KillWait=10
+MinJobAge=3600
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+NodeName=DEFAULT CPUs=4 RealMemory=8192 State=UNKNOWN
+{nodes}
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""
+# $1: the folder, $2: the node. The namespaces die with the shell, whose pid is the node's power switch.
+_NODE = """\
+hostname "$2"; mount --bind "$1/hosts" /etc/hosts; mount -t tmpfs tmpfs /dev/shm
+slurmd -D -N "$2" & wait $!
+"""
+
+
+def missing() -> str:
+    """Why no cluster can be had here; empty: it can."""
+    if os.geteuid() != 0:
+        return "the private Slurm needs root (for namespaces and munge)"
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    return f"not installed: {', '.join(absent)} (make slurm, or apt-get install {' '.join(PACKAGES)})" if absent else ""
+
+
+class Cluster:
+    """`nodes` virtual nodes named node1 …, 4 cores each; partition main, and urgent that preempts it (grace 20 s)."""
+
+    def __init__(self, folder: Path, nodes: int = 5) -> None:
+        self.folder = folder
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._port = 0
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment in which Slurm's commands mean this cluster."""
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        for name in ("run", "log", "state", "spool"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._port = _free_ports(1 + len(self.nodes))
+        self._write_files()
+        run = self.folder / "run"
+        self._call(
+            "munged", "--force", f"--key-file={self.folder}/munge.key", f"--socket={run}/munge.sock",
+            f"--pid-file={run}/munged.pid", f"--log-file={self.folder}/log/munged.log", f"--seed-file={self.folder}/state/seed",
+        )  # fmt: skip
+        self.start_controller()
+        for node in self.nodes:
+            self.power_on(node)
+        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle", 30)
+
+    def stop(self) -> None:
+        """By pid only; what runs on the nodes dies with them."""
+        for node in list(self._processes):
+            self.power_off(node)
+        for daemon in ("slurmctld", "munged"):
+            self._end(daemon, signal.SIGTERM)
+
+    def start_controller(self) -> None:
+        self._call("slurmctld")
+
+    def kill_controller(self) -> None:
+        """SIGKILL: as if its machine had crashed."""
+        self._end("slurmctld", signal.SIGKILL)
+
+    def power_on(self, node: str) -> None:
+        spool = self.folder / "spool" / node
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir()
+        command = ["unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        with open(self.folder / "log" / f"{node}.out", "ab") as log:
+            self._processes[node] = subprocess.Popen(
+                [*command, "bash", "-c", _NODE, "node", str(self.folder), node],
+                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def power_off(self, node: str) -> None:
+        process = self._processes.pop(node)
+        process.kill()
+        process.wait()
+
+    @property
+    def off(self) -> list[str]:
+        """Nodes without power."""
+        return [node for node in self.nodes if node not in self._processes]
+
+    def node_states(self) -> list[str]:
+        return self._call("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
+
+    def restore(self) -> None:
+        """As after the start: all nodes powered and idle, no job, for the next test."""
+        self._call("scancel", "--user=root")
+        for node in self.off:
+            self.power_on(node)
+        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle again", 90)
+
+    def wait_for(self, what: Callable[[], bool], words: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert time.monotonic() < deadline, f"{words}: not within {timeout_s:g} s; see {self.folder}/log"
+            time.sleep(0.1)
+
+    def _write_files(self) -> None:
+        rows = [f"NodeName={node} NodeAddr=127.0.1.{i} Port={self._port + i}" for i, node in enumerate(self.nodes, 1)]
+        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, port=self._port, nodes="\n".join(rows)))
+        hosts = [line for line in Path("/etc/hosts").read_text().splitlines() if not line.startswith("127.0.1.")]
+        hosts += [f"127.0.1.{i} {node}" for i, node in enumerate(self.nodes, 1)]
+        (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(1024))
+
+    def _call(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=30)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}; see {self.folder}/log"
+        return done.stdout
+
+    def _end(self, daemon: str, number: signal.Signals) -> None:
+        file = self.folder / "run" / f"{daemon}.pid"
+        if not file.exists():
+            return
+        pid = int(file.read_text())
+        if _is(pid, daemon):
+            os.kill(pid, number)
+            self.wait_for(lambda: not _is(pid, daemon), f"{daemon} to end", 10)
+        file.unlink(missing_ok=True)
+
+
+def _is(pid: int, name: str) -> bool:
+    """Is the process alive and of that name?"""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return f"Name:\t{name}\n" in status and "State:\tZ" not in status
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for base in range(11000 + os.getpid() % 400 * 20, 32000, 20):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, made in enumerate(sockets):
+                made.bind(("", base + offset))
+            return base
+        except OSError:
+            continue
+        finally:
+            for made in sockets:
+                made.close()
+    raise AssertionError("no free ports below 32000")

@@ -1,0 +1,107 @@
+"""The user's commands against a real queue: submit, look, cancel, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.run_folder import EXIT_CODE, RunFolder
+from launch.lifecycle import OVER
+from launch.scheduler import find_jobs
+from tests.run.world import check_equal
+from tests.slurm.cluster import Cluster
+from tests.slurm.world import NODES, STEPS, WORDS, phalanx, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def test_a_queued_run_says_why_it_waits_and_is_cancelled(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.extra=[--begin=now+1hour]")
+    status = json.loads(phalanx("status", str(tmp_path / "run"), "--json").stdout)
+    assert status["state"] == "queued" and "BeginTime" in status["why"] and status["job"]["number"] == run.job
+    second = phalanx("launch", str(run_config), f"run.dir={tmp_path / 'run'}", *NODES, *WORDS)
+    assert second.returncode == 2 and f"job {run.job} is pending" in second.stderr and "phalanx cancel" in second.stderr
+    assert phalanx("cancel", str(tmp_path / "run")).returncode == 0
+    assert (run.life.phase, run.life.state) == (OVER, "stopped")
+    assert find_jobs([run.job])[run.job].state == "CANCELLED"
+    text = phalanx("status", str(tmp_path / "run")).stdout
+    assert "stopped: cancelled while it waited" in text
+    assert "nothing to cancel" in phalanx("cancel", str(tmp_path / "run")).stdout
+
+
+def test_a_chain_is_submitted_and_cancelled_as_one(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.chain=2", "launch.slurm.extra=[--begin=now+1hour]")
+    assert len(run.life.jobs) == 3
+    waits = subprocess.run(
+        ["squeue", "-h", "-j", str(run.life.jobs[1]), "-o", "%E"], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"afterany:{run.job}" in waits
+    phalanx("cancel", str(tmp_path / "run"))
+    assert {job.state for job in find_jobs(run.life.jobs).values()} == {"CANCELLED"}
+
+
+def test_what_slurm_refuses_is_one_report(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path / 'run'}", *NODES, *WORDS]
+    refused = phalanx("launch", str(run_config), *words, "launch.slurm.partition=nowhere")
+    assert refused.returncode == 2 and "invalid partition" in refused.stderr.lower() and "Traceback" not in refused.stderr
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+    too_many = phalanx("launch", str(run_config), *words, "launch.nodes=6", "batch.global_batch_seqs=48", "parallel.pipeline=1")
+    assert too_many.returncode == 2 and "Slurm must take the job" in too_many.stderr
+
+
+def test_hostile_strings_are_harmless(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    """Through a real sbatch: what it takes, it takes as text."""
+    payload = f"\"; touch {tmp_path}/canary; $(touch {tmp_path}/canary) ' #"
+    words = [json.dumps({"A": payload}), json.dumps([payload])]
+    run = submit(
+        cluster, run_config, tmp_path / "run", f"launch.env={words[0]}", f"launch.slurm.srun_args={words[1]}",
+        f"launch.slurm.extra={json.dumps(['--comment=' + payload.replace(chr(34), '')])}",
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while find_jobs([run.job])[run.job].live and run.life.phase != OVER and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for name in ("partition", "account", "qos", "constraint", "gres", "gpus_per_node", "mem", "nodelist", "exclude",
+                 "reservation", "dependency"):  # fmt: skip
+        other = [f"run.dir={tmp_path / name}", *NODES, *WORDS, f"launch.slurm.{name}={json.dumps(payload)}"]
+        done = phalanx("launch", str(run_config), *other)
+        # sbatch takes any account where nobody keeps accounts, and any list of nodes to keep off.
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, f"{name}: {done.stderr}"
+    subprocess.run(["scancel", "--user=root"], check=True)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_bad_data_ends_the_job_with_its_report(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    """What only a compute node can find: no restart, exit 2, the report in logs and status."""
+    run = submit(cluster, run_config, tmp_path / "run", "data.train=[{path: nowhere, weight: 1}]")
+    life = run.wait_over()
+    assert life.state == "bad_input" and len(life.ends) == 1, run.story()
+    assert "nowhere" in phalanx("status", str(tmp_path / "run")).stdout
+    assert "nowhere" in phalanx("logs", str(tmp_path / "run")).stdout
+    cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 30)
+    code = subprocess.run(["scontrol", "show", "job", "-o", str(run.job)], check=True, capture_output=True, text=True).stdout
+    assert "ExitCode=2:0" in code
+
+
+def test_cancel_saves_and_resume_goes_on(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
+    """phalanx cancel, then scancel by hand: both are a user's stop; each is gone on from by phalanx resume."""
+    run = submit(cluster, run_config, tmp_path / "run")
+    run.wait_to_train()
+    cancelled = phalanx("cancel", str(tmp_path / "run"))
+    assert cancelled.returncode == 0 and "stopped: phalanx cancel after step" in cancelled.stdout, cancelled
+    outcome = RunFolder(tmp_path / "run").read_outcome()
+    assert outcome is not None and outcome.state == "stopped" and EXIT_CODE["stopped"] == 130
+    assert phalanx("resume", str(tmp_path / "run")).returncode == 0
+    run.wait_to_train()
+    subprocess.run(["scancel", str(run.job)], check=True)
+    life = run.wait_over()
+    assert life.state == "stopped" and "scancel" in life.why, run.story()
+    resumed = phalanx("resume", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert run.wait_over().state == "finished", run.story()
+    check_equal(run.folder.path, quiet, STEPS)
+    again = phalanx("resume", str(tmp_path / "run"))
+    assert again.returncode == 0 and "is finished" in again.stdout

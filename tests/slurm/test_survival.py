@@ -1,0 +1,111 @@
+"""Whatever a cluster does to a run, it ends with the weights of an undisturbed one, as one run."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.beat import READING, SAVING, STARTING, VALIDATING
+from configs.files import iterate_lines
+from launch.watch import read_reports
+from tests.run.world import check_equal
+from tests.slurm import world
+from tests.slurm.cluster import Cluster
+from tests.slurm.world import NODES, STEPS, WORDS, Run, act, phalanx, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+def check_one_run(run: Run, quiet: Path, causes: Sequence[str]) -> None:
+    """Over and finished after these causes; the weights, the record and W&B as if nothing had happened."""
+    life = run.wait_over()
+    assert life.state == "finished", run.story()
+    assert [end.cause for end in life.ends] == [*causes, "finished"], run.story()
+    check_equal(run.folder.path, quiet, STEPS)
+    assert len({row["wandb_id"] for row in run.events("attempt")}) == 1
+
+
+def test_two_runs_side_by_side_survive_all_that_happens_to_them(
+    cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
+) -> None:
+    """One job is preempted, crashes and hangs; the other lives through a controller's crash, loses a node, and time."""
+    first = submit(cluster, run_config, tmp_path / "first")
+    second = submit(cluster, run_config, tmp_path / "second")
+    act(second, world.restart_controller)
+    act(first, world.preempt)
+    act(second, world.power_off)
+    act(first, world.kill_a_rank)
+    act(second, world.near_the_limit)
+    act(first, world.stop_a_rank)
+    hung = first.events("hung")
+    check_one_run(first, quiet, ["preempted", "crashed", "hung"])
+    check_one_run(second, quiet, ["bad_node", "time_limit"])
+    assert len(hung) == 1 and "rank 1" in hung[0]["why"], first.story()
+
+
+def test_the_batch_script_can_be_submitted_by_hand_and_goes_on_with_fewer_nodes(
+    cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
+) -> None:
+    """Only one node is left in the end: launch.slurm.min_nodes lets the layout's one replica of two stages go there."""
+    words = ["launch.slurm.min_nodes=1", "launch.processes_per_node=2", "parallel.pipeline=2", "batch.micro_batch_seqs=2"]
+    script = phalanx("launch", str(run_config), f"run.dir={tmp_path / 'run'}", *NODES, *WORDS, *words, "--dry-run")
+    assert script.returncode == 0 and "#SBATCH --nodes=1-2\n" in script.stdout
+    run = submit(cluster, run_config, tmp_path / "run", *words, "launch.slurm.extra=[--begin=now+1hour]")
+    subprocess.run(["scancel", str(run.job)], check=True)
+    written = (tmp_path / "run" / "launch" / "job_0001" / "batch.sh").read_text()
+    by_hand = tmp_path / "mine.sh"
+    by_hand.write_text(written.replace("#SBATCH --begin=now+1hour\n", ""))
+    for node in cluster.nodes[1:]:
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=drain", "reason=test"], check=True)
+    try:
+        subprocess.run(["sbatch", str(by_hand)], check=True)
+        life = run.wait_over()
+    finally:
+        for node in cluster.nodes[1:]:
+            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+    assert life.state == "finished" and run.events("job_attempt")[-1]["nodes"] == ["node1"], run.story()
+    rows = [row for _, row in iterate_lines(run.folder.metrics) if row]
+    assert len(rows) == STEPS
+
+
+WAYS = (
+    world.preempt, world.near_the_limit, world.kill_a_rank, world.stop_a_rank, world.power_off, world.power_off_first,
+    world.restart_controller, world.usr1, world.kill_batch_step,
+)  # fmt: skip
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(10))
+def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path, seed: int) -> None:
+    """Twenty in all, two a run: whatever comes when, in whatever order."""
+    generator = random.Random(seed)
+    run = submit(cluster, run_config, tmp_path / "run")
+    for _ in range(2):
+        act(run, generator.choice(WAYS), generator)
+    assert run.wait_over(600).state == "finished", run.story()
+    check_equal(run.folder.path, quiet, STEPS)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("phase", [STARTING, READING, SAVING, VALIDATING])
+def test_a_signal_in_any_phase(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path, phase: str) -> None:
+    """The node's report says what its ranks are doing; SIGUSR1 comes when one is at it."""
+    run = submit(cluster, run_config, tmp_path / "run", "run.eval_interval_steps=1", "run.eval_batches=2")
+    run.wait_for_attempt(1)
+
+    def seen() -> bool:
+        return any(state.phase == phase for report in read_reports(run.folder.launch_dir(1)) for state in report.ranks)
+
+    run.wait(seen, f"a rank that is {phase}")
+    world.usr1(run)
+    run.wait(lambda: len(run.life.ends) > 0, "the end")
+    assert run.life.ends[0].cause in ("preempted", "finished"), run.story()
+    assert run.wait_over(300).state == "finished", run.story()
+    losses = [
+        {row["step"]: row["loss"] for _, row in iterate_lines(path / "metrics.jsonl") if row} for path in (run.folder.path, quiet)
+    ]
+    assert losses[0] == losses[1]

@@ -1,0 +1,203 @@
+"""A run under the private Slurm, by the user's commands, and what can happen to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs.files import iterate_lines
+from configs.run_folder import RunFolder
+from launch.lifecycle import OVER, Life, read_life
+from tests.run.world import ROOT
+from tests.slurm.cluster import Cluster
+
+STEPS = 36
+NODES = ["launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", "cluster.interface=lo"]
+# Steps of a tenth of a second leave room to act in; the watchdog waits far longer than any of them.
+WORDS = [
+    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=6",
+    "launch.watch.start_timeout_s=120", "launch.slurm.stop_before_s=70", "launch.slurm.max_without_progress=4",
+    "launch.slurm.extra=[--exclusive]",
+]  # fmt: skip
+
+
+def phalanx(*words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.cli", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
+
+
+@dataclass
+class Run:
+    """A submitted run."""
+
+    cluster: Cluster
+    folder: RunFolder
+    hit: list[str] = field(default_factory=list)
+
+    @property
+    def life(self) -> Life:
+        return read_life(self.folder)
+
+    @property
+    def job(self) -> int:
+        return self.life.jobs[0]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        rows = [row for _, row in iterate_lines(self.folder.events) if row is not None]
+        return [row for row in rows if row.get("kind") == kind]
+
+    def steps(self) -> int:
+        rows = [row for _, row in iterate_lines(self.folder.metrics) if row] if self.folder.metrics.exists() else []
+        return rows[-1]["step"] if rows else 0
+
+    def wait(self, what: Callable[[], bool], words: str, timeout_s: float = 150) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert self.life.phase != OVER, f"waited for {words}; it is over: {self.story()}"
+            assert time.monotonic() < deadline, f"{words} did not come: {self.story()}"
+            time.sleep(0.05)
+
+    def wait_for_attempt(self, number: int) -> None:
+        self.wait(lambda: self.life.attempt >= number, f"attempt {number}")
+
+    def wait_to_train(self, more: int = 3) -> None:
+        """Until the newest attempt has made `more` steps of its own, or has only a few left."""
+        self.wait(self._begun, "the attempt's begin")
+        start = self.life.step_before
+        self.wait(lambda: self.steps() >= min(start + more, STEPS - 6), f"{more} steps")
+
+    def _begun(self) -> bool:
+        """The newest attempt has cut the record back to where it goes on."""
+        life = self.life
+        rows = self.events("resumed" if life.step_before else "attempt")
+        return bool(rows) and rows[-1]["attempt"] == life.attempt
+
+    def wait_over(self, timeout_s: float = 240) -> Life:
+        deadline = time.monotonic() + timeout_s
+        while self.life.phase != OVER:
+            assert time.monotonic() < deadline, f"it is not over: {self.story()}"
+            time.sleep(0.2)
+        return self.life
+
+    def story(self) -> str:
+        """Events and the batch step's output, for a failed assertion."""
+        logs = [path.read_text(errors="replace")[-3000:] for path in sorted((self.folder.path / "logs").glob("slurm-*.out"))]
+        return "\n".join([f"hit: {self.hit}", self.folder.events.read_text(), *logs])
+
+    def ranks(self) -> list[psutil.Process]:
+        """The live rank processes of the job, by rank; the virtual nodes' processes are this machine's."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if "pretrain/main.py" not in " ".join(process.cmdline()) or "torch.distributed.run" in process.cmdline():
+                    continue
+                env = process.environ()
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                continue
+            if env.get("SLURM_JOB_ID") == str(self.job) and "RANK" in env:
+                found.append((int(env["RANK"]), process))
+        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+
+def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str) -> Run:
+    done = phalanx("launch", str(config), f"run.dir={run_dir}", *NODES, *WORDS, *words)
+    assert done.returncode == 0, done.stderr
+    assert "submitted job" in done.stdout and "phalanx status" in done.stdout
+    return Run(cluster, RunFolder(run_dir))
+
+
+# What can happen to a run. Each way acts on a run that trains, and returns the cause that must be recorded.
+
+
+def preempt(run: Run) -> str:
+    """A job of a higher partition takes the nodes."""
+    command = ["sbatch", "--partition=urgent", "--exclusive", f"--nodelist={','.join(run.life.nodes)}", "--output=/dev/null"]
+    subprocess.run([*command, "--wrap=sleep 1"], check=True, capture_output=True)
+    return "preempted"
+
+
+def near_the_limit(run: Run) -> str:
+    """The job's time is cut to the next full minute, and Slurm's warning comes, as --signal in the script asks for it."""
+    elapsed = subprocess.run(["squeue", "-h", "-j", str(run.job), "-o", "%M"], check=True, capture_output=True, text=True).stdout
+    minutes = int(elapsed.strip().split(":")[0])
+    subprocess.run(["scontrol", "update", f"jobid={run.job}", f"TimeLimit={minutes + 1}"], check=True)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", str(run.job)], check=True)
+    return "time_limit"
+
+
+def kill_a_rank(run: Run) -> str:
+    run.ranks()[-1].kill()
+    return "crashed"
+
+
+def stop_a_rank(run: Run) -> str:
+    """SIGSTOP: all others wait for it for ever."""
+    run.ranks()[-1].send_signal(signal.SIGSTOP)
+    return "hung"
+
+
+def power_off(run: Run) -> str:
+    """The node that the batch step isn't on. It stays off: a minute after it answers again, Slurm 22.05 repeats what it could
+    not deliver, and ends the next attempt's tasks there.
+    """
+    node = run.life.nodes[-1]
+    run.cluster.power_off(node)
+    return "bad_node"
+
+
+def power_off_first(run: Run) -> str:
+    """The node that the batch step is on: nobody is left to write the end."""
+    run.cluster.power_off(run.life.nodes[0])
+    return "bad_node"
+
+
+def restart_controller(run: Run) -> str:
+    """No end at all: the ranks don't notice."""
+    run.cluster.kill_controller()
+    time.sleep(1)
+    run.cluster.start_controller()
+    return ""
+
+
+def usr1(run: Run) -> str:
+    subprocess.run(["scancel", "--signal=USR1", "--batch", str(run.job)], check=True)
+    return "preempted"
+
+
+def kill_batch_step(run: Run) -> str:
+    """The batch step alone dies, as by an out-of-memory killer."""
+    for process in psutil.process_iter():
+        try:
+            if "launch.job" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == str(run.job):
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return ""
+
+
+def act(run: Run, way: Callable[[Run], str], generator: random.Random | None = None) -> None:
+    """Let one thing happen to the training run, wait for its end to be recorded and, unless it is over, the next attempt."""
+    run.wait_to_train(generator.randint(1, 8) if generator else 3)
+    if generator:
+        time.sleep(generator.random() * 0.5)
+    attempt, life = run.life.attempt, run.life
+    run.hit.append(f"{way.__name__} in attempt {attempt} at step {run.steps()}")
+    cause = way(run)
+    if not cause:
+        return
+    run.wait(lambda: len(run.life.ends) > len(life.ends), f"the end of attempt {attempt}")
+    if way is near_the_limit:
+        subprocess.run(["scontrol", "update", f"jobid={run.job}", "TimeLimit=UNLIMITED"], check=True)
+    end = run.life.ends[len(life.ends)]
+    assert end.cause == cause or end.cause == "finished", f"{end}: {run.story()}"

@@ -55,8 +55,9 @@ slurm:
 	  || echo "no Slurm: its tests will be skipped" >&2; \
 	else echo "no Slurm, and no root or apt-get to install it: its tests will be skipped" >&2; fi
 
+# Two test processes, a file at a time: most files fork several ranks, and more of them than cores only wait.
 test: install slurm
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 prove: install slurm
 	$(BIN)/python -m pytest -q -m prove --timeout 3600

@@ -26,6 +26,6 @@ setup(
         "pyarrow>=15",
         "zstandard>=0.22",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "pyright", "peft"]},
+    extras_require={"dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"]},
     entry_points={"console_scripts": ["phalanx=tools.cli:main"]},
 )

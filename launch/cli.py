@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
 
 
 def _launch(words: list[str]) -> int:
-    parser = _parser("launch", "start a run as launch.target says, and stay until it ends")
+    parser = _parser(
+        "launch", "start a run: here, staying until it ends (launch.target=local), or as a Slurm job (launch.target=slurm)"
+    )
     parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one (quickstart)")
     _add_start_options(parser)
     found = parser.parse_intermixed_args(words)
@@ -175,5 +177,5 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
 
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
-    parser.add_argument("--dry-run", action="store_true", help="print the exact command and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command or batch script; start nothing")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout at the end")

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.errors import ConfigError
 from configs.events import append_event
 from configs.files import last_row, write_json
 from configs.run_folder import SILENCE_S, RunFolder
@@ -44,7 +45,8 @@ ASKS = {signal.SIGUSR1: PREEMPT, signal.SIGINT: STOP, signal.SIGTERM: TERMINATE}
 class Supervisor:
     """One run of the batch step."""
 
-    def __init__(self, job_dir: Path, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, job_dir: Path, command: Sequence[str], environ: Mapping[str, str], waiting: list[int]) -> None:
+        """`waiting` receives the signals that come (see `listen`). Raises FileNotFoundError: JOB_DIR is gone."""
         self.job_dir = job_dir
         self.spec = JobFile.read(job_dir)
         self.folder = RunFolder(Path(self.spec.run_dir))
@@ -55,15 +57,9 @@ class Supervisor:
         self.clock = Clock(self.folder, self.job, self.spec.stop_before_s, environ)
         self.asked = ""
         self.attempt = 0
-        self._waiting: list[int] = []
+        self._waiting = waiting
         self._step: subprocess.Popen[bytes] | None = None
         self._told: set[tuple[str, str]] = set()
-
-    def install(self) -> Supervisor:
-        """Take the signals; before the first file is read, for Slurm doesn't wait."""
-        for number in ASKS:
-            signal.signal(number, lambda received, _: self._waiting.append(received))
-        return self
 
     def run(self) -> int:
         """The exit code of the batch step."""
@@ -83,17 +79,24 @@ class Supervisor:
             if decision.action != "wait":
                 return self._act(decision)
             self._event("job_requeued", why=decision.why, exclude=[])
-        self._attempt()
+        nodes = scheduler.expand(self.environ["SLURM_JOB_NODELIST"])
+        size = max((size for size in self.spec.sizes if size <= len(nodes)), default=None)
+        if size is None:
+            why = f"Slurm gave {len(nodes)} nodes; layout and batch need one of {', '.join(map(str, self.spec.sizes))}"
+            return self._act(Decision("over", why, "bad_input"))
+        try:
+            # The lock of a rank 0 that died with its node falls silent before it may be taken.
+            self.attempt = claim_attempt(self.folder, patience_s=2 * SILENCE_S)
+        except ConfigError as error:
+            return self._act(Decision("over", str(error), "gave_up"))
+        self._attempt(nodes, size)
         life = read_life(self.folder)
         return self._act(decide(life, self._policy(life), self._slurm_requeues()))
 
     # One attempt.
 
-    def _attempt(self) -> None:
-        nodes = scheduler.expand(self.environ["SLURM_JOB_NODELIST"])
-        size = max(size for size in self.spec.sizes if size <= len(nodes))
-        # The lock of a rank 0 that died with its node falls silent before it may be taken.
-        self.attempt = claim_attempt(self.folder, patience_s=2 * SILENCE_S)
+    def _attempt(self, nodes: Sequence[str], size: int) -> None:
+        """Run the claimed attempt on the first `size` of `nodes`, to its recorded end."""
         log_dir, before = self.folder.log_dir(self.attempt).absolute(), self.folder.newest_checkpoint_step()
         log_dir.mkdir(parents=True, exist_ok=True)
         self._event(
@@ -298,6 +301,14 @@ class Supervisor:
         print(f"phalanx: {text}", flush=True)
 
 
+def listen() -> list[int]:
+    """Take the signals before anything else is done, for Slurm doesn't wait; the list grows as they come."""
+    waiting: list[int] = []
+    for number in ASKS:
+        signal.signal(number, lambda received, _: waiting.append(received))
+    return waiting
+
+
 def _fill(word: str, filled: Mapping[str, str]) -> str:
     for name, value in filled.items():
         word = word.replace(name, value)
@@ -306,6 +317,7 @@ def _fill(word: str, filled: Mapping[str, str]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """JOB_DIR -- COMMAND: as the batch script writes it."""
+    waiting = listen()
     parser = argparse.ArgumentParser(
         prog="python -m launch.job",
         usage="%(prog)s JOB_DIR -- COMMAND …",
@@ -318,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
     found, command = parser.parse_args(list(argv[:cut])), argv[cut + 1 :]
     if not command:
         parser.error("a command must follow --")
-    return Supervisor(found.job_dir, command, os.environ).install().run()
+    return Supervisor(found.job_dir, command, os.environ, waiting).run()
 
 
 if __name__ == "__main__":

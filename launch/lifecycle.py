@@ -160,7 +160,7 @@ def decide(life: Life, policy: Policy, slurm_requeues: bool = False) -> Decision
         )
         return Decision("over", why, "gave_up")
     exclude = tuple(node for node in failed_nodes(life.ends, policy) if node not in life.excluded)
-    why = f"{last.cause}: {last.why}"
+    why = last.why if last.why.startswith(last.cause) else f"{last.cause}: {last.why}"
     if slurm_requeues and not exclude:
         return Decision("wait", why)
     if not policy.requeue and not slurm_requeues:

@@ -13,9 +13,11 @@ from typing import BinaryIO, TextIO
 from configs.errors import ConfigError, Problem
 from configs.run_folder import RunFolder, live_holder
 from launch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
+from launch.lifecycle import ENDED, QUEUED, RUNNING, read_life
 from launch.watch import NodeReport, read_reports
 
 POLL_S = 0.2
+QUEUE_POLL_S = 2.0
 _SHOWN_LINES = 2000
 
 
@@ -68,7 +70,12 @@ def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> 
 
 
 def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
-    """Print the first failure, if any, and the rank's log; `follow` goes on until the run is over."""
+    """Print the first failure, if any, and the rank's log; `follow` goes on, over later attempts too, until the run is over."""
+    batch = sorted((folder.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    if attempt is None and batch and not any((folder.path / "logs").glob("attempt_*/*")):
+        # No rank came to life: what the batch step and srun said is all there is.
+        print(f"--- {batch[-1]}\n{tail_of(batch[-1], lines=_SHOWN_LINES)}", file=out)
+        return
     log_dir = choose_log_dir(folder, attempt)
     log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
     failures = find_failures(log_dir)
@@ -78,6 +85,18 @@ def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: T
     if not follow:
         print(_tail(log), file=out)
         return
+    while True:
+        _follow(folder, log, out)
+        later = _next_log_dir(folder, log_dir) if attempt is None else None
+        if later is None:
+            return
+        log_dir = later
+        log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
+        print(f"--- {log.path}", file=out)
+
+
+def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
+    """While the attempt is held."""
     with open(log.path, "rb") as file:
         while True:
             alive = live_holder(folder) is not None
@@ -86,6 +105,16 @@ def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: T
             if not alive:
                 return
             time.sleep(POLL_S)
+
+
+def _next_log_dir(folder: RunFolder, log_dir: Path) -> Path | None:
+    """The logs of the next attempt of a Slurm run, waited for while it is in the queue; None: there will be none."""
+    while read_life(folder).phase in (QUEUED, RUNNING, ENDED):
+        newest = choose_log_dir(folder, None)
+        if newest != log_dir and any(newest.glob("rank_*.log")):
+            return newest
+        time.sleep(QUEUE_POLL_S)
+    return None
 
 
 def _gathered_logs(log_dir: Path) -> list[Path]:

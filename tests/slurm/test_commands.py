@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_hostile_strings_are_harmless(cluster: Cluster, run_config: Path, tmp_pa
     words = [json.dumps({"A": payload}), json.dumps([payload])]
     run = submit(
         cluster, run_config, tmp_path / "run", f"launch.env={words[0]}", f"launch.slurm.srun_args={words[1]}",
-        f"launch.slurm.extra={json.dumps(['--comment=' + payload.replace(chr(34), '')])}",
+        f"launch.slurm.extra={json.dumps(['--exclusive', '--comment=' + shlex.quote(payload)])}",
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while find_jobs([run.job])[run.job].live and run.life.phase != OVER and time.monotonic() < deadline:

@@ -153,6 +153,12 @@ def requeue(number: int, exclude: Sequence[str], patience_s: float) -> None:
     call_again(["scontrol", "release", str(number)], patience_s)
 
 
+def keep_off(numbers: Sequence[int], nodes: Sequence[str]) -> None:
+    """Have waiting jobs start without these nodes."""
+    for number in numbers:
+        call(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(nodes)}"])
+
+
 def cancel(numbers: Sequence[int]) -> None:
     call(["scancel", *map(str, numbers)])
 

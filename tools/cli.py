@@ -32,6 +32,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "rehearse": Command("tools.rehearse.cli", "the layout on this machine's CPUs against one process, with a small model"),
         "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", with_name=True),
         "plan-validate": Command("tools.plan", "the planner's predictions against published runs", with_name=True),
+        "doctor": Command("launch.doctor.cli", "is this machine, or each node of a Slurm allocation, fit to train"),
         "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),
     },
     "a run": {

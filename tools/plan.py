@@ -131,7 +131,7 @@ def _plan(argv: list[str]) -> int:
         raise ConfigError(Problem("--top", args.top, "must be at least 1", "leave it out for 10"))
     config = load_config(args.config, args.overrides).config
     vocab = vocab_size(config)
-    calibration = calibrate(args.calibrate) if args.calibrate else UNCALIBRATED
+    calibration = calibrate(args.calibrate, config) if args.calibrate else UNCALIBRATED
     (_plan_search if args.search else _plan_one)(args, config, vocab, calibration)
     return 0
 

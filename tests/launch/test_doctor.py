@@ -283,6 +283,15 @@ def test_a_silent_node_is_named_with_its_own_words(tmp_path: Path) -> None:
     assert "node2  FAIL  no answer" in describe(verdict) and "NOT FIT" in describe(verdict)
 
 
+def test_a_node_that_hangs_is_said_to_hang(tmp_path: Path) -> None:
+    made = folder_of_results(tmp_path, {"node1": {**sound(), "node": "node1"}})
+    log = "srun: First task exited 90s ago\nsrun: StepId=22.0 task 1: running\nsrun: error: node2: task 1: Killed\n"
+    (tmp_path / "nodes.log").write_text(log)
+    assert read_results(tmp_path, made, ["node1", "node2"]).silent == {
+        "node2": "it gave no answer within 90s of the first node's"
+    }
+
+
 def test_what_the_ranks_measured_before_they_broke_off_stands(tmp_path: Path) -> None:
     made = folder_of_results(tmp_path, four())
     names = list(four())

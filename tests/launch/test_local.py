@@ -75,7 +75,7 @@ def start(tmp_path: Path) -> Callable[..., Launch]:
     return make
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 40.0) -> None:
+def wait_until(true: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it didn't come true in time"
@@ -182,7 +182,7 @@ def test_no_orphans_after_sigkill(start: Callable[..., Launch], victim: str) -> 
     os.kill(_pid_of(victim, launch, mark), signal.SIGKILL)
     code, _, _ = launch.end()
     assert code == (-signal.SIGKILL if victim == "launcher" else 1)
-    wait_until(lambda: marked_pids(mark) == [], timeout_s=10.0)
+    wait_until(lambda: marked_pids(mark) == [], timeout_s=60.0)
     assert live_holder(launch.run) is None
     # torchrun ends rank 0 with SIGTERM when rank 1 is gone; without collectives, these ranks obey it and say so.
     assert (launch.run.read_outcome() is None) == (victim != "rank 1")

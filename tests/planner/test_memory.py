@@ -76,7 +76,9 @@ def test_offload_moves_bytes_to_the_host() -> None:
     layout = Layout(nodes=2, processes_per_node=8)
     kept = state_bytes(job_of(layout, zero=Zero("deepspeed", 2)), Held(1e9))
     moved = state_bytes(job_of(layout, zero=Zero("deepspeed", 2, "optimizer")), Held(1e9))
-    assert moved.optimizer == 0 and moved.host == kept.optimizer and moved.weights == kept.weights
+    # Beside the optimizer the host holds an fp32 gradient and a copy of its part of the weights.
+    assert moved.optimizer == 0 and moved.weights == kept.weights and moved.gradients == kept.gradients
+    assert moved.host == pytest.approx(kept.optimizer + (4 + 2) * 1e9 / 16)
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,13 @@ def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
     """A guard against regressions; the figures themselves are printed by plan-validate."""
     speed, memory = document["tokens_per_s"], document["memory"]
     assert speed["median_abs_rel_err"] <= 0.10 and speed["dense"]["median_abs_rel_err"] <= 0.095
-    assert speed["moe"]["median_abs_rel_err"] <= 0.16 and speed["p90_abs_rel_err"] <= 0.30
+    assert speed["moe"]["median_abs_rel_err"] <= 0.16 and speed["p90_abs_rel_err"] <= 0.28
     assert document["tokens_per_s_calibrated"]["median_abs_rel_err"] <= 0.08
     assert speed["median_abs_rel_err"] < 0.5 * document["tokens_per_s_constant_mfu"]["median_abs_rel_err"]
-    assert memory["median_abs_rel_err"] <= 0.10
+    assert memory["median_abs_rel_err"] <= 0.05 and memory["p90_abs_rel_err"] <= 0.20
     fits = document["fits"]
     assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] == 0
+    assert fits["ran_with_recompute_not_stated_some_fits"] >= 0.95 * fits["ran_with_recompute_not_stated"]
     assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
 
 

@@ -14,7 +14,7 @@ from tools.planner.hardware import find_gpu, make_machine
 from tools.planner.job import Job, Recomputation, make_job
 from tools.planner.planning import Calibration, make_plan
 from tools.planner.timing import fitted, step_vector, time_step
-from tools.planner.work import INDEX, KINDS, stage_micro_work
+from tools.planner.work import INDEX, KINDS, stage_micro_work, step_work
 
 
 def llama(*words: str) -> Job:
@@ -116,3 +116,26 @@ def test_run_estimate() -> None:
     assert run.tokens == 1000 * 128 * 4096 and run.days == pytest.approx(3000 / 86400)
     assert run.gpu_hours == pytest.approx(32 * 3000 / 3600) and run.cost_usd == pytest.approx(2 * run.gpu_hours)
     assert run.checkpoint_gib == pytest.approx(14 * 8.03e9 / 2**30, rel=0.01) and 0 < run.goodput < 1
+
+
+def test_casts_are_paid_in_fp8_only_and_less_with_block_scales() -> None:
+    job = llama()
+    works = []
+    for name in ("H100", "B200"):
+        gpu = find_gpu(name)
+        assert gpu is not None
+        narrow = replace(job, compute="fp8", machine=replace(job.machine, gpu=gpu))
+        works.append(stage_micro_work(narrow)[0][INDEX["casts"]] * gpu.memory_gb_s)
+    assert stage_micro_work(job)[0][INDEX["casts"]] == 0 < works[1] == pytest.approx(works[0] * 4 / 6)
+
+
+def test_deepspeed_reduces_every_micro_batch() -> None:
+    once, each = llama("zero.engine=megatron"), llama("zero.engine=deepspeed", "zero.stage=2")
+    ratio = step_work(each)[0][INDEX["data"]] / step_work(once)[0][INDEX["data"]]
+    assert ratio == pytest.approx((each.num_micro_batches * 4 + 2) / (4 + 2))
+
+
+def test_chunks_cost_passes() -> None:
+    plain, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
+    passes = [stage_micro_work(job)[0][INDEX["passes"]] for job in (llama(), plain, interleaved)]
+    assert passes == [0, 1, 2]

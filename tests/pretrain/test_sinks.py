@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def test_numbers_for_people() -> None:
     assert [duration(value) for value in (None, 5, 754, 3723, 360_000)] == ["?", "0:05", "12:34", "1:02:03", "4d 04h"]
 
 
+def read_all(master: int) -> str:
+    """What was written to a terminal; the kernel hands it over in pieces, the last of them within a moment."""
+    pieces = []
+    while select.select([master], [], [], 1.0)[0]:
+        try:
+            pieces.append(os.read(master, 1 << 16))
+        except OSError:
+            # The other end is closed.
+            break
+    return b"".join(pieces).decode()
+
+
 def test_the_bar_goes_to_the_launchers_terminal_and_lines_to_the_log() -> None:
     """As our launcher has it: rank 0's stdout is a file, PHALANX_TTY names the terminal."""
     master, slave = pty.openpty()
@@ -61,7 +74,7 @@ def test_the_bar_goes_to_the_launchers_terminal_and_lines_to_the_log() -> None:
         console.write(row(step))
     console.close(Outcome(1, "finished", "done", 2, 2))
     os.close(slave)
-    shown = os.read(master, 1 << 16).decode()
+    shown = read_all(master)
     assert "2/2" in shown and "\x1b[" in shown
     assert "step 2/2" in out.getvalue() and "\x1b" not in out.getvalue()
 

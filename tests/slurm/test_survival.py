@@ -109,3 +109,15 @@ def test_a_signal_in_any_phase(cluster: Cluster, run_config: Path, quiet: Path, 
         {row["step"]: row["loss"] for _, row in iterate_lines(path / "metrics.jsonl") if row} for path in (run.folder.path, quiet)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    "words", [["launch.slurm.extra=[--exclusive,--no-requeue]"], ["launch.slurm.requeue=false", "launch.slurm.chain=1"]]
+)
+def test_where_requeue_is_forbidden(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path, words: list[str]) -> None:
+    """The script is submitted again from inside the job, or the next job of the chain goes on; bounds still count."""
+    run = submit(cluster, run_config, tmp_path / "run", *words)
+    act(run, world.usr1)
+    check_one_run(run, quiet, ["preempted"])
+    assert len(run.life.jobs) == 2 and [row["job"] for row in run.events("job_attempt")] == list(run.life.jobs), run.story()

@@ -1,7 +1,8 @@
 """A measured run as the measure of the user's machine: `phalanx plan CONFIG --calibrate RUN_DIR`. [p]
 
 In: a run folder (config.yaml, metrics.jsonl). Out: a `Calibration`: its median step time over the predicted one, and its
-peak memory over the predicted, which later plans for the same cluster are scaled by. A run on CPUs calibrates nothing.
+peak memory over the predicted, which later plans for the same kind of machine are scaled by. A run on CPUs has no peak
+memory of torch's allocator: its memory is left as predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
 from configs.schema import Config
 from pretrain.data_check import vocab_size
-from tools.planner.hardware import find_gpu
+from tools.planner.hardware import HOST_NAME, make_machine
 from tools.planner.job import make_job
 from tools.planner.planning import Calibration, make_plan
 
@@ -67,18 +68,25 @@ def measured_memory_gib(rows: list[dict[str, Any]]) -> float | None:
     return max(values, default=None)
 
 
-def calibrate(run_dir: str) -> Calibration:
-    """The machine of this run over ours. Raises ConfigError with what is missing."""
+def machine_name(config: Config) -> str:
+    """The GPU's name in the planner's table, whatever alias the config has. Raises ConfigError when it isn't there."""
+    return make_machine(config).gpu.name
+
+
+def calibrate(run_dir: str, planned: Config) -> Calibration:
+    """The machine of this run over ours, for plans on the same. Raises ConfigError with what is missing."""
     folder = Path(run_dir)
     config = read_config(folder)
-    if config.cluster.gpu is None or find_gpu(config.cluster.gpu) is None:
-        rule = "a calibration run computed on a GPU of the planner's table"
-        raise _refuse("cluster.gpu", config.cluster.gpu, rule, f"name a GPU run instead of {run_dir}")
+    ran, wanted = machine_name(config), machine_name(planned)
+    if ran != wanted:
+        rule = f"a run on {ran} doesn't say how fast {wanted} is"
+        raise _refuse("cluster.gpu", planned.cluster.gpu, rule, "calibrate by a run on the same kind of machine")
     rows = read_rows(folder / "metrics.jsonl")
     job = make_job(config, vocab_size(config))
     plan = make_plan(job)
     settled = rows[WARMUP_STEPS:] or rows
-    memory = measured_memory_gib(rows)
+    # Without a GPU the record's memory is the whole process's, the interpreter and its libraries in it.
+    memory = None if ran == HOST_NAME else measured_memory_gib(rows)
     predicted = max(rank.allocated_gib for rank in plan.ledger.ranks)
     return Calibration(
         time_scale=median(float(row["step_time_s"]) for row in settled) / plan.timing.step_s,

@@ -36,13 +36,18 @@ class States:
 
 @dataclass(frozen=True)
 class Zero:
-    """Who shards what. `group`: data parallel ranks that share the shards, None for all. `engine`: megatron, deepspeed, fsdp."""
+    """Who shards what. `group`: data parallel ranks that share the shards, None for all. `engine`: megatron, deepspeed, fsdp.
+
+    `each_pass`: gradients are reduced and divided after every micro-batch, from stage 1 on (our DeepSpeed engine), instead of
+    once a step.
+    """
 
     engine: str = "megatron"
     stage: int = 1
     offload: str = "none"
     group: int | None = None
     overlap: bool = True
+    each_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ class Job:
         """ZeRO-3: weights are gathered for each layer's pass."""
         return self.zero.stage == 3
 
+    @property
+    def shards_gradients(self) -> bool:
+        """ZeRO-2, or a stage 1 that reduces after every micro-batch: it keeps only its own part, too."""
+        return self.zero.stage >= 2 or (self.zero.stage == 1 and self.zero.each_pass)
+
     def shard(self, data: int) -> int:
         """Ranks over which ZeRO divides states that `data` ranks hold alike."""
         return min(self.zero.group or data, data) if self.zero.stage else 1
@@ -157,7 +167,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
         micro_batch=batch.micro_batch_seqs,
         global_batch=batch.global_batch_seqs,
         states=states_of(config),
-        zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce),
+        zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
         recompute=recomputation_of(config.recompute),
         compute=compute_of(config),
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,

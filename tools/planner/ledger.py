@@ -20,6 +20,10 @@ CONTEXT_GIB, COMMUNICATOR_GIB = 0.9, 0.25
 FRAGMENTATION_DENSE, FRAGMENTATION_MOE = 0.03, 0.06
 # DeepSpeed's flat buffers: BLOOM's nvidia-smi figures stood a third above what the tensors add up to.
 FRAGMENTATION_DEEPSPEED = 0.3
+# Elements of a bucket: our DeepSpeed engine's (pretrain/engine/deepspeed_runtime.py; a test compares), DeepSpeed's default.
+BUCKET_ELEMENTS, FOREIGN_BUCKET_ELEMENTS = 50_000_000, 5e8
+# DeepSpeed's default: gathered weights that it doesn't give up again for others.
+LIVE_PARAMETERS = 1e9
 # Tokens of the fullest expert rank over the mean: what a balanced router reaches, and a young one.
 IMBALANCE, IMBALANCE_HIGH = 1.1, 1.5
 # Uncertainty of the activations' count (kernels differ in what they keep).
@@ -91,14 +95,36 @@ class Ledger:
         }
 
 
+def bucket_bytes(job: Job, held: Held) -> float:
+    """Buffers in which gradients travel. Megatron's are the gradients themselves."""
+    states, zero = job.states, job.zero
+    if zero.engine == "megatron":
+        return 0.0
+    if not zero.each_pass:
+        return 0.0 if job.shards_weights else min(held.total, FOREIGN_BUCKET_ELEMENTS) * states.gradients
+    # Whole however small the model is. Two of them when one is filled while the other travels; stage 3 keeps one.
+    if zero.stage in (1, 2):
+        # Offloaded gradients go through a buffer of the largest parameter's size.
+        largest = job.padded_vocab * job.model.hidden_size / job.layout.tensor * (zero.offload != "none")
+        size = states.gradients if zero.stage == 1 else states.weights
+        return (1 + zero.overlap) * BUCKET_ELEMENTS * size + states.weights * largest
+    return BUCKET_ELEMENTS * states.gradients
+
+
 def gathered_bytes(job: Job, held: Held) -> float:
-    """Weights that ZeRO-3 gathers for the layers at work (two at a time), and buckets that travel (ZeRO 1 and 2)."""
+    """Weights that ZeRO-3 gathers for the layers at work (two at a time), with the gradients of one.
+
+    DeepSpeed lets gathered weights be until LIVE_PARAMETERS of them are there (stage3_max_live_parameters).
+    """
     if not job.shards_weights:
-        return 0.0 if job.zero.engine == "megatron" else min(held.total, 5e8) * job.states.gradients
+        return 0.0
     kinds = set(job.moe_layers)
     layer = max(layer_held(job, is_moe).total for is_moe in kinds)
     size = 4 if job.compute == "fp32" else 2
-    return size * max(2 * layer, job.padded_vocab * job.model.hidden_size / job.layout.tensor) + job.states.gradients * layer
+    live = max(2 * layer, job.padded_vocab * job.model.hidden_size / job.layout.tensor)
+    if job.zero.each_pass:
+        live = max(live, min(held.total, LIVE_PARAMETERS))
+    return size * live + job.states.gradients * layer
 
 
 def transient_bytes(job: Job, stage: int, held: Held, imbalance: float) -> float:
@@ -110,7 +136,7 @@ def transient_bytes(job: Job, stage: int, held: Held, imbalance: float) -> float
         work += kept * (job.recompute.num_layers if job.recompute.method == "uniform" else 1)
     if any(chunk.head for chunk in job.stage_chunks[stage]):
         work = max(work, activations.logit_bytes(job))
-    return work + gathered_bytes(job, held)
+    return work + gathered_bytes(job, held) + bucket_bytes(job, held)
 
 
 def communicators(job: Job) -> int:

@@ -151,6 +151,8 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         raise Unusable(reason)
     memory, kind = memory_of(row)
     oom = bool((row.get("measured") or {}).get("oom"))
+    if what == "memory" and (row.get("model") or {}).get("args", {}).get("fine-grained-activation-offloading"):
+        raise Unusable("offloads activations")
     if what == "memory" and "distill" in str((row.get("model") or {}).get("name")):
         raise Unusable("two models (distillation)")
     if what == "memory" and not oom and (memory is None or (row.get("usable") or {}).get("memory") is False):

@@ -134,8 +134,13 @@ def recompute_of(row: dict[str, Any], num_layers: int) -> Recomputation | None:
 
 
 def _split(num_layers: int, pipeline: int, chunks: int) -> tuple[int, tuple[int, ...] | None]:
-    """(virtual chunks, explicit split): embedding and head may take the place of layers in the outer chunks."""
+    """(virtual chunks, explicit split): embedding and head may take the place of layers in the outer chunks.
+
+    Where the layers divide, Megatron divides them evenly (ours gives the last stage fewer); else their sources balance them.
+    """
     wanted = pipeline * chunks
+    if wanted <= num_layers and num_layers % wanted == 0:
+        return chunks, (num_layers // wanted,) * wanted
     if wanted <= num_layers:
         return chunks, None
     if wanted <= num_layers + 2:

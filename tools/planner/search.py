@@ -28,6 +28,7 @@ from tools.planner.timing import time_step
 from tools.planner.weights import stage_held, state_bytes
 
 TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)
+OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 # Context parallelism pays from sequences of this many tokens a rank on.
 CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
@@ -65,7 +66,8 @@ class Candidate:
         words += [f"recompute.mode={r.mode}"]
         if r.mode == "selective":
             words += [f"recompute.modules=[{','.join(r.modules)}]"]
-        return words + [f"zero.engine={config.zero.engine}", f"zero.stage={config.zero.stage}"]
+        words += [f"zero.engine={config.zero.engine}", f"zero.stage={config.zero.stage}"]
+        return words + [f"zero.{name}={str(getattr(config.zero, name)).lower()}" for name in OVERLAPS]
 
     @property
     def degrees(self) -> Degrees:
@@ -144,14 +146,15 @@ def virtual_chunks(config: Config, pipeline: int, micro_batches: int) -> list[in
 
 
 def zero_choices(config: Config) -> list[Zero]:
-    """Megatron's distributed optimizer first (the config's own overlap), then DeepSpeed's stages 2 and 3.
+    """Megatron's distributed optimizer first, on GPUs with all of its traffic overlapped, then DeepSpeed's stages 2 and 3.
 
     A MoE model takes those only when nothing else fits: no published run of theirs could be fitted on.
     """
-    own = config.zero
+    own, gpu = config.zero, config.cluster.gpu is not None
     if own.engine == "deepspeed" or own.offload != "none":
         return [own]
-    return [replace(own, stage=1), *(Zero(engine="deepspeed", stage=stage) for stage in (2, 3))]
+    usual = replace(own, stage=1, overlap_grad_reduce=gpu or own.overlap_grad_reduce, overlap_param_gather=gpu)
+    return [usual, *(Zero(engine="deepspeed", stage=stage) for stage in (2, 3))]
 
 
 def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) -> Iterator[Config]:

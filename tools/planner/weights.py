@@ -14,6 +14,9 @@ from parallel.stages import Chunk
 from tools.planner import facts
 from tools.planner.job import Job
 
+# Of one offloaded parameter's gradient as the host's update reads it.
+HOST_GRADIENT_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Held:
@@ -87,7 +90,11 @@ def stage_held(job: Job) -> tuple[Held, ...]:
 
 
 def state_bytes(job: Job, held: Held) -> StateBytes:
-    """Bytes of one rank's states. ZeRO paper (arXiv 1910.02054): stage 1 divides optimizer, 2 gradients, 3 weights."""
+    """Bytes of one rank's states. ZeRO paper (arXiv 1910.02054): stage 1 divides optimizer, 2 gradients, 3 weights.
+
+    Offload, as deepspeed 0.19.8 has it: beside the optimizer the host holds fp32 gradients for the update, and at stages 1
+    and 2 a copy of the weights' own part (the accumulated gradients stay on the GPU), at stage 3 the accumulated gradients.
+    """
     layout, states, stage = job.layout, job.states, job.zero.stage
     dense_shards = job.shard(layout.data * layout.context)
     expert_shards = job.shard(layout.expert_data)
@@ -98,11 +105,15 @@ def state_bytes(job: Job, held: Held) -> StateBytes:
         return size * (held.dense / dense_shards + held.routed / expert_shards)
 
     weights = bytes_of(states.weights, stage >= 3)
-    gradients = bytes_of(states.gradients, stage >= 2)
+    gradients = bytes_of(states.gradients, job.shards_gradients)
     optimizer = bytes_of(states.optimizer, stage >= 1)
     host = 0.0
     if job.zero.offload != "none":
-        host, optimizer = optimizer, 0.0
+        host, optimizer = optimizer + bytes_of(HOST_GRADIENT_BYTES, True), 0.0
+        if stage == 3:
+            host, gradients = host + gradients, 0.0
+        else:
+            host += bytes_of(states.weights, True)
     if job.zero.offload == "param":
         host, weights = host + weights, 0.0
     return StateBytes(weights, gradients, optimizer, host)

@@ -7,7 +7,7 @@ recomputation are in. Legend: t tokens of a micro-batch on a rank, h hidden, k e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from parallel import architecture as arch
 from pretrain.flops import mean_context
 from tools.planner.activations import element_bytes
+from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
 from tools.planner.job import Job
 from tools.planner.weights import stage_held
 
@@ -23,12 +24,14 @@ KINDS = (
     "experts",  # products of the routed experts
     "attention",  # scores and their sum over values
     "memory",  # norms, activations, rotations, permutation, casts, loss, and the products' own traffic
+    "casts",  # inputs and gradients of products turned into fp8 or fp4
     "scores",  # the score matrix of attention without flash, written and read
     "tensor",  # all-gather and reduce-scatter between tensor parallel ranks
     "expert_near",  # tokens to experts inside the scale-up domain
     "expert_far",  # tokens to experts over the NIC
     "context",  # keys and values around the ring
     "pipeline",  # activations to the next stage
+    "passes",  # one micro-batch through one chunk and on to the next stage and back, a count: latency, and the schedule's host
     "data",  # gradients reduced and weights gathered once a step
     "shards",  # weights gathered and gradients reduced for every pass (ZeRO-3)
     "optimizer",  # the update, at memory speed
@@ -39,8 +42,9 @@ KINDS = (
 # What they are called, for people.
 WORDS = {
     "gemm": "dense products", "experts": "expert products", "attention": "attention scores", "memory": "memory traffic",
-    "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
-    "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "data": "gradients, weights",
+    "casts": "casts to fp8", "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
+    "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "passes": "chunk passes",
+    "data": "gradients, weights",
     "shards": "ZeRO-3 shards", "optimizer": "optimizer", "kernels": "kernel launches", "expert_kernels": "experts' launches",
     "steps": "per step", "bubble": "pipeline bubble",
 }  # fmt: skip
@@ -54,50 +58,11 @@ SCORE_BYTES = 30.0
 FLASH_BACKWARD, GEMM_BACKWARD = 2.5, 2.0
 
 
-@dataclass(frozen=True)
-class Gemm:
-    """One product of a layer on a rank: rows x inner x columns; `count` alike (local experts)."""
-
-    rows: float
-    inner: float
-    columns: float
-    count: float = 1.0
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.rows * self.inner * self.columns * self.count
-
-    def traffic(self, size: float) -> float:
-        """Bytes read and written, forward; `rows` are all experts' together divided among `count`."""
-        return self.count * size * (self.rows * (self.inner + self.columns) + self.inner * self.columns)
-
-
-def attention_gemms(job: Job) -> list[Gemm]:
-    """Products of one layer's attention on a rank."""
-    model, tp, t = job.model, job.layout.tensor, job.micro_tokens
-    h, heads, mla = model.hidden_size, model.attention.num_heads, model.mla
-    out = Gemm(t, heads * arch.value_dim(model) / tp, h)
-    if mla.kv_lora_rank is None:
-        return [Gemm(t, h, (heads + 2 * arch.num_query_groups(model)) * arch.head_dim(model) / tp), out]
-    split = tp if job.layout.sequence else 1
-    query = heads * arch.query_dim(model) / tp
-    down = Gemm(t / split, h, mla.kv_lora_rank + mla.qk_rope_head_dim)
-    up = Gemm(t, mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp)
-    if mla.q_lora_rank is None:
-        return [Gemm(t, h, query), down, up, out]
-    return [Gemm(t / split, h, mla.q_lora_rank), Gemm(t, mla.q_lora_rank, query), down, up, out]
-
-
-def mlp_gemms(job: Job, width: float, rows: float, parts: int, count: float = 1.0) -> list[Gemm]:
-    """Both products of an MLP, or of `count` local experts that share `rows` tokens."""
-    h, gate = job.model.hidden_size, 2 if arch.is_gated(job.model) else 1
-    return [Gemm(rows / count, h, gate * width / parts, count), Gemm(rows / count, width / parts, h, count)]
-
-
-def routed_rows(job: Job) -> float:
-    """Token copies that a rank's experts work on in a micro-batch, routing balanced."""
-    layout = job.layout
-    return job.micro_tokens * job.model.moe.top_k * layout.expert_tensor / layout.tensor
+def cast_bytes(job: Job) -> float:
+    """Read and written to quantise one element for a product: it is read for its largest value and read again, written as it
+    is and transposed; with block scales (GPUs that have fp4) it is read once."""
+    gpu = job.machine.gpu
+    return 4.0 if gpu.fp4_tflops > gpu.fp8_tflops else 6.0
 
 
 class _Tally:
@@ -120,8 +85,9 @@ class _Tally:
             self.add(kind, passes * gemm.flops / self.flop_s)
             # The weight's gradient is added to what other micro-batches left.
             gradient = 2.0 * job.states.gradients * gemm.inner * gemm.columns * gemm.count
-            cast = 3.0 * gemm.count * gemm.rows * (gemm.inner + gemm.columns) if job.compute in ("fp8", "fp4") else 0.0
-            self.memory(passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job)) + gradient + cast)
+            if job.compute in ("fp8", "fp4"):
+                self.add("casts", cast_bytes(job) * gemm.count * gemm.rows * (gemm.inner + gemm.columns) / self.byte_s)
+            self.memory(passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job)) + gradient)
 
     def memory(self, num_bytes: float) -> None:
         self.add("memory", num_bytes / self.byte_s)
@@ -195,8 +161,10 @@ def _experts(tally: _Tally, again: float) -> None:
     near, far = remote_copies(job)
     ways = (4 + 2 * redo) * tokens * h * size / 1e9
     tally.add("expert_kernels", local * (1 + redo / 3))
-    tally.add("expert_near", ways * near / job.machine.gpu.scaleup_gb_s)
-    tally.add("expert_far", ways * far / job.machine.nic_gb_s)
+    inside, outside = ways * near / job.machine.gpu.scaleup_gb_s, ways * far / job.machine.nic_gb_s
+    # Spread inside the domain while the next tokens come over the NIC.
+    tally.add("expert_near", max(0.0, inside - outside))
+    tally.add("expert_far", outside)
     if layout.expert_tensor > 1:
         rounds = (4 + redo) * rows * h * size * (layout.expert_tensor - 1) / layout.expert_tensor
         tally.add("tensor", rounds / (1e9 * job.machine.bandwidth_gb_s(layout.expert_tensor)))
@@ -267,6 +235,7 @@ def stage_micro_work(job: Job) -> NDArray[np.float64]:
         span = job.layout.world_size // job.layout.pipeline + 1
         seconds = 2 * job.layout.virtual_pipeline * size / (1e9 * job.machine.bandwidth_gb_s(span))
         stages[:, INDEX["pipeline"]] += seconds
+        stages[:, INDEX["passes"]] += job.layout.virtual_pipeline
     return stages
 
 
@@ -295,7 +264,8 @@ def step_work(job: Job) -> NDArray[np.float64]:
                     passes = 3 * job.num_micro_batches
                     stages[stage, INDEX["shards"]] += passes * 2 * number * part / bandwidth
                 else:
-                    stages[stage, INDEX["data"]] += number * part * (states.gradients + 2) / bandwidth
+                    rounds = job.num_micro_batches if job.zero.each_pass and job.zero.stage else 1.0
+                    stages[stage, INDEX["data"]] += number * part * (rounds * states.gradients + 2) / bandwidth
         kept = held.dense / job.shard(layout.data * layout.context) + held.routed / job.shard(layout.expert_data)
         stages[stage, INDEX["optimizer"]] = kept * 2 * (states.optimizer + states.gradients) / (job.machine.gpu.memory_gb_s * 1e9)
     stages[:, INDEX["steps"]] = 1.0

@@ -26,6 +26,8 @@ _STAND_INS = {
     ("numpy", "dtype"), ("numpy", "ndarray"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("_codecs", "encode"),
     ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib", "Path"), ("datetime", "timedelta"),
+    # An enum's member as some releases of Python 3.11 write it: getattr(class, name). A stand-in looks nothing up.
+    ("builtins", "getattr"),
 }  # fmt: skip
 _DTYPES = {
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8",

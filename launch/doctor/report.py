@@ -1,0 +1,163 @@
+"""The verdict over a check-up, and how it is told. In: what was collected. Out: text for people, a document for scripts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launch.doctor.checks import check_node
+from launch.doctor.finding import FAIL, OK, Finding, worst
+from launch.doctor.request import NETWORK_LOG, NODES_LOG, Request
+from launch.doctor.results import Results
+from launch.doctor.together import compare, gbit_s
+
+# More sound nodes than this are counted, not listed; more ways than this are cut to the slowest.
+_LISTED = 32
+
+
+@dataclass(frozen=True)
+class NodeVerdict:
+    node: str
+    findings: tuple[Finding, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        return worst(self.findings)
+
+
+@dataclass(frozen=True)
+class CheckUp:
+    """`job`: number, state and reason of the Slurm job; None: this machine. `job_error`: why it told nothing, or not all."""
+
+    folder: str
+    nodes: tuple[NodeVerdict, ...]
+    network: Mapping[str, Any] | None
+    network_error: str
+    job: Mapping[str, Any] | None = None
+    job_error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        sound = all(node.verdict != FAIL for node in self.nodes)
+        return sound and bool(self.nodes) and not self.network_error and not self.job_error
+
+
+def judge(
+    results: Results, request: Request, expected: Sequence[str], job: Mapping[str, Any] | None = None, job_error: str = ""
+) -> CheckUp:
+    """`expected`: the nodes in the order in which they are told."""
+    together = compare(results.facts, results.network, request) if results.facts else {}
+    nodes = []
+    for node in expected:
+        findings = [] if node in results.silent else [*check_node(results.facts[node], request), *together[node]]
+        nodes.append(NodeVerdict(node, (*findings, *_told_by_logs(node, results)), results.facts.get(node, {})))
+    return CheckUp(request.folder, tuple(nodes), results.network, results.network_error, job, job_error)
+
+
+def _told_by_logs(node: str, results: Results) -> Iterator[Finding]:
+    """What a node's own words say, where it had no time for facts or figures."""
+    if node in results.silent:
+        fix = f"see {NODES_LOG}; launch.slurm.exclude keeps the node out"
+        yield Finding("answer", FAIL, results.silent[node], "the node tells its facts", fix)
+    if node in results.broke:
+        fix = f"its ranks ended before the others': see {NETWORK_LOG}; launch.slurm.exclude keeps the node out"
+        yield Finding("ranks", FAIL, results.broke[node], "its ranks measure to the end", fix)
+
+
+def as_document(found: CheckUp) -> dict[str, Any]:
+    """What --json prints."""
+    nodes = [
+        {
+            "node": node.node,
+            "verdict": node.verdict,
+            "findings": [finding.as_dict() for finding in node.findings],
+            "facts": dict(node.facts),
+        }
+        for node in found.nodes
+    ]
+    network = None if found.network is None and not found.network_error else dict(found.network or {})
+    if network is not None:
+        network["error"] = found.network_error or None
+    job = None if found.job is None else {**found.job, "error": found.job_error or None}
+    return {"ok": found.ok, "nodes": nodes, "network": network, "job": job, "folder": found.folder}
+
+
+def describe(found: CheckUp) -> str:
+    """One line a node, then what is wrong and what to do, then the network."""
+    lines = [*_node_lines(found.nodes), *_finding_lines(found.nodes)]
+    if found.network:
+        lines += ["", *_network_lines(found.network)]
+    if found.network_error:
+        lines += ["", f"FAIL  network between the ranks: {found.network_error}"]
+    if found.job_error:
+        lines += ["", f"FAIL  {found.job_error}"]
+    return "\n".join([*lines, "", _summary(found)])
+
+
+def _node_lines(nodes: Sequence[NodeVerdict]) -> list[str]:
+    if not nodes:
+        return []
+    width = max(len(node.node) for node in nodes)
+    many = len(nodes) > _LISTED
+    shown = [node for node in nodes if not many or node.verdict != OK]
+    lines = [
+        f"{node.node:<{width}}  {node.verdict.upper() if node.verdict != OK else OK:<4}  {_one_line(node)}" for node in shown
+    ]
+    return lines + ([f"{len(nodes) - len(shown)} more nodes: ok"] if len(shown) < len(nodes) else [])
+
+
+def _one_line(node: NodeVerdict) -> str:
+    bad = [finding.name for finding in node.findings if finding.level != OK]
+    if not node.facts:
+        return "no answer"
+    facts, torch = node.facts, node.facts["torch"]
+    gpus = [row["name"] for row in facts["gpus"]["gpus"]] or torch.get("gpus", [])
+    kinds = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
+    words = [", ".join(kinds), f"{facts['cores']} cores", f"{facts['memory']['total_gib']:.0f} GiB"]
+    words.append(f"torch {facts['packages']['torch'] or 'missing'}")
+    return ", ".join(words) + (f"; see {', '.join(bad)}" if bad else "")
+
+
+def _finding_lines(nodes: Sequence[NodeVerdict]) -> Iterator[str]:
+    """Each finding that isn't ok once, with the nodes that share it; failures first."""
+    shared: dict[Finding, list[str]] = {}
+    for node in nodes:
+        for finding in node.findings:
+            if finding.level != OK:
+                shared.setdefault(finding, []).append(node.node)
+    for finding, names in sorted(shared.items(), key=lambda item: item[0].level != FAIL):
+        shown = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+        yield ""
+        yield f"{finding.level.upper()}  {finding.name} on {shown}: {finding.value}"
+        yield f"      rule: {finding.expected}"
+        yield f"      fix:  {finding.fix}"
+
+
+def _network_lines(network: Mapping[str, Any]) -> list[str]:
+    rows: list[tuple[str, Mapping[str, float]]] = []
+    inside = sorted(network.get("inside", ()), key=gbit_s)
+    between = sorted(network.get("between", ()), key=gbit_s)
+    rows += [(f"inside {row['node']}, {row['ranks']} ranks", row["gbit_s"]) for row in inside[:_LISTED]]
+    rows += [(" – ".join(row["nodes"]), row["gbit_s"]) for row in between[:_LISTED]]
+    whole = network.get("all")
+    if whole is not None and len(network["nodes"]) > 1:
+        rows.append((f"all {whole['ranks']} ranks", whole["gbit_s"]))
+    rows = [(name, figures) for name, figures in rows if figures]
+    if not rows:
+        return []
+    width = max(len(name) for name, _ in rows)
+    sizes = list(rows[0][1])
+    head = f"all-reduce of each rank's so many MiB, bus bandwidth in Gbit/s, slowest first ({network['backend']})"
+    table = [f"{'':<{width}}" + "".join(f"{size + ' MiB':>10}" for size in sizes)]
+    table += [f"{name:<{width}}" + "".join(f"{figures[size]:>10.1f}" for size in sizes) for name, figures in rows]
+    cut = len(inside) + len(between) - len(inside[:_LISTED]) - len(between[:_LISTED])
+    return [head, *table, *([f"and {cut} faster ones"] if cut else [])]
+
+
+def _summary(found: CheckUp) -> str:
+    counts = [(level, sum(node.verdict == level for node in found.nodes)) for level in (FAIL, "warn", OK)]
+    told = ", ".join(f"{count} {level}" for level, count in counts if count) or "none was looked at"
+    files = f"; files: {found.folder}" if found.folder else ""
+    return f"{'fit' if found.ok else 'NOT FIT'} to train; nodes: {told}{files}"

@@ -80,7 +80,7 @@ class MegatronEngine:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         # Megatron-Core moves the expert bias as part of the backward pass: a few numbers a layer, put back when refused.
-        biases = [module.expert_bias.clone() for module in self.biased]
+        biases = [bias.clone() for bias in self._expert_biases()]
         loss_sum, num_tokens = self.schedule.run(self.models, batches, forward_only=False)
         loss = loss_sum / max(num_tokens, 1)
         self.optimizer.prepare_grads()
@@ -89,9 +89,12 @@ class MegatronEngine:
         if applied:
             self._update(grad_norm, learning_rate)
         else:
-            for module, bias in zip(self.biased, biases, strict=True):
-                module.expert_bias.copy_(bias)
+            for bias, before in zip(self._expert_biases(), biases, strict=True):
+                bias.copy_(before)
         return StepResult(loss, grad_norm, num_tokens, applied)
+
+    def _expert_biases(self) -> list[torch.Tensor]:
+        return [module.get_buffer("expert_bias") for module in self.biased]
 
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         clip, decay = self.config.optimizer.clip_grad_norm, self.config.optimizer.weight_decay

@@ -79,7 +79,9 @@ def compare(job: Job, got: dict[str, int], states: StateBytes, bucket: float) ->
 
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=name_of)
-def test_ranks_hold_what_the_ledger_says(world: int, layout: Keys) -> None:
+def test_ranks_hold_what_the_ledger_says(world: int, layout: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch's Adam where DeepSpeed's would be compiled first, for minutes; it holds the same state.
+    monkeypatch.setattr("pretrain.engine.deepspeed_runtime.can_compile", lambda: False)
     check(world, layout)
 
 

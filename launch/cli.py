@@ -19,7 +19,7 @@ from configs.run_folder import RunFolder, finished_text, folder_of, live_holder
 from configs.schema import Config
 from launch.cancel import cancel
 from launch.local import LocalResult, report, run_local
-from launch.logs import show
+from launch.logs import show, show_all
 from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
 from launch.status import as_json, describe, line_of, list_runs, read_status, require_run_folder
 from launch.submit import as_json as submit_json
@@ -152,12 +152,21 @@ def _status(words: list[str]) -> int:
 def _logs(words: list[str]) -> int:
     parser = _parser("logs", "a run's logs: the first failure first, then rank 0")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="whose log (default 0)")
+    parser.add_argument("--rank", type=_rank, default=0, metavar="N", help="whose log (default 0); all: of every rank, merged")
     parser.add_argument("--attempt", type=int, default=None, metavar="N", help="of which attempt (default: the newest)")
     parser.add_argument("-f", "--follow", action="store_true", help="go on while the run is live")
     found = parser.parse_args(words)
-    show(require_run_folder(found.run_dir), found.rank, found.attempt, found.follow, sys.stdout)
+    folder = require_run_folder(found.run_dir)
+    if found.rank is None:
+        show_all(folder, found.attempt, sys.stdout)
+    else:
+        show(folder, found.rank, found.attempt, found.follow, sys.stdout)
     return 0
+
+
+def _rank(text: str) -> int | None:
+    """None: all of them."""
+    return None if text == "all" else int(text)
 
 
 def _cancel(words: list[str]) -> int:

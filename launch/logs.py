@@ -19,6 +19,8 @@ from launch.watch import NodeReport, read_reports
 POLL_S = 0.2
 QUEUE_POLL_S = 2.0
 _SHOWN_LINES = 2000
+# Of each rank, or each node's gathered log, in the view of all.
+_MERGED_LINES = 200
 
 
 def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
@@ -93,6 +95,20 @@ def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: T
         log_dir = later
         log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
         print(f"--- {log.path}", file=out)
+
+
+def show_all(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
+    """The first failure, if any, then the last lines of every rank, each line with its origin."""
+    log_dir = choose_log_dir(folder, attempt)
+    if failures := find_failures(log_dir):
+        print(describe(failures, log_dir), file=out)
+    own = {int(path.stem.removeprefix("rank_")): path for path in log_dir.glob("rank_*.log")}
+    for rank, path in sorted(own.items()):
+        for line in tail_of(path, lines=_MERGED_LINES).splitlines():
+            print(f"[rank {rank}] {line}", file=out)
+    for path in _gathered_logs(log_dir):
+        # Their lines name their ranks already.
+        print(f"--- {path.name}\n{tail_of(path, lines=_MERGED_LINES)}", file=out)
 
 
 def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:

@@ -56,6 +56,8 @@ def test_status_and_logs(undisturbed: Path) -> None:
     status = json.loads(phalanx("status", str(undisturbed), "--json").stdout)
     assert status["state"] == "finished" and status["step"] == STEPS
     assert f"step {STEPS}" in phalanx("logs", str(undisturbed)).stdout
+    merged = phalanx("logs", str(undisturbed), "--rank", "all").stdout
+    assert f"[rank 0] step {STEPS}/{STEPS}" in merged
 
 
 def test_a_finished_run_is_not_started_again(run_config: Path, undisturbed: Path) -> None:

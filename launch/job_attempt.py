@@ -89,7 +89,8 @@ class JobAttempt:
             env = {**context.environ, "PHALANX_ATTEMPT": str(self.number)}
             self._step = subprocess.Popen([_fill(word, filled) for word in context.command], env=env)
             triage = self._watch(self._step)
-            exit_code = self._step.wait()
+            if not self._is_ending():
+                exit_code = self._step.wait()
         self._end(nodes, before, triage, exit_code, started_s)
 
     def slurm_requeues(self) -> bool:
@@ -104,7 +105,7 @@ class JobAttempt:
         reader = ReportReader(self._own_dir())
         next_reports_s = next_stragglers_s = time.monotonic() + self.context.spec.watch.report_interval_s
         triage = None
-        while step.poll() is None:
+        while step.poll() is None and not self._is_ending():
             time.sleep(POLL_S)
             self._listen()
             if not self.asked and self.context.clock.is_near():
@@ -180,6 +181,10 @@ class JobAttempt:
         last_step = (last_row(folder.metrics) or {}).get("step", 0)
         steps = {"step_before": before, "step_after": max(before, folder.newest_checkpoint_step()), "last_step": last_step}
         self._event("job_ended", cause=cause, why=why, node=node, **steps, **more)
+
+    def _is_ending(self) -> bool:
+        """Slurm ends the job, and the ranks have saved: its KillWait may be over before srun has returned."""
+        return self.asked == TERMINATE and self._outcome() is not None
 
     def _outcome(self) -> Outcome | None:
         """This attempt's own."""

@@ -185,8 +185,8 @@ def _slurm_state(life: Life, job: Job | None, silence: str, row: dict[str, Any])
         return "queued", f"{life.why + '; ' if life.why else ''}waits for {job.reason or 'its turn'}{expected}"
     if job.live:
         return ("running" if life.phase == RUNNING and row else "starting"), ""
-    if job.state == "CANCELLED" and life.phase == QUEUED:
-        return "stopped", "cancelled while it waited"
+    if job.state == "CANCELLED":
+        return "stopped", "cancelled while it waited" if life.phase == QUEUED else f"job {job.number} was cancelled"
     return "died", f"job {job.number} is {job.state.lower()}; its last event was {life.phase}"
 
 

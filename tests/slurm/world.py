@@ -17,7 +17,7 @@ import psutil
 
 from configs.files import iterate_lines
 from configs.run_folder import RunFolder
-from launch.lifecycle import OVER, Life, read_life
+from launch.lifecycle import OVER, RUNNING, Life, read_life
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 
@@ -78,10 +78,10 @@ class Run:
         self.wait(lambda: self.steps() >= min(start + more, STEPS - 6), f"{more} steps")
 
     def _begun(self) -> bool:
-        """The newest attempt has cut the record back to where it goes on."""
+        """The newest attempt runs, and has cut the record back to where it goes on."""
         life = self.life
         rows = self.events("resumed" if life.step_before else "attempt")
-        return bool(rows) and rows[-1]["attempt"] == life.attempt
+        return life.phase == RUNNING and bool(rows) and rows[-1]["attempt"] == life.attempt
 
     def wait_over(self, timeout_s: float = 240) -> Life:
         deadline = time.monotonic() + timeout_s

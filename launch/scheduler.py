@@ -56,6 +56,10 @@ class JobDetails:
 
 def call(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
     """Run a command, return its stdout. Raises SchedulerError: it is missing, failed, or did not answer."""
+    return _run(words, timeout_s).stdout
+
+
+def _run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
     except FileNotFoundError as error:
@@ -64,7 +68,7 @@ def call(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
         raise SchedulerError(f"{words[0]} gave no answer within {timeout_s:g} s") from error
     if done.returncode:
         raise SchedulerError(done.stderr.strip() or done.stdout.strip() or f"{words[0]} exited with {done.returncode}")
-    return done.stdout
+    return done
 
 
 def call_again(words: Sequence[str], patience_s: float) -> str:
@@ -82,10 +86,7 @@ def call_again(words: Sequence[str], patience_s: float) -> str:
 
 def test_only(script: Path) -> str:
     """Would sbatch take it? Returns its estimate of the start. Raises SchedulerError with its reason."""
-    done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    if done.returncode:
-        raise SchedulerError(done.stderr.strip() or f"sbatch --test-only exited with {done.returncode}")
-    return done.stderr.strip()
+    return _run(["sbatch", "--test-only", str(script)]).stderr.strip()
 
 
 def submit(script: Path, dependency: str | None = None) -> int:

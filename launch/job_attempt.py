@@ -116,9 +116,11 @@ class JobAttempt:
                 reports = reader.read()
                 triage = combine(reports, self.context.spec.watch)
                 if triage is not None:
+                    # Before the kill, which itself makes ranks fail: their partners die first.
+                    has_failed = bool(find_failures(self.context.folder.log_dir(self.number)))
                     self._kill_step(step)
-                    if find_failures(self.context.folder.log_dir(self.number)):
-                        # Not a hang: a rank has failed, and its partners wait for it until the step is ended.
+                    if has_failed:
+                        # Not a hang: the others wait for a rank that is gone, until the step is ended.
                         return None
                     self.context.say(triage.text)
                 elif now_s >= next_stragglers_s:

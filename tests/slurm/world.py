@@ -18,6 +18,7 @@ import psutil
 from configs.files import iterate_lines
 from configs.run_folder import RunFolder
 from launch.lifecycle import OVER, RUNNING, Life, read_life
+from launch.scheduler import find_jobs
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 
@@ -176,13 +177,16 @@ def usr1(run: Run) -> str:
 
 
 def kill_batch_step(run: Run) -> str:
-    """The batch step alone dies, as by an out-of-memory killer."""
+    """The batch step alone dies, as by an out-of-memory killer: Slurm ends the job, and the user goes on with it."""
     for process in psutil.process_iter():
         try:
             if "launch.job" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == str(run.job):
                 process.kill()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+    run.cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 60)
+    resumed = phalanx("resume", str(run.folder.path))
+    assert resumed.returncode == 0, f"{resumed.stderr}: {run.story()}"
     return ""
 
 

@@ -47,6 +47,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command("tools.inference.cli", "its loss and perplexity on tokenised data", with_name=True),
         "convert": Command("tools.convert.cli", "checkpoints from and to Hugging Face, and the proof that they are the same"),
     },
+    "the tools themselves": {
+        "bench": Command("tools.bench.cli", "measurements side by side: a step, a save, tokenising, conversion"),
+    },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 

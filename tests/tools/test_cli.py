@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import cli
+from tools.bench.cli import BENCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +37,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_listed_command_exists() -> None:
     missing = [name for name, command in cli.COMMANDS.items() if importlib.util.find_spec(command.module) is None]
     assert not missing
+
+
+def test_measurements_are_listed_and_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(f"  {name} " in run(capsys, "bench")[1] for name in BENCHES)
+    assert not [name for name, bench in BENCHES.items() if importlib.util.find_spec(bench.module) is None]
+    code, out, err = run(capsys, "bench", "nosuch")
+    assert code == 2 and not out and "step, checkpoint" in err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -1,6 +1,6 @@
 """How long training stands still for a save: asynchronous against synchronous, the same state, in one run.
 
-    python -m tools.bench.checkpoint [--gib 1.0] [--folder .]
+    phalanx bench checkpoint [--gib 1.0] [--folder .]
 
 One process with a state of that size in slices of 16 MiB. Synchronous: written, synced and completed before it returns.
 Asynchronous: `start` returns after one copy in memory; the files are written by a thread. The buffer is made ready before,
@@ -37,11 +37,13 @@ def manifest(step: int) -> Manifest:
     return Manifest(FORMAT, step, 0, 0, step, None, "megatron", 1, {}, {}, 1, None, None, {}, (WEIGHT,), {}, {}, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="phalanx bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
     parser.add_argument("--folder", default=".", help="where to write, and delete again")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     pieces = make_state(args.gib)
@@ -70,7 +72,3 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

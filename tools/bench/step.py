@@ -1,6 +1,6 @@
 """CPU time of a step of ours against a bare Megatron-Core loop on the same model, in one run.
 
-    python -m tools.bench.step [--steps N]
+    phalanx bench step [--steps N]
 
 Two processes of pipeline 2, each training the quickstart's model on random tokens. Bare: Megatron-Core's DDP, distributed
 optimizer and schedule, a loss function, nothing else. Ours: the engine, router metrics, the row, the all-reduce of
@@ -139,10 +139,12 @@ def rank_main(rank: int, world: int, folder: str, steps: int) -> None:
     Path(folder, f"times_{rank}.json").write_text(json.dumps(times))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="phalanx bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args().steps
+    steps = parser.parse_args(argv).steps
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         ranks = [context.Process(target=rank_main, args=(rank, 2, folder, steps)) for rank in range(2)]
@@ -157,7 +159,3 @@ def main() -> None:
         print(f"{name:<28}{statistics.median(both):8.3f}{min(both):8.3f}")
     ratios = [(times[0]["ours"][i] + times[1]["ours"][i]) / (times[0]["bare"][i] + times[1]["bare"][i]) for i in range(steps)]
     print(f"{'ours / bare, median of steps':<28}{statistics.median(ratios):8.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -66,22 +66,20 @@ def measure(kind: str, folder: Path, corpus: Path, texts: list[str], workers: in
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="phalanx bench tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--max-mb", type=float, default=40.0, help="text to encode (default: 40)")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads, and processes (default: cores)"
     )
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--models", nargs="+", default=["bpe", "unigram"], choices=("bpe", "unigram"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     texts = list(installed_text(arguments.max_mb * 1e6))
     with tempfile.TemporaryDirectory() as name:
         folder, corpus = Path(name), Path(name) / "corpus.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         for kind in arguments.models:
             print(json.dumps(measure(kind, folder, corpus, texts, arguments.workers, arguments.vocab_size)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

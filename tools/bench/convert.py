@@ -1,7 +1,7 @@
 """Speed and memory of `phalanx convert` beside a copy of the same files on the same disk, all in one run.
 
 In: how many GiB. Out: MB/s of copy, import and export (each its own process, synced), their ratio, and peak memory.
-    python -m tools.bench.convert --gib 4
+    phalanx bench convert --gib 4
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def make_source(folder: Path, gib: float) -> int:
             {"metadata": {}, "weight_map": {key: name for name, keys in sums.items() for key in keys}},
         )
 
-    place.finish(complete)
+    place.finish(Share(), complete)
     return sum(file.num_bytes for file in files)
 
 
@@ -93,12 +93,12 @@ def measure(words: list[str]) -> tuple[float, float, float]:
     return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Conversion beside a copy of the same files.")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="phalanx bench convert", description="Conversion beside a copy of the same files.")
     parser.add_argument("--gib", type=float, default=4.0, help="size of the model (default: 4)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; the best counts (default: 2)")
     parser.add_argument("--dir", type=Path, help="disk to measure (default: the temporary folder)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.dir) as made:
         folder = Path(made)
         size = make_source(folder / "hf", args.gib)
@@ -126,7 +126,3 @@ def main() -> None:
             result["mb_per_s"] = size / result["s"] / 1e6
             result["of_copy"] = best["copy"]["s"] / result["s"]
         print(json.dumps({"bytes": size, **best}, indent=2))
-
-
-if __name__ == "__main__":
-    main()

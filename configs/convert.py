@@ -36,6 +36,9 @@ def _scalar(kind: type, value: Any) -> Any:
     """ValueError, of which OmegaConf's ValidationError is a kind, when the value is of another type."""
     if value is None or value == "???":
         raise ValueError("a value is missing")
+    if kind is int and isinstance(value, float) and value.is_integer():
+        # run.tokens=13e12: YAML reads an exponent as a float. Exact up to 2^53; above, as exact as what was written.
+        value = int(value)
     return _NODES[kind].validate_and_convert(value)
 
 

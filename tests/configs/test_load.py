@@ -85,6 +85,12 @@ def test_all_problems_at_once(folder: Path) -> None:
     assert "no.key" in got["run.name"][1]
 
 
+def test_a_whole_number_may_have_an_exponent(folder: Path) -> None:
+    config = load_config(write(folder, "long.yaml", "run: {tokens: 13e12}\n"), ["data.cache_dir=1e3", "run.seed=1e3"]).config
+    assert (config.run.tokens, config.run.seed, config.data.cache_dir) == (13_000_000_000_000, 1000, "1e3")
+    assert set(problems_of("quickstart", "run.tokens=1.5e0", "run.seed=.inf")) == {"run.tokens", "run.seed"}
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [

@@ -52,6 +52,7 @@ from pretrain.run_folder import Attempt, open_attempt
 from pretrain.saving import Common, Saver
 from pretrain.sinks import NullSink, RecordSink, Sink, Sinks
 from pretrain.summary import make_summary, summary
+from pretrain.swap_check import check_swap
 from pretrain.together import lead, refuse
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.wandb_sink import make_wandb_sink, wandb_place
@@ -65,7 +66,7 @@ def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
     problems += check_device(config.cluster.device, runtime.device)
     problems += check_backend(config, detect_machine(runtime.is_cuda))
-    return [*problems, *check_config(config).problems, *check_data(config)]
+    return [*problems, *check_config(config).problems, *check_data(config), *check_swap(config)]
 
 
 @dataclass(frozen=True)

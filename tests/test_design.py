@@ -32,7 +32,7 @@ LIGHT = [
     "parallel.notices", "parallel.rules", "parallel.rules_engine", "parallel.rules_layout", "parallel.rules_model",
     "parallel.rules_run", "parallel.rules_slurm", "pretrain.flops", "pretrain.schedule", "pretrain.data_check",
     "pretrain.divergence", "pretrain.rollback", "launch",
-    "tools.cli", "tools.check", "tools.plan", "tools.planner",
+    "pretrain.swap_check", "tools.cli", "tools.check", "tools.draw_grid", "tools.draw_pipeline", "tools.plan", "tools.planner",
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.
@@ -44,9 +44,7 @@ NO_READER = {
 }  # fmt: skip
 
 # Keys whose module comes later, by that module. A key that is read by then must leave this list.
-LATER: dict[str, tuple[str, ...]] = {
-    "pretrain.engine.deepspeed": ("zero.offload_device", "zero.nvme_path"),
-}  # fmt: skip
+LATER: dict[str, tuple[str, ...]] = {}
 NOT_YET = {key for keys in LATER.values() for key in keys}
 
 

@@ -21,6 +21,9 @@ from parallel.legality import check_config, derive_layout
 from parallel.stages import make_chunks
 from pretrain.data_check import check_data, vocab_size
 from pretrain.flops import count_parameters, training_flops
+from pretrain.swap_check import check_swap
+from tools.draw_grid import draw_grid
+from tools.draw_pipeline import draw_pipeline
 from tools.going_on import preview
 from tools.planner.verdict import memory_verdict
 
@@ -34,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--no-data", action="store_true", help="don't look for the data's files: they are elsewhere")
+    parser.add_argument("--draw", action="store_true", help="also print the grid of ranks and the pipeline schedule")
     parser.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     return parser
 
@@ -115,6 +119,8 @@ def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | 
     # Files are held against lengths and weights, which must be numbers of the right kind first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
+    if verdict.ok and config.launch.target == "local":
+        problems += check_swap(config)
     if not verdict.ok:
         return config, problems, verdict.notices
     too_large, tight = memory_verdict(config, vocabulary(config))
@@ -143,7 +149,16 @@ def main(argv: list[str]) -> int:
         _print(args.config, config, layout, problems, notices)
         if going_on and not problems:
             print(f"resume   from step {going_on.step:,}, written by {going_on.written_by}: {going_on.exactness}")
+    if args.draw and config and layout:
+        print("\n".join(drawing(config, layout)), file=sys.stderr if args.json else sys.stdout)
     return 2 if problems or (args.strict and notices) else 0
+
+
+def drawing(config: Config, layout: Layout) -> list[str]:
+    """The grid and the schedule of a layout whose degrees are legal, whatever else is wrong."""
+    micro = _micro_batches(config, layout)
+    schedule = draw_pipeline(layout.pipeline, layout.virtual_pipeline, micro) if micro else []
+    return [*draw_grid(layout), *schedule]
 
 
 def _print(name: str, config: Config | None, layout: Layout | None, problems: list[Problem], notices: tuple[Notice, ...]) -> None:

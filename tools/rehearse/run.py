@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, Zero
 from parallel.layout import make_layout
 from parallel.legality import check_config
+from pretrain.swap_check import check_swap
 from tools.rehearse.compare import Comparison, compare
 from tools.rehearse.cover import cover, legal_layouts
 from tools.rehearse.rank import Trained, train
@@ -48,8 +50,19 @@ def check_layouts(configs: list[Config]) -> list[Problem]:
     for config in configs:
         # Degrees that don't divide the world leave no layout to shrink to.
         divided = [p for p in check_config(config).problems if p.path.startswith("parallel")]
-        problems += divided or list(check_config(shrink(config, common_divisors([make_layout(config)]))).problems)
+        if divided:
+            problems += divided
+            continue
+        small = shrink(config, common_divisors([make_layout(config)]))
+        problems += check_config(small).problems or check_swap(with_disk(small, tempfile.gettempdir()))
     return problems
+
+
+def with_disk(config: Config, folder: str) -> Config:
+    """What the run swaps to its NVMe disk, swapped to a folder here."""
+    config = deepcopy(config)
+    config.zero.nvme_path = config.zero.nvme_path and folder
+    return config
 
 
 def reference_of(config: Config, common: Common) -> Config:
@@ -59,7 +72,7 @@ def reference_of(config: Config, common: Common) -> Config:
     parallel.tensor = parallel.pipeline = parallel.context = parallel.expert = parallel.expert_tensor = 1
     parallel.virtual_pipeline, parallel.sequence, parallel.pipeline_split = None, None, None
     single.launch.nodes = single.launch.processes_per_node = 1
-    single.zero.engine, single.zero.stage, single.zero.offload = "megatron", 0, "none"
+    single.zero = Zero(engine="megatron", stage=0)
     return shrink(single, common)
 
 
@@ -69,7 +82,9 @@ def rehearse_one(config: Config, reference: Trained, common: Common, steps: int)
     started_s = time.perf_counter()
     head = {"layout": layout.describe(), "engine": config.zero.engine, "zero": config.zero.stage, "ranks": layout.world_size}
     try:
-        result: Comparison = compare(run_ranks(layout.world_size, train, shrink(config, common), steps), reference)
+        with tempfile.TemporaryDirectory() as disk:
+            ranks = run_ranks(layout.world_size, train, with_disk(shrink(config, common), disk), steps)
+        result: Comparison = compare(ranks, reference)
     except (RankFailed, ValueError) as error:
         return head | {"ok": False, "error": str(error), "seconds": round(time.perf_counter() - started_s, 2)}
     return head | result.as_dict() | {"seconds": round(time.perf_counter() - started_s, 2)}

@@ -154,8 +154,8 @@ class JobAttempt:
             # The ranks can't tell who signalled them.
             outcome = replace(outcome, state="stopped", why=f"phalanx cancel: {outcome.why}")
             write_json(folder.outcome, outcome.as_dict())
-        if triage is not None:
-            record_hang(folder, self.number, triage)
+        if triage is not None and not record_hang(folder, self.number, triage):
+            triage = None
         reports, failures = read_reports(self._own_dir()), tuple(find_failures(folder.log_dir(self.number)))
         seen = Seen(
             self.asked,

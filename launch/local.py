@@ -89,9 +89,8 @@ def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: Te
     finally:
         signals.restore()
         _dismiss(guard)
-    if triage is not None:
-        return _conclude_hang(plan.folder, attempt, log_dir, triage)
-    return _conclude(plan.folder, attempt, log_dir, signals.asked)
+    hang = _conclude_hang(plan.folder, attempt, log_dir, triage) if triage is not None else None
+    return hang or _conclude(plan.folder, attempt, log_dir, signals.asked)
 
 
 def _stay(
@@ -196,11 +195,15 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> Loc
     return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures)
 
 
-def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult:
-    """Nobody else can write this outcome: rank 0 hung with the others. Raises ConfigError when the disk refuses it."""
+def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult | None:
+    """Nobody else can write this outcome: rank 0 hung with the others. None: it had written its own before.
+
+    Raises ConfigError when the disk refuses it.
+    """
     attempt = _begun_attempt(folder, log_dir) or claimed
     try:
-        record_hang(folder, attempt, triage)
+        if not record_hang(folder, attempt, triage):
+            return None
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
     return LocalResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)

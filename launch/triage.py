@@ -108,14 +108,21 @@ def stragglers(reports: Sequence[NodeReport], ratio: float | None) -> list[Strag
     return sorted(found, key=lambda straggler: -straggler.ratio)
 
 
-def record_hang(folder: RunFolder, attempt: int, found: Triage) -> None:
-    """An event, and the outcome that rank 0 can't write. Call it once all ranks are gone. Raises OSError."""
+def record_hang(folder: RunFolder, attempt: int, found: Triage) -> bool:
+    """An event, and the outcome that rank 0 can't write. Call it once all ranks are gone. Raises OSError.
+
+    False, and nothing is written: rank 0 had said how the attempt ended before the ranks stood still on their way out.
+    """
+    outcome = folder.read_outcome()
+    if outcome is not None and outcome.attempt == attempt and outcome.state != "failed":
+        return False
     row = last_row(folder.metrics) or {}
     late = [{"rank": state.rank, "node": state.node, "step": state.step, "phase": state.phase} for state in found.ranks]
     append_event(folder, attempt, "hung", why=found.line, late=late, nodes=list(found.nodes))
     outcome = Outcome(attempt, "failed", found.line, row.get("step", 0), row.get("samples", 0))
     write_json(folder.outcome, outcome.as_dict())
     append_event(folder, attempt, "outcome", state=outcome.state, why=outcome.why, step=outcome.step)
+    return True
 
 
 def _late(ranks: Sequence[RankState]) -> tuple[list[RankState], str]:

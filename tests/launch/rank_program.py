@@ -2,7 +2,7 @@
 
 Arguments: --config FILE key=value … (as pretrain/main.py takes them). RANK_PLAN in the environment, as JSON:
 {"steps": 5, "pause_s": 0.05, "raise": {"2": 3}, "kill": {"1": 2}, "refuse": true, "ignore_signals": false,
- "hang": {"0": 2}}
+ "hang": {"0": 2}, "linger": {"1": true}}: the last one stands still once all steps are done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from configs.beat import COMPUTING, RECORDING, WAITING
@@ -27,6 +28,8 @@ from pretrain.run_folder import Attempt, open_attempt
 from pretrain.stop import StopSignals
 
 RANK = int(os.environ["RANK"])
+# A rank that raises beside one that is killed does so once the other is gone, as partners do.
+KILLED = Path(os.environ.get("PHALANX_LOG_DIR", ".")) / "killed"
 
 
 def wait_for_ever() -> None:
@@ -39,8 +42,11 @@ def train(plan: dict[str, Any], signals: StopSignals, attempt: Attempt | None, r
         signals.beat.enter(WAITING, step)
         signals.beat.enter(COMPUTING)
         if plan.get("raise", {}).get(str(RANK)) == step:
+            while plan.get("kill") and not KILLED.exists():
+                time.sleep(0.01)
             raise ValueError(f"rank {RANK} can't go on")
         if plan.get("kill", {}).get(str(RANK)) == step:
+            KILLED.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if plan.get("hang", {}).get(str(RANK)) == step:
             wait_for_ever()
@@ -66,6 +72,8 @@ def body() -> int:
         print("terminal", os.environ["PHALANX_TTY"])
     if RANK != 0:
         train(plan, signals, None, None)
+        if plan.get("linger", {}).get(str(RANK)):
+            wait_for_ever()
         signals.beat.end()
         return 0
     with open_attempt(folder_of(loaded.config), loaded.text, make_provenance(loaded.origin), os.environ) as attempt:

@@ -131,6 +131,15 @@ def test_a_killed_rank_is_the_first_cause(start: Callable[..., Launch]) -> None:
     assert code == 1 and "rank 1 failed first:\nkilled by signal 9 (SIGKILL)" in err
 
 
+def test_a_rank_that_hangs_after_the_end_does_not_undo_it(start: Callable[..., Launch]) -> None:
+    plan = {"steps": 3, "linger": {"1": True}}
+    launch = start("launch", "c.yaml", "launch.watch.step_timeout_s=2", "launch.watch.stacks=false", plan=plan)
+    code, _, err = launch.end()
+    outcome = launch.run.read_outcome()
+    assert code == 0 and outcome is not None and outcome.state == "finished", err
+    assert marked_pids(launch.mark()) == []
+
+
 def test_bad_input_found_by_a_rank_is_exit_2(start: Callable[..., Launch]) -> None:
     code, _, err = start(plan={"refuse": True}).end()
     assert code == 2 and "there must be something to learn from" in err and "Traceback" not in err

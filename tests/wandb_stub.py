@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+# Of the form that wandb takes; the server lets anyone in.
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
 
 @dataclass
 class StubRun:

@@ -19,9 +19,8 @@ from pretrain.sinks import NullSink
 from pretrain.wandb_sink import WandbSink, choose_mode, make_wandb_sink
 from pretrain.wandb_steps import Cursor, from_spans, to_spans
 from tests.wandb_read import offline_rows, offline_steps
-from tests.wandb_stub import WandbStub
+from tests.wandb_stub import KEY, WandbStub
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
 ID = "run0id"
 
 # An attempt as rank 0 makes it: the record cut back, then a row a step. Prints each step, so that a test can kill it.

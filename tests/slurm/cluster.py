@@ -1,7 +1,8 @@
 """A private Slurm on this machine: munged, slurmctld and virtual nodes, real ones of their kind, as root, without systemd.
 
-Everything lies in one folder and is ended by pid. A node has its own hostname, /etc/hosts, /dev/shm and PID namespace, so
-that SIGKILL to its first process is a power-off. Nothing of the machine's own configuration is touched.
+Everything lies in one folder; its processes are this process's children and die with it. A node has its own hostname,
+/etc/hosts, /dev/shm and PID namespace, so that SIGKILL to its first process is a power-off. Nothing of the machine's own
+configuration is touched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "unshare", "setpriv")
 
 _CONF = """\
 ClusterName=private
@@ -99,42 +99,39 @@ class Cluster:
         self._port = _free_ports(1 + len(self.nodes))
         self._write_files()
         run = self.folder / "run"
-        self._call(
-            "munged", "--force", f"--key-file={self.folder}/munge.key", f"--socket={run}/munge.sock",
+        self._spawn(
+            "munged", "munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key", f"--socket={run}/munge.sock",
             f"--pid-file={run}/munged.pid", f"--log-file={self.folder}/log/munged.log", f"--seed-file={self.folder}/state/seed",
         )  # fmt: skip
+        self.wait_for((run / "munge.sock").exists, "munged's socket", 10)
         self.start_controller()
         for node in self.nodes:
             self.power_on(node)
         self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle", 30)
 
     def stop(self) -> None:
-        """By pid only; what runs on the nodes dies with them."""
-        for node in list(self._processes):
-            self.power_off(node)
-        for daemon in ("slurmctld", "munged"):
-            self._end(daemon, signal.SIGTERM)
+        """What runs on the nodes dies with them."""
+        for name in list(self._processes):
+            self.power_off(name)
 
     def start_controller(self) -> None:
-        self._call("slurmctld")
+        self._spawn("slurmctld", "slurmctld", "-D")
+        self.wait_for(lambda: self._run("scontrol", "ping").returncode == 0, "slurmctld to answer", 20)
 
     def kill_controller(self) -> None:
         """SIGKILL: as if its machine had crashed."""
-        self._end("slurmctld", signal.SIGKILL)
+        self.power_off("slurmctld")
 
     def power_on(self, node: str) -> None:
         spool = self.folder / "spool" / node
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir()
-        command = ["unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with open(self.folder / "log" / f"{node}.out", "ab") as log:
-            self._processes[node] = subprocess.Popen(
-                [*command, "bash", "-c", _NODE, "node", str(self.folder), node],
-                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+        unshare = ["unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self._spawn(node, *unshare, "bash", "-c", _NODE, "node", str(self.folder), node)
 
-    def power_off(self, node: str) -> None:
-        process = self._processes.pop(node)
+    def power_off(self, name: str) -> None:
+        """A node, or a daemon."""
+        process = self._processes.pop(name)
         process.kill()
         process.wait()
 
@@ -169,29 +166,21 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
 
+    def _spawn(self, name: str, *command: str) -> None:
+        """A child that is killed when this process ends, however it ends."""
+        with open(self.folder / "log" / f"{name}.out", "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=30)
+
     def _call(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=30)
+        done = self._run(*command)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}; see {self.folder}/log"
         return done.stdout
-
-    def _end(self, daemon: str, number: signal.Signals) -> None:
-        file = self.folder / "run" / f"{daemon}.pid"
-        if not file.exists():
-            return
-        pid = int(file.read_text())
-        if _is(pid, daemon):
-            os.kill(pid, number)
-            self.wait_for(lambda: not _is(pid, daemon), f"{daemon} to end", 10)
-        file.unlink(missing_ok=True)
-
-
-def _is(pid: int, name: str) -> bool:
-    """Is the process alive and of that name?"""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return f"Name:\t{name}\n" in status and "State:\tZ" not in status
 
 
 def _free_ports(count: int) -> int:

@@ -16,33 +16,36 @@ from tests.run.world import check_equal
 from tests.slurm import world
 from tests.slurm.cluster import Cluster
 from tests.slurm.world import NODES, STEPS, WORDS, Run, act, phalanx, submit
+from tests.wandb_stub import KEY, WandbStub
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
-def check_one_run(run: Run, quiet: Path, causes: Sequence[str]) -> None:
+def check_one_run(run: Run, quiet: Path, causes: Sequence[str], server: WandbStub | None = None) -> None:
     """Over and finished after these causes; the weights, the record and W&B as if nothing had happened."""
     life = run.wait_over()
     assert life.state == "finished", run.story()
     assert [end.cause for end in life.ends] == [*causes, "finished"], run.story()
-    check_equal(run.folder.path, quiet, STEPS)
-    assert len({row["wandb_id"] for row in run.events("attempt")}) == 1
+    (wandb_id,) = {row["wandb_id"] for row in run.events("attempt")}
+    check_equal(run.folder.path, quiet, STEPS, server.runs[wandb_id].steps() if server else None)
 
 
 def test_two_runs_side_by_side_survive_all_that_happens_to_them(
     cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
 ) -> None:
-    """One job is preempted, crashes and hangs; the other lives through a controller's crash, loses a node, and time."""
-    first = submit(cluster, run_config, tmp_path / "first")
-    second = submit(cluster, run_config, tmp_path / "second")
-    act(second, world.restart_controller)
-    act(first, world.preempt)
-    act(second, world.power_off)
-    act(first, world.kill_a_rank)
-    act(second, world.near_the_limit)
-    act(first, world.stop_a_rank)
-    hung = first.events("hung")
-    check_one_run(first, quiet, ["preempted", "crashed", "hung"])
+    """One job, online, is preempted, crashes and hangs; the other lives through a controller's crash, loses a node, and time."""
+    with WandbStub() as server:
+        online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
+        first = submit(cluster, run_config, tmp_path / "first", **online)
+        second = submit(cluster, run_config, tmp_path / "second")
+        act(second, world.restart_controller)
+        act(first, world.preempt)
+        act(second, world.power_off)
+        act(first, world.kill_a_rank)
+        act(second, world.near_the_limit)
+        act(first, world.stop_a_rank)
+        hung = first.events("hung")
+        check_one_run(first, quiet, ["preempted", "crashed", "hung"], server)
     check_one_run(second, quiet, ["bad_node", "time_limit"])
     assert len(hung) == 1 and "rank 1" in hung[0]["why"], first.story()
 

@@ -26,15 +26,15 @@ STEPS = 36
 NODES = ["launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", "cluster.interface=lo"]
 # Steps of a tenth of a second leave room to act in; the watchdog waits far longer than any of them.
 WORDS = [
-    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=6",
+    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=12",
     "launch.watch.start_timeout_s=120", "launch.slurm.stop_before_s=70", "launch.slurm.max_without_progress=4",
     "launch.slurm.extra=[--exclusive]",
 ]  # fmt: skip
 
 
-def phalanx(*words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def phalanx(*words: str, timeout_s: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.cli", *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", **environ}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
 
 
@@ -111,8 +111,9 @@ class Run:
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
-def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str) -> Run:
-    done = phalanx("launch", str(config), f"run.dir={run_dir}", *NODES, *WORDS, *words)
+def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str, **environ: str) -> Run:
+    """`environ`: of the user's shell, which sbatch takes along."""
+    done = phalanx("launch", str(config), f"run.dir={run_dir}", *NODES, *WORDS, *words, **environ)
     assert done.returncode == 0, done.stderr
     assert "submitted job" in done.stdout and "phalanx status" in done.stdout
     return Run(cluster, RunFolder(run_dir))

@@ -14,6 +14,9 @@ WORDS ?=
 # What the tests' private Slurm cluster is made of (tests/slurm); without it those tests are skipped.
 SLURM := slurmctld slurmd slurm-client munge
 
+# A run and its tests are hundreds of short Pythons: each would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install slurm demo data test prove lint clean
 
 install: $(VENV)/installed

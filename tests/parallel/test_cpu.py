@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +51,28 @@ def test_modules_run_on_the_cpu_and_torch_is_untouched() -> None:
     with tracker.fork("test"):
         inside = torch.rand(3)
     assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+
+
+def test_rewritten_code_is_kept_beside_pythons_own_and_made_anew_when_the_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    source = tmp_path / "module.py"
+
+    def load(text: str | None = None) -> Any:
+        if text is not None:
+            source.write_text(text)
+        namespace: dict[str, Any] = {}
+        exec(cpu._Loader("megatron.core.module", str(source)).get_code("megatron.core.module"), namespace)  # type: ignore[arg-type]
+        return namespace["device"]
+
+    assert load("device = 'x'; device = 'cuda'\n") == "cpu"
+    (kept,) = (tmp_path / "__pycache__").iterdir()
+    assert ".opt-phalanx" in kept.name, "never taken by a process that has a GPU"
+    kept.write_bytes(kept.read_bytes().replace(b"cpu", b"CPU"))
+    assert load() == "CPU", "read, not compiled"
+    assert load("device = 'another'\n") == "another"
+    kept.unlink()
+    (tmp_path / "__pycache__").rmdir()
+    (tmp_path / "__pycache__").write_text("no folder")
+    assert load() == "another", "where nothing can be kept it is compiled again"

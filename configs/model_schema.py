@@ -26,6 +26,9 @@ class Attention:
     window_layers: str = key(
         "all", "layers with the window; alternate: even layers (0, 2, …) have it", choices=("all", "alternate")
     )
+    window_pattern: Optional[List[int]] = key(
+        None, "explicit: 1 window, 0 full attention, one a layer; replaces window_layers", low=0, high=1
+    )
     sinks: bool = key(False, "one learned logit a head joins the softmax (gpt-oss)")
     dropout: float = key(0.0, "dropout of attention probabilities", low=0, high=0.99)
 

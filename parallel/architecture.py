@@ -70,8 +70,12 @@ def mtp_is_moe(model: Model) -> bool:
 
 def window_of_layer(model: Model, layer: int) -> int | None:
     """Sliding window of a layer in tokens, the query's own included; None: full attention."""
-    has_window = model.attention.window_layers == "all" or layer % 2 == 0
-    return model.attention.window_size_tokens if has_window else None
+    attention = model.attention
+    if attention.window_pattern is not None:
+        has_window = bool(attention.window_pattern[layer])
+    else:
+        has_window = attention.window_layers == "all" or layer % 2 == 0
+    return attention.window_size_tokens if has_window else None
 
 
 def padded_vocab(model: Model, vocab_size: int) -> int:

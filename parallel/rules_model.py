@@ -140,6 +140,23 @@ def pattern_fits(config: Config) -> Iterator[Problem]:
         yield Problem(path, got, rule, f"make a layer MoE ({path}), or set model.moe.num_experts=0")
 
 
+@reads("model.attention", "model.num_layers", "model.mtp")
+def window_pattern_fits(config: Config) -> Iterator[Problem]:
+    attention, layers = config.model.attention, config.model.num_layers
+    path, pattern = "model.attention.window_pattern", attention.window_pattern
+    if pattern is None:
+        return
+    if len(pattern) != layers:
+        rule = f"must name each of the model.num_layers = {layers} layers, not {len(pattern)}"
+        yield Problem(path, pattern, rule, f"give {layers} numbers, 0 full attention and 1 window")
+    if attention.window_size_tokens is None:
+        rule = "has no effect while model.attention.window_size_tokens is not set"
+        yield Problem(path, pattern, rule, f"set model.attention.window_size_tokens, or {path}=null")
+    if config.model.mtp.num_layers:
+        rule = "names the layers only: megatron-core would look for model.mtp.num_layers more"
+        yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
+
+
 @reads("model.moe")
 def expert_keys_need_experts(config: Config) -> Iterator[Problem]:
     moe = config.model.moe
@@ -272,6 +289,7 @@ RULES = (
     biases_go_together,
     expert_biases,
     pattern_fits,
+    window_pattern_fits,
     expert_keys_need_experts,
     top_k_fits,
     router_groups,

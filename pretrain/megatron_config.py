@@ -81,7 +81,7 @@ def _architecture(model: Model) -> dict[str, Any]:
     )
     if attention.window_size_tokens is not None:
         values["window_size"] = (attention.window_size_tokens - 1, 0)
-        values["window_attn_skip_freq"] = 2 if attention.window_layers == "alternate" else None
+        values["window_attn_skip_freq"] = attention.window_pattern or (2 if attention.window_layers == "alternate" else None)
     if model.activation == "gpt_oss_glu":
         values |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
     return values

@@ -101,6 +101,7 @@ def test_every_rule_has_a_case() -> None:
         DENSE + " model.attention.num_query_groups=1 model.tie_embeddings=true parallel.tensor=2",
         BIASES + " model.activation=gpt_oss_glu model.attention.sinks=true model.attention.window_size_tokens=16",
         "model.attention.qkv_bias=true",
+        "model.attention={window_size_tokens: 8, window_pattern: [1, 0, 0, 1]}",
         "model.moe.router={score: sigmoid, expert_bias: true, balance: seq_aux_loss, num_groups: 4, group_top_k: 2}",
         "model.moe={top_k: 1, router: {normalize_top_k: false}}",
         "model.moe={shared_ffn_hidden_size: 64, shared_gate: true, shared_overlap: true, first_dense_layers: 1}",

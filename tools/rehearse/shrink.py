@@ -111,13 +111,19 @@ def shrink_model(model: Model, common: Common) -> Model:
     _shrink_attention(small, model, tensor)
     _shrink_experts(small, model, common)
     small.num_layers = max(common.chunks, 2, small.moe.first_dense_layers + 1)
-    if model.moe.layer_pattern is not None:
-        kinds = model.moe.layer_pattern[: small.num_layers]
-        # Both kinds of layers stay where there were both.
-        missing = set(model.moe.layer_pattern) - set(kinds)
-        small.moe.layer_pattern = [*kinds[: small.num_layers - len(missing)], *missing]
+    small.moe.layer_pattern = _first_of(model.moe.layer_pattern, small.num_layers)
+    small.attention.window_pattern = _first_of(model.attention.window_pattern, small.num_layers)
     small.mtp.num_layers = min(model.mtp.num_layers, 1)
     return small
+
+
+def _first_of(pattern: list[int] | None, layers: int) -> list[int] | None:
+    """The pattern's first layers; both kinds stay where there were both."""
+    if pattern is None:
+        return None
+    kinds = pattern[:layers]
+    missing = set(pattern) - set(kinds)
+    return [*kinds[: layers - len(missing)], *missing]
 
 
 def _shrink_attention(small: Model, model: Model, tensor: int) -> None:

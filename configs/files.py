@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any | None:
     """The file's value; None when it isn't there or isn't JSON (a file of another program, or of a crash)."""
     try:
         return json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
 
 

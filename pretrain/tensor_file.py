@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,21 +91,25 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise DamagedFile(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} has a header that is not JSON: {error}") from error
     first = 8 + length
     try:
-        entries = {
-            key: Entry(value["dtype"], tuple(value["shape"]), first + value["data_offsets"][0], first + value["data_offsets"][1])
-            for key, value in header.items()
-            if key != "__metadata__"
-        }
-    except (TypeError, KeyError, IndexError) as error:
+        entries = {key: _entry(value, first) for key, value in header.items() if key != "__metadata__"}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path} has a header that is not of safetensors: {error}") from error
     end = max((entry.stop for entry in entries.values()), default=first)
     if size != end:
         raise DamagedFile(f"{path} is {size} bytes long, its header says {end}")
     return entries
+
+
+def _entry(value: dict[str, Any], first: int) -> Entry:
+    """One tensor of a header; `first`: where the data begins. Raises TypeError, KeyError or ValueError for what is none."""
+    dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or start > stop:
+        raise ValueError(f"{dtype!r} {list(shape)} from {start!r} to {stop!r}")
+    return Entry(dtype, shape, first + start, first + stop)
 
 
 def read_bytes(path: Path, entry: Entry, expected_sum: int | None) -> NDArray[np.uint8]:

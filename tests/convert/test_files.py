@@ -204,6 +204,83 @@ def test_shares_of_several_processes(hf: Path, tmp_path: Path, monkeypatch: pyte
     assert_same_bits(hf, tmp_path / "out")
 
 
+def test_more_shares_than_files(hf: Path, tmp_path: Path) -> None:
+    """One small file: the share that has it waits for the others, so that none of them meets a finished OUT."""
+    done = [bring_in(hf, tmp_path / "checkpoint", share=Share(index, 3))["finished"] for index in range(3)]
+    assert done == [False, False, True] and not list((tmp_path / "checkpoint").glob("*.through"))
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(hf, tmp_path / "out")
+
+
+def test_shares_at_once(hf: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tools.cli", "convert", "import", str(hf), str(tmp_path / "checkpoint"), "--json", "--shard"]
+    shares = [subprocess.Popen([*words, f"{i}/3"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for i in range(3)]
+    results = [json.loads(share.communicate()[0]) for share in shares]
+    assert [share.returncode for share in shares] == [0, 0, 0] and any(result["finished"] for result in results)
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(hf, tmp_path / "out")
+
+
+def test_what_is_read_is_never_replaced(hf: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in hf.iterdir())
+    for out in (hf, hf.parent, hf / "inside", hf / ".." / "hf"):
+        with pytest.raises(ConfigError, match="what is read"):
+            bring_in(hf, out, force=True)
+    assert sorted(path.name for path in hf.iterdir()) == before
+
+
+def test_force_replaces_converted_models_only(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("years of work")
+    for name in ("home", "file"):
+        with pytest.raises(ConfigError, match="converted model only"):
+            bring_in(hf, tmp_path / name, force=True)
+    (tmp_path / "home" / "thesis.txt").unlink()
+    assert bring_in(hf, tmp_path / "home", force=True)["finished"]
+
+
+def test_a_disk_without_room_is_left_as_it_was(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
+    refused(hf, "must have room")
+
+
+@pytest.mark.parametrize("header", [[], {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, {"a": 3}])
+def test_a_header_that_is_none(header: Any, hf: Path) -> None:
+    text = json.dumps(header).encode()
+    (hf / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    refused(hf, "not of safetensors")
+
+
+def test_a_folder_that_is_wrong_throughout_is_a_short_report(hf: Path) -> None:
+    (hf / "config.json").write_text(json.dumps(read_config(hf) | {"hidden_size": 44}))
+    with pytest.raises(ConfigError, match="46 more") as caught:
+        bring_in(hf, hf.parent / "out")
+    assert len(caught.value.problems) == 17
+
+
+def test_factors_of_a_tensor_that_is_not_packed_are_not_dropped(hf: Path) -> None:
+    edit(hf, lambda held: held.update({"model.layers.0.self_attn.o_proj.weight_scale_inv": torch.ones(1, 1)}))
+    refused(hf, "would be lost")
+
+
+@pytest.mark.parametrize("block", [["a", "b"], [0, 0], 128])
+def test_odd_blocks(block: Any, hf: Path) -> None:
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+    (hf / "config.json").write_text(json.dumps(read_config(hf) | quantized))
+    refused(hf, "weight_block_size")
+
+
+def test_verify_wants_the_same_number_of_layers(hf: Path, tmp_path: Path) -> None:
+    bring_in(hf, tmp_path / "checkpoint")
+    make("qwen3_moe", tmp_path / "deeper", num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="3 layers"):
+        verify(tmp_path / "checkpoint", tmp_path / "deeper", None, 1, 8, 1e-3)
+    edit(hf, lambda held: held.pop("model.norm.weight"))
+    with pytest.raises(ConfigError, match="lack"):
+        verify(tmp_path / "checkpoint", hf, None, 1, 8, 1e-3)
+
+
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("UNIT_BYTES", 4000), ("BLOCK_BYTES", 700), ("SMALL_BYTES", 300)):
         monkeypatch.setattr(file_plan, name, size)

@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         GQA | {"rope_parameters": YARN | {"truncate": False}, "intermediate_size": 28, "num_local_experts": 4,
                "num_experts_per_tok": 2, "sliding_window": 11, "rms_norm_eps": 3e-5,
-               "layer_types": ["sliding_attention", "full_attention"]},
+               "layer_types": ["full_attention", "sliding_attention"]},
     ),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from tools.convert.resolved import differences
 from tools.convert.source import read_rows
 from tools.convert.stored import CheckpointTensors
 from tools.convert.tokenizer_files import COMPANIONS, find_tokenizer, special_ids, write_tokenizer
-from tools.convert.work import Share, Workplace
+from tools.convert.work import Share, Workplace, check_out
 
 FILE_BYTES = 5 << 30
 _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F64": "float64"}
@@ -133,6 +133,7 @@ def export_model(
 ) -> dict[str, Any]:
     """Convert; returns what was done. Raises ConfigError."""
     folder = find_checkpoint(path)
+    place = check_out(out, folder, force)
     manifest = open_manifest(folder)
     model = model_of(manifest)
     if model.max_position_tokens is None:
@@ -149,7 +150,7 @@ def export_model(
         entries = list(entries_of(links, dtypes, copies))
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
-        workplace = Workplace(out, files, [manifest.as_json(), config], force, summed=False)
+        workplace = Workplace(place, files, [manifest.as_json(), config], force, summed=False)
         written = workplace.write(share, workers, lambda unit, out: fill_theirs(unit, out, links, checkpoint), checkpoint.settle)
 
         def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:
@@ -160,7 +161,7 @@ def export_model(
                 write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             notes.extend(write_tokenizer(partial, folder, tokenizer))
 
-        finished = workplace.finish(complete)
+        finished = workplace.finish(share, complete)
         checkpoint.close()
     except DamagedFile as error:
         raise ConfigError(damage(folder, error)) from error

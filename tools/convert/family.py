@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from configs.errors import ConfigError, Problem
+from configs.fields import walk
 from configs.model_schema import Model
 from tools.convert.spans import Join, same
 
@@ -21,6 +22,22 @@ REQUIRED = object()
 @dataclass(frozen=True)
 class Refusal(Problem):
     """The model is understood and can be counted, but converting it would silently change its answers."""
+
+
+_RULES = {path: metadata["rule"] for path, _, metadata in walk(Model())}
+_DEFAULTS = {path: value for path, value, _ in walk(Model())}
+
+
+def wrong_value(theirs: str, value: Any, ours: str, kinds: tuple[type, ...] = (int,)) -> Problem | None:
+    """What keeps a value of config.json out of `model.ours`: its type (bool is no int, an int is a float), or its range."""
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        rule = "must be of type " + " or ".join(kind.__name__ for kind in kinds)
+    elif broken := _RULES[ours].broken_by(value):
+        rule = f"must be {broken}: it is model.{ours}"
+    else:
+        return None
+    return Problem(f"config.json: {theirs}", value, rule, "mend the config.json")
 
 
 def get(model: Model, path: str) -> Any:
@@ -70,26 +87,47 @@ class Key:
         return (self.theirs, *self.also)
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = next((theirs[name] for name in self.names() if name in theirs), self.default)
-        if value is REQUIRED:
+        stated = {name: theirs[name] for name in self.names() if name in theirs}
+        value = next(iter(stated.values()), self.default)
+        if any(other != value for other in stated.values()):
+            rule = f"must agree: {stated} all mean model.{self.ours}"
+            yield Problem(f"config.json: {self.theirs}", value, rule, "mend the config.json")
+            return
+        if value is None and _DEFAULTS[self.ours] is not None:
+            value = self.default
+        if value is REQUIRED or (value is None and self.default is REQUIRED):
             yield Problem(f"config.json: {self.theirs}", None, f"must be there: it is model.{self.ours}", "mend the config.json")
             return
         kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
-        allowed = (*kinds, int) if float in kinds else kinds
-        wrong_bool = isinstance(value, bool) and bool not in kinds
-        if value is not None and (wrong_bool or not isinstance(value, allowed)):
-            words = " or ".join(kind.__name__ for kind in kinds)
-            yield Problem(f"config.json: {self.theirs}", value, f"must be of type {words}", "mend the config.json")
-            return
-        if value is None and self.default is REQUIRED:
-            yield Problem(
-                f"config.json: {self.theirs}", None, f"must be a number: it is model.{self.ours}", "mend the config.json"
-            )
+        wrong = None if value is None else wrong_value(self.theirs, value, self.ours, kinds)
+        if wrong:
+            yield wrong
             return
         put(model, self.ours, float(value) if kinds == (float,) and value is not None else value)
 
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
         theirs.update(dict.fromkeys(self.names(), get(model, self.ours)))
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A key of config.json that repeats another one. It is written, and checked, but transformers does not read it."""
+
+    theirs: str
+    ours: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value, meant = theirs.get(self.theirs), get(model, self.ours)
+        if value is not None and value != meant:
+            rule = f"must repeat model.{self.ours} = {meant}, which transformers takes"
+            yield Problem(f"config.json: {self.theirs}", value, rule, "mend the config.json")
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs[self.theirs] = get(model, self.ours)
         return iter(())
 
 
@@ -115,7 +153,7 @@ class Only:
             yield Refusal(f"config.json: {self.theirs}", value, f"must be {words}: {self.why}", fix)
 
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs[self.theirs] = self.values[0]
+        theirs |= {} if self.values[0] is None else {self.theirs: self.values[0]}
         return iter(())
 
 

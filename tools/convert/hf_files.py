@@ -20,12 +20,16 @@ import numpy as np
 from configs.errors import ConfigError, Problem
 from configs.files import read_json
 from pretrain.tensor_file import DamagedFile, Entry, read_header
-from tools.convert.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4
+from tools.convert.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4, to_float32
 
 INDEX = "model.safetensors.index.json"
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _REPEATED = re.compile(r"\.rotary_emb\.inv_freq$")
+_PACKED = ("F8_E4M3", "U8")
+_FACTORS = ("F32", "BF16")
+"""DeepSeek's files hold the factors of fp8 blocks in fp32, Qwen's in bf16."""
 _SHOWN = 6
+_PROBLEMS = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class HfFiles:
         """Raises ConfigError with every problem of the folder."""
         self.folder = folder
         self.raw, problems = _inventory(folder)
-        self.block = _block_size(config)
+        self.block, odd = _block_size(config)
+        problems += odd
         self.tensors: dict[str, Stored] = {}
         self.factors: dict[str, str] = {}
         for name, (file, entry) in self.raw.items():
@@ -57,16 +62,15 @@ class HfFiles:
             if stored:
                 self.tensors[name] = stored
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(first_of(problems))
         self._opened: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
-        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.raw:
-            self.factors[name] = name.removesuffix(_SCALE)
-            return None
-        if name.endswith(_SCALES) and name.removesuffix(_SCALES) + _BLOCKS in self.raw:
-            self.factors[name] = name.removesuffix(_SCALES) + _BLOCKS
+        packed = name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
+        # Factors beside a tensor that isn't packed would change it: such ones are left over, and refused.
+        if name.endswith((_SCALE, _SCALES)) and packed in self.raw and self.raw[packed][1].dtype in _PACKED:
+            self.factors[name] = packed
             return None
         if name.endswith(_BLOCKS) and entry.dtype == "U8" and len(entry.shape) == 4:
             with_name = name.removesuffix(_BLOCKS) + _SCALES
@@ -88,9 +92,10 @@ class HfFiles:
     def _fp8(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
         factors = self.raw.get(name + _SCALE)
         expected = tuple(-(-size // block) for size, block in zip(entry.shape, self.block))
-        if len(entry.shape) != 2 or factors is None or factors[1].shape != expected or factors[1].dtype != "F32":
+        if len(entry.shape) != 2 or factors is None or factors[1].shape != expected or factors[1].dtype not in _FACTORS:
             got = None if factors is None else [factors[1].dtype, *factors[1].shape]
-            rule = f"fp8 needs {name}{_SCALE}: F32 of shape {list(expected)}, a factor for each block of {list(self.block)}"
+            kinds = " or ".join(_FACTORS)
+            rule = f"fp8 needs {name}{_SCALE}: {kinds} of shape {list(expected)}, a factor for each block of {list(self.block)}"
             problems.append(_problem(name, got, rule))
             return None
         return Stored(entry.shape, "BF16", file, entry, "fp8", name + _SCALE)
@@ -111,11 +116,11 @@ class HfFiles:
         file, entry = self.raw[stored.with_name]
         rows = len(out)
         if stored.packing == "fp8":
-            factors = np.empty(entry.shape, dtype=np.float32)
+            factors = np.empty(entry.shape, dtype=FLOATS[entry.dtype])
             self._read(file, entry, (), 0, factors)
             codes = np.empty(out.shape, dtype=np.uint8)
             self._read(stored.file, stored.entry, lead, first, codes)
-            out[...] = dequantize_fp8(codes, factors, first, self.block)
+            out[...] = dequantize_fp8(codes, to_float32(factors, entry.dtype), first, self.block)
             return
         exponents = np.empty((rows, entry.shape[-1]), dtype=np.uint8)
         self._read(file, entry, lead, first, exponents)
@@ -156,10 +161,24 @@ def _problem(name: str, got: Any, rule: str, fix: str = "download the files agai
     return Problem(name, got, rule, fix)
 
 
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+def _block_size(config: Mapping[str, Any]) -> tuple[tuple[int, int], list[Problem]]:
+    """Rows and columns of an fp8 block."""
     quantization = config.get("quantization_config")
     block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
-    return (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else (128, 128)
+    if block is None:
+        return (128, 128), []
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        return (block[0], block[1]), []
+    rule = "must be two sizes from 1 on: rows and columns of a block"
+    return (128, 128), [_problem("config.json: weight_block_size", block, rule, "mend the config.json")]
+
+
+def first_of(problems: list[Problem]) -> list[Problem]:
+    """So many that a person reads them; a folder that is wrong throughout has as many as tensors."""
+    if len(problems) <= _PROBLEMS:
+        return problems
+    more = _problem("…", f"{len(problems) - _PROBLEMS} more", "the first ones are shown", "mend them first")
+    return [*problems[:_PROBLEMS], more]
 
 
 def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Problem]]:

@@ -30,14 +30,14 @@ from pretrain.tokenizer import load_tokenizer
 from tools.convert.dtypes import NAMES, RAW, Array, convert, widest
 from tools.convert.family import Family
 from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
-from tools.convert.hf_files import HfFiles
+from tools.convert.hf_files import HfFiles, first_of
 from tools.convert.links import Links, Part, make_links, width
 from tools.convert.megatron_lm.opening import is_megatron, open_megatron
 from tools.convert.preset import preset_yaml, read_config, understand
 from tools.convert.source import Source, Tensors, check_model, read_rows
 from tools.convert.spans import Span
 from tools.convert.tokenizer_files import COMPANIONS, KEPT
-from tools.convert.work import Share, Workplace
+from tools.convert.work import Share, Workplace, check_out
 
 FILE_BYTES = 2 << 30
 _SHOWN = 8
@@ -61,7 +61,7 @@ def open_huggingface(folder: Path) -> Source:
     links = make_links(family, model, files.tensors.__contains__)
     problems = _hold_against(links, files, family, model)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(first_of(problems))
     if not links.theirs:
         raise ConfigError(Problem(str(folder), 0, "must hold tensors", "name a model's folder"))
     heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in files.raw.items()}
@@ -183,16 +183,17 @@ def import_model(
 ) -> dict[str, Any]:
     """Convert; returns what was done. Raises ConfigError."""
     source = open_source(folder, preset)
+    place = check_out(out, folder, force)
     dtypes = _dtypes(source, dtype)
     entries = list(_entries(source.links, dtypes))
     files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
-    workplace = Workplace(out, files, [source.identity, dtype], force)
+    workplace = Workplace(place, files, [source.identity, dtype], force)
     try:
         written = workplace.write(share, workers, lambda unit, out: fill_ours(unit, out, source.links, source.files))
     except DamagedFile as error:
         raise ConfigError(Problem(str(source.folder), "damaged", str(error), "copy or download the folder again")) from error
     finished = workplace.finish(
-        lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
+        share, lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
     )
     source.files.close()
     return {

@@ -40,12 +40,16 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
     model = copy.deepcopy(model)
     model.mtp.num_layers = 0
     model.hidden_dropout = model.attention.dropout = 0.0
+    # megatron-core's jitter does not ask whether the model is training.
+    model.moe.router.jitter_eps = 0.0
     # Tokens are dropped and travel in training only.
     model.moe.capacity_factor, model.moe.pad_to_capacity, model.moe.shared_overlap = None, False, False
     model.moe.dispatcher, model.moe.grouped_gemm = "alltoall", "off"
     if layers is not None and layers < model.num_layers:
         if model.moe.num_experts:
             model.moe.layer_pattern = [int(flag) for flag in arch.moe_layers(model)[:layers]]
+        if model.attention.window_pattern is not None:
+            model.attention.window_pattern = model.attention.window_pattern[:layers]
         model.num_layers = layers
         if not any(arch.moe_layers(model)):
             model.moe.num_experts, model.moe.layer_pattern = 0, None

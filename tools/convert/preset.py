@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(str(path), "no config.json", "must hold a config.json", fix)) from error
     except OSError as error:
         raise ConfigError(storage_problem("config.json", file, error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(Problem(str(file), str(error)[:120], "must be JSON", "download the file again")) from error
     if not isinstance(value, dict):
         raise ConfigError(Problem(str(file), type(value).__name__, "must be a JSON object", "download the file again"))

@@ -26,14 +26,21 @@ def resolved(model: Model) -> dict[str, Any]:
         model.attention.head_dim = arch.head_dim(model)
     if model.position.kind != "learned":
         model.max_position_tokens = None
+    if model.attention.window_size_tokens is not None:
+        windows = [int(arch.window_of_layer(model, layer) is not None) for layer in range(model.num_layers)]
+        model.attention.window_pattern, model.attention.window_layers = windows, "all"
+        model.attention.window_size_tokens = model.attention.window_size_tokens if any(windows) else None
     values = architecture(model, model.vocab_size or 0)
     unused = {"vocab_multiple", "mla.qk_nope_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim", "mla.norm_eps"}
     unused -= set() if not arch.is_mla(model) else unused - {"vocab_multiple"}
     if not has_experts:
         unused |= {key for key in values if key.startswith("moe.") and key != "moe.num_experts"}
     if model.attention.window_size_tokens is None:
-        unused.add("attention.window_layers")
-    if model.moe.router.num_groups is None:
+        unused |= {"attention.window_layers", "attention.window_pattern"}
+    if model.moe.router.num_groups == model.moe.router.group_top_k:
+        # A token may use every group.
+        values["moe.router.num_groups"] = None
+    if values.get("moe.router.num_groups") is None:
         unused.add("moe.router.group_top_k")
     unused |= _unused_of_scaling(model)
     return {key: value for key, value in values.items() if key not in unused}

@@ -9,15 +9,41 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.family import REQUIRED, Always, Key, Only, Refusal, Setting
+from tools.convert.family import REQUIRED, Always, Key, Only, Refusal, Setting, wrong_value
 
-PLAIN_MLP = Only("hidden_act", ("silu",), "its experts and MLPs are SwiGLU")
+# Two names of one function.
+PLAIN_MLP = Only("hidden_act", ("silu", "swish"), "its experts and MLPs are SwiGLU")
+
+
+@dataclass(frozen=True)
+class KeyValueHeads:
+    """num_key_value_heads; null: as many as query heads. `default`: what a config.json without it means (None: like null)."""
+
+    default: int | None
+
+    def names(self) -> tuple[str, ...]:
+        return ("num_key_value_heads",)
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = theirs.get("num_key_value_heads", self.default)
+        wrong = None if value is None else wrong_value("num_key_value_heads", value, "attention.num_query_groups")
+        if wrong:
+            yield wrong
+            return
+        model.attention.num_query_groups = value
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs["num_key_value_heads"] = arch.num_query_groups(model)
+        return iter(())
 
 
 def decoder(
-    eps: Any = REQUIRED, tied: bool = False, kv_heads: bool = True, ffn: str | None = "ffn_hidden_size"
+    eps: float, kv_heads: KeyValueHeads | None = None, tied: bool = False, ffn: str | None = "ffn_hidden_size"
 ) -> tuple[Setting, ...]:
-    """The keys that every decoder has. `eps`, `tied`: what absent keys mean; `ffn`: our key of intermediate_size."""
+    """The keys that every decoder has. `eps`, `tied`: what absent keys mean; `ffn`: our key of intermediate_size.
+
+    `kv_heads`: None with latent attention.
+    """
     settings: list[Setting] = [
         Key("vocab_size", "vocab_size"),
         Key("hidden_size", "hidden_size"),
@@ -30,28 +56,9 @@ def decoder(
         Always("norm", "rmsnorm"),
         Always("hidden_dropout", 0.0),
     ]
-    settings += [KeyValueHeads()] if kv_heads else []
+    settings += [kv_heads] if kv_heads else []
     settings += [Key("intermediate_size", ffn)] if ffn else []
     return tuple(settings)
-
-
-@dataclass(frozen=True)
-class KeyValueHeads:
-    """num_key_value_heads; absent or null: as many as query heads."""
-
-    def names(self) -> tuple[str, ...]:
-        return ("num_key_value_heads",)
-
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = theirs.get("num_key_value_heads")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            yield Problem("config.json: num_key_value_heads", value, "must be of type int", "mend the config.json")
-            return
-        model.attention.num_query_groups = value
-
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["num_key_value_heads"] = arch.num_query_groups(model)
-        return iter(())
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,16 @@ class HeadDim:
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         value = theirs.get("head_dim", self.absent)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            yield Problem("config.json: head_dim", value, "must be a positive int", "mend the config.json")
+        wrong = None if value is None else wrong_value("head_dim", value, "attention.head_dim")
+        if wrong:
+            yield wrong
             return
         # Megatron-Core needs it stated; hidden / heads is what transformers takes.
-        heads = model.attention.num_heads
+        heads, sound = model.attention.num_heads, theirs.get("hidden_size") == model.hidden_size
         if value is None and model.hidden_size % heads:
-            yield Problem(
-                "config.json: head_dim", None, f"must be there: {model.hidden_size} / {heads} is no whole number", "state it"
-            )
+            # Where the hidden size itself is wrong, that is the problem.
+            rule = f"must be there: {model.hidden_size} / {heads} is no whole number"
+            yield from [Problem("config.json: head_dim", None, rule, "state it")] if sound else []
             return
         model.attention.head_dim = value or model.hidden_size // heads
 
@@ -86,17 +94,16 @@ class HeadDim:
 class DenseFirst:
     """first_k_dense_replace, with the total number of dense layers at the bottom."""
 
-    absent: Any = REQUIRED
+    absent: int
 
     def names(self) -> tuple[str, ...]:
         return ("first_k_dense_replace",)
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         value = theirs.get("first_k_dense_replace", self.absent)
-        if isinstance(value, bool) or not isinstance(value, int):
-            yield Problem(
-                "config.json: first_k_dense_replace", None if value is REQUIRED else value, "must be an int", "state it"
-            )
+        wrong = wrong_value("first_k_dense_replace", value, "moe.first_dense_layers")
+        if wrong:
+            yield wrong
             return
         model.moe.first_dense_layers = value
 
@@ -117,8 +124,12 @@ class SparsePattern:
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         step, dense = theirs.get("decoder_sparse_step", 1), theirs.get("mlp_only_layers") or []
-        if not isinstance(step, int) or step < 1 or not isinstance(dense, list):
-            yield Problem("config.json: decoder_sparse_step", step, "must be a positive int, mlp_only_layers a list", "mend it")
+        wrong = wrong_value("decoder_sparse_step", step, "moe.layer_frequency")
+        if wrong:
+            yield wrong
+            return
+        if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+            yield Problem("config.json: mlp_only_layers", dense, "must be a list of layers", "mend the config.json")
             return
         pattern = [int(i not in dense and (i + 1) % step == 0) for i in range(model.num_layers)]
         model.moe.layer_pattern = None if all(pattern) else pattern
@@ -154,8 +165,8 @@ class SharedExperts:
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         count = theirs.get("n_shared_experts") or 0
-        if isinstance(count, bool) or not isinstance(count, int):
-            yield Problem("config.json: n_shared_experts", count, "must be an int", "mend the config.json")
+        if type(count) is not int or count < 0:
+            yield Problem("config.json: n_shared_experts", count, "must be an int from 0 on", "mend the config.json")
             return
         model.moe.shared_ffn_hidden_size = count * arch.expert_ffn(model) or None
 
@@ -168,16 +179,25 @@ class SharedExperts:
 
 @dataclass(frozen=True)
 class Groups:
-    """n_group and topk_group. megatron-core adds the best top_k / topk_group scores of a group, transformers always two."""
+    """n_group and topk_group. megatron-core adds the best top_k / topk_group scores of a group, transformers always two.
 
-    absent: int | None = None
+    `absent`: what absent keys mean.
+    """
+
+    absent: tuple[int, int]
 
     def names(self) -> tuple[str, ...]:
         return ("n_group", "topk_group")
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        groups, chosen = theirs.get("n_group", self.absent) or 1, theirs.get("topk_group", self.absent) or 1
-        if groups == 1:
+        groups, chosen = (theirs.get(name, absent) or 1 for name, absent in zip(self.names(), self.absent))
+        wrong = wrong_value("n_group", groups, "moe.router.num_groups")
+        wrong = wrong or wrong_value("topk_group", chosen, "moe.router.group_top_k")
+        if wrong:
+            yield wrong
+            return
+        if groups == chosen:
+            # A token may use every group.
             return
         model.moe.router.num_groups, model.moe.router.group_top_k = groups, chosen
         if model.moe.top_k // chosen != 2:
@@ -190,7 +210,7 @@ class Groups:
     def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
         router = model.moe.router
         theirs["n_group"], theirs["topk_group"] = router.num_groups or 1, router.group_top_k or 1
-        if router.num_groups and model.moe.top_k // (router.group_top_k or 1) != 2:
+        if router.num_groups != router.group_top_k and model.moe.top_k // (router.group_top_k or 1) != 2:
             yield "it scores a group by its best two experts"
 
 
@@ -224,14 +244,17 @@ class WholeHeads:
             yield f"transformers wants hidden_size = {model.hidden_size} to be a multiple of {model.attention.num_heads} heads"
 
 
-def plain_attention(**changed: Any) -> tuple[Setting, ...]:
-    """No latent attention, no window, no sinks, no biases, no norms of queries and keys; `changed` values instead."""
+def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
+    """No latent attention, no window, no sinks, no biases, no norms of queries and keys; `changed` values instead.
+
+    `decided`: keys that other settings of the family read.
+    """
     values = {
         "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
         "mtp.num_layers": 0, "activation": "swiglu", **changed,
     }  # fmt: skip
-    return tuple(Always(name, value) for name, value in values.items() if value is not REQUIRED)
+    return tuple(Always(name, value) for name, value in values.items() if name not in decided)
 
 
 def softmax_router(**changed: Any) -> tuple[Setting, ...]:
@@ -254,7 +277,7 @@ def latent_attention() -> tuple[Setting, ...]:
         Only("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
         LatentHeads(),
         LatentEps(),
-        *plain_attention(**{"mla.kv_lora_rank": REQUIRED, "mtp.num_layers": REQUIRED}),
+        *plain_attention("mla.kv_lora_rank", "mtp.num_layers"),
     )
 
 

@@ -53,7 +53,9 @@ LATENT = (
 _M = _L + "mlp."
 DENSE_MLP = (
     tensor("dense", "mlp.linear_fc1.weight", _M + "gate_proj.weight", _M + "up_proj.weight", join=gate_up),
+    tensor("dense", "mlp.linear_fc1.bias", _M + "gate_proj.bias", _M + "up_proj.bias", join=gate_up, when=lambda m: m.mlp_bias),
     tensor("dense", "mlp.linear_fc2.weight", _M + "down_proj.weight"),
+    tensor("dense", "mlp.linear_fc2.bias", _M + "down_proj.bias", when=lambda m: m.mlp_bias),
 )
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
+from tools.convert.families import family_of, text_part
 from tools.convert.native import loaded_model, logits_of
 from tools.convert.preset import read_config, understand
 from tools.convert.resolved import differences
@@ -32,11 +33,15 @@ def verify(path: Path, hf: Path, layers: int | None, sequences: int, length_toke
     model = model_of(open_manifest(folder))
     config = read_config(hf)
     _, theirs, problems, _ = understand(config)
-    if problems:
-        raise ConfigError(problems)
+    fix = "name the folder it came from"
     if theirs.vocab_size != model.vocab_size:
         rule = f"must have the checkpoint's {model.vocab_size} tokens"
-        raise ConfigError(Problem("config.json: vocab_size", theirs.vocab_size, rule, "name the folder it came from"))
+        problems.append(Problem("config.json: vocab_size", theirs.vocab_size, rule, fix))
+    if theirs.num_layers != model.num_layers:
+        rule = f"must have the checkpoint's {model.num_layers} layers"
+        problems.append(Problem("config.json: num_hidden_layers", theirs.num_layers, rule, fix))
+    if problems:
+        raise ConfigError(problems)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, model.vocab_size or 1, (sequences, length_tokens), generator=generator)
     kept = min(layers or model.num_layers, model.num_layers)
@@ -94,15 +99,33 @@ def dequantized(hf: Path, block: list[int], layers: int) -> dict[str, torch.Tens
     return state
 
 
+def _not_loaded(hf: Path, error: Exception) -> ConfigError:
+    rule = f"must be a model that transformers runs: {str(error).strip().splitlines()[0]}"
+    return ConfigError(Problem("HF_DIR", str(hf), rule, "name the folder that the checkpoint came from, or its export"))
+
+
 def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, layers: int) -> torch.Tensor:
     """Logits [b, s, vocab] of the folder's model, its first `layers` layers. Raises ConfigError when it can't be loaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (3 s; the environment comes first)
+    from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
     from transformers.utils import logging  # noqa: PLC0415
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    settings = AutoConfig.from_pretrained(hf, local_files_only=True)
+    try:
+        if "model_type" in config and config["model_type"] not in CONFIG_MAPPING:
+            # Another name (kimi_k2) of a type that transformers has; the folder's own code is not run.
+            values = {name: value for name, value in text_part(config).items() if name not in ("model_type", "auto_map")}
+            settings = AutoConfig.for_model(family_of(config).model_types[0], **values)
+        else:
+            settings = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(hf, error) from error
     settings.num_hidden_layers = layers
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:layers]
@@ -117,8 +140,18 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
         delattr(settings, "quantization_config")
         state = dequantized(hf, quantized.get("weight_block_size") or [128, 128], layers)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
-        model = kind.from_pretrained(None, state_dict=state, **options)
+        place, options = None, options | {"state_dict": state}
     else:
-        model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, **options)
-    with torch.no_grad():
-        return model.eval()(tokens, use_cache=False).logits.float()
+        kind, place = AutoModelForCausalLM, hf
+    try:
+        model, found = kind.from_pretrained(place, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(hf, error) from error
+    if found["missing_keys"]:
+        # transformers would draw them at random.
+        raise _not_loaded(hf, ValueError(f"the files lack {sorted(map(str, found['missing_keys']))[:6]}"))
+    try:
+        with torch.no_grad():
+            return model.eval()(tokens, use_cache=False).logits.float()
+    except RuntimeError as error:
+        raise _not_loaded(hf, error) from error

@@ -2,7 +2,8 @@
 
 In: planned files (header, units with their place) and what fills a unit. Out: a folder OUT.partial that becomes OUT.
 A file is written under another name, synced, renamed, and only then noted in FILE.done (its sums): a conversion that is
-started again skips the noted ones. Several processes share the work: each takes the files of its share, the last finishes.
+started again skips the noted ones. Several processes share the work: each takes the files of its share and says when it
+is through; the last one finishes, also where there are fewer files than shares.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from numpy.typing import NDArray
 
 from configs.errors import ConfigError, Problem
 from configs.files import read_json, storage_problem, sync_folder, write_atomically
+from configs.run_folder import COMPLETE
 from tools.convert.dtypes import FLOATS, Array
 from tools.convert.file_plan import OutFile, Unit
 
+_OURS = (COMPLETE, "config.json")
 Fill = Callable[[Unit, Array], None]
 """Puts a unit's (or a block's) rows into an array [rows, columns] of its type."""
 
@@ -42,26 +45,53 @@ class Share:
     count: int = 1
 
 
+def check_out(out: Path, source: Path, force: bool) -> Path:
+    """OUT as an absolute path. Raises ConfigError: it exists, or writing it would change or replace what is read."""
+    # Links are followed: what is replaced is the folder itself. realpath, since resolve() fails on loops.
+    place, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    fix = "name a new folder elsewhere"
+    if place == read or place in read.parents:
+        raise ConfigError(Problem("OUT", str(out), f"must be another place than what is read: {source}", fix))
+    if read in place.parents:
+        raise ConfigError(Problem("OUT", str(out), f"must lie outside of what is read: {source}", fix))
+    if not os.path.lexists(place):
+        return place
+    if not force:
+        rule = "must not exist: nothing is overwritten without a word"
+        raise ConfigError(Problem("OUT", str(out), rule, "name another folder, or add --force"))
+    # --force in the wrong place must not cost a person's files.
+    if not place.is_dir() or (any(place.iterdir()) and not any((place / name).is_file() for name in _OURS)):
+        rule = f"--force replaces a converted model only: an empty folder, or one with {' or '.join(_OURS)}"
+        raise ConfigError(Problem("OUT", str(out), rule, fix))
+    return place
+
+
 class Workplace:
     """The folder OUT.partial of one conversion."""
 
     def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool, summed: bool = True) -> None:
-        """`summed`: each unit's CRC-32 is wanted. Raises ConfigError: OUT exists, is begun otherwise, no room."""
+        """`out`: as `check_out` gave it; `summed`: each unit's CRC-32 is wanted.
+
+        Raises ConfigError: another conversion was begun there, no room.
+        """
         self.out, self.files, self.summed = out, files, summed
         self.partial = out.with_name(out.name + ".partial")
         self.force = force
         headers = [hashlib.sha256(file.header).hexdigest() for file in files]
         self.plan = hashlib.sha256(json.dumps([identity, headers], sort_keys=True, default=str).encode()).hexdigest()
-        if out.exists() and not force:
-            rule = "must not exist: nothing is overwritten without a word"
-            raise ConfigError(Problem("OUT", str(out), rule, "name another folder, or add --force"))
+        is_new = False
         try:
+            is_new = not self.partial.exists()
+            self.partial.mkdir(parents=True, exist_ok=True)
             self._open()
         except OSError as error:
             raise ConfigError(storage_problem("OUT", self.partial, error)) from error
+        except ConfigError:
+            if is_new:
+                shutil.rmtree(self.partial)
+            raise
 
     def _open(self) -> None:
-        self.partial.mkdir(parents=True, exist_ok=True)
         with self._locked():
             begun = read_json(self.partial / "plan.json")
             if begun is not None and begun != {"plan": self.plan}:
@@ -117,7 +147,19 @@ class Workplace:
                     fix = f"{problem.fix}; the same command then goes on: complete files are kept in {self.partial}"
                     raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
                 print(f"{number + 1} of {len(mine)} files: {file.name} ({file.num_bytes / 2**20:.0f} MiB)", file=sys.stderr)
+        try:
+            write_atomically(self._through(share.index, share.count), "")
+        except FileNotFoundError:
+            # Another process with the same share was faster, and the folder has its name already.
+            if not self.out.exists():
+                raise
+        except OSError as error:
+            raise ConfigError(storage_problem("OUT", self.partial, error)) from error
         return written
+
+    def _through(self, index: int, count: int) -> Path:
+        """The file that says: this share is written."""
+        return self.partial / f"share_{index}_of_{count}.through"
 
     def _beside(self, file: OutFile) -> Path:
         return self.partial / f".{file.name}.{os.getpid()}.tmp"
@@ -165,8 +207,8 @@ class Workplace:
         sync_folder(self.partial)
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
 
-    def finish(self, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
-        """When every file is there, `complete(folder, sums by file)` adds the rest and the folder gets its name.
+    def finish(self, share: Share, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
+        """When every share is through, `complete(folder, sums by file)` adds the rest and the folder gets its name.
 
         False: others still write.
         """
@@ -175,14 +217,18 @@ class Workplace:
         try:
             with self._locked():
                 sums = {file.name: self.sums_of(file) for file in self.files}
-                if not self.partial.exists() or any(value is None for value in sums.values()):
+                through = all(self._through(index, share.count).exists() for index in range(share.count))
+                if not through or any(value is None for value in sums.values()):
                     return self.out.exists() and not self.partial.exists()
                 complete(self.partial, {name: value for name, value in sums.items() if value is not None})
-                for path in [*self.partial.glob("*.done"), *self.partial.glob(".*.tmp"), self.partial / "plan.json"]:
+                marks = [path for kind in ("*.done", "*.through", ".*.tmp") for path in self.partial.glob(kind)]
+                for path in [*marks, self.partial / "plan.json"]:
                     path.unlink(missing_ok=True)
                 sync_folder(self.partial)
                 self._publish()
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.out.exists() and not self.partial.exists():
+                return True
             raise ConfigError(storage_problem("OUT", self.out, error)) from error
         return True
 
@@ -192,8 +238,9 @@ class Workplace:
             if replaced.exists():
                 shutil.rmtree(replaced)
             self.out.rename(replaced)
-        (self.partial / ".lock").unlink(missing_ok=True)
         self.partial.rename(self.out)
+        # Not before: a process that comes now would make it anew.
+        (self.out / ".lock").unlink(missing_ok=True)
         sync_folder(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)

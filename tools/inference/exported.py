@@ -14,6 +14,8 @@ import torch
 from configs.errors import ConfigError, Problem
 from tools.convert.preset import read_config
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 def generate_exported(
     folder: Path, prompts: list[str], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
@@ -46,12 +48,18 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     from transformers.utils import logging  # noqa: PLC0415
 
     read_config(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        # transformers would make an empty one.
+        rule = f"must hold a tokenizer: one of {', '.join(_TOKENIZERS)}"
+        raise ConfigError(Problem("HF_DIR", str(folder), rule, "add its tokenizer's files"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Not False, transformers would ask a person whether to run the folder's code.
+        only_data = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only_data)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **only_data
         )
     except (OSError, ValueError, KeyError) as error:
         rule = f"must be a model that transformers loads: {str(error).strip().splitlines()[0]}"

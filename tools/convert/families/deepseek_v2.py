@@ -15,7 +15,7 @@ DEEPSEEK_V2 = Family(
     model_types=("deepseek_v2",),
     architecture="DeepseekV2ForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6, kv_heads=False),
+        *settings.decoder(1e-6),
         settings.PLAIN_MLP,
         *settings.latent_attention(),
         Rope(),

@@ -23,7 +23,7 @@ DEEPSEEK_V3 = Family(
     model_types=("deepseek_v3", "kimi_k2"),
     architecture="DeepseekV3ForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6, kv_heads=False),
+        *settings.decoder(1e-6),
         settings.PLAIN_MLP,
         *settings.latent_attention(),
         Rope(),
@@ -34,7 +34,7 @@ DEEPSEEK_V3 = Family(
         Key("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
         settings.SharedExperts(),
         settings.DenseFirst(absent=3),
-        settings.Groups(),
+        settings.Groups(absent=(8, 4)),
         *SIGMOID_ROUTER,
         Only("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
         Only("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),

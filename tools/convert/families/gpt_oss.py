@@ -6,42 +6,13 @@ use unequal ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from configs.errors import Problem
-from configs.model_schema import Model
 from tools.convert import settings, tensors
-from tools.convert.family import REQUIRED, Always, Family, Key, Only, tensor
+from tools.convert.family import Always, Echo, Family, Key, Only, tensor
 from tools.convert.rope import Rope
 from tools.convert.spans import interleaved, interleaved_columns, stacked, stacked_columns
+from tools.convert.windows import Windows, alternating
 
 _M = "model.layers.{L}.mlp."
-
-
-@dataclass(frozen=True)
-class AlternatingWindow:
-    """layer_types: windows in the even layers."""
-
-    def names(self) -> tuple[str, ...]:
-        return ("layer_types",)
-
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        model.attention.window_layers = "alternate"
-        types = theirs.get("layer_types")
-        if types is not None and types != _types(model.num_layers):
-            rule = "must alternate, sliding_attention first: other patterns can't be built"
-            yield Problem("config.json: layer_types", types, rule, "convert another model")
-
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["layer_types"] = _types(model.num_layers)
-        if model.attention.window_layers != "alternate" or not model.attention.window_size_tokens:
-            yield "every other layer of it has a window"
-
-
-def _types(layers: int) -> list[str]:
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
 
 
 GPT_OSS = Family(
@@ -49,11 +20,10 @@ GPT_OSS = Family(
     model_types=("gpt_oss",),
     architecture="GptOssForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        *settings.decoder(1e-5, settings.KeyValueHeads(8), ffn="moe.ffn_hidden_size"),
         settings.HeadDim(absent=64),
-        Rope(theta=REQUIRED),
-        Key("sliding_window", "attention.window_size_tokens", 128),
-        AlternatingWindow(),
+        Rope(theta=150000.0, stated=True),
+        Windows(alternating, size=128, switch=False),
         Only("hidden_act", ("silu",), "its activation is fixed"),
         Only("attention_bias", (True,), "the family has biases on all products"),
         Only("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
@@ -67,7 +37,8 @@ GPT_OSS = Family(
         Always("attention.output_bias", True),
         Always("attention.qk_norm", False),
         Key("num_local_experts", "moe.num_experts", 128),
-        Key("num_experts_per_tok", "moe.top_k", 4, also=("experts_per_token",)),
+        Key("num_experts_per_tok", "moe.top_k", 4),
+        Echo("experts_per_token", "moe.top_k"),
         Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.AllSparse(),
         *settings.softmax_router(

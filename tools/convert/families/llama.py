@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools.convert import settings, tensors
+from tools.convert.biases import BIASES, Biases
 from tools.convert.family import Always, Family, Key, Only
 from tools.convert.rope import Rope
 
@@ -13,15 +14,14 @@ LLAMA = Family(
     model_types=("llama",),
     architecture="LlamaForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6),
+        *settings.decoder(1e-6, settings.KeyValueHeads(None)),
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Only("attention_bias", (False, None), "megatron-core has one switch for the biases of all products"),
-        Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
+        Biases(mlp=True),
         settings.WholeHeads(),
         Only("pretraining_tp", (1, None), "its products are summed in another order"),
-        *settings.plain_attention(),
+        *settings.plain_attention(*BIASES),
         settings.Dense(),
     ),
     tensors=_TENSORS,
@@ -32,13 +32,14 @@ MISTRAL = Family(
     model_types=("mistral",),
     architecture="MistralForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6),
+        *settings.decoder(1e-6, settings.KeyValueHeads(8)),
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
         Key("sliding_window", "attention.window_size_tokens", 4096),
+        Only("layer_types", (None,), "transformers builds another architecture (Ministral) where it is stated"),
         Always("attention.window_layers", "all"),
-        *settings.plain_attention(**{"attention.window_size_tokens": settings.REQUIRED}),
+        *settings.plain_attention("attention.window_size_tokens"),
         settings.Dense(),
     ),
     tensors=_TENSORS,

@@ -37,7 +37,7 @@ LLAMA4 = Family(
     model_types=("llama4_text", "llama4"),
     architecture="Llama4ForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        *settings.decoder(1e-5, settings.KeyValueHeads(8), ffn="moe.ffn_hidden_size"),
         Key("intermediate_size_mlp", "ffn_hidden_size", 16384),
         settings.HeadDim(absent=128),
         Rope(theta=500000.0),

@@ -11,7 +11,7 @@ OLMOE = Family(
     model_types=("olmoe",),
     architecture="OlmoeForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-5, ffn="moe.ffn_hidden_size"),
+        *settings.decoder(1e-5, settings.KeyValueHeads(None), ffn="moe.ffn_hidden_size"),
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from tools.convert import settings, tensors
-from tools.convert.family import Family, Key, Only, tensor
+from tools.convert.family import Family, Key, tensor
 from tools.convert.rope import Rope
+from tools.convert.windows import Windows, unclear
 
 QWEN2_MOE = Family(
     name="qwen2_moe",
     model_types=("qwen2_moe",),
     architecture="Qwen2MoeForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6),
+        *settings.decoder(1e-6, settings.KeyValueHeads(16)),
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
         Key("qkv_bias", "attention.qkv_bias", True, bool),
-        Only("use_sliding_window", (False, None), "windows in some layers can't be built"),
-        *settings.plain_attention(**{"attention.qkv_bias": settings.REQUIRED}),
+        Windows(unclear),
+        *settings.plain_attention("attention.qkv_bias", "attention.window_size_tokens"),
         Key("num_experts", "moe.num_experts", 60),
         Key("num_experts_per_tok", "moe.top_k", 4),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
@@ -35,5 +36,4 @@ QWEN2_MOE = Family(
         *tensors.shared_experts("shared_expert"),
         tensor("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
     ),
-    ignored=("sliding_window", "max_window_layers"),
 )

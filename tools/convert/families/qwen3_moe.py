@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from tools.convert import settings, tensors
-from tools.convert.family import Family, Key, Only
+from tools.convert.biases import BIASES, Biases
+from tools.convert.family import Family, Key
 from tools.convert.rope import Rope
+from tools.convert.windows import Windows, every_layer
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
     architecture="Qwen3MoeForCausalLM",
     settings=(
-        *settings.decoder(eps=1e-6),
+        *settings.decoder(1e-6, settings.KeyValueHeads(4)),
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Only("attention_bias", (False, None), "its output bias has no counterpart here"),
-        Only("use_sliding_window", (False, None), "windows in some layers can't be built"),
-        *settings.plain_attention(**{"attention.qk_norm": True}),
+        Biases(),
+        Windows(every_layer, uniform=True),
+        *settings.plain_attention(*BIASES, "attention.window_size_tokens", **{"attention.qk_norm": True}),
         Key("num_experts", "moe.num_experts", 128, also=("num_local_experts",)),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 768),
@@ -27,5 +29,4 @@ QWEN3_MOE = Family(
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts()),
-    ignored=("sliding_window", "max_window_layers"),
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
+from configs.sources import shipped_names
 from tools import cli
 from tools.bench.cli import BENCHES
 
@@ -76,6 +78,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NO_DATA = ("--no-data", "model.vocab_size=2048")
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names() if "/" not in name])
+def test_shipped_runs_are_legal_and_fit_their_gpus(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [] if load_config(name).config.model.vocab_size else ["model.vocab_size=2048"]
+    code, out, err = run(capsys, "check", name, *words, "--no-data", "--json")
+    assert code == 0 and json.loads(out)["ok"] and not err
+    code, out, err = run(capsys, "plan", name, *words, "--json")
+    assert code == 0 and json.loads(out)["fits"] and not err
 
 
 def test_a_legal_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ STEPS = 36
 NODES = ["launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", "cluster.interface=lo"]
 # Steps of a tenth of a second leave room to act in; the watchdog waits far longer than any of them.
 WORDS = [
-    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=12",
+    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=60",
     "launch.watch.start_timeout_s=120", "launch.slurm.stop_before_s=70", "launch.slurm.max_without_progress=4",
     "launch.slurm.extra=[--exclusive]",
 ]  # fmt: skip

@@ -85,6 +85,7 @@ class Copy:
         self._cursor = Cursor(self._folder)
         self._rows = RowFollower(self._folder.metrics)
         self._wandb = _import_wandb()
+        mark_synced(self._folder, job.wandb_id, only_empty=True)
         self._run, self._online = _start(self._wandb, job)
         self._sent = self._steps_there()
         self._cursor_s = time.monotonic()

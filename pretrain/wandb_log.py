@@ -51,6 +51,11 @@ def steps_in(path: Path) -> set[int]:
     return {int(row["step"]) for row in SegmentReader(path).poll() if "step" in row}
 
 
+def is_empty(path: Path) -> bool:
+    """Without one whole record: its writer was killed before it first wrote."""
+    return next(_records(path.read_bytes()[_HEADER_BYTES:], _HEADER_BYTES), None) is None
+
+
 def _records(data: bytes, file_offset: int) -> Iterator[tuple[int, bytes]]:
     """(end within `data`, payload) of each whole record; `file_offset`, where `data` starts, must be a record's start."""
     position, payload = 0, b""

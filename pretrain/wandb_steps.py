@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.files import read_json, write_json
 from configs.run_folder import RunFolder
-from pretrain.wandb_log import steps_in
+from pretrain.wandb_log import is_empty, steps_in
 
 Spans = list[list[int]]
 
@@ -55,10 +55,14 @@ def steps_offline(folder: RunFolder, wandb_id: str, cursor: Cursor) -> set[int]:
     return steps | set(range(1, cursor.server_step + 1))
 
 
-def mark_synced(folder: RunFolder, wandb_id: str) -> None:
-    """The server has every step: tell `wandb sync` to leave the offline segments alone (it looks for this marker)."""
+def mark_synced(folder: RunFolder, wandb_id: str, only_empty: bool = False) -> None:
+    """The server has every step: tell `wandb sync` to leave the offline segments alone (it looks for this marker).
+
+    `only_empty`: those of writers that were killed at once. wandb 0.31 sends nothing of all segments behind an empty one,
+    and exits 0. Call it before a segment of one's own is begun.
+    """
     for path in find_segments(folder, wandb_id):
-        if path.parent.name.startswith("offline-run-"):
+        if path.parent.name.startswith("offline-run-") and (is_empty(path) or not only_empty):
             path.with_name(path.name + ".synced").touch()
 
 

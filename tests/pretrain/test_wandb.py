@@ -90,7 +90,7 @@ def open_folder(path: Path) -> RunFolder:
 
 
 def test_offline_kills_and_replays_give_each_step_once(tmp_path: Path) -> None:
-    """kill -9 of rank 0 at random rows, resume from an earlier step, replay: each step once in W&B."""
+    """kill -9 of rank 0 at random rows, resume from an earlier step, replay: each step once in W&B, after `wandb sync` too."""
     rng = random.Random(7)
     environ = environment(tmp_path)
     folder = tmp_path / "run"
@@ -100,11 +100,23 @@ def test_offline_kills_and_replays_give_each_step_once(tmp_path: Path) -> None:
         kill_after_step(process, rng.randint(restored + 15, last - 5))
         done = list(read_rows(folder / "metrics.jsonl"))[-1]["step"]
         restored = max(0, done - rng.randint(3, 12))
+    # As of a copy that was killed at once: the header alone.
+    empty = folder / "wandb" / f"offline-run-20200101_000000-{ID}" / f"run-{ID}.wandb"
+    empty.parent.mkdir()
+    empty.write_bytes(b":W&B\xe1\xbe\x00")
     process = writer(folder, restored, 130, 0.0, environ)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 131))
     assert sorted(offline_steps(folder, ID)) == list(range(1, 131))
+    with WandbStub() as stub:
+        online = environment(tmp_path, WANDB_BASE_URL=stub.url, WANDB_API_KEY=KEY)
+        segments = sorted(map(str, (folder / "wandb").glob("offline-run-*")))
+        assert len(segments) == 4
+        subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", *segments], env=online, check=True, capture_output=True, timeout=120
+        )
+        assert list(stub.runs) == [ID] and sorted(stub.runs[ID].steps()) == list(range(1, 131))
 
 
 def test_a_cleaned_away_segment_is_not_sent_again(tmp_path: Path, config: Config) -> None:

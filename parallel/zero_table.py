@@ -95,8 +95,9 @@ ENTRIES: tuple[Entry, ...] = (
         "keeps sharded weights outside the device, which needs zero.stage = 3", "set zero.stage=3, or zero.offload=optimizer",
     ),
     Entry(
-        "deepspeed", _ALL, "offload to nvme", REFUSED,
-        "DeepSpeed swaps the state into files of its own, which checkpoints don't reach", "set zero.offload_device=cpu",
+        "deepspeed", (0, 1, 2), "offload to nvme", REFUSED,
+        "DeepSpeed's stages below 3 keep the state in host memory, whatever device is named",
+        "set zero.stage=3, or zero.offload_device=cpu",
     ),
     Entry(
         "deepspeed", _ALL, "overlapped reduction", REFUSED,
@@ -130,6 +131,10 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "deepspeed", (3,), "parameter offload", COSTS,
         "weights cross the host's bus for every micro-batch, forward and backward",
+    ),
+    Entry(
+        "deepspeed", (3,), "offload to nvme", COSTS,
+        "each update reads 16 and writes 16 bytes a parameter; DeepSpeed's async_io needs libaio and a C++ compiler",
     ),
 )  # fmt: skip
 

@@ -17,12 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from configs.schema import Config
 from pretrain.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
-from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
+from pretrain.engine.base import WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
-from pretrain.engine.deepspeed_slots import ZeroSlot, make_partition
+from pretrain.engine.deepspeed_slots import CutParameters, FlatGroups, Partition, Replicated
+from pretrain.engine.deepspeed_swap import SwappedParameters, swaps
 from pretrain.engine.schedule_step import Schedule
 from pretrain.engine.slots import ReplicaWriters, Slot
-from pretrain.shards import local_tensors, map_shards
+from pretrain.shards import Shard, local_tensors, map_shards
 
 
 class DeepSpeedZero:
@@ -45,9 +46,10 @@ class DeepSpeedZero:
         self.embedding = finish.SharedEmbedding(chunks, groups, self.zero_stage > 0, gradient_device)
         self.runtime, self.models = make_runtime(config, chunks, groups, device)
         self.runtime.before_update = self._finish_gradients
-        assert self.runtime.basic_optimizer is not None, "the engine was given an optimizer"
-        self.adam: torch.optim.Optimizer = self.runtime.basic_optimizer
-        self.partition = make_partition(self.runtime, by_id)
+        kinds: tuple[type[Partition], ...] = (Replicated, FlatGroups, FlatGroups, CutParameters)
+        kind = SwappedParameters if swaps(config) else kinds[self.zero_stage]
+        self.partition = kind(self.runtime, by_id)
+        self.adam = self.partition.adam
         self.buffers = [
             Slot(shards[index][name], tensor, 0, tensor.numel())
             for index, chunk in enumerate(chunks)
@@ -95,7 +97,7 @@ class DeepSpeedZero:
         self.applied = self.accept(self.loss, self.grad_norm)
         if self.applied:
             finish.clip(gradients, self.config.optimizer.clip_grad_norm, self.grad_norm)
-            self.partition.set_norm(norm)
+            self.partition.accept(norm)
         else:
             self.partition.discard()
         return self.applied
@@ -111,27 +113,26 @@ class DeepSpeedZero:
 
     def owned(self) -> Iterator[Piece]:
         writers = ReplicaWriters()
-        for slot in (*self.partition.slots, *self.buffers):
-            shard = slot.shard
-            whole = self.zero_stage == 0 or not isinstance(slot, ZeroSlot)
-            mine = not whole or writers.assign(shard, slot.main.numel()) == shard.data_rank
-            if mine and not shard.tensor_replica and not shard.duplicate:
-                yield from slot.pieces({WEIGHT: slot.main, **self._moments(slot)})
+        for slot in self.partition.slots:
+            if self._writes(slot.shard, slot.main.numel() if self.zero_stage == 0 else None, writers):
+                yield from slot.pieces(self.partition.values(slot))
+        for slot in self.buffers:
+            if self._writes(slot.shard, slot.main.numel(), writers):
+                yield from slot.pieces({WEIGHT: slot.main})
 
-    def _moments(self, slot: Slot) -> dict[str, torch.Tensor]:
-        if not isinstance(slot, ZeroSlot):
-            return {}
-        state = self.adam.state.get(slot.flat, {})
-        return {kind: slot.part_of(state[kind]) for kind in MOMENTS if kind in state}
+    def _writes(self, shard: Shard, shared_elements: int | None, writers: ReplicaWriters) -> bool:
+        """Is it this rank's to write? `shared_elements`: of what all data-parallel ranks hold; None: no other holds it."""
+        mine = shared_elements is None or writers.assign(shard, shared_elements) == shard.data_rank
+        return mine and not shard.tensor_replica and not shard.duplicate
 
     def held(self, with_optimizer: bool) -> Iterator[Piece]:
         if with_optimizer:
-            for flat in {id(slot.flat): slot.flat for slot in self.partition.slots}.values():
-                self.adam.state[flat] = {
-                    kind: torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for kind in MOMENTS
-                }
-        for slot in (*self.partition.slots, *self.buffers):
-            yield from slot.pieces({WEIGHT: slot.main, **(self._moments(slot) if with_optimizer else {})})
+            self.partition.make_moments()
+        for slot in self.partition.slots:
+            values = self.partition.values(slot, writable=True)
+            yield from slot.pieces(values if with_optimizer else {WEIGHT: values[WEIGHT]})
+        for slot in self.buffers:
+            yield from slot.pieces({WEIGHT: slot.main})
 
     def loaded(self, optimizer_steps: int | None) -> None:
         self.updates = optimizer_steps or 0

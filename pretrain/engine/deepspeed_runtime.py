@@ -22,6 +22,8 @@ from torch import nn
 
 from configs.schema import Config
 from parallel.guards_deepspeed import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
+from pretrain.engine.deepspeed_build import build_adam, build_async_io
+from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swap_small_groups, swaps
 
 # Elements; DeepSpeed allocates buffers of this size (default 5e8: 2 GB in fp32) however small the model is.
 _BUCKET_ELEMENTS = 50_000_000
@@ -95,6 +97,10 @@ def make_runtime(
     compare_orders_within(groups.dp_cp)
     answers = GroupAnswers(groups)
     settings = engine_settings(config, device.type == "cuda")
+    if swaps(config):
+        build_async_io()
+        swap_small_groups()
+        settings["zero_optimization"] |= swap_settings(fresh_folder(config), device.type == "cuda")
     runtime = GuardedEngine(
         args=None,
         model=Chunks(chunks),
@@ -160,7 +166,8 @@ def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) 
     values: dict[str, Any] = dict(lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
     offloaded = config.zero.offload != "none"
     if offloaded and can_compile():
-        # Vectorised on the host (ZeRO-Offload, arXiv 2101.06840); built at the first use, about a minute.
+        # Vectorised on the host (ZeRO-Offload, arXiv 2101.06840).
+        build_adam()
         return deepspeed.ops.adam.DeepSpeedCPUAdam(members, adamw_mode=True, **values)
     if offloaded and dist.get_rank() == 0:
         text = "no ninja or C++ compiler here: torch's AdamW updates the offloaded state, slower than DeepSpeed's CPU Adam"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.guards_deepspeed import GuardedEngine
+from pretrain.engine.base import MOMENTS, WEIGHT
 from pretrain.engine.slots import Slot
 from pretrain.shards import Shard
 
@@ -41,6 +42,8 @@ class Partition(ABC):
     def __init__(self, runtime: GuardedEngine, shards: dict[int, Shard]) -> None:
         self.runtime = runtime
         self.zero: Any = runtime.optimizer
+        assert runtime.basic_optimizer is not None, "the engine was given an optimizer"
+        self.adam: torch.optim.Optimizer = runtime.basic_optimizer
         self.slots = list(self._make_slots(shards))
 
     @abstractmethod
@@ -55,8 +58,8 @@ class Partition(ABC):
         """The reduced gradient of each slot, 1-D, to be changed in place; between reduction and update only."""
 
     @abstractmethod
-    def set_norm(self, norm: torch.Tensor) -> None:
-        """Keep DeepSpeed from computing a norm of its own."""
+    def accept(self, norm: torch.Tensor) -> None:
+        """The gradients are final: let DeepSpeed update by them, and keep it from computing a norm of its own."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -65,6 +68,20 @@ class Partition(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Main weights were written: bring what the model computes with up to date. Collective."""
+
+    def values(self, slot: ZeroSlot, writable: bool = False) -> dict[str, torch.Tensor]:
+        """fp32 main weights of a slot and its moments, which come with the first update; 1-D. `writable`: to be written in
+        place before the next `publish`."""
+        state = self.adam.state.get(slot.flat, {})
+        return {WEIGHT: slot.main, **{kind: slot.part_of(state[kind]) for kind in MOMENTS if kind in state}}
+
+    def make_moments(self) -> None:
+        """Zero moments, for `values` to find."""
+        for group, flat in {slot.group: slot.flat for slot in self.slots}.items():
+            self._make_moments(group, flat)
+
+    def _make_moments(self, group: int, flat: torch.Tensor) -> None:
+        self.adam.state[flat] = {kind: torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for kind in MOMENTS}
 
 
 def _slot(shard: Shard, parameter: nn.Parameter, start: int, stop: int, flat: torch.Tensor, group: int, offset: int) -> ZeroSlot:
@@ -82,7 +99,7 @@ class Replicated(Partition):
     def gradients(self) -> list[torch.Tensor]:
         return [_gradient(slot.parameter).view(-1) for slot in self.slots]
 
-    def set_norm(self, norm: torch.Tensor) -> None:
+    def accept(self, norm: torch.Tensor) -> None:
         """There is none without clipping."""
 
     def discard(self) -> None:
@@ -112,6 +129,15 @@ class FlatGroups(Partition):
                     shard = shards[id(parameter)]
                     yield _slot(shard, parameter, low - offset, high - offset, flat, group, low - first)
 
+    def begin(self) -> None:
+        """Clear the gradients that offload keeps on the host.
+
+        Fault (deepspeed 0.19.8): as at stage 3 (`CutParameters`), under stage 2 with offload.
+        """
+        if self.zero.cpu_offload:
+            for gradient in self.zero.accumulated_grads_in_cpu.values():
+                gradient.zero_()
+
     def gradients(self) -> list[torch.Tensor]:
         if self.zero.cpu_offload:
             return [slot.part_of(slot.flat.grad) for slot in self.slots]  # type: ignore[arg-type]
@@ -127,7 +153,7 @@ class FlatGroups(Partition):
         )
         return result
 
-    def set_norm(self, norm: torch.Tensor) -> None:
+    def accept(self, norm: torch.Tensor) -> None:
         self.zero.scaled_global_norm = lambda norm_type=2: norm
 
     def discard(self) -> None:
@@ -179,7 +205,7 @@ class CutParameters(Partition):
             found |= {id(parameter): tensor for parameter, tensor in zip(parameters, tensors, strict=True)}
         return [found[id(slot.parameter)].view(-1)[: slot.stop - slot.start] for slot in self.slots]
 
-    def set_norm(self, norm: torch.Tensor) -> None:
+    def accept(self, norm: torch.Tensor) -> None:
         self.zero._get_norm_groups = lambda: [norm]
 
     def discard(self) -> None:
@@ -190,13 +216,10 @@ class CutParameters(Partition):
         zero = self.zero
         zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._publish_group(group)
         # Small parameters stay gathered between steps.
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
-
-def make_partition(runtime: GuardedEngine, shards: dict[int, Shard]) -> Partition:
-    """The partition of the engine's stage."""
-    kinds: tuple[type[Partition], ...] = (Replicated, FlatGroups, FlatGroups, CutParameters)
-    return kinds[runtime.zero_optimization_stage()](runtime, shards)
+    def _publish_group(self, group: int) -> None:
+        self.zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -91,6 +91,12 @@ def test_offload_with_torch_adam(offload: Keys, monkeypatch: pytest.MonkeyPatch)
     check(2, {EP: 2, **offload}, {})
 
 
+def test_offload_under_virtual_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first backward pass of a step reaches only some of the gradients that the host adds up."""
+    monkeypatch.setattr("pretrain.engine.deepspeed_runtime.can_compile", lambda: False)
+    check(2, {PP: 2, VPP: 2, **zero(2, zero__offload="optimizer")}, {})
+
+
 @pytest.mark.prove
 @pytest.mark.skipif(not (shutil.which("ninja") and shutil.which("g++")), reason="DeepSpeed's CPU Adam is compiled")
 @pytest.mark.parametrize("offload", OFFLOADS, ids=name_of)

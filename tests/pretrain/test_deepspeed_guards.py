@@ -49,6 +49,9 @@ def unguarded(name: str, patch: pytest.MonkeyPatch) -> None:
         patch.delattr(runtime.GuardedEngine, "_backward_prologue")
     elif name == "gradients of the step before":
         patch.delattr(held.CutParameters, "begin")
+    elif name == "host gradients of the step before":
+        patch.delattr(held.FlatGroups, "begin")
+        patch.setattr(runtime, "can_compile", lambda: False)
     elif name == "norms summed over tensor ranks":
         patch.setattr("pretrain.engine.deepspeed_gradients.sum_over_tensor_ranks", no_sum)
     elif name == "no update at all":
@@ -62,6 +65,7 @@ GUARDS: list[tuple[str, int, Keys]] = [
     ("backward passes in a row", 2, {PP: 2, **zero(2)}),
     ("backward passes in a row", 2, {PP: 2, **zero(3)}),
     ("gradients of the step before", 2, {PP: 2, VPP: 2, **zero(3)}),
+    ("host gradients of the step before", 2, {PP: 2, VPP: 2, **zero(2, zero__offload="optimizer")}),
     ("norms summed over tensor ranks", 2, {TP: 2, **zero(1)}),
     ("no update at all", 1, zero(1)),
     pytest.param("stages compare their modules", 2, {PP: 2, **zero(3)}, marks=pytest.mark.prove),  # type: ignore[list-item]

@@ -102,7 +102,8 @@ def draw_pipeline(stages: int, chunks: int, micro_batches: int) -> list[str]:
                 cells[start] = (text + "'" if one.backward else text).rjust(cell)
                 for slot in range(start + 1, start + _slots(one)):
                     cells[slot] = "-" * cell
-        lines.append(f"stage {stage:<3}" + "".join(cells)[:COLUMNS])
+        line = "".join(cells)
+        lines.append(f"stage {stage:<3}" + (line if len(line) <= COLUMNS else line[: COLUMNS - 2] + " …"))
     return lines
 
 

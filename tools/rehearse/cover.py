@@ -10,7 +10,7 @@ from copy import deepcopy
 from itertools import combinations, product
 from typing import Any
 
-from configs.schema import Config
+from configs.schema import Config, Zero
 from parallel.layout import make_layout
 from parallel.legality import check_config
 from tools.rehearse.shrink import common_divisors, shrink
@@ -26,6 +26,7 @@ _AXES: dict[str, tuple[Any, ...]] = {
     "expert_tensor": (1, 2),
     "data": (1, 2),
     "zero": (("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)),
+    "offload": ("none", "optimizer", "param"),
 }
 
 
@@ -37,8 +38,8 @@ def apply(config: Config, values: Values) -> Config:
     for axis in ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
         setattr(parallel, axis, chosen[axis])
     parallel.sequence, parallel.pipeline_split = None, None
-    config.zero.engine, config.zero.stage = chosen["zero"]
-    config.zero.offload = "none"
+    (engine, stage), offload = chosen["zero"], chosen["offload"]
+    config.zero = Zero(engine=engine, stage=stage, offload=offload)
     config.launch.nodes = 1
     config.launch.processes_per_node = parallel.tensor * parallel.context * parallel.pipeline * chosen["data"]
     return config

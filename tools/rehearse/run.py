@@ -27,12 +27,15 @@ from tools.rehearse.rank import Trained, train
 from tools.rehearse.ranks import RankFailed, run_ranks
 from tools.rehearse.shrink import Common, common_divisors, fit_degrees, shrink
 
+# A rehearsal has its own batches, steps and no data.
+OWN_SECTIONS = ("batch", "run", "data", "schedule", "checkpoint")
+
 
 def choose_layouts(source: str, overrides: list[str], wanted: str | None, strength: int, max_ranks: int) -> list[Config]:
-    """The configs to rehearse. Raises ConfigError."""
+    """The configs to rehearse. Raises ConfigError; what is refused for the run itself is refused here."""
     config = load_config(source, overrides).config
     if wanted is None:
-        return [fit_degrees(config)]
+        return _fitted([config])
     if wanted == "auto":
         return [layout for _, layout in cover(list(legal_layouts(config, max_ranks)), strength)]
     try:
@@ -41,18 +44,20 @@ def choose_layouts(source: str, overrides: list[str], wanted: str | None, streng
     except (OSError, ValueError, AttributeError) as error:
         rule = f"must be a JSON list of overrides: {error}"
         raise ConfigError(Problem("--layouts", wanted, rule, 'e.g. [{"parallel.tensor": 2, "zero.stage": 1}]')) from error
-    return [fit_degrees(load_config(source, [*overrides, *more]).config) for more in words]
+    return _fitted([load_config(source, [*overrides, *more]).config for more in words])
+
+
+def _fitted(configs: list[Config]) -> list[Config]:
+    found = [problem for config in configs for problem in check_config(config).problems]
+    if problems := [problem for problem in found if not problem.path.startswith(OWN_SECTIONS)]:
+        raise ConfigError(problems)
+    return [fit_degrees(config) for config in configs]
 
 
 def check_layouts(configs: list[Config]) -> list[Problem]:
-    """Problems of the shrunken configs: what is refused for the whole run is refused here too."""
+    """Problems of the shrunken configs on this machine."""
     problems = []
     for config in configs:
-        # Degrees that don't divide the world leave no layout to shrink to.
-        divided = [p for p in check_config(config).problems if p.path.startswith("parallel")]
-        if divided:
-            problems += divided
-            continue
         small = shrink(config, common_divisors([make_layout(config)]))
         problems += check_config(small).problems or check_swap(with_disk(small, tempfile.gettempdir()))
     return problems
@@ -80,7 +85,9 @@ def rehearse_one(config: Config, reference: Trained, common: Common, steps: int)
     """One layout's line of the report."""
     layout = make_layout(config)
     started_s = time.perf_counter()
-    head = {"layout": layout.describe(), "engine": config.zero.engine, "zero": config.zero.stage, "ranks": layout.world_size}
+    zero = config.zero
+    head: dict[str, Any] = {"layout": layout.describe(), "engine": zero.engine, "zero": zero.stage, "offload": zero.offload}
+    head["ranks"] = layout.world_size
     try:
         with tempfile.TemporaryDirectory() as disk:
             ranks = run_ranks(layout.world_size, train, with_disk(shrink(config, common), disk), steps)
@@ -91,12 +98,13 @@ def rehearse_one(config: Config, reference: Trained, common: Common, steps: int)
 
 
 def describe(line: dict[str, Any]) -> str:
-    name = f"{line['layout']:<28} {line['engine']} ZeRO-{line['zero']}"
+    offload = f", {line['offload']} offload" * (line["offload"] != "none")
+    name = f"{line['layout']:<24} {line['engine']} ZeRO-{line['zero']}{offload}"
     if "error" in line:
-        return f"{name:<48} FAILED\n{line['error']}"
+        return f"{name:<60} FAILED\n{line['error']}"
     numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))
     verdict = "bit-equal" if line["bit_equal"] else "same" if line["ok"] else f"WRONG: {line['first_difference']}"
-    return f"{name:<48} {numbers}  {verdict}"
+    return f"{name:<60} {numbers}  {verdict}"
 
 
 def rehearse(args: argparse.Namespace) -> int:
@@ -107,7 +115,7 @@ def rehearse(args: argparse.Namespace) -> int:
     common = common_divisors([make_layout(config) for config in configs])
     (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
     say = sys.stderr if args.json else sys.stdout
-    print(f"{'layout':<48} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
+    print(f"{'layout':<60} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
     lines = []
     for config in configs:
         lines.append(rehearse_one(config, reference, common, args.steps))

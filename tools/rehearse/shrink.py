@@ -93,7 +93,7 @@ def shrink(config: Config, common: Common) -> Config:
     batch.ramp.start_seqs = None
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
     # Adam turns the rounding noise of a vanishing gradient into whole steps unless epsilon is above the noise.
-    small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-6, 0.0
+    small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-5, 0.0
     small.cluster.device, small.cluster.gpu = "auto", None
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None
@@ -113,7 +113,7 @@ def shrink_model(model: Model, common: Common) -> Model:
     small.num_layers = max(common.chunks, 2, small.moe.first_dense_layers + 1)
     small.moe.layer_pattern = _first_of(model.moe.layer_pattern, small.num_layers)
     small.attention.window_pattern = _first_of(model.attention.window_pattern, small.num_layers)
-    small.mtp.num_layers = min(model.mtp.num_layers, 1)
+    small.mtp.num_layers = min(model.mtp.num_layers, 2)
     return small
 
 

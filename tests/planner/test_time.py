@@ -12,9 +12,9 @@ from tests.planner.conftest import config_of
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.hardware import find_gpu, make_machine
 from tools.planner.job import Job, Recomputation, make_job
-from tools.planner.planning import Calibration, make_plan
+from tools.planner.planning import Calibration, make_plan, tuned_note
 from tools.planner.timing import fitted, step_vector, time_step
-from tools.planner.work import INDEX, KINDS, stage_micro_work, step_work
+from tools.planner.work import INDEX, KINDS, data_bytes, remote_copies, stage_micro_work, step_work
 
 
 def llama(*words: str) -> Job:
@@ -84,6 +84,43 @@ def test_tokens_to_experts_leave_the_domain() -> None:
         config = config_of("qwen3_30b_a3b", *words, f"parallel.expert={expert}")
         work = stage_micro_work(make_job(config, config.model.vocab_size))[0]
         assert (work[INDEX["expert_far"]] > 0) == far
+
+
+def test_experts_over_the_nic_hide_where_the_schedule_allows_it() -> None:
+    words = ("launch.nodes=8", "batch.global_batch_seqs=128", "parallel.expert=32", "parallel.pipeline=2")
+    plain, chunked, full = (
+        make_job(config, config.model.vocab_size)
+        for config in (
+            config_of("qwen3_30b_a3b", *words, *more)
+            for more in ((), ("parallel.virtual_pipeline=2",), ("parallel.virtual_pipeline=2", "recompute.mode=full"))
+        )
+    )
+    assert [job.hides_experts for job in (plain, chunked, full)] == [False, True, False]
+    assert time_step(chunked).step_s < time_step(replace(chunked, expert_overlap=False)).step_s
+    note = tuned_note(make_plan(chunked))
+    assert note is not None and "NIC" in note and tuned_note(make_plan(plain)) is None
+
+
+def test_group_limited_routing_visits_fewer_domains() -> None:
+    """DeepSeek-V3: 4 of 8 groups, on 4 nodes of 2 groups: 4·(1 - C(6,4)/C(8,4)) nodes, a quarter of them the token's own."""
+    config = config_of("deepseek_v3", "launch.nodes=4", "parallel.expert=32", "batch.global_batch_seqs=128")
+    job = make_job(config, config.model.vocab_size)
+    assert remote_copies(job)[1] == pytest.approx(4 * (1 - 15 / 70) * 3 / 4)
+    config.model.moe.router.num_groups = config.model.moe.router.group_top_k = None
+    assert remote_copies(job)[1] == pytest.approx(4 * (1 - 0.75**8) * 3 / 4)
+
+
+def test_products_that_wait_for_tensor_parallel_traffic_are_slower() -> None:
+    job = llama("parallel.tensor=2")
+    assert time_step(replace(job, tensor_waits=True)).step_s > time_step(job).step_s
+    note = tuned_note(make_plan(job))
+    assert note is not None and "tensor parallel" in note and tuned_note(make_plan(llama())) is None
+
+
+def test_gradients_of_a_step() -> None:
+    """Scattered and weights gathered under ZeRO-1, reduced to all (twice the way) without."""
+    job = llama()
+    assert data_bytes(job) == 4 + 2 and data_bytes(replace(job, zero=replace(job.zero, stage=0))) == 2 * 4
 
 
 def test_factors_are_physical() -> None:

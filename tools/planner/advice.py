@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from configs.schema import Config, Recompute
 from tools.planner.job import make_job
 from tools.planner.legal import plan_problems
-from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
 from tools.planner.search import Candidate, Search, recomputations
 from tools.planner.work import WORDS
 
@@ -110,7 +110,8 @@ def explain(result: Search) -> list[str]:
             lines.append(
                 f"{name}: does not fit, the smallest needs {min(large):.0f} of {winner.plan.ledger.capacity_gib:.0f} GiB"
             )
-    return lines
+    tuned = tuned_note(winner.plan)
+    return lines + ([f"the times count, {tuned}"] if tuned else [])
 
 
 def _why(winner: Candidate) -> str:

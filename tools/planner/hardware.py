@@ -53,6 +53,11 @@ class Gpu:
     gemm_fp8: float
 
     @property
+    def has_fp8(self) -> bool:
+        """NVIDIA's Hopper and later, and their like."""
+        return self.fp8_tflops > self.bf16_tflops
+
+    @property
     def memory_gib(self) -> float:
         return USABLE_MEMORY * self.memory_gb
 

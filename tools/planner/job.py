@@ -67,7 +67,12 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that memory and time depend on. `flash`: attention keeps no score matrix. Lengths in tokens."""
+    """Everything that memory and time depend on. Lengths in tokens.
+
+    `flash`: attention keeps no score matrix. `tensor_waits`: products wait for tensor parallel traffic, which is not cut up and
+    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: where the
+    schedule allows it.
+    """
 
     model: Model
     vocab: int
@@ -81,6 +86,8 @@ class Job:
     recompute: Recomputation = Recomputation()
     compute: str = "bf16"
     flash: bool = True
+    tensor_waits: bool = False
+    expert_overlap: bool | None = None
     split: tuple[int, ...] | None = None
     logit_bytes: float = LOGIT_BYTES
 
@@ -116,6 +123,14 @@ class Job:
     @property
     def step_tokens(self) -> int:
         return self.global_batch * self.seq_length
+
+    @property
+    def hides_experts(self) -> bool:
+        """Whether tokens travel to experts behind computation (Megatron-Core's overlap_moe_expert_parallel_comm: with a pipeline
+        it needs virtual chunks, and no full recomputation)."""
+        if self.expert_overlap is not None:
+            return self.expert_overlap
+        return self.layout.pipeline > 1 and self.layout.virtual_pipeline > 1 and self.recompute.mode != "full"
 
     @property
     def shards_weights(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pretrain.flops import count_parameters, training_flops
+from tools.planner.hardware import HOST_NAME
 from tools.planner.job import Job
 from tools.planner.ledger import Ledger, Rank, make_ledger
 from tools.planner.timing import Timing, time_step
@@ -57,6 +58,24 @@ class Plan:
             "time": self.time_dict(),
             "fits": self.fits,
         }
+
+
+def tuned_note(plan: Plan) -> str | None:
+    """What the step time takes for granted because tuned Megatron-Core runs have it, and what it costs without.
+
+    Our engines don't switch on Megatron-Core's tp_comm_overlap and overlap_moe_expert_parallel_comm (CUDA only).
+    """
+    job, step_s = plan.job, plan.timing.step_s
+    if job.machine.gpu.name == HOST_NAME:
+        return None
+    without = {
+        "tensor parallel traffic beside the products": replace(job, tensor_waits=True),
+        "tokens to experts over the NIC behind another micro-batch": replace(job, expert_overlap=False),
+    }
+    scale = step_s / time_step(job).step_s
+    slower = {what: scale * time_step(other).step_s - step_s for what, other in without.items()}
+    parts = [f"{what} (+{seconds:.3g} s without)" for what, seconds in slower.items() if seconds > 0.005 * step_s]
+    return f"as in tuned Megatron-Core runs, which our engines don't do yet: {', '.join(parts)}" if parts else None
 
 
 def model_dict(job: Job) -> dict[str, object]:

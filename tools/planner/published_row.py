@@ -99,8 +99,8 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
     text, precision = str(row.get("zero") or "zero-1").lower(), str(row.get("precision") or "")
     if "fsdp" in text or "zero-3" in text or "shard_grad_op" in text:
         stage = 2 if "shard_grad_op" in text else 3
-        states = States() if "megatron" in text else States(4, 4, 8)
-        return Zero("fsdp", stage), states
+        # Megatron-FSDP shards what Transformer Engine's kernels compute; PyTorch's own comes with PyTorch's kernels.
+        return (Zero("megatron", stage), States()) if "megatron" in text else (Zero("fsdp", stage), States(4, 4, 8))
     name = str((row.get("model") or {}).get("name") or "")
     # One source says "bf16 moments" of runs whose published bytes are those of fp32 ones: only names decide.
     moments = 8 if name.startswith(BF16_MOMENTS) else 12
@@ -220,12 +220,15 @@ def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
         raise Unusable("layout does not fill the GPUs")
     zero, states = zero_of(row, old)
     args = (row.get("model") or {}).get("args") or {}
-    stated = recompute_of(row, model.num_layers)
+    stated, notes = recompute_of(row, model.num_layers), str(row.get("notes") or "")
+    # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
+    waits = layout.tensor > 1 and (old or (zero.engine == "fsdp" and "async" not in notes.lower()))
     job = Job(
         model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or "")), seq_length=int(seq),
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
+        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None,
         logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
     )  # fmt: skip
     if stated is not None:

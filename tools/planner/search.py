@@ -108,13 +108,14 @@ def degrees_of(config: Config, machine: Machine) -> Iterator[Degrees]:
                     continue
                 for expert_tensor in sorted({1, tensor}) if experts else [1]:
                     for expert in expert_sizes:
-                        if world % (expert * expert_tensor * pipeline) == 0 and _worth(model.moe.top_k, expert, experts):
+                        span, usual = expert * expert_tensor, expert & (expert - 1) == 0 or expert == experts
+                        if usual and world % (span * pipeline) == 0 and _lies_even(span, machine.domain):
                             yield Degrees(tensor, context, pipeline, expert, expert_tensor)
 
 
-def _worth(top_k: int, expert: int, experts: int) -> bool:
-    """Expert degrees that people use: powers of two, or all experts apart."""
-    return expert & (expert - 1) == 0 or expert == experts
+def _lies_even(span: int, domain: int) -> bool:
+    """Whether a group of experts' ranks lies in one scale-up domain, or in whole ones: else every group is cut elsewhere."""
+    return span <= domain or span % domain == 0
 
 
 def recomputations(config: Config) -> list[Recompute]:

@@ -8,6 +8,7 @@ the virtual chunks: m·t_max + (sum t - t_max)/vpp (Narayanan et al., arXiv 2104
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,19 +20,41 @@ from tools.planner.job import Job
 from tools.planner.work import INDEX, KINDS, Vector, stage_micro_work, step_work
 
 FIT = Path(__file__).parent / "data" / "fit.json"
-# Extra factors on kinds: products in fp8 and fp4 reach less of their peak, gradients that wait for the backward pass to
-# end are not hidden, and PyTorch without fused kernels moves more bytes (the fsdp engine's published rows).
-EXTRAS = ("gemm_fp8", "experts_fp8", "gemm_fp4", "data_not_overlapped", "memory_eager")
-NAMES = (*KINDS, *EXTRAS)
-# Which extra factor which kind takes, by number format.
-NARROW = {
-    "fp8": (("gemm", "gemm_fp8"), ("experts", "experts_fp8")),
-    "fp4": (("gemm", "gemm_fp4"), ("experts", "gemm_fp4")),
-}
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A further factor on `kinds` for the jobs that it applies to, or one in place of theirs (`replaces`)."""
+
+    name: str
+    kinds: tuple[str, ...]
+    applies: Callable[[Job], bool]
+    replaces: bool = False
+
+
+def _is_eager(job: Job) -> bool:
+    """PyTorch's FSDP without Transformer Engine: what the published rows of the fsdp engine ran."""
+    return job.zero.engine == "fsdp"
+
+
+# Products in fp8 and fp4 reach less of their peak. Gradients that wait for the backward pass to end, and tensor parallel
+# traffic that products wait for, are not hidden. PyTorch without fused kernels moves more bytes, and its flash attention of
+# that time (version 2) was written for A100: on GPUs since it reaches a smaller part of the peak.
+EXTRAS = (
+    Extra("gemm_fp8", ("gemm",), lambda job: job.compute == "fp8"),
+    Extra("experts_fp8", ("experts",), lambda job: job.compute == "fp8"),
+    Extra("gemm_fp4", ("gemm", "experts"), lambda job: job.compute == "fp4"),
+    Extra("data_not_overlapped", ("data",), lambda job: not job.zero.overlap, replaces=True),
+    Extra("tensor_not_overlapped", ("tensor",), lambda job: job.tensor_waits, replaces=True),
+    Extra("expert_far_overlapped", ("expert_far",), lambda job: job.hides_experts, replaces=True),
+    Extra("memory_eager", ("memory",), _is_eager),
+    Extra("attention_eager", ("attention",), lambda job: _is_eager(job) and job.machine.gpu.has_fp8),
+)
+NAMES = (*KINDS, *(extra.name for extra in EXTRAS))
 # What runs beside the GPU's work: sharded weights that travel, and the host that launches kernels. The slowest decides,
 # softly (norm of this power).
 BESIDE = (("shards",), ("kernels", "expert_kernels"))
-OVERLAP_POWER = 4.0
+OVERLAP_POWER = 3.0
 
 
 @cache
@@ -51,16 +74,28 @@ def step_vector(job: Job, factors: Vector) -> tuple[Vector, Vector]:
     return job.num_micro_batches * micro[slowest] + waiting + once[slowest], waiting
 
 
-def kind_factors(job: Job, factors: Vector) -> Vector:
-    """The factor of each kind for this job's number format and overlap."""
-    weights = factors[: len(KINDS)].copy()
-    for kind, name in NARROW.get(job.compute, ()):
-        weights[INDEX[kind]] *= factors[NAMES.index(name)]
-    if job.zero.engine == "fsdp":
-        weights[INDEX["memory"]] *= factors[NAMES.index("memory_eager")]
-    if not job.zero.overlap:
-        weights[INDEX["data"]] = factors[NAMES.index("data_not_overlapped")]
+def applies(job: Job) -> NDArray[np.bool_]:
+    """Which of EXTRAS a job takes, [extra]."""
+    return np.array([extra.applies(job) for extra in EXTRAS])
+
+
+def kind_weights(extras: NDArray[np.bool_], factors: Vector) -> NDArray[np.float64]:
+    """The factor of each kind for jobs that take these extras: [..., extra] → [..., kind]."""
+    weights = np.broadcast_to(factors[: len(KINDS)], (*extras.shape[:-1], len(KINDS))).copy()
+    for number, extra in enumerate(EXTRAS):
+        taken = extras[..., number]
+        if not taken.any():
+            continue
+        factor = factors[len(KINDS) + number]
+        for kind in extra.kinds:
+            column = weights[..., INDEX[kind]]
+            weights[..., INDEX[kind]] = np.where(taken, factor if extra.replaces else factor * column, column)
     return weights
+
+
+def kind_factors(job: Job, factors: Vector) -> Vector:
+    """The factor of each kind for this job."""
+    return kind_weights(applies(job), factors)
 
 
 def combine(seconds: NDArray[np.float64]) -> Vector:

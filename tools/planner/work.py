@@ -138,10 +138,23 @@ def remote_copies(job: Job) -> tuple[float, float]:
     if span <= domain:
         return moe.top_k * (layout.expert - 1) / layout.expert, 0.0
     domains = span / domain
-    used = domains * (1 - (1 - 1 / domains) ** moe.top_k)
-    if moe.router.group_top_k:
-        used = min(used, float(moe.router.group_top_k))
+    used = domains * (1 - _missed(job, domains))
     return moe.top_k * (domain - 1) / domain, used * (domains - 1) / domains
+
+
+def _missed(job: Job, domains: float) -> float:
+    """Probability that none of a token's experts lies in a given domain. With group-limited routing (DeepSeek-V3) its groups
+    are drawn first, then experts from them."""
+    moe, router = job.model.moe, job.model.moe.router
+    groups, kept = router.num_groups, router.group_top_k
+    if not groups or not kept:
+        return (1 - 1 / domains) ** moe.top_k
+    inside = groups / domains
+    if inside <= 1:
+        # A group's domain isn't chosen, or is and none of its experts here is.
+        return 1 - kept / groups * (1 - (1 - inside / kept) ** moe.top_k)
+    # No group of the domain is among those chosen.
+    return float(np.prod([max(0.0, 1 - inside / (groups - drawn)) for drawn in range(kept)]))
 
 
 def _experts(tally: _Tally, again: float) -> None:
@@ -249,6 +262,17 @@ def group_bandwidth_gb_s(job: Job, members: int, stride: int) -> float:
     return min(gpu.scaleup_gb_s, together * job.machine.nic_gb_s)
 
 
+def data_bytes(job: Job) -> float:
+    """Sent of each parameter in a step below ZeRO-3: gradients scattered and bf16 weights gathered; without sharded state, and in
+    DeepSpeed's own stage 1 with bf16 (BLOOM's), gradients are reduced to all, which is twice as much."""
+    zero, gradients = job.zero, float(job.states.gradients)
+    if not zero.stage:
+        return 2 * gradients
+    if zero.each_pass:
+        return job.num_micro_batches * gradients + 2
+    return (2 * gradients if zero.engine == "deepspeed" else gradients) + 2
+
+
 def step_work(job: Job) -> NDArray[np.float64]:
     """What each stage does once a step: gradients, weights, the update, [stage, kind]; ZeRO-3 does it for every pass."""
     layout, states = job.layout, job.states
@@ -264,8 +288,7 @@ def step_work(job: Job) -> NDArray[np.float64]:
                     passes = 3 * job.num_micro_batches
                     stages[stage, INDEX["shards"]] += passes * 2 * number * part / bandwidth
                 else:
-                    rounds = job.num_micro_batches if job.zero.each_pass and job.zero.stage else 1.0
-                    stages[stage, INDEX["data"]] += number * part * (rounds * states.gradients + 2) / bandwidth
+                    stages[stage, INDEX["data"]] += number * part * data_bytes(job) / bandwidth
         kept = held.dense / job.shard(layout.data * layout.context) + held.routed / job.shard(layout.expert_data)
         stages[stage, INDEX["optimizer"]] = kept * 2 * (states.optimizer + states.gradients) / (job.machine.gpu.memory_gb_s * 1e9)
     stages[:, INDEX["steps"]] = 1.0

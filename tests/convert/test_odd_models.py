@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
-from tests.convert.test_families import assert_same_bits, bring_in, bring_out
+from configs.errors import ConfigError
+from tests.convert.test_families import assert_same_bits, bring_in, bring_out, tensors, with_prediction_depth
 from tests.convert.tiny import YARN, make
 from tools.convert.preset import read_config
 from tools.convert.verify import verify
+from tools.inference.exported import generate_exported, load_exported
+from tools.inference.generate import generate
 
 WINDOW, FULL = "sliding_attention", "full_attention"
 # 400 tokens: with the tiny models' 16 YaRN's correction range is empty.
@@ -55,6 +62,29 @@ def test_odd_models_come_back_the_same(kind: str, tmp_path: Path) -> None:
             for folder in ("hf", "out")
         )
     assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:
+    """transformers has no model of the depths and finds their tensors unexpected; they are not what is wrong with a folder."""
+    make("deepseek_v3", tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", "deepseek_v3")
+    with pytest.raises(ConfigError, match="must hold a tokenizer"):
+        load_exported(tmp_path / "hf")
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 90)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    native = generate(tmp_path / "checkpoint", ["w5 w9"], 4, 0.0, None, 0, None)["texts"]
+    exported = generate_exported(tmp_path / "out", ["w5 w9"], 4, 0.0, None, 0)["texts"]
+    assert native[0]["token_ids"] == exported[0]["token_ids"]
+    held = tensors(tmp_path / "out") | {"model.layers.5.surprise": torch.ones(2)}
+    save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="surprise"):
+        load_exported(tmp_path / "out")
 
 
 def test_a_name_that_transformers_has_no_code_for(tmp_path: Path) -> None:

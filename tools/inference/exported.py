@@ -47,7 +47,7 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
     from transformers.utils import logging  # noqa: PLC0415
 
-    read_config(folder)
+    config = read_config(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         # transformers would make an empty one.
         rule = f"must hold a tokenizer: one of {', '.join(_TOKENIZERS)}"
@@ -67,8 +67,23 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
             Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR")
         ) from error
     model, found = loaded
-    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names and kind != "error_msgs"}
+    # transformers has no model of prediction depths; it passes over those of the published models only.
+    depths = _prediction_depths(config)
+    kept = {
+        kind: sorted(name for name in map(str, names) if kind != "unexpected_keys" or not name.startswith(depths))
+        for kind, names in found.items()
+        if kind != "error_msgs"
+    }
+    wrong = {kind: names for kind, names in kept.items() if names}
     if wrong:
         rule = f"must hold the tensors of its config.json: {wrong}"
         raise ConfigError(Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR"))
     return tokenizer, model.eval()
+
+
+def _prediction_depths(config: dict[str, Any]) -> tuple[str, ...]:
+    """How the names of their tensors begin."""
+    layers, depths = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if not isinstance(layers, int) or not isinstance(depths, int):
+        return ()
+    return tuple(f"model.layers.{layer}." for layer in range(layers, layers + depths))

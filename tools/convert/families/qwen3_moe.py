@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.convert import settings, tensors
 from tools.convert.biases import BIASES, Biases
-from tools.convert.family import Family, Key
+from tools.convert.family import Family, Key, Only
 from tools.convert.rope import Rope
 from tools.convert.windows import Windows, every_layer
 
@@ -18,6 +18,7 @@ QWEN3_MOE = Family(
         settings.HeadDim(),
         Rope(),
         Biases(),
+        Only("use_qk_norm", (True,), "the family always has these norms"),
         Windows(every_layer, uniform=True),
         *settings.plain_attention(*BIASES, "attention.window_size_tokens", **{"attention.qk_norm": True}),
         Key("num_experts", "moe.num_experts", 128, also=("num_local_experts",)),

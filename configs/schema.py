@@ -47,8 +47,10 @@ class Zero:
         1, "0 nothing, 1 optimizer state, 2 also gradients, 3 also weights sharded over data parallel ranks", low=0, high=3
     )
     offload: str = key("none", "keep optimizer state, or parameters too, outside the GPU", choices=("none", "optimizer", "param"))
-    offload_device: str = key("cpu", "where offloaded state lives", choices=("cpu", "nvme"))
-    nvme_path: Optional[str] = key(None, "folder on the NVMe disk, for offload_device=nvme")
+    offload_device: str = key("cpu", "where offloaded optimizer state lives; nvme: zero.stage=3", choices=("cpu", "nvme"))
+    nvme_path: Optional[str] = key(
+        None, "folder on each node's NVMe disk, for offload_device=nvme; emptied of this run's files at its start and end"
+    )
     overlap_grad_reduce: bool = key(False, "reduce gradients while the backward pass runs (GPU)")
     overlap_param_gather: bool = key(False, "gather weights while the forward pass runs (GPU)")
 

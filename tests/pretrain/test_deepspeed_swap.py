@@ -51,9 +51,11 @@ def swapped(config: Config) -> tuple[int, int]:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("world", "axes"), [(1, {}), (2, {EP: 2}), (4, {TP: 2, PP: 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world", "axes"), [(1, {}), (2, {EP: 2}), (2, {"zero__offload": "param"}), (4, {TP: 2, PP: 2})], ids=str
+)
 def test_swapped_state_trains_like_one_process(world: int, axes: Keys, disk: Keys) -> None:
-    check(world, {**axes, **disk}, {})
+    check(world, {**disk, **axes}, {})
 
 
 @pytest.mark.prove

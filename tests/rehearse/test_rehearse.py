@@ -55,6 +55,14 @@ def test_a_planted_fault_is_caught_and_named(
     assert named in line["first_difference"]
 
 
+def test_what_depends_on_the_layout_by_nature_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts of a global batch are added up in the order of micro-batches and data ranks: another loss by right."""
+    router = ["model.moe.router.balance=global_aux_loss", "model.moe.router.aux_loss_coeff=0.3", "model.moe.capacity_factor=1.5"]
+    code, found = rehearse([*QUICK, *router, "parallel.pipeline=1", "launch.processes_per_node=2"], capsys)
+    assert code == 0, found
+    assert found["left_out"] == ["model.moe.capacity_factor", "model.moe.router.balance"]
+
+
 def test_layouts_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layouts.json"
     path.write_text(json.dumps([{"parallel.context": 2, "parallel.pipeline": 1}, {"parallel.pipeline": 1, "zero.stage": 0}]))

@@ -25,7 +25,7 @@ from tools.rehearse.compare import Comparison, compare
 from tools.rehearse.cover import cover, legal_layouts
 from tools.rehearse.rank import Trained, train
 from tools.rehearse.ranks import RankFailed, run_ranks
-from tools.rehearse.shrink import Common, common_divisors, fit_degrees, shrink
+from tools.rehearse.shrink import Common, common_divisors, fit_degrees, left_out, shrink
 
 # A rehearsal has its own batches, steps and no data.
 OWN_SECTIONS = ("batch", "run", "data", "schedule", "checkpoint")
@@ -121,6 +121,8 @@ def rehearse(args: argparse.Namespace) -> int:
         lines.append(rehearse_one(config, reference, common, args.steps))
         print(describe(lines[-1]), file=say, flush=True)
     wrong = [line for line in lines if not line["ok"]]
+    if without := left_out(configs[0].model):
+        print(f"rehearsed without what depends on the layout by nature: {', '.join(without)}", file=say)
     if reference.near_ties:
         text = "choices of experts hang on the last digits: another rounding may choose otherwise, and be right"
         print(f"{reference.near_ties} {text}", file=say)
@@ -132,5 +134,5 @@ def rehearse(args: argparse.Namespace) -> int:
             "steps": args.steps,
             "router_near_ties": reference.near_ties,
         }
-        print(json.dumps({"reference": first, "layouts": lines}))
+        print(json.dumps({"reference": first, "layouts": lines, "left_out": left_out(configs[0].model)}))
     return 1 if wrong else 0

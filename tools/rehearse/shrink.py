@@ -100,6 +100,20 @@ def shrink(config: Config, common: Common) -> Config:
     return small
 
 
+def left_out(model: Model) -> list[str]:
+    """Keys of what depends on the layout by nature, on which tokens share a rank or come first: `shrink` does without."""
+    router = model.moe.router
+    has_experts = model.moe.num_experts > 0
+    used = {
+        "model.hidden_dropout": model.hidden_dropout > 0,
+        "model.attention.dropout": model.attention.dropout > 0,
+        "model.moe.capacity_factor": has_experts and model.moe.capacity_factor is not None,
+        "model.moe.router.jitter_eps": has_experts and router.jitter_eps > 0,
+        "model.moe.router.balance": has_experts and router.balance == "global_aux_loss",
+    }
+    return [path for path, value in used.items() if value]
+
+
 def shrink_model(model: Model, common: Common) -> Model:
     """Small widths, all different; the pattern of layers, the router and every switch stay."""
     small = deepcopy(model)
@@ -156,5 +170,6 @@ def _shrink_experts(small: Model, model: Model, common: Common) -> None:
     moe.shared_ffn_hidden_size = 36 * common.tensor if moe.shared_ffn_hidden_size else None
     moe.first_dense_layers = min(moe.first_dense_layers, 1)
     moe.layer_frequency = min(moe.layer_frequency, 2)
-    # Drops and noise depend on which tokens share a rank.
     moe.capacity_factor, moe.pad_to_capacity, moe.router.jitter_eps = None, False, 0.0
+    if moe.router.balance == "global_aux_loss":
+        moe.router.balance = "aux_loss"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,11 +47,13 @@ LOOK_S = 1.0
 STACKS = "stacks.txt"
 # A killed attempt's processes need a moment to go.
 PATIENCE_S = 5.0
+# Less than this free: logs and outcome may be missing.
+FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """`state` is an outcome's state, or bad_input, or died (no outcome was written), or hung, with its triage."""
+    """`state` is an outcome's state, with its `why`, or bad_input, or died (no outcome was written), or hung, with its triage."""
 
     attempt: int
     state: str
@@ -58,6 +61,7 @@ class LocalResult:
     log_dir: Path
     failures: tuple[Failure, ...]
     triage: Triage | None = None
+    why: str = ""
 
 
 def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO) -> LocalResult:
@@ -141,7 +145,20 @@ def report(result: LocalResult, folder: RunFolder) -> str:
         return f"{result.triage.text}\nall ranks were ended; every thread's stack: {result.log_dir / STACKS}"
     if result.state == "bad_input":
         return result.failures[0].text
-    return describe(list(result.failures), result.log_dir)
+    if result.state == "failed" and all(failure.kind == "exit" for failure in result.failures):
+        # The ranks agreed on it, and left in good order.
+        return f"failed: {result.why}\nlogs: {result.log_dir}"
+    return describe(list(result.failures), result.log_dir) + _disk_note(folder)
+
+
+def _disk_note(folder: RunFolder) -> str:
+    """Of a run that ended badly: nobody could write why."""
+    free = shutil.disk_usage(folder.path).free
+    return (
+        f"\nthe file system of {folder.path} is full ({free / 1e6:.1f} MB free): free some space, then start it again"
+        if free < FULL_BYTES
+        else ""
+    )
 
 
 def _write_launch_files(plan: LaunchPlan, attempt: int, log_dir: Path, mark: str) -> None:
@@ -192,7 +209,8 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> Loc
     if not state and asked and not any(failure.kind == "exception" for failure in failures):
         # They died of the signal before they had anything to save.
         state = asked
-    return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures)
+    why = outcome.why if outcome is not None and state == outcome.state else ""
+    return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures, why=why)
 
 
 def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult | None:

@@ -48,6 +48,7 @@ from pretrain.restore import (
 )
 from pretrain.resume import architecture, check_changes, check_data_change, flatten
 from pretrain.rollback import begin_rollback, finish_rollback, read_policy
+from pretrain.room import check_room
 from pretrain.run_folder import Attempt, open_attempt
 from pretrain.saving import Common, Saver
 from pretrain.sinks import NullSink, RecordSink, Sink, Sinks
@@ -66,7 +67,8 @@ def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
     problems += check_device(config.cluster.device, runtime.device)
     problems += check_backend(config, detect_machine(runtime.is_cuda))
-    return [*problems, *check_config(config).problems, *check_data(config), *check_swap(config)]
+    problems += [*check_config(config).problems, *check_data(config), *check_swap(config)]
+    return problems or check_room(config, vocab_size(config), folder_of(config))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from configs.errors import ConfigError, Notice, Problem, json_problem, report
 from configs.fields import check_keys
 from configs.load import load_config
+from configs.run_folder import folder_of
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batches, steps_of
 from parallel.layout import Layout
@@ -21,6 +22,7 @@ from parallel.legality import check_config, derive_layout
 from parallel.stages import make_chunks
 from pretrain.data_check import check_data, vocab_size
 from pretrain.flops import count_parameters, training_flops
+from pretrain.room import check_room
 from pretrain.swap_check import check_swap
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
@@ -121,6 +123,8 @@ def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | 
         problems += check_data(config)
     if verdict.ok and config.launch.target == "local":
         problems += check_swap(config)
+        if with_data and (vocab_size := vocabulary(config)) is not None:
+            problems += check_room(config, vocab_size, folder_of(config))
     if not verdict.ok:
         return config, problems, verdict.notices
     too_large, tight = memory_verdict(config, vocabulary(config))

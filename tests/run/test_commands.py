@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from configs.files import iterate_lines
+from configs.load import load_config
 from configs.run_folder import RunFolder
+from pretrain.room import checkpoint_bytes
 from tests.run.world import ROOT, STEPS, check_equal, launch
 
 
@@ -32,6 +36,12 @@ def test_the_run_folder_is_as_the_readme_says(undisturbed: Path) -> None:
     manifest = json.loads((undisturbed / "checkpoints" / checkpoints[-1] / "manifest.json").read_text())
     assert manifest["step"] == STEPS and manifest["consumed_samples"] == 8 * STEPS
     assert manifest["tensors"]["decoder.layers.3.mlp.experts.linear_fc1.weight"]["shape"] == [8, 48, 32]
+
+
+def test_a_checkpoint_takes_the_room_that_is_asked_for(undisturbed: Path) -> None:
+    config = load_config(str(undisturbed / "config.yaml")).config
+    written = sum(path.stat().st_size for path in (undisturbed / "checkpoints" / f"step_{STEPS:07d}").glob("*.safetensors"))
+    assert checkpoint_bytes(config, 700) == pytest.approx(written, rel=0.15), "headers and buffers are small"
 
 
 def test_a_row_has_what_people_watch(undisturbed: Path) -> None:

@@ -1,0 +1,58 @@
+"""Room for a checkpoint is looked for before the start, and a full disk is named at the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from configs.run_folder import RunFolder
+from pretrain.room import check_room, free_bytes
+from tests.run.world import launch
+
+
+def test_a_model_larger_than_the_disk_is_refused_with_figures(tmp_path: Path) -> None:
+    config = load_config("model/llama3_405b").config
+    (problem,) = check_room(config, 128256, RunFolder(tmp_path / "not" / "there"))
+    assert problem.path == "run.dir" and "one checkpoint takes 5,681,9" in problem.rule and "MB free" in problem.rule
+    config.checkpoint.save_at_end = False
+    assert check_room(config, 128256, RunFolder(tmp_path)) == [], "nothing is saved"
+    assert free_bytes(tmp_path / "not" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MB; a checkpoint of the small run takes 1.7."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_one_report_before_the_first_step(run_config: Path, small_disk: Path) -> None:
+    command = launch(run_config, small_disk / "run")
+    assert command.end() == 2, command.errors
+    assert "one checkpoint takes" in command.errors and "Traceback" not in command.errors
+    assert not (small_disk / "run" / "checkpoints").exists()
+
+
+def test_a_disk_that_fills_up_is_named_at_the_end(run_config: Path, small_disk: Path) -> None:
+    command = launch(
+        run_config, small_disk / "run", "checkpoint.save_at_end=false", "checkpoint.interval_steps=null", "run.steps=2000"
+    )
+    command.wait_for_step(2)
+    with open(small_disk / "filler", "wb") as filler, pytest.raises(OSError):
+        while True:
+            filler.write(b"x" * 65536)
+            filler.flush()
+    assert command.end() == 1
+    assert f"the file system of {small_disk / 'run'} is full" in command.errors or "No space left" in command.errors

@@ -279,6 +279,9 @@ def test_verify_wants_the_same_number_of_layers(hf: Path, tmp_path: Path) -> Non
     edit(hf, lambda held: held.pop("model.norm.weight"))
     with pytest.raises(ConfigError, match="lack"):
         verify(tmp_path / "checkpoint", hf, None, 1, 8, 1e-3)
+    (hf / "config.json").write_text(json.dumps(read_config(hf) | {"norm_topk_prob": None}))
+    with pytest.raises(ConfigError, match="norm_topk_prob"):
+        verify(tmp_path / "checkpoint", hf, None, 1, 8, 1e-3)
 
 
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,9 @@ def _disagreements(new: Mapping[str, Any], old: Mapping[str, Any], theirs: Mappi
         if any(value != said[0] for value in said):
             rule = f"must agree: rope_parameters, rope_scaling and the keys beside them say {' and '.join(map(repr, said))}"
             yield Problem(f"config.json: {name}", said[-1], rule, "mend the config.json")
+        elif old and new.get(name) is not None and name in new and places[1].get(name) is None and name not in beside:
+            rule = "must be in rope_scaling too, or beside it: transformers reads that one alone where both are there"
+            yield Problem(f"config.json: rope_parameters: {name}", new[name], rule, "leave rope_scaling out, or state it there")
 
 
 def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterator[Problem]:

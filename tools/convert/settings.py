@@ -190,7 +190,8 @@ class Groups:
         return ("n_group", "topk_group")
 
     def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        groups, chosen = (theirs.get(name, absent) or 1 for name, absent in zip(self.names(), self.absent))
+        stated = (theirs.get(name, absent) for name, absent in zip(self.names(), self.absent))
+        groups, chosen = (1 if value is None else value for value in stated)
         wrong = wrong_value("n_group", groups, "moe.router.num_groups")
         wrong = wrong or wrong_value("topk_group", chosen, "moe.router.group_top_k")
         if wrong:
@@ -264,54 +265,3 @@ def softmax_router(**changed: Any) -> tuple[Setting, ...]:
         "moe.router.bias": False, "moe.router.scaling_factor": 1.0, **changed,
     }  # fmt: skip
     return tuple(Always(name, value) for name, value in values.items() if value is not REQUIRED)
-
-
-def latent_attention() -> tuple[Setting, ...]:
-    """DeepSeek's multi-head latent attention."""
-    return (
-        Key("kv_lora_rank", "mla.kv_lora_rank"),
-        Key("q_lora_rank", "mla.q_lora_rank", None),
-        Key("qk_nope_head_dim", "mla.qk_nope_head_dim"),
-        Key("qk_rope_head_dim", "mla.qk_rope_head_dim"),
-        Key("v_head_dim", "mla.v_head_dim"),
-        Only("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
-        LatentHeads(),
-        LatentEps(),
-        *plain_attention("mla.kv_lora_rank", "mtp.num_layers"),
-    )
-
-
-@dataclass(frozen=True)
-class LatentHeads:
-    """num_key_value_heads equals the query heads; head_dim is the rotated width, or 0."""
-
-    def names(self) -> tuple[str, ...]:
-        return ("num_key_value_heads", "head_dim", "qk_head_dim")
-
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        heads = theirs.get("num_key_value_heads")
-        if heads not in (None, model.attention.num_heads):
-            rule = f"must equal num_attention_heads = {model.attention.num_heads} with latent attention"
-            yield Problem("config.json: num_key_value_heads", heads, rule, "mend the config.json")
-
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["num_key_value_heads"] = model.attention.num_heads
-        if arch.is_mla(model):
-            theirs["head_dim"] = model.mla.qk_rope_head_dim
-        return iter(())
-
-
-@dataclass(frozen=True)
-class LatentEps:
-    """The norms of the compressed query and key: 1e-6 in transformers, whatever rms_norm_eps."""
-
-    def names(self) -> tuple[str, ...]:
-        return ()
-
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        model.mla.norm_eps = 1e-6
-        return iter(())
-
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        if (model.mla.norm_eps or model.norm_eps) != 1e-6:
-            yield f"model.mla.norm_eps = {model.mla.norm_eps or model.norm_eps}, it has 1e-6 only"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import ConfigError, Problem
@@ -100,7 +101,7 @@ def dequantized(hf: Path, block: list[int], layers: int) -> dict[str, torch.Tens
 
 
 def _not_loaded(hf: Path, error: Exception) -> ConfigError:
-    rule = f"must be a model that transformers runs: {str(error).strip().splitlines()[0]}"
+    rule = f"must be a model that transformers runs: {' '.join(str(error).split())[:300]}"
     return ConfigError(Problem("HF_DIR", str(hf), rule, "name the folder that the checkpoint came from, or its export"))
 
 
@@ -124,7 +125,7 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
             settings = AutoConfig.for_model(family_of(config).model_types[0], **values)
         else:
             settings = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _not_loaded(hf, error) from error
     settings.num_hidden_layers = layers
     if getattr(settings, "layer_types", None):

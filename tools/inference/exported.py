@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from configs.errors import ConfigError, Problem
 from tools.convert.preset import read_config
@@ -61,8 +63,8 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **only_data
         )
-    except (OSError, ValueError, KeyError) as error:
-        rule = f"must be a model that transformers loads: {str(error).strip().splitlines()[0]}"
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        rule = f"must be a model that transformers loads: {' '.join(str(error).split())[:300]}"
         raise ConfigError(
             Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR")
         ) from error

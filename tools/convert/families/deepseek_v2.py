@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only
+from tools.convert.latent import latent_attention
 from tools.convert.rope import Rope
 
 DEEPSEEK_V2 = Family(
@@ -17,7 +18,7 @@ DEEPSEEK_V2 = Family(
     settings=(
         *settings.decoder(1e-6),
         settings.PLAIN_MLP,
-        *settings.latent_attention(),
+        *latent_attention(),
         Rope(),
         Key("n_routed_experts", "moe.num_experts", 64),
         Key("num_experts_per_tok", "moe.top_k"),

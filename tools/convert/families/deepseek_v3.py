@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tools.convert import settings, tensors
 from tools.convert.family import Family, Key, Only
+from tools.convert.latent import latent_attention
 from tools.convert.rope import Rope
 
 SIGMOID_ROUTER = (
@@ -25,9 +26,9 @@ DEEPSEEK_V3 = Family(
     settings=(
         *settings.decoder(1e-6),
         settings.PLAIN_MLP,
-        *settings.latent_attention(),
+        *latent_attention(),
         Rope(),
-        Only("rope_interleave", (True, None), "the tensors hold the rotated widths as neighbouring pairs"),
+        Only("rope_interleave", (True,), "the tensors hold the rotated widths as neighbouring pairs"),
         Key("n_routed_experts", "moe.num_experts", 256),
         Key("num_experts_per_tok", "moe.top_k", 8),
         Key("moe_intermediate_size", "moe.ffn_hidden_size", 2048),

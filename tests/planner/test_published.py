@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.flops import training_flops
 from tools.planner.fit import fit
+from tools.planner.job import Job
 from tools.planner.published import runs_of
 from tools.planner.timing import fitted
 from tools.planner.validate import ROWS, shipped_runs, validate
@@ -70,13 +72,92 @@ def test_every_row_is_counted(document: dict[str, Any]) -> None:
         ({"model": {"name": "only a name"}}, "architecture incomplete"),
         ({"measured": {}}, "no speed measured"),
         ({"seq_len": "long"}, "a field is not what its name says"),
-        ({"model": "a name"}, "a field is not what its name says"),
+        ({"model": "a name"}, "architecture incomplete"),
+        ({"zero": "zero-3 offload_optimizer=cpu"}, "offloads to the host"),
         ({"tp": 0, "micro_batch": -1}, "a field is not what its name says"),
     ],
 )
 def test_rows_that_cant_be_compared(changes: dict[str, Any], reason: str) -> None:
     runs, skipped = runs_of([row(**changes)], "time")
     assert not runs and dict(skipped) == {reason: 1}
+
+
+def job(**changes: Any) -> Job:
+    runs, _ = runs_of([row(**changes)], "time")
+    return runs[0].job
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu"),
+    [
+        ("NVIDIA H100 SXM5 80GB", "H100-SXM-80GB"),
+        ("H100 PCIe", "H100-PCIe-80GB"),
+        ("A100-SXM4-40GB", "A100-SXM-40GB"),
+        ("8 x A100 80GB", "A100-SXM-80GB"),
+        ("GB200 NVL72", "GB200-NVL72"),
+        ("AMD Instinct MI300X", "MI300X-192GB"),
+    ],
+)
+def test_gpus_by_many_names(words: str, gpu: str) -> None:
+    assert job(gpu=words).machine.gpu.name == gpu
+
+
+@pytest.mark.parametrize(
+    ("words", "mode", "modules"),
+    [
+        ("full activation checkpointing", "full", set()),
+        ("yes", "full", set()),
+        (True, "full", set()),
+        ("selective", "selective", {"core_attn"}),
+        ("selective: moe_act, layernorm", "selective", {"moe_act", "layernorm"}),
+        ("off", "none", set()),
+        (False, "none", set()),
+    ],
+)
+def test_recomputation_by_many_words(words: object, mode: str, modules: set[str]) -> None:
+    recompute = job(recompute=words).recompute
+    assert recompute.mode == mode and recompute.modules == modules
+
+
+@pytest.mark.parametrize(
+    ("words", "engine", "stage"),
+    [("fsdp", "fsdp", 3), ("HSDP within 8", "fsdp", 3), ("Megatron-FSDP (zero-3 style)", "megatron", 3), (1, "megatron", 1),
+     ("ZeRO-2 (DeepSpeed)", "deepspeed", 2), ("DDP", "megatron", 0), (None, "megatron", 1)],
+)  # fmt: skip
+def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
+    zero = job(zero=words).zero
+    assert (zero.engine, zero.stage) == (engine, stage)
+
+
+def test_numbers_as_text_and_speeds_of_every_kind() -> None:
+    assert job(seq_len="8,192", n_gpus="8", precision="bf16-mixed").seq_length == 8192
+    step_tokens, per_token = 128 * 8192, training_flops(job().model, 128256, 8192)
+    measured = {
+        10000.0: {"tokens_per_s": 80000},
+        step_tokens / 2 / 8: {"step_time_s": 2},
+        4e14 / per_token.per_token: {"tflops_per_gpu": 400},
+    }
+    for speed, how in measured.items():
+        runs, _ = runs_of([row(measured=how, flops_convention="causal")], "time")
+        assert runs[0].tokens_per_s == pytest.approx(speed)
+    full = runs_of([row(measured={"tflops_per_gpu": 400}, flops_convention="full attention, no recompute")], "time")[0][0]
+    assert full.tokens_per_s == pytest.approx(4e14 / (per_token.per_token + per_token.attention_scores))
+    assert runs_of([row(source=None, id=None)], "time")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("Llama-3 70B", "llama3_70b"), ("LLAMA3.1_405B", "llama3_405b"), ("DeepSeek-V3 (671B-A37B)", "deepseek_v3"),
+     ("Qwen3-235B", "qwen3_235b_a22b"), ("Mixtral 8x7B", "mixtral_8x7b")],
+)  # fmt: skip
+def test_a_known_name_brings_its_architecture_and_is_counted(name: str, preset: str) -> None:
+    runs, _ = runs_of([row(model=name, n_gpus=256)], "time")
+    assert runs[0].job.model.name == preset
+    assert validate([row(model={"name": name}, n_gpus=256)])["assumed"]["architecture: of the preset of that name"] == 1
+
+
+def test_a_known_name_with_another_size_is_not_the_preset() -> None:
+    assert not runs_of([row(model={"name": "Llama-3 70B", "num_layers": 16})], "time")[0]
 
 
 def test_unseen_row_is_predicted_and_duplicates_count_once() -> None:

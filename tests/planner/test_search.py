@@ -20,7 +20,7 @@ from tools.planner.calibrate import WARMUP_STEPS, calibrate, read_config, read_r
 from tools.planner.hardware import make_machine
 from tools.planner.job import make_job
 from tools.planner.planning import make_plan
-from tools.planner.search import Search, search
+from tools.planner.search import TIE, Search, search
 
 
 def found(*words: str) -> Search:
@@ -33,23 +33,27 @@ def test_candidates_are_legal_fit_and_stand_in_order() -> None:
     result = found()
     assert len(result.candidates) > 10
     times = [candidate.plan.timing.step_s for candidate in result.candidates]
-    assert times == sorted(times)
+    tied = sum(time <= (1 + TIE) * min(times) for time in times)
+    # Within the tie least cut first, then by time.
+    order = [(candidate.degrees.cuts, time) for candidate, time in zip(result.candidates[:tied], times)]
+    assert order == sorted(order) and times[tied:] == sorted(times[tied:])
     for candidate in result.candidates:
         assert check_config(candidate.config).ok and candidate.plan.fits
-    assert result.candidates[0].pareto
+    assert min(result.candidates, key=lambda candidate: candidate.plan.timing.step_s).pareto
 
 
 def test_search_is_deterministic() -> None:
     assert [c.words for c in found().candidates] == [c.words for c in found("parallel.tensor=2").candidates]
 
 
-# What their publishers chose. Chosen layouts that the search puts at 35 to 48 are not here: Qwen3-235B on 256 H100 and
-# DeepSeek-V3 on 256 B200, whose experts lie over 4 nodes.
+# What their publishers chose, of which the search has these and some others first; README.md says which it has not.
 BEST = [
     "bridge-26.08-Qwen3_235B_a22B-GB300-256-MXFP8-pretrain-9",
     "bridge-26.08-Qwen3_235B_a22B-GB200-256-MXFP8-pretrain-10",
     "mcoremoe-t11-DeepSeekV3-GB300-mxfp8-4096",
     "bridge-26.04.01-LLAMA3_70B-H100-64-FP8-pretrain-62",
+    "bridge-26.04.01-DeepSeekV3-B200-256-MXFP8-pretrain-73",
+    "bridge-26.04.01-Qwen3_235B_a22B-H100-256-FP8-pretrain-88",
     "folding-t2",
 ]
 

@@ -12,7 +12,7 @@ from configs.schema import Config, Recompute
 from tools.planner.job import make_job
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
-from tools.planner.search import Candidate, Search, recomputations
+from tools.planner.search import TIE, Candidate, Search, recomputations
 from tools.planner.work import WORDS
 
 
@@ -96,14 +96,20 @@ def explain(result: Search) -> list[str]:
     if not result.candidates:
         return ["no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
     winner = result.candidates[0]
-    lines = [_why(winner)]
+    lines = [
+        _why(winner),
+        f"layouts within {TIE:.0%} of the fastest are a tie: first those with least tensor and context parallelism",
+    ]
     for name, has in POPULAR:
         if has(winner.degrees):
             continue
         best = next((candidate for candidate in result.candidates if has(candidate.degrees)), None)
         if best is not None:
             slower = best.plan.timing.step_s / winner.plan.timing.step_s - 1
-            lines.append(f"{name}: best {best.describe()}, {slower:.0%} slower ({_difference(winner.plan, best.plan)})")
+            how = (
+                f"{slower:.0%} slower ({_difference(winner.plan, best.plan)})" if slower >= 0 else f"{-slower:.0%} faster: a tie"
+            )
+            lines.append(f"{name}: best {best.describe()}, {how}")
             continue
         large = [need for degrees, need in result.too_large.items() if has(degrees)]
         if large:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,8 @@ ALIASES = {
     "h100": "H100-SXM-80GB", "h100-80gb": "H100-SXM-80GB", "h800": "H800-SXM-80GB", "h200": "H200-SXM-141GB",
     "h200-141gb": "H200-SXM-141GB", "gh200": "GH200-96GB", "h20": "H20-96GB", "b200": "B200-SXM-180GB",
     "b200-180gb": "B200-SXM-180GB", "gb200": "GB200-NVL72", "b300": "B300-SXM-288GB", "gb300": "GB300-NVL72",
-    "mi300x": "MI300X-192GB", "mi325x": "MI325X-256GB", "mi355x": "MI355X-288GB", "mi250x": "MI250X (per GCD)",
+    "l40s": "L40S-48GB", "mi300x": "MI300X-192GB", "mi325x": "MI325X-256GB", "mi355x": "MI355X-288GB",
+    "mi250x": "MI250X (per GCD)",
 }  # fmt: skip
 
 
@@ -115,6 +117,27 @@ def find_gpu(name: str) -> Gpu | None:
         return table[name]
     alias = ALIASES.get(name.strip().lower())
     return table[alias] if alias else None
+
+
+def guess_gpu(text: str) -> Gpu | None:
+    """The GPU that someone's words mean: "NVIDIA H100 SXM5 80GB", "A100-SXM4-40GB", "8x GB200 NVL72". None when it isn't known.
+
+    The chip decides; PCIe and the memory choose among its cards.
+    """
+    if exact := find_gpu(text.split(" (")[0].split(",")[0].split("/")[0]):
+        return exact
+    words = re.split(r"[^a-z0-9]+", text.lower())
+    chip = next((word for word in words if word in ALIASES), None)
+    if chip is None:
+        return None
+    usual = gpus()[ALIASES[chip]]
+    cards = [gpu for gpu in gpus().values() if gpu.name.lower().split("-")[0] == chip and "meta" not in gpu.name.lower()]
+    cards = [gpu for gpu in cards if ("pcie" in gpu.name.lower()) == ("pcie" in words)]
+    size = re.search(r"(\d+)\s?gi?b(?:\b|_)", text.lower())
+    sized = [gpu for gpu in cards if size and gpu.memory_gb == float(size[1])]
+    if "pcie" in words:
+        return (sized or cards or [None])[0]
+    return sized[0] if sized and usual not in sized else usual
 
 
 def host(config: Config) -> Gpu:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tools.planner.job import Job
 from tools.planner.published_model import Unusable
-from tools.planner.published_row import is_malformed, job_of, memory_of, speed_of
+from tools.planner.published_row import RECOMPUTE_ASSUMED, TEXTS, is_malformed, job_of, memory_of, speed_of
+from tools.planner.published_words import plain
 
 # Who published, by words of a row's source.
 SOURCES = (
@@ -41,7 +42,11 @@ class Run:
     memory_kind: str
     apart: str | None = None
     oom: bool = False
-    assumed_recompute: bool = False
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def assumed_recompute(self) -> bool:
+        return RECOMPUTE_ASSUMED in self.assumed
 
     @property
     def is_moe(self) -> bool:
@@ -108,8 +113,8 @@ def _key(row: dict[str, Any]) -> tuple[object, ...]:
         "zero",
         "task",
     )
-    return (row.get("source", "").split(" @ ")[0].split("-archive")[0].split(".md")[0], (row.get("model") or {}).get("name"),
-            *(row.get(name) for name in names))  # fmt: skip
+    source = str(row.get("source") or "").split(" @ ")[0].split("-archive")[0].split(".md")[0]
+    return (source, (row.get("model") or {}).get("name"), *(row.get(name) for name in names))
 
 
 def _superseded(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -128,7 +133,7 @@ def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[Run], Count
     runs: list[Run] = []
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
-    sound = [row for row in rows if not is_malformed(row)]
+    sound = [row for row in (plain(row, TEXTS) for row in rows) if not is_malformed(row)]
     if len(sound) < len(rows):
         skipped["a field is not what its name says"] = len(rows) - len(sound)
     slow = _superseded(sound)
@@ -176,5 +181,5 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         memory_kind=kind,
         apart="head dim not divisible by 8" if odd else "allocator fragmentation" if fragmented else None,
         oom=oom,
-        assumed_recompute=assumed,
+        assumed=assumed,
     )

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from configs.model_schema import Attention, LatentAttention, Model, MoE, MultiToken, Position
+from tools.planner.published_words import preset_of
 
 DEFAULT_VOCAB = 51200
 # Moonlight and DeepSeek-V2-Lite: latent attention without compressed queries (their published configs).
@@ -85,13 +86,28 @@ def _is_hybrid(model: dict[str, Any]) -> bool:
     return "hybrid" in name or "mamba" in name or "hybrid-layer-pattern" in (model.get("args") or {})
 
 
-def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int]:
-    """(model, vocabulary). `is_test`: Megatron's CI models, whose tables are tied and whose dropout is on unless said."""
+def _of_preset(model: dict[str, Any]) -> tuple[Model, int] | None:
+    """The shipped preset of the row's name, unless what the row does say is something else."""
+    found = preset_of(str(model.get("name") or ""))
+    if found is None:
+        return None
+    known = found[0]
+    sizes = {"num_layers": known.num_layers, "hidden_size": known.hidden_size, "num_heads": known.attention.num_heads,
+             "num_experts": known.moe.num_experts}  # fmt: skip
+    return found if all(_number(model, name) in (None, size) for name, size in sizes.items()) else None
+
+
+def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int, bool]:
+    """(model, vocabulary, whether they are a preset's). `is_test`: Megatron's CI models, whose tables are tied and whose dropout
+    is on unless said."""
     if _is_hybrid(model):
         raise Unusable("hybrid or Mamba layers")
     layers, hidden, heads = (_number(model, name) for name in ("num_layers", "hidden_size", "num_heads"))
     if layers is None or hidden is None or heads is None:
-        raise Unusable("architecture incomplete")
+        preset = _of_preset(model)
+        if preset is None:
+            raise Unusable("architecture incomplete")
+        return *preset, True
     args = model.get("args") or {}
     mla = _mla(model)
     head_dim = _number(model, "head_dim")
@@ -101,25 +117,29 @@ def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int]:
     tied = is_test and "untie-embeddings-and-output-weights" not in args if tied is None else tied
     window = _number(model, "sliding_window")
     dropout = 0.1 if is_test and "attention-dropout" not in args else 0.0
-    return Model(
-        name=str(model.get("name", "?")),
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=_number(model, "ffn_hidden_size"),
-        activation=_activation(model.get("mlp")),
-        tie_embeddings=bool(tied),
-        hidden_dropout=dropout,
-        max_position_tokens=2048 if model.get("positions") == "learned" else None,
-        attention=Attention(
-            num_heads=heads,
-            num_query_groups=None if mla.kv_lora_rank else _number(model, "num_kv_heads"),
-            head_dim=None if mla.kv_lora_rank else head_dim,
-            window_size_tokens=window,
-            window_layers="alternate" if window and model.get("sliding_every") == 2 else "all",
-            dropout=dropout,
+    return (
+        Model(
+            name=str(model.get("name", "?")),
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=_number(model, "ffn_hidden_size"),
+            activation=_activation(model.get("mlp")),
+            tie_embeddings=bool(tied),
+            hidden_dropout=dropout,
+            max_position_tokens=2048 if model.get("positions") == "learned" else None,
+            attention=Attention(
+                num_heads=heads,
+                num_query_groups=None if mla.kv_lora_rank else _number(model, "num_kv_heads"),
+                head_dim=None if mla.kv_lora_rank else head_dim,
+                window_size_tokens=window,
+                window_layers="alternate" if window and model.get("sliding_every") == 2 else "all",
+                dropout=dropout,
+            ),
+            mla=mla,
+            position=Position(kind="learned" if model.get("positions") == "learned" else "rope"),
+            moe=_moe(model, layers),
+            mtp=MultiToken(num_layers=int(model.get("mtp_layers") or 0)),
         ),
-        mla=mla,
-        position=Position(kind="learned" if model.get("positions") == "learned" else "rope"),
-        moe=_moe(model, layers),
-        mtp=MultiToken(num_layers=int(model.get("mtp_layers") or 0)),
-    ), _number(model, "vocab_size") or DEFAULT_VOCAB
+        _number(model, "vocab_size") or DEFAULT_VOCAB,
+        False,
+    )

@@ -14,10 +14,11 @@ from typing import Any
 from configs.model_schema import Model
 from parallel.layout import Layout
 from pretrain.flops import training_flops
-from tools.planner.hardware import Machine, find_gpu
+from tools.planner.hardware import Machine, find_gpu, guess_gpu
 from tools.planner.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, Job, Recomputation, States, Zero
 from tools.planner.ledger import make_ledger
 from tools.planner.published_model import Unusable, model_of
+from tools.planner.published_words import recompute_of, zero_stage
 
 # Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
 OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
@@ -26,6 +27,8 @@ SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
 # Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
 # the measured bytes leave no room for fp32).
 BF16_MOMENTS = ("Moonlight",)
+# What a row leaves open and we fill in: counted.
+RECOMPUTE_ASSUMED, PRESET_ASSUMED = "recomputation: the least that fits", "architecture: of the preset of that name"
 RECOMPUTE_LADDER = (
     Recomputation(),
     Recomputation("selective", frozenset({"core_attn", "layernorm", "moe_act"})),
@@ -71,8 +74,7 @@ def _is_number(value: Any) -> bool:
 
 def machine_of(text: str) -> Machine:
     """The machine of a row's `gpu`."""
-    words = text.split(" (")[0].split(",")[0].split("/")[0]
-    gpu = find_gpu(words) or find_gpu(words.split(" ")[0])
+    gpu = guess_gpu(text)
     if text.startswith("H100 96GB HBM2e"):
         gpu = find_gpu("H100-SXM-96GB-HBM2e-500W (Meta Grand Teton, torchtitan)")
     if gpu is None:
@@ -87,7 +89,7 @@ def compute_of(text: str | None) -> str:
         return "fp4"
     if "fp8" in words or "float8" in words:
         return "fp8"
-    return "bf16"
+    return "fp32" if words.startswith(("fp32", "float32", "tf32")) and "/" not in words else "bf16"
 
 
 def is_old(row: dict[str, Any]) -> bool:
@@ -97,8 +99,11 @@ def is_old(row: dict[str, Any]) -> bool:
 
 def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
     text, precision = str(row.get("zero") or "zero-1").lower(), str(row.get("precision") or "")
-    if "fsdp" in text or "zero-3" in text or "shard_grad_op" in text:
-        stage = 2 if "shard_grad_op" in text else 3
+    stage = zero_stage(text)
+    if re.search(r"offload(?!\w*=none)", text):
+        raise Unusable("offloads to the host")
+    if stage == 3 or "fsdp" in text or "shard_grad_op" in text:
+        stage = stage or 3
         # Megatron-FSDP shards what Transformer Engine's kernels compute; PyTorch's own comes with PyTorch's kernels.
         return (Zero("megatron", stage), States()) if "megatron" in text else (Zero("fsdp", stage), States(4, 4, 8))
     name = str((row.get("model") or {}).get("name") or "")
@@ -106,31 +111,13 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
     moments = 8 if name.startswith(BF16_MOMENTS) else 12
     short = "16-bit grad" in precision or name.startswith(BF16_MOMENTS) or row.get("task") == "sft"
     states = States(2, 2 if short else 4, moments)
+    if compute_of(row.get("precision")) == "fp32":
+        states = States(4, 4, 8)
     group = re.search(r"within (\d+)", text)
-    stage = 0 if text.startswith("none") else 1
+    stage = 1 if stage is None else stage
     return Zero(
         "deepspeed" if "deepspeed" in text else "megatron", stage, "none", int(group[1]) if group else None, not old
     ), states
-
-
-def recompute_of(row: dict[str, Any], num_layers: int) -> Recomputation | None:
-    """What the row says, None when it says nothing."""
-    text = row.get("recompute")
-    if text is None or "not stated" in text or "HEAD recipe" in text or "none set" in text:
-        return None
-    words = text.lower()
-    if words.startswith("full"):
-        return Recomputation("full")
-    if words in ("selective ac", "per-op sac"):
-        # torchtitan: every second layer, or every second product.
-        return Recomputation("full", frozenset(), "block", -(-num_layers // 2 // int(row.get("pp") or 1)))
-    known = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "shared_experts")
-    modules = {name for name in known if re.search(rf"\b{name}\b", words)} | (
-        {"core_attn"} if "core attention" in words else set()
-    )
-    modules |= {"moe"} if re.search(r"\bmoe\b", words) else set()
-    modules |= {"core_attn"} if words.startswith("selective + sequence") else set()
-    return Recomputation("selective", frozenset(modules)) if modules else Recomputation()
 
 
 def _split(num_layers: int, pipeline: int, chunks: int) -> tuple[int, tuple[int, ...] | None]:
@@ -184,6 +171,9 @@ def speed_of(row: dict[str, Any], job: Job) -> float | None:
     convention, tflops = str(row.get("flops_convention") or ""), measured.get("tflops_per_gpu")
     if tflops and convention.startswith("causal"):
         return float(tflops) * 1e12 / training_flops(job.model, job.vocab, job.seq_length).per_token
+    if tflops and "full attention" in convention and not re.search("hardware|notes|HFU", convention):
+        flops = training_flops(job.model, job.vocab, job.seq_length)
+        return float(tflops) * 1e12 / (flops.per_token + flops.attention_scores)
     if tflops and convention.startswith("hardware flops with full recompute, full attention"):
         h, s, layers = job.model.hidden_size, job.seq_length, job.model.num_layers
         return float(tflops) * 1e12 / (96 * layers * h * h * (1 + s / (6 * h) + job.vocab / (16 * layers * h)))
@@ -204,10 +194,11 @@ def _is_small_dense(model: Model) -> bool:
     return model.hidden_size < 1024 and model.moe.num_experts == 0
 
 
-def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
-    """(job, whether the recomputation is our assumption). Raises Unusable."""
+def job_of(row: dict[str, Any]) -> tuple[Job, tuple[str, ...]]:
+    """(job, what of it is our assumption). Raises Unusable."""
     is_test, old = "tests/functional_tests" in str(row.get("source") or ""), is_old(row)
-    model, vocab = model_of(row.get("model") or {}, is_test)
+    model, vocab, of_preset = model_of(row.get("model") or {}, is_test)
+    assumed = (PRESET_ASSUMED,) if of_preset else ()
     seq, micro, batch = row.get("seq_len"), row.get("micro_batch"), row.get("global_batch")
     if micro is None:
         raise Unusable("micro-batch not stated")
@@ -220,7 +211,7 @@ def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
         raise Unusable("layout does not fill the GPUs")
     zero, states = zero_of(row, old)
     args = (row.get("model") or {}).get("args") or {}
-    stated, notes = recompute_of(row, model.num_layers), str(row.get("notes") or "")
+    stated, notes = recompute_of(row.get("recompute"), model.num_layers, layout.pipeline), str(row.get("notes") or "")
     # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
     waits = layout.tensor > 1 and (old or (zero.engine == "fsdp" and "async" not in notes.lower()))
     job = Job(
@@ -232,6 +223,7 @@ def job_of(row: dict[str, Any]) -> tuple[Job, bool]:
         logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
     )  # fmt: skip
     if stated is not None:
-        return job, False
+        return job, assumed
+    assumed += (RECOMPUTE_ASSUMED,)
     tries = [replace(job, recompute=each) for each in RECOMPUTE_LADDER]
-    return next((each for each in tries if make_ledger(each, 1.0).low_gib <= each.machine.gpu.memory_gib), tries[-1]), True
+    return next((each for each in tries if make_ledger(each, 1.0).low_gib <= each.machine.gpu.memory_gib), tries[-1]), assumed

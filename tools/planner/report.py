@@ -105,6 +105,7 @@ def validation_text(document: dict[str, Any]) -> str:
     header = ("", "rows", "median", "p90", "within 20%")
     lines = [f"{document['rows']} rows; not compared: {sum(document['skipped'].values())}"]
     lines += [f"  {number:4d}  {reason}" for reason, number in document["skipped"].items()]
+    lines += [f"{number} of those compared take our word for the {what}" for what, number in document["assumed"].items()]
     names = {
         "tokens_per_s": "tokens/s, model and GPU unseen by the fit",
         "tokens_per_s_source_unseen": "tokens/s, whole source unseen",

@@ -33,6 +33,9 @@ OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
 FILL = 0.97
+# Layouts this much slower than the fastest are alike to the model, whose errors between layouts of one machine are of that size.
+# Among them those go first that cut sequences and products least: narrow products are what it knows least about.
+TIE = 0.05
 # Degrees tried in full; a layout that misses these is some 20% behind even before it has to recompute.
 REFINED = 160
 
@@ -44,6 +47,11 @@ class Degrees:
     pipeline: int
     expert: int
     expert_tensor: int
+
+    @property
+    def cuts(self) -> int:
+        """Into how many pieces a token's own computation and sequence are cut."""
+        return self.tensor * self.context * self.expert_tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """`candidates` fastest first; `too_large` by what they would need, GiB; `refused`: rule → layouts."""
+    """`candidates` best first (see TIE); `too_large` by what they would need, GiB; `refused`: rule → layouts."""
 
     candidates: tuple[Candidate, ...]
     too_large: dict[Degrees, float]
@@ -247,14 +255,15 @@ class Searcher:
 
 
 def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
-    """Fastest first, each marked whether nothing faster needs less memory."""
+    """Best first (see TIE), each marked whether nothing faster needs less memory."""
     ordered = sorted(candidates, key=lambda c: (c.plan.timing.step_s, c.plan.ledger.peak_gib, c.words))
     least = float("inf")
     marked = []
     for candidate in ordered:
         marked.append(replace(candidate, pareto=candidate.plan.ledger.peak_gib < least))
         least = min(least, candidate.plan.ledger.peak_gib)
-    return tuple(marked)
+    alike = [c for c in marked if c.plan.timing.step_s <= (1 + TIE) * marked[0].plan.timing.step_s]
+    return tuple([*sorted(alike, key=lambda c: c.degrees.cuts), *marked[len(alike) :]])
 
 
 def search(config: Config, vocab_size: int, machine: Machine, calibration: Calibration = UNCALIBRATED) -> Search:

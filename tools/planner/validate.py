@@ -7,6 +7,7 @@ predicted by a fit made without that group, and once more without its whole sour
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -178,6 +179,7 @@ def validate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "skipped": dict(sorted(skipped.items())),
+        "assumed": dict(sorted(Counter(what for run in timed for what in run.assumed).items())),
         "tokens_per_s": statistics(np.exp(-by_group) - 1, usual),
         "tokens_per_s_source_unseen": statistics(np.exp(-by_source) - 1, usual),
         "tokens_per_s_calibrated": statistics(calibrated[has_other], [run for run, has in zip(usual, has_other) if has]),

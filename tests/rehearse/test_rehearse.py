@@ -16,6 +16,7 @@ from parallel.layout import make_layout
 from parallel.legality import check_config
 from tools.rehearse import cli
 from tools.rehearse.cover import cover, legal_layouts
+from tools.rehearse.ranks import RankFailed
 from tools.rehearse.shrink import MAX_RANKS, common_divisors, fit_degrees, shrink
 
 COMPOSED = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4"]
@@ -53,6 +54,22 @@ def test_a_planted_fault_is_caught_and_named(
     (line,) = found["layouts"]  # type: ignore[misc]
     assert code == 1 and not line["ok"]
     assert named in line["first_difference"]
+
+
+def test_recomputed_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Layer norms, which megatron-core asks Transformer Engine about, and dense layers between MoE layers."""
+    recompute = ["recompute={mode: selective, modules: [layernorm, mlp, moe]}", "model.moe.first_dense_layers=1"]
+    code, found = rehearse([*QUICK, *recompute, "parallel.tensor=2"], capsys)
+    assert code == 0, found
+
+
+def test_a_model_that_does_not_run_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*args: object) -> None:
+        raise RankFailed("rank 0: no")
+
+    monkeypatch.setattr("tools.rehearse.run.run_ranks", fail)
+    assert cli.main(QUICK) == 1
+    assert "the one process that layouts are compared with FAILED\nrank 0: no" in capsys.readouterr().err
 
 
 def test_what_depends_on_the_layout_by_nature_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:

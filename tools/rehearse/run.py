@@ -113,8 +113,12 @@ def rehearse(args: argparse.Namespace) -> int:
     if problems := check_layouts(configs):
         raise ConfigError(problems)
     common = common_divisors([make_layout(config) for config in configs])
-    (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
     say = sys.stderr if args.json else sys.stdout
+    try:
+        (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
+    except RankFailed as error:
+        print(f"the one process that layouts are compared with FAILED\n{error}", file=sys.stderr)
+        return 1
     print(f"{'layout':<60} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
     lines = []
     for config in configs:

@@ -117,7 +117,7 @@ def explain(result: Search) -> list[str]:
                 f"{name}: does not fit, the smallest needs {min(large):.0f} of {winner.plan.ledger.capacity_gib:.0f} GiB"
             )
     tuned = tuned_note(winner.plan)
-    return lines + ([f"the times count, {tuned}"] if tuned else [])
+    return lines + ([tuned] if tuned else [])
 
 
 def _why(winner: Candidate) -> str:

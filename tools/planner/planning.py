@@ -75,7 +75,7 @@ def tuned_note(plan: Plan) -> str | None:
     scale = step_s / time_step(job).step_s
     slower = {what: scale * time_step(other).step_s - step_s for what, other in without.items()}
     parts = [f"{what} (+{seconds:.3g} s without)" for what, seconds in slower.items() if seconds > 0.005 * step_s]
-    return f"as in tuned Megatron-Core runs, which our engines don't do yet: {', '.join(parts)}" if parts else None
+    return f"counted as in tuned Megatron-Core runs, which our engines don't do yet: {', '.join(parts)}" if parts else None
 
 
 def model_dict(job: Job) -> dict[str, object]:

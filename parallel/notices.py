@@ -27,7 +27,7 @@ def groups_leave_domain(config: Config) -> Iterator[Notice]:
     spans = {
         "parallel.tensor": (p.tensor, "tensor parallel groups reduce activations twice a layer"),
         "parallel.expert_tensor": (p.expert_tensor, "expert tensor groups reduce every expert's output"),
-        "parallel.expert": (p.expert_tensor * p.expert, "expert groups send every token twice a layer"),
+        "parallel.expert": (p.expert_tensor * p.expert if p.expert > 1 else 1, "expert groups send every token twice a layer"),
     }
     for path, (span, cost) in spans.items():
         if span > 1 and (span > domain or domain % span):

@@ -134,7 +134,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "deepspeed", (3,), "offload to nvme", COSTS,
-        "each update reads 16 and writes 16 bytes a parameter (weights offloaded too stay in host memory: DeepSpeed mixes up "
+        "each update reads 12 and writes 12 bytes a parameter (weights offloaded too stay in host memory: DeepSpeed mixes up "
         "those it swaps when a step has several micro-batches); its async_io needs libaio and a C++ compiler",
     ),
 )  # fmt: skip

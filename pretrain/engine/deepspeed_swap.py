@@ -89,20 +89,19 @@ class SwappedParameters(CutParameters):
 
     def __init__(self, runtime: GuardedEngine, shards: dict[int, Shard]) -> None:
         super().__init__(runtime, shards)
-        # DeepSpeed writes gradients to files once they are reduced; `accept` does it, once they are final.
-        self._write_gradients = self.zero._finalize_offload_gradient_accumulation
+        # `accept` hands the gradients over, once they are final.
         self.zero._finalize_offload_gradient_accumulation = lambda: None
         # By path, and whether changes reach the file.
         self._maps: dict[tuple[str, bool], np.memmap[Any, Any]] = {}
+        # Where each parameter's part begins in DeepSpeed's host buffer of gradients, and where each sub-group's.
         self._starts: dict[int, int] = {}
+        self._group_starts = [0]
         position = 0
-        for parameter in self._parameters():
-            self._starts[id(parameter)] = position
-            position += parameter.partition_numel()
-
-    def _parameters(self) -> list[Any]:
-        """In the order in which their parts lie in DeepSpeed's buffer of gradients."""
-        return [parameter for parameters in self.zero.fp16_groups for parameter in parameters]
+        for parameters in self.zero.fp16_groups:
+            for parameter in parameters:
+                self._starts[id(parameter)] = position
+                position += parameter.partition_numel()
+            self._group_starts.append(position)
 
     def begin(self) -> None:
         super().begin()
@@ -114,12 +113,20 @@ class SwappedParameters(CutParameters):
         return [whole[start : start + slot.stop - slot.start] for start, slot in zip(starts, self.slots, strict=True)]
 
     def accept(self, norm: torch.Tensor) -> None:
-        """Fault (deepspeed 0.19.8): only parameters that a backward pass of this step reached are written. The others are
-        updated by the gradient that lies in their file from the step before: wrong, no error.
+        """The gradients stay in host memory, where they are, until the update copies them.
+
+        Fault (deepspeed 0.19.8): it writes each parameter's to a file and reads them back to where they lie in the sub-group's
+        buffer. With widths that don't fill whole blocks the update then used other gradients: wrong from the first step, no
+        error.
         """
         super().accept(norm)
-        self.zero._offload_boundary_param_ids = {parameter.ds_id for parameter in self._parameters()}
-        self._write_gradients()
+        whole = self.zero.grad_partitions_flat_buffer
+        for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            gradient = whole[self._group_starts[group] : self._group_starts[group + 1]].to(torch.float32)
+            if self._is_swapped(group):
+                self.zero.optimizer_swapper.swap_params_info[flat.ds_id].unswapped_gradients = {0: gradient}
+            else:
+                flat.grad.copy_(gradient)
 
     def values(self, slot: ZeroSlot, writable: bool = False) -> dict[str, torch.Tensor]:
         if not self._is_swapped(slot.group):

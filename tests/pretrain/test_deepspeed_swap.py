@@ -59,6 +59,13 @@ def test_swapped_state_trains_like_one_process(world: int, axes: Keys, disk: Key
 
 
 @pytest.mark.prove
+def test_widths_that_fill_no_blocks(disk: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one sub-group, whose parameters begin anywhere."""
+    monkeypatch.setattr("pretrain.engine.deepspeed_swap._GROUP_ELEMENTS", 100_000_000)
+    check(1, disk, {"model__hidden_size": 40, "model__ffn_hidden_size": 56, "model__moe__first_dense_layers": 1})
+
+
+@pytest.mark.prove
 def test_the_state_is_in_files(disk: Keys) -> None:
     in_files, groups = run_ranks(1, swapped, small_config(**disk))[0]
     assert in_files >= 4 and in_files >= groups - 2, "all but the smallest vectors"

@@ -6,9 +6,11 @@ are mended where Megatron-Core is prepared for the CPU (parallel/cpu.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from torch import nn
 
 
@@ -33,3 +35,17 @@ def mark_expert_parameters(chunks: Sequence[nn.Module], groups: ProcessGroupColl
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
                 parameter.partition_dim = 0  # type: ignore[attr-defined]
                 parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_jitter(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Validation without the router's noise: megatron-core 0.16.1 adds it whether or not the model trains.
+
+    The held-out loss would differ from time to time, and each validation move the random state that training goes on with.
+    """
+    config = get_model_config(models[0])
+    jitter, config.moe_input_jitter_eps = config.moe_input_jitter_eps, None
+    try:
+        yield
+    finally:
+        config.moe_input_jitter_eps = jitter

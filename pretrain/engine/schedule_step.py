@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
+from parallel.guards import without_jitter
 from pretrain.batches import MicroBatch
 from pretrain.feed import make_feed
 
@@ -31,15 +33,16 @@ class Schedule:
         """(sum of token losses over the global batch, its valid tokens), equal on all ranks. Collective."""
         run = get_forward_backward_func()
         iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in models]
-        reports = run(
-            forward_step_func=self._forward,
-            data_iterator=iterators if len(models) > 1 else iterators[0],
-            model=list(models),
-            num_microbatches=len(batches),
-            seq_length=self.seq_length_tokens,
-            micro_batch_size=self.micro_batch_seqs,
-            forward_only=forward_only,
-        )
+        with without_jitter(models) if forward_only else nullcontext():
+            reports = run(
+                forward_step_func=self._forward,
+                data_iterator=iterators if len(models) > 1 else iterators[0],
+                model=list(models),
+                num_microbatches=len(batches),
+                seq_length=self.seq_length_tokens,
+                micro_batch_size=self.micro_batch_seqs,
+                forward_only=forward_only,
+            )
         return self._reduce(reports)
 
     def _forward(self, iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:

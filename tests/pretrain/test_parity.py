@@ -6,6 +6,7 @@ Loss agrees to 1e-6 and the gradient norm to 1e-5 over three optimizer steps wit
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -168,6 +169,7 @@ def test_what_depends_on_the_layout_by_nature_still_trains(model: dict[str, Any]
     losses = [step[0] for step in ranks[0].steps]
     assert losses == [step[0] for step in ranks[1].steps]
     assert all(4 < loss < 9 for loss in losses)
+    assert all(rank.validates_quietly for rank in ranks)
 
 
 # Guards: without each, a composed layout is silently wrong.
@@ -206,6 +208,13 @@ def test_router_losses_guard(layout: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert gradients_differ(2, layout, model) < 1e-5
     monkeypatch.setattr(megatron_config, "router_loss_weight", lambda _: 1)
     assert gradients_differ(2, layout, model) > 1e-3
+
+
+def test_jitter_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core adds the router's noise to validation too, with random numbers that training would have used."""
+    monkeypatch.setattr("pretrain.engine.schedule_step.without_jitter", lambda models: nullcontext())
+    (rank,) = run_ranks(1, train_small, small_config(model__moe__router__jitter_eps=0.1, run__steps=1))
+    assert not rank.validates_quietly
 
 
 def test_latent_attention_guard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,13 @@ def small_config(**changes: Any) -> Config:
 
 @dataclass
 class Trained:
-    """What a rank saw: per step (loss, grad norm, tokens, router metrics); validation loss; its slices of weights, gradients."""
+    """What a rank saw: per step (loss, grad norm, tokens, router metrics); validation loss, and whether validating left the
+    random state alone; its slices of weights, gradients.
+    """
 
     steps: list[tuple[float, float, int, dict[str, float]]] = field(default_factory=list)
     valid: float = 0.0
+    validates_quietly: bool = True
     weights: dict[Any, np.ndarray] = field(default_factory=dict)
     gradients: dict[Any, np.ndarray] = field(default_factory=dict)
 
@@ -96,8 +99,9 @@ def train_small(config: Config, keep_gradients: bool = False) -> Trained:
         result.steps.append((done.loss, done.grad_norm, done.num_tokens, moe.take(len(batches), 2)))
         if keep_gradients and step == 0:
             result.gradients = _gradients(engine)
+    random_state = torch.get_rng_state()
     loss_sum, tokens = engine.evaluate(batches_of(config, 99, groups.dp.rank(), groups.dp.size()))
-    result.valid = loss_sum / tokens
+    result.valid, result.validates_quietly = loss_sum / tokens, torch.equal(random_state, torch.get_rng_state())
     for piece in engine.owned():
         key = (piece.kind, piece.name, piece.global_shape, piece.box, piece.start, piece.stop)
         result.weights[key] = piece.data.detach().clone().numpy()

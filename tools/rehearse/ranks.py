@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -11,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo  # What torch's optimizers import when the first is made: 0.9 s that every rank would take again.
 import torch.distributed as dist
 
 
@@ -26,6 +28,8 @@ def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
+        # A rank that looks for garbage in what it inherits copies all of it.
+        gc.freeze()
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_main, args=(rank, world_size, folder, sender, program, args), daemon=True)
@@ -33,6 +37,7 @@ def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_
             sender.close()
             pipes.append(receiver)
             processes.append(process)
+        gc.unfreeze()
         try:
             return _collect(pipes, timeout_s)
         finally:

@@ -32,6 +32,8 @@ CURSOR_S = 5.0
 ORPHAN_S = 5.0
 INIT_TIMEOUT_S = 30.0
 FLUSH_S = 2.0
+# Exit code of a copy that ended by itself and has warned of it.
+GAVE_UP = 4
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def main() -> int:
             follow(job, orders)
     except Exception as error:
         warn(f"the copy ended ({type(error).__name__}: {_one_line(error)})")
-        return 1
+        return GAVE_UP
     return 0
 
 

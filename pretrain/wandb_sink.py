@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from urllib.parse import urlparse
 from configs.run_folder import Outcome, RunFolder
 from configs.schema import Config
 from pretrain.sinks import NullSink, Sink
-from pretrain.wandb_copy import Job, warn
+from pretrain.wandb_copy import GAVE_UP, Job, warn
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 # The process ends itself after finish_timeout_s; this much later it is killed.
@@ -69,12 +70,17 @@ class WandbSink:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
+            # It is on its way out: its exit code says whether it has said why.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILL_AFTER_S)
             self._lose("the copying process is gone")
 
     def _lose(self, why: str) -> None:
+        """One warning a run; none where the process has given its own (pretrain/wandb_copy.py ends with exit code 1 then)."""
         if not self._lost:
             self._lost = True
-            warn(f"{why}; the next attempt sends what is missing")
+            if self._process.poll() != GAVE_UP:
+                warn(f"{why}; the next attempt sends what is missing")
 
 
 def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: Mapping[str, str]) -> Sink:

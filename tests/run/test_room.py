@@ -45,6 +45,7 @@ def test_a_disk_that_is_too_small_is_one_report_before_the_first_step(run_config
     assert not (small_disk / "run" / "checkpoints").exists()
 
 
+@pytest.mark.prove
 def test_a_disk_that_fills_up_is_named_at_the_end(run_config: Path, small_disk: Path) -> None:
     command = launch(
         run_config, small_disk / "run", "checkpoint.save_at_end=false", "checkpoint.interval_steps=null", "run.steps=2000"

@@ -30,6 +30,7 @@ def test_kills_leave_no_trace(run_config: Path, undisturbed: Path, tmp_path: Pat
     assert len(hit) == 2
 
 
+@pytest.mark.prove
 def test_ctrl_c_saves_and_going_on_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     command = launch(run_config, stopped)

@@ -11,7 +11,6 @@ import pytest
 
 from configs.beat import READING, SAVING, STARTING, VALIDATING
 from configs.files import iterate_lines
-from launch.watch import read_reports
 from tests.run.world import check_equal
 from tests.slurm import world
 from tests.slurm.cluster import Cluster
@@ -96,19 +95,16 @@ def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet
     check_equal(run.folder.path, quiet, STEPS)
 
 
+@pytest.mark.prove
 def test_a_signal_in_any_phase(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
     """Before the ranks know their config, while they open the data, save, validate: each is one attempt of the run.
 
-    The node's report says what its ranks are doing; SIGUSR1 comes when one is at it.
+    SIGUSR1 comes when a rank's heartbeat says that it is at it.
     """
     run = submit(cluster, run_config, tmp_path / "run", "run.eval_interval_steps=1", "run.eval_batches=2")
     for attempt, phase in enumerate((STARTING, READING, SAVING, VALIDATING), 1):
         run.wait_for_attempt(attempt)
-
-        def is_at_it(attempt: int = attempt, phase: str = phase) -> bool:
-            return any(state.phase == phase for report in read_reports(run.folder.launch_dir(attempt)) for state in report.ranks)
-
-        run.wait(is_at_it, f"a rank of attempt {attempt} that is {phase}")
+        run.wait_for_phase(phase)
         run.hit.append(f"SIGUSR1 in attempt {attempt} at step {run.steps()}, {phase}")
         world.usr1(run)
         run.wait(lambda attempt=attempt: len(run.life.ends) >= attempt, f"the end of attempt {attempt}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from configs.beat import BEAT_DIR, beat_path, decode
 from configs.files import iterate_lines
 from configs.run_folder import RunFolder
 from launch.lifecycle import OVER, RUNNING, Life, read_life
@@ -84,6 +85,10 @@ class Run:
         rows = self.events("resumed" if life.step_before else "attempt")
         return life.phase == RUNNING and bool(rows) and rows[-1]["attempt"] == life.attempt
 
+    def wait_for_phase(self, phase: str) -> None:
+        """Until a rank of the job says that it is at it: in its heartbeat, on its node, for phases may last a tenth of a second."""
+        self.wait(lambda: any(_phase_of(process) == phase for process in self.ranks()), f"a rank that is {phase}")
+
     def wait_over(self, timeout_s: float = 240) -> Life:
         deadline = time.monotonic() + timeout_s
         while self.life.phase != OVER:
@@ -109,6 +114,18 @@ class Run:
             if env.get("SLURM_JOB_ID") == str(self.job) and "RANK" in env:
                 found.append((int(env["RANK"]), process))
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+
+def _phase_of(rank: psutil.Process) -> str:
+    """Empty: it has no heartbeat, yet or any more."""
+    try:
+        environ = rank.environ()
+        # The node's own /dev/shm.
+        folder = Path(f"/proc/{rank.pid}/root{environ[BEAT_DIR]}")
+        beat = decode(beat_path(folder, int(environ["RANK"])).read_bytes())
+    except (psutil.Error, OSError, KeyError):
+        return ""
+    return beat.phase if beat is not None else ""
 
 
 def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str, **environ: str) -> Run:

@@ -86,7 +86,7 @@ class Run:
         return life.phase == RUNNING and bool(rows) and rows[-1]["attempt"] == life.attempt
 
     def wait_for_phase(self, phase: str) -> None:
-        """Until a rank of the job says that it is at it: in its heartbeat, on its node, for phases may last a tenth of a second."""
+        """Until a rank's heartbeat, on its node, says that it is at it: a phase may last a tenth of a second."""
         self.wait(lambda: any(_phase_of(process) == phase for process in self.ranks()), f"a rank that is {phase}")
 
     def wait_over(self, timeout_s: float = 240) -> Life:

@@ -84,7 +84,9 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
     config, folder = loaded.config, folder_of(loaded.config)
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
-    if (holder := live_holder(folder)) is not None:
+    life = read_life(folder)
+    # Of an attempt whose end is recorded the ranks are on their way out: the new job waits for them.
+    if (holder := live_holder(folder)) is not None and not (life.phase == OVER and holder.attempt == life.attempt):
         raise ConfigError(held_problem(folder, holder))
     try:
         if live := [job for job in find_run_jobs(folder) if job.live]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, steps_of
-from pretrain.flops import count_parameters
+from pretrain.room import checkpoint_bytes
 from tools.planner.hardware import GIB
 from tools.planner.job import Job
 
@@ -64,12 +64,6 @@ class RunEstimate:
         }
 
 
-def checkpoint_bytes(job: Job) -> float:
-    """Weights, main weights and both moments of every parameter, once (nothing is written twice)."""
-    parameters = count_parameters(job.model, job.padded_vocab)
-    return (parameters.total + parameters.mtp) * (job.states.optimizer + job.states.weights)
-
-
 def interval_s(save_s: float, mtbf_s: float) -> float:
     """Daly's interval between saves: sqrt(2·save·M)·(1 + x/3 + x²/9) - save with x = sqrt(save / 2M), M at most."""
     if save_s >= 2 * mtbf_s:
@@ -90,7 +84,7 @@ def estimate_run(config: Config, job: Job, step_s: float, failures: Failures) ->
     total_s = tokens / job.step_tokens * step_s
     gpu_hours = total_s / 3600 * world
     price = job.machine.price_per_gpu_hour_usd
-    size = checkpoint_bytes(job)
+    size = checkpoint_bytes(config, job.vocab)
     save_s = failures.save_s if failures.save_s is not None else size / 1e9 / min(WRITE_GB_S * world, STORAGE_GB_S)
     mtbf_s = failures.gpu_mtbf_hours * 3600 / world
     every_s = interval_s(save_s, mtbf_s)

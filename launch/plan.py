@@ -55,7 +55,7 @@ class LaunchPlan:
         """The agent's command. Restarts are none: a restart is a new attempt, decided by whoever started this one."""
         local = ["--local-addr", LOOPBACK] if self.nodes == 1 else []
         return [
-            *(self.python, "-m", "torch.distributed.run"),
+            *(self.python, "-P", "-m", "launch.torchrun"),
             *("--nnodes", str(self.nodes), "--nproc-per-node", str(self.processes_per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous, "--rdzv-id", self.name),
             *local,

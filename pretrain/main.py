@@ -6,6 +6,7 @@ config → layout → groups → model → engine → data → loop → outcome,
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ if __name__ == "__main__":
     SIGNALS.install()
     prepare()
     SIGNALS.beat.start()
+    # What they make stays. To look for garbage among it costs 1.2 s of their 3.9 s.
+    gc.disable()
 
 from configs.load import Loaded, load_config
 from parallel.groups import make_groups
@@ -71,4 +74,6 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(run_rank(lambda: main(sys.argv[1:], SIGNALS)))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pretrain.tokenizer import load_tokenizer, section_for
-from tests import keep_groups
-from tools.data.corpus import expand
-from tools.data.tokenize import tokenize
-from tools.data.tokenizer import train
+from configs.process import importing
+
+with importing():
+    from pretrain.tokenizer import load_tokenizer, section_for
+    from tests import keep_groups
+    from tools.data.corpus import expand
+    from tools.data.tokenize import tokenize
+    from tools.data.tokenizer import train
 
 keep_groups.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Where the test files import torch, two engines and transformers."""
+    with importing():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_a_run_that_finishes(start: Callable[..., Launch]) -> None:
     assert out.splitlines() == ["step 1", "step 2", "step 3"]
     logs = launch.run.log_dir(1)
     assert sorted(path.name for path in logs.iterdir()) == ["rank_0.log", "rank_1.log", "torchrun.log"]
-    assert launch.run.done.exists() and "torch.distributed.run" in (launch.run.launch_dir(1) / "command.sh").read_text()
+    assert launch.run.done.exists() and "launch.torchrun" in (launch.run.launch_dir(1) / "command.sh").read_text()
     (event,) = [row for _, row in iterate_lines(launch.run.events) if row and row["kind"] == "attempt"]
     assert event["attempt"] == 1 and event["logs"] == str(logs.resolve())
 
@@ -267,7 +267,7 @@ def test_dry_run_starts_nothing(start: Callable[..., Launch]) -> None:
     assert code == 0 and out.count("\n") == 1 and out.endswith("--config c.yaml run.steps=7\n")
     assert not launch.run.path.exists()
     code, out, _ = start("launch", "c.yaml", "--dry-run", "--json").end()
-    assert json.loads(out)["command"][1:3] == ["-m", "torch.distributed.run"]
+    assert json.loads(out)["command"][1:4] == ["-P", "-m", "launch.torchrun"]
     code, out, _ = start("launch", "c.yaml", "--dry-run", "launch.nodes=2").end()
     assert code == 0 and "--rdzv-endpoint HOST:29500" in out
     code, _, err = start("launch", "c.yaml", "launch.nodes=2").end()

@@ -43,7 +43,7 @@ class Agent:
         self.attempt_dir, self.log_dir = self.run.launch_dir(1), self.run.log_dir(1)
         self.mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
         torchrun = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            sys.executable, "-m", "launch.torchrun", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
             "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "--signals-to-handle", "SIGQUIT", PROGRAM,
             "--config", "c.yaml",
         ]  # fmt: skip

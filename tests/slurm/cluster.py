@@ -53,7 +53,7 @@ ReturnToService=1
 JobRequeue=1
 SlurmctldTimeout=30
 SlurmdTimeout=5
-MessageTimeout=5
+MessageTimeout=30
 TCPTimeout=1
 KillWait=10
 MinJobAge=3600
@@ -64,6 +64,8 @@ NodeName=DEFAULT CPUs=4 RealMemory=8192 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
+# MessageTimeout: what a busy node has not confirmed within it, Slurm 22.05 sends once more a minute later, and stops the
+# tasks of the job's next attempt.
 # $1: the folder, $2: the node. The namespaces die with the shell, whose pid is the node's power switch.
 _NODE = """\
 hostname "$2"; mount --bind "$1/hosts" /etc/hosts; mount -t tmpfs tmpfs /dev/shm

@@ -6,10 +6,12 @@ import json
 import shlex
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from configs.beat import COMPUTING, READING
 from configs.run_folder import EXIT_CODE, RunFolder
 from launch.lifecycle import OVER
 from launch.scheduler import find_jobs
@@ -60,7 +62,7 @@ def test_hostile_strings_are_harmless(cluster: Cluster, run_config: Path, tmp_pa
     words = [json.dumps({"A": payload}), json.dumps([payload])]
     run = submit(
         cluster, run_config, tmp_path / "run", f"launch.env={words[0]}", f"launch.slurm.srun_args={words[1]}",
-        f"launch.slurm.extra={json.dumps(['--exclusive', '--comment=' + shlex.quote(payload)])}",
+        f"launch.slurm.extra={json.dumps(['--exclusive', '--comment=' + shlex.quote(payload)])}", "launch.slurm.requeue=false",
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while find_jobs([run.job])[run.job].live and run.life.phase != OVER and time.monotonic() < deadline:
@@ -88,16 +90,20 @@ def test_bad_data_ends_the_job_with_its_report(cluster: Cluster, run_config: Pat
 
 
 def test_cancel_saves_and_resume_goes_on(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
-    """phalanx cancel, then scancel by hand: both are a user's stop; each is gone on from by phalanx resume."""
+    """phalanx cancel while the data is opened, scancel by hand in the first step: both are a user's stop, which phalanx resume
+    goes on from.
+    """
     run = submit(cluster, run_config, tmp_path / "run")
-    run.wait_to_train()
-    cancelled = phalanx("cancel", str(tmp_path / "run"))
+    with ThreadPoolExecutor() as pool:
+        with run.held_at(READING):
+            waiting = pool.submit(phalanx, "cancel", str(tmp_path / "run"))
+        cancelled = waiting.result()
     assert cancelled.returncode == 0 and "stopped: phalanx cancel after step" in cancelled.stdout, cancelled
     outcome = RunFolder(tmp_path / "run").read_outcome()
     assert outcome is not None and outcome.state == "stopped" and EXIT_CODE["stopped"] == 130
     assert phalanx("resume", str(tmp_path / "run")).returncode == 0
-    run.wait_to_train()
-    subprocess.run(["scancel", str(run.job)], check=True)
+    with run.held_at(COMPUTING):
+        subprocess.run(["scancel", str(run.job)], check=True)
     life = run.wait_over()
     assert life.state == "stopped" and "scancel" in life.why, run.story()
     resumed = phalanx("resume", str(tmp_path / "run"))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.run.world import check_equal, launch
 from tests.slurm.cluster import Cluster
-from tests.slurm.world import submit
+from tests.slurm.world import WORDS, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ def test_two_nodes_of_two_ranks_train_as_four_ranks_here(
     words = [f"run.steps={STEPS}", "checkpoint.interval_steps=null", "launch.slurm.extra=[]"]
     words += ["model.attention.num_query_groups=4", *(f"parallel.{axis}={degree}" for axis, degree in degrees.items())]
     run = submit(cluster, run_config, tmp_path / "slurm", *words, "launch.processes_per_node=2")
-    here = launch(run_config, tmp_path / "here", *words, "batch.global_batch_seqs=32", "launch.processes_per_node=4")
+    here = launch(run_config, tmp_path / "here", *WORDS, *words, "launch.processes_per_node=4")
     assert here.end() == 0, here.errors
     assert run.wait_over().state == "finished", run.story()
     assert len(run.events("job_attempt")[0]["nodes"]) == 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from configs.beat import READING, SAVING, STARTING, VALIDATING
+from configs.beat import PHASES, RESTORING, SAVING, VALIDATING
 from configs.files import iterate_lines
 from tests.run.world import check_equal
 from tests.slurm import world
@@ -32,20 +33,29 @@ def check_one_run(run: Run, quiet: Path, causes: Sequence[str], server: WandbStu
     check_equal(run.folder.path, quiet, STEPS, server.runs[wandb_id].steps() if server else None)
 
 
+def act_one_by_one(run: Run, *acts: tuple[Callable[[Run], str], str]) -> None:
+    for way, phase in acts:
+        act(run, way, phase=phase)
+
+
 def test_two_runs_side_by_side_survive_all_that_happens_to_them(
     cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
 ) -> None:
-    """One job, online, is preempted, crashes and hangs; the other lives through a controller's crash, loses a node, and time."""
+    """One job, online, is preempted while it saves, crashes and hangs; the other lives through a controller's crash, loses a
+    node, and comes near its time limit while it validates.
+    """
     with WandbStub() as server:
         online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
         first = submit(cluster, run_config, tmp_path / "first", WATCHFUL, **online)
         second = submit(cluster, run_config, tmp_path / "second")
         act(second, world.restart_controller)
-        act(first, world.preempt)
-        act(second, world.power_off)
-        act(first, world.kill_a_rank)
-        act(second, world.near_the_limit)
-        act(first, world.stop_a_rank)
+        with ThreadPoolExecutor() as pool:
+            acts = [
+                pool.submit(act_one_by_one, first, (world.preempt, SAVING), (world.kill_a_rank, ""), (world.stop_a_rank, "")),
+                pool.submit(act_one_by_one, second, (world.power_off, ""), (world.near_the_limit, VALIDATING)),
+            ]
+        for done in acts:
+            done.result()
         hung = first.events("hung")
         check_one_run(first, quiet, ["preempted", "crashed", "hung"], server)
     check_one_run(second, quiet, ["bad_node", "time_limit"])
@@ -97,18 +107,12 @@ def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet
 
 @pytest.mark.prove
 def test_a_signal_in_any_phase(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
-    """Before the ranks know their config, while they open the data, save, validate: each is one attempt of the run.
-
-    SIGUSR1 comes when a rank's heartbeat says that it is at it.
-    """
-    run = submit(cluster, run_config, tmp_path / "run", "run.eval_interval_steps=1", "run.eval_batches=2")
-    for attempt, phase in enumerate((STARTING, READING, SAVING, VALIDATING), 1):
-        run.wait_for_attempt(attempt)
-        run.wait_for_phase(phase)
-        run.hit.append(f"SIGUSR1 in attempt {attempt} at step {run.steps()}, {phase}")
-        world.usr1(run)
-        run.wait(lambda attempt=attempt: len(run.life.ends) >= attempt, f"the end of attempt {attempt}")
-    check_one_run(run, quiet, ["preempted"] * 4)
+    """Before the ranks know their config, in their first step, at the end: each is one attempt of the run."""
+    phases = [phase for phase in PHASES if phase != RESTORING]
+    run = submit(cluster, run_config, tmp_path / "run", f"launch.slurm.max_without_progress={len(phases)}")
+    for phase in phases:
+        act(run, world.usr1, phase=phase)
+    check_one_run(run, quiet, ["preempted"] * len(phases))
 
 
 @pytest.mark.prove

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from launch.scheduler import find_jobs
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 
-STEPS = 36
+STEPS = 30
 NODES = ["launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", "cluster.interface=lo"]
 # Steps of a tenth of a second leave room to act in; the watchdog waits far longer than any of them.
 WORDS = [
-    f"run.steps={STEPS}", "batch.global_batch_seqs=32", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=60",
+    f"run.steps={STEPS}", "batch.global_batch_seqs=16", "checkpoint.interval_steps=4", "launch.watch.step_timeout_s=60",
     "launch.watch.start_timeout_s=120", "launch.slurm.stop_before_s=70", "launch.slurm.max_without_progress=4",
-    "launch.slurm.extra=[--exclusive]",
+    "launch.slurm.extra=[--exclusive]", "run.eval_interval_steps=5",
 ]  # fmt: skip
 
 
@@ -85,9 +86,24 @@ class Run:
         rows = self.events("resumed" if life.step_before else "attempt")
         return life.phase == RUNNING and bool(rows) and rows[-1]["attempt"] == life.attempt
 
-    def wait_for_phase(self, phase: str) -> None:
-        """Until a rank's heartbeat, on its node, says that it is at it: a phase may last a tenth of a second."""
-        self.wait(lambda: any(_phase_of(process) == phase for process in self.ranks()), f"a rank that is {phase}")
+    @contextmanager
+    def held_at(self, phase: str) -> Iterator[None]:
+        """Rank 0 stands still where its heartbeat says that it is at `phase`, which may last milliseconds, until a signal waits
+        for it: what the body sends comes within the phase.
+        """
+        self.wait(lambda: bool(self._first_rank()), "rank 0 of an attempt")
+        (rank,) = self._first_rank()
+        # The node's own /dev/shm.
+        path = beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0)
+        self.wait(lambda: _stop_at(rank, path, phase), f"rank 0 {phase}")
+        try:
+            yield
+            self.wait(lambda: _was_signalled(rank), f"a signal to rank 0 {phase}")
+        finally:
+            rank.resume()
+
+    def _first_rank(self) -> list[psutil.Process]:
+        return [process for process in self.ranks()[:1] if process.environ()["RANK"] == "0"]
 
     def wait_over(self, timeout_s: float = 240) -> Life:
         deadline = time.monotonic() + timeout_s
@@ -106,7 +122,7 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if "pretrain/main.py" not in " ".join(process.cmdline()) or "torch.distributed.run" in process.cmdline():
+                if "pretrain/main.py" not in " ".join(process.cmdline()) or "launch.torchrun" in process.cmdline():
                     continue
                 env = process.environ()
             except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
@@ -116,16 +132,29 @@ class Run:
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
-def _phase_of(rank: psutil.Process) -> str:
-    """Empty: it has no heartbeat, yet or any more."""
-    try:
-        environ = rank.environ()
-        # The node's own /dev/shm.
-        folder = Path(f"/proc/{rank.pid}/root{environ[BEAT_DIR]}")
-        beat = decode(beat_path(folder, int(environ["RANK"])).read_bytes())
-    except (psutil.Error, OSError, KeyError):
-        return ""
-    return beat.phase if beat is not None else ""
+def _stop_at(rank: psutil.Process, path: Path, phase: str) -> bool:
+    """Look at a rank's heartbeat for half a second; whether it now stands still at `phase`."""
+
+    def is_there() -> bool:
+        beat = decode(path.read_bytes()) if path.exists() else None
+        return beat is not None and beat.phase == phase
+
+    for _ in range(250):
+        if is_there():
+            rank.suspend()
+            if is_there():
+                return True
+            rank.resume()
+        time.sleep(0.002)
+    return False
+
+
+def _was_signalled(stopped: psutil.Process) -> bool:
+    """Whether a signal waits for the process; Slurm's own end of a job lets it go on first (SIGCONT)."""
+    if stopped.status() != psutil.STATUS_STOPPED:
+        return True
+    status = Path(f"/proc/{stopped.pid}/status").read_text()
+    return any(int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
 
 
 def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str, **environ: str) -> Run:
@@ -208,14 +237,19 @@ def kill_batch_step(run: Run) -> str:
     return ""
 
 
-def act(run: Run, way: Callable[[Run], str], generator: random.Random | None = None) -> None:
-    """Let one thing happen to the training run, wait for its end to be recorded and, unless it is over, the next attempt."""
-    run.wait_to_train(generator.randint(1, 8) if generator else 3)
+def act(run: Run, way: Callable[[Run], str], generator: random.Random | None = None, phase: str = "") -> None:
+    """Let one thing happen to the training run, and wait for the attempt's end to be recorded.
+
+    `phase`: it happens there, else after three steps; `generator`: after some steps, at any moment.
+    """
+    if not phase:
+        run.wait_to_train(generator.randint(1, 8) if generator else 3)
     if generator:
         time.sleep(generator.random() * 0.5)
-    attempt, life = run.life.attempt, run.life
-    run.hit.append(f"{way.__name__} in attempt {attempt} at step {run.steps()}")
-    cause = way(run)
+    with run.held_at(phase) if phase else nullcontext():
+        attempt, life = run.life.attempt, run.life
+        run.hit.append(f"{way.__name__} in attempt {attempt} at step {run.steps()}, {phase or 'training'}")
+        cause = way(run)
     if not cause:
         return
     run.wait(lambda: len(run.life.ends) > len(life.ends), f"the end of attempt {attempt}")

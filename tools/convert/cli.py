@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
+from configs.process import importing
 from tools.convert.work import Share
 
 EPILOG = """\
@@ -149,7 +150,8 @@ def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from tools.convert.verify import verify  # noqa: PLC0415  (torch, megatron-core and transformers)
+    with importing():
+        from tools.convert.verify import verify  # noqa: PLC0415  (torch, megatron-core and transformers)
 
     result = verify(args.checkpoint, _folder(args.hf, "HF_DIR"), args.layers, args.sequences, args.tokens, args.tolerance)
     word = "the same model" if result["ok"] else "NOT the same model"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
+from configs.process import importing
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
 from tools.convert.families import family_of, text_part
 from tools.convert.native import loaded_model, logits_of
@@ -108,13 +109,14 @@ def _not_loaded(hf: Path, error: Exception) -> ConfigError:
 def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, layers: int) -> torch.Tensor:
     """Logits [b, s, vocab] of the folder's model, its first `layers` layers. Raises ConfigError when it can't be loaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
-        CONFIG_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
-    from transformers.utils import logging  # noqa: PLC0415
+    with importing():
+        from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
+            CONFIG_MAPPING,
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+        )
+        from transformers.utils import logging  # noqa: PLC0415
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

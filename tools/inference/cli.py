@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from configs.process import importing
+
 
 def main(argv: list[str]) -> int:
     """argv[0] is generate or evaluate."""
@@ -18,20 +20,23 @@ def main(argv: list[str]) -> int:
     # Megatron-Core's CPU parts are chosen when it is imported: a GPU that may be training must not be seen.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if argv[0] == "generate" and (args.checkpoint / "config.json").is_file():
-        from tools.inference.exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
+        with importing():
+            from tools.inference.exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
 
         prompts = args.prompt or [""]
         result = generate_exported(args.checkpoint, prompts, args.max_new_tokens, args.temperature, args.top_k, args.seed)
         text = "\n\n".join(part["prompt"] + part["text"] for part in result["texts"])
     elif argv[0] == "generate":
-        from tools.inference.generate import generate  # noqa: PLC0415  (torch and megatron-core: --help needs neither)
+        with importing():
+            from tools.inference.generate import generate  # noqa: PLC0415  (torch and megatron-core: --help needs neither)
 
         result = generate(
             args.checkpoint, args.prompt or [""], args.max_new_tokens, args.temperature, args.top_k, args.seed, args.tokenizer
         )
         text = "\n\n".join(part["prompt"] + part["text"] for part in result["texts"])
     else:
-        from tools.inference.evaluate import evaluate  # noqa: PLC0415  (as above)
+        with importing():
+            from tools.inference.evaluate import evaluate  # noqa: PLC0415  (as above)
 
         result = evaluate(args.checkpoint, args.data, args.max_tokens, args.seq_length, args.batch_seqs)
         text = (

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from configs.errors import ConfigError, Problem
+from configs.process import importing
 from tools.convert.preset import read_config
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -46,8 +47,9 @@ def generate_exported(
 def load_exported(folder: Path) -> tuple[Any, Any]:
     """(tokenizer, model) as transformers loads them. Raises ConfigError, also when it misses or finds too many tensors."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
-    from transformers.utils import logging  # noqa: PLC0415
+    with importing():
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
+        from transformers.utils import logging  # noqa: PLC0415
 
     config = read_config(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from configs.process import importing
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phalanx rehearse", description="A layout on CPU ranks against one process.")
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> int:
     if args.device == "cpu":
         # Megatron-Core is prepared for the CPU, when it is imported, where no GPU is in sight.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from tools.rehearse.run import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
+    with importing():
+        from tools.rehearse.run import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
 
     return rehearse(args)

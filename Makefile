@@ -58,9 +58,9 @@ slurm:
 	  || echo "no Slurm: its tests will be skipped" >&2; \
 	else echo "no Slurm, and no root or apt-get to install it: its tests will be skipped" >&2; fi
 
-# Two test processes, a file at a time: most files fork several ranks, and more of them than cores only wait.
+# Two test processes, a file at a time (tests/conftest.py): most fork several ranks, and more of them than cores only wait.
 test: install slurm
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
 
 # What DeepSpeed's swapping to NVMe is built from.
 libaio:

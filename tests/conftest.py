@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from configs.process import importing
 
@@ -17,6 +19,32 @@ with importing():
     from tools.data.tokenizer import train
 
 keep_groups.install()
+
+# What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
+FIRST = ("slurm", "test_readme.py", "run")
+
+
+def first_part(nodeid: str) -> str:
+    """tests/PART/… → PART."""
+    return nodeid.split("::")[0].split("/")[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(first_part(item.nodeid), len(FIRST)))
+
+
+class ByFile(LoadScopeScheduling):
+    """A file at a time for each test process, a folder of FIRST as a whole."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        part = first_part(nodeid)
+        return part if part in FIRST else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,7 +37,7 @@ def test_every_command_works(tmp_path: Path) -> None:
     run = [command for command in commands() if command != "make test"]
     assert run[0] == "make demo", "the first thing that a newcomer types"
     # The environment is here already, and a few steps show that the demo runs.
-    run[0] = 'make -o .venv/installed demo WORDS="run.steps=22 batch.global_batch_seqs=8"'
+    run[0] = 'make -o .venv/installed demo WORDS="run.steps=22"'
     for command in run:
         result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

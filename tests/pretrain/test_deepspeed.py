@@ -49,7 +49,7 @@ def test_more_layouts_change_nothing(world: int, layout: Keys) -> None:
     check(world, layout, {})
 
 
-@pytest.mark.parametrize(("name", "stage"), [("deepseek", 3), ("qwen2_moe_tied", 2), ("documents", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("deepseek", 3), ("documents", 2)])
 def test_kinds_of_model_on_composed_axes(name: str, stage: int) -> None:
     check(4, {TP: 2, PP: 2, EP: 2, **zero(stage)}, MODELS[name])
 
@@ -62,7 +62,7 @@ def test_every_kind_of_model_at_every_stage(name: str, stage: int) -> None:
     check(4, {TP: 2, PP: 2, **({EP: 2} if experts else {}), **zero(stage)}, MODELS[name])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.prove), pytest.param(2, marks=pytest.mark.prove), 3])
 def test_bf16_keeps_fp32_main_weights(stage: int) -> None:
     """bf16 rounds differently by layout: loss to 1e-3; what a checkpoint gets is fp32."""
     bf16 = {"precision__params": "bf16"}

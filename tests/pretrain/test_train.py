@@ -24,8 +24,8 @@ from tests.ranks import run_ranks
 PP2_EP2 = ("parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4")
 
 
-@pytest.fixture
-def config(tmp_path: Path, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A config file over the shared corpus: 4 layers, 8 experts, a step in some 0.1 s."""
     made = small_config(model__vocab_size=None, schedule__horizon_steps=6, schedule__warmup_steps=1)
     made.data.tokenizer.path = str(folder / "tok.model")
@@ -34,7 +34,7 @@ def config(tmp_path: Path, folder: Path) -> Path:
     made.run.steps, made.run.eval_batches = 6, 1
     made.checkpoint.interval_steps = 3
     made.metrics.sinks = ["jsonl"]
-    path = tmp_path / "config.yaml"
+    path = tmp_path_factory.mktemp("train") / "config.yaml"
     path.write_text(to_yaml(made))
     return path
 
@@ -87,11 +87,17 @@ def same_checkpoint(one: Path, other: Path, step: int = 6) -> bool:
     return all(filecmp.cmp(folders[0] / name, folders[1] / name, shallow=False) for name in names[0])
 
 
+@pytest.fixture(scope="module")
+def six_steps(config: Path) -> Path:
+    run_dir = config.parent / "whole"
+    assert attempt(config, run_dir) == [0] * 4
+    return run_dir
+
+
 @pytest.fixture
-def whole(config: Path, tmp_path: Path) -> Path:
-    """Six steps in one go."""
-    assert attempt(config, tmp_path / "whole") == [0] * 4
-    return tmp_path / "whole"
+def whole(six_steps: Path, tmp_path: Path) -> Path:
+    """Six steps in one go; the test's own copy."""
+    return shutil.copytree(six_steps, tmp_path / "whole")
 
 
 def test_three_steps_and_three_are_six_bit_for_bit(config: Path, tmp_path: Path, whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""A rank that stops in the middle of training: the launcher names it, ends the attempt, and going on leaves no trace."""
+"""A rank that stops in the middle of training: the launcher names it and ends the attempt."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from configs.files import iterate_lines
 from configs.run_folder import RunFolder
 from launch.guard import marked_pids
 from tests.run.world import check_equal, launch
 
 
-def test_a_stopped_rank_is_named_and_going_on_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named(run_config: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "hung")
     command = launch(run_config, folder.path, "launch.watch.step_timeout_s=4")
     command.wait_for_step(3)
@@ -28,6 +30,16 @@ def test_a_stopped_rank_is_named_and_going_on_leaves_no_trace(run_config: Path, 
     assert outcome is not None and outcome.state == "failed" and outcome.why == report.splitlines()[0] and outcome.step >= 3
     kinds = [row["kind"] for _, row in iterate_lines(folder.events) if row]
     assert kinds[-2:] == ["hung", "outcome"]
+
+
+@pytest.mark.prove
+def test_going_on_after_a_hang_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Under Slurm `make test` has it."""
+    folder = RunFolder(tmp_path / "hung")
+    command = launch(run_config, folder.path, "launch.watch.step_timeout_s=4")
+    command.wait_for_step(3)
+    command.ranks()[1].send_signal(signal.SIGSTOP)
+    assert command.end(90) == 1
     again = launch(run_config, folder.path)
     assert again.end() == 0, again.errors
     check_equal(folder.path, undisturbed)

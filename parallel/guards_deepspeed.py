@@ -7,10 +7,13 @@ were met in deepspeed 0.19.8.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -20,6 +23,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 EXPERT_GROUP = "experts"
+
+# Every engine looks whether its optimizer is DeepSpeed's Muon, whose import starts torch's compiler: 1.8 s of CPU a rank.
+with mock.patch.object(compiler, "compile", lambda *args, **kwargs: lambda function: function):
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def place_experts(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> bool:

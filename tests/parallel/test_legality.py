@@ -227,7 +227,7 @@ FUZZED = [
 
 
 @given(values=st.lists(st.tuples(st.sampled_from(FUZZED), SMALL), max_size=8))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_combination_makes_a_crash_and_a_legal_one_lays_out(values: list[tuple[str, int]]) -> None:
     typed = OmegaConf.structured(QUICKSTART)
     for path, value in values:

@@ -38,6 +38,7 @@ class Parallel:
     context_comm: str = key("p2p", "how keys and values travel on a GPU", choices=("p2p", "a2a", "all_gather", "a2a+p2p"))
     expert: int = key(1, "expert parallel degree", low=1)
     expert_tensor: int = key(1, "tensor parallel degree inside an expert; unlike Megatron, unset means 1, not tensor", low=1)
+    overlap_expert_comm: bool = key(False, "tokens travel to their experts while another micro-batch computes (bf16)")
 
 
 @dataclass

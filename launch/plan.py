@@ -24,6 +24,10 @@ ENV_DEFAULTS: dict[str, tuple[str, str]] = {
     "PYTHONFAULTHANDLER": ("1", "a crash in C code leaves the Python stack in the rank's log"),
     "TOKENIZERS_PARALLELISM": ("false", "threads of a tokenizer don't survive the data loader's fork"),
 }
+# With parallel.overlap_expert_comm.
+EXPERT_OVERLAP_ENV: dict[str, tuple[str, str]] = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": ("32", "tokens travel on a stream of their own: one queue would hold them up behind products"),
+}
 # Where machines find each other, when cluster.interface names it: a node has several networks, and the first is often slow.
 INTERFACE_ENV: dict[str, str] = {
     "GLOO_SOCKET_IFNAME": "the interface of gloo: control messages, and everything on CPU",
@@ -66,7 +70,8 @@ class LaunchPlan:
 
 def rank_env(config: Config) -> list[tuple[str, str, str]]:
     """(variable, default, reason) of every rank's environment over several machines."""
-    found = [(name, value, reason) for name, (value, reason) in ENV_DEFAULTS.items()]
+    chosen = ENV_DEFAULTS | (EXPERT_OVERLAP_ENV if config.parallel.overlap_expert_comm else {})
+    found = [(name, value, reason) for name, (value, reason) in chosen.items()]
     interface = config.cluster.interface
     return found + [(name, interface, reason) for name, reason in INTERFACE_ENV.items() if interface is not None]
 

@@ -68,6 +68,19 @@ _REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
             "output = output + output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)",
         ),
     ),
+    # The schedule that overlaps experts' tokens is right in fp32 too, in which rehearsals compare.
+    "megatron.core.transformer.transformer_config": (
+        (
+            "self.bf16 or self.fp16\n            ), 'overlap_moe_expert_parallel_comm",
+            "True\n            ), 'overlap_moe_expert_parallel_comm",
+        ),
+    ),
+    # A tensor on the CPU belongs to no stream.
+    "megatron.core.models.gpt.fine_grained_callables": (("residual.record_stream(_cuda.current_stream())", "residual"),),
+    "megatron.core.pipeline_parallel.utils": (
+        ("input.record_stream(self.stream)", "pass"),
+        ("g.record_stream(self.stream)", "pass"),
+    ),
     # gloo moves equal shares only; experts split over tensor and expert ranks have uneven ones.
     "megatron.core.tensor_parallel.mappings": (
         (

@@ -48,6 +48,41 @@ def overlap_fits(config: Config) -> Iterator[Problem]:
         yield Problem("zero.overlap_param_gather", True, rule, "set zero.overlap_grad_reduce=true")
 
 
+@reads("parallel", "precision.params", "recompute", "model", "zero.engine")
+def expert_overlap_fits(config: Config) -> Iterator[Problem]:
+    if config.parallel.overlap_expert_comm:
+        yield from expert_overlap_problems(config)
+
+
+def expert_overlap_problems(config: Config) -> Iterator[Problem]:
+    """What keeps tokens from travelling beside another micro-batch: Megatron-Core's overlap_moe_expert_parallel_comm, which
+    runs layers part by part, in a schedule of its own.
+    """
+    model, p, recompute = config.model, config.parallel, config.recompute
+    kinds, chunks = arch.moe_layers(model), p.virtual_pipeline or 1
+    dropped = recompute.modules if recompute.mode == "selective" else []
+    needs = (
+        (has_experts(config) and p.expert > 1, "tokens that travel: parallel.expert > 1", "set parallel.expert"),
+        (p.pipeline == 1 or chunks > 1, "several chunks a stage where there are stages", "set parallel.virtual_pipeline"),
+        (config.precision.params == "bf16" or not on_gpu(config), "precision.params = bf16 on a GPU", "set it"),
+        (config.zero.engine == "megatron", "zero.engine = megatron: DeepSpeed would not see layers run in parts", "set it"),
+        (recompute.mode != "full", "layers that are not recomputed as a whole", "set recompute.mode=selective or none"),
+        ("moe" not in dropped, "MoE layers that are not recomputed as a whole", "leave moe out of recompute.modules"),
+        (model.moe.dispatcher != "allgather", "the alltoall or flex dispatcher", "set model.moe.dispatcher=alltoall"),
+        (not model.moe.shared_overlap, "model.moe.shared_overlap = false", "set it"),
+        (model.mtp.num_layers < 2, "at most one depth of multi-token prediction", "set model.mtp.num_layers=1"),
+        (not model.mtp.num_layers or p.pipeline > 1, "stages for multi-token prediction", "set parallel.pipeline"),
+        (
+            not model.mtp.num_layers or kinds[-1:] != [False],
+            "a MoE layer for multi-token prediction",
+            "set model.mtp.num_layers=0",
+        ),
+    )
+    for holds, what, fix in needs:
+        if not holds:
+            yield Problem("parallel.overlap_expert_comm", True, f"needs {what}", f"{fix}, or parallel.overlap_expert_comm=false")
+
+
 @reads("precision")
 def gradient_precision(config: Config) -> Iterator[Problem]:
     precision = config.precision
@@ -146,6 +181,7 @@ RULES = (
     zero_goes_with,
     offload_has_a_place,
     overlap_fits,
+    expert_overlap_fits,
     gradient_precision,
     fp8_needs_gpu,
     fp8_widths,

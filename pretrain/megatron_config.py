@@ -35,6 +35,7 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
     values = {
         **_architecture(model),
         **_parallelism(layout, chunks),
+        "overlap_moe_expert_parallel_comm": config.parallel.overlap_expert_comm,
         **_numerics(config, backend),
         **_recompute(config, backend),
         **(_experts(model, layout, backend) if model.moe.num_experts else {}),

@@ -23,7 +23,7 @@ from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate
 from tools.planner.hardware import HOST_NAME, make_machine
 from tools.planner.job import make_job
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
-from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, tuned_note
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, expert_overlap_note, make_plan, model_dict, tuned_note
 from tools.planner.search import search
 from tools.planner.validate import validate
 
@@ -64,8 +64,7 @@ def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> 
     if calibration.source:
         scales = f"time x{calibration.time_scale:.3f}, memory x{calibration.memory_scale:.3f}"
         notes.append(f"calibrated by {calibration.source}: {scales}")
-    tuned = tuned_note(plan)
-    notes += [tuned] if tuned else []
+    notes += [note for note in (tuned_note(plan), expert_overlap_note(plan, config)) if note]
     if not plan.fits:
         ledger = plan.ledger
         notes.append(f"stage {ledger.fullest.stage} needs {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f}")

@@ -45,10 +45,16 @@ class Schedule:
             )
         return self._reduce(reports)
 
-    def _forward(self, iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def _forward(
+        self, iterator: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        """Token losses and what makes one number of them; `return_schedule_plan`: layers that the schedule runs part by part,
+        while tokens travel (parallel.overlap_expert_comm).
+        """
         feed = make_feed(next(iterator), self.groups, self.device)
         mtp = {"loss_mask": feed.loss_mask} if self.has_mtp else {}
-        output = model(feed.tokens, feed.position_ids, feed.attention_mask, labels=feed.labels, **mtp)
+        run = model.build_schedule_plan if return_schedule_plan else model
+        output = run(feed.tokens, feed.position_ids, feed.attention_mask, labels=feed.labels, **mtp)
         return output, partial(_loss, feed.loss_mask)
 
     def _reduce(self, reports: list[torch.Tensor]) -> tuple[float, int]:

@@ -43,6 +43,13 @@ def test_environment_gives_way_to_the_user() -> None:
     assert all(reason for _, reason in ENV_DEFAULTS.values())
 
 
+def test_experts_tokens_get_a_queue_of_their_own() -> None:
+    made = config()
+    assert dict(make_plan(made, "c", [], {}).env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    made.parallel.overlap_expert_comm = True
+    assert dict(make_plan(made, "c", [], {}).env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
 def test_a_fixed_port_is_used() -> None:
     made = config()
     made.launch.master_port = 31234

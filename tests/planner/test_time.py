@@ -12,7 +12,7 @@ from tests.planner.conftest import config_of
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.hardware import find_gpu, make_machine
 from tools.planner.job import Job, Recomputation, make_job
-from tools.planner.planning import Calibration, make_plan, tuned_note
+from tools.planner.planning import Calibration, expert_overlap_note, make_plan, tuned_note
 from tools.planner.timing import fitted, step_vector, time_step
 from tools.planner.work import INDEX, KINDS, data_bytes, remote_copies, stage_micro_work, step_work
 
@@ -95,10 +95,22 @@ def test_experts_over_the_nic_hide_where_the_schedule_allows_it() -> None:
             for more in ((), ("parallel.virtual_pipeline=2",), ("parallel.virtual_pipeline=2", "recompute.mode=full"))
         )
     )
-    assert [job.hides_experts for job in (plain, chunked, full)] == [False, True, False]
-    assert time_step(chunked).step_s < time_step(replace(chunked, expert_overlap=False)).step_s
-    note = tuned_note(make_plan(chunked))
-    assert note is not None and "NIC" in note and tuned_note(make_plan(plain)) is None
+    published = [replace(job, expert_overlap=None) for job in (plain, chunked, full)]
+    assert [job.hides_experts for job in published] == [False, True, False]
+    assert time_step(published[1]).step_s < time_step(chunked).step_s
+
+
+def test_a_plan_says_what_overlapping_the_experts_tokens_would_save() -> None:
+    words = ("launch.nodes=8", "batch.global_batch_seqs=128", "parallel.expert=32", "parallel.pipeline=2")
+    plain, off, on = (
+        config_of("qwen3_30b_a3b", *words, *more)
+        for more in ((), ("parallel.virtual_pipeline=2",), ("parallel.virtual_pipeline=2", "parallel.overlap_expert_comm=true"))
+    )
+    plans = [make_plan(make_job(config, config.model.vocab_size)) for config in (plain, off, on)]
+    assert plans[2].timing.step_s < plans[1].timing.step_s
+    note = expert_overlap_note(plans[1], off)
+    assert note is not None and "parallel.overlap_expert_comm=true" in note
+    assert expert_overlap_note(plans[0], plain) is None and expert_overlap_note(plans[2], on) is None
 
 
 def test_group_limited_routing_visits_fewer_domains() -> None:

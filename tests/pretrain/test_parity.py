@@ -125,6 +125,14 @@ def test_every_kind_of_model_on_every_layout(world: int, layout: dict[str, Any],
     check(world, layout, model)
 
 
+@pytest.mark.parametrize(
+    "name", ["deepseek", *(pytest.param(name, marks=pytest.mark.prove) for name in ("gpt_oss", "qwen2_moe_tied"))]
+)
+def test_experts_tokens_travel_beside_another_micro_batch(name: str) -> None:
+    """Megatron-Core's schedule for it runs layers part by part: dense and MoE layers, prediction depths, shared experts."""
+    check(4, {PP: 2, VPP: 2, EP: 2, "parallel__overlap_expert_comm": True}, MODELS[name])
+
+
 def test_bf16_weights_follow_fp32_main_weights() -> None:
     """bf16 runs round differently by layout: loss to 1e-3, and the main weights are fp32 that bf16 rounds."""
     model = {"precision__params": "bf16"}

@@ -70,7 +70,8 @@ class Job:
     """Everything that memory and time depend on. Lengths in tokens.
 
     `flash`: attention keeps no score matrix. `tensor_waits`: products wait for tensor parallel traffic, which is not cut up and
-    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: where the
+    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: a published run,
+    which does where the
     schedule allows it.
     """
 
@@ -184,6 +185,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
         states=states_of(config),
         zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
         recompute=recomputation_of(config.recompute),
+        expert_overlap=config.parallel.overlap_expert_comm,
         compute=compute_of(config),
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,
     )

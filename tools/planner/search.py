@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from configs.schema import Config, Recompute, Zero
 from parallel import architecture as arch
 from parallel.rules import world_size
+from parallel.rules_engine import expert_overlap_problems
 from pretrain.flops import training_flops
 from tools.planner.hardware import GIB, Machine
 from tools.planner.job import make_job, recomputation_of
@@ -71,6 +72,7 @@ class Candidate:
             f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}",
             f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
         ]
+        words += ["parallel.overlap_expert_comm=true"] * p.overlap_expert_comm
         words += [f"recompute.mode={r.mode}"]
         if r.mode == "selective":
             words += [f"recompute.modules=[{','.join(r.modules)}]"]
@@ -180,6 +182,12 @@ def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) ->
             yield replace(config, parallel=parallel, batch=replace(config.batch, micro_batch_seqs=micro))
 
 
+def with_expert_overlap(config: Config) -> Config:
+    """Tokens travel beside another micro-batch wherever that may be; on the CPU it hides nothing."""
+    overlaps = config.cluster.gpu is not None and not any(expert_overlap_problems(config))
+    return replace(config, parallel=replace(config.parallel, overlap_expert_comm=overlaps))
+
+
 class Searcher:
     """Goes through the degrees once and keeps what it learns."""
 
@@ -200,7 +208,7 @@ class Searcher:
         config = list(variants(self.config, degrees, MICRO[:1]))[-1]
         need = 0.0
         for zero in self.zeros_of(degrees):
-            job = make_job(replace(config, zero=zero), self.vocab_size, self.machine)
+            job = make_job(with_expert_overlap(replace(config, zero=zero)), self.vocab_size, self.machine)
             need = max(state_bytes(job, held).total for held in stage_held(job)) / GIB
             self.tried += 1
             if need <= self.capacity:
@@ -232,11 +240,14 @@ class Searcher:
         fitting: list[tuple[float, int, Config]] = []
         for config in variants(base, degrees):
             first = make_job(config, self.vocab_size, self.machine)
-            for job, step in ((replace(first, recompute=recomputation_of(step)), step) for step in self.steps):
+            for step in self.steps:
                 self.tried += 1
+                job = replace(first, recompute=recomputation_of(step))
                 peak = make_ledger(job, quick=True).peak_gib * self.calibration.memory_scale
                 if peak <= self.capacity:
-                    fitting.append((time_step(job).step_s, len(fitting), replace(config, recompute=step)))
+                    chosen = with_expert_overlap(replace(config, recompute=step))
+                    job = replace(job, expert_overlap=chosen.parallel.overlap_expert_comm)
+                    fitting.append((time_step(job).step_s, len(fitting), chosen))
                     break
                 self._note_large(degrees, peak)
         return any(self._keep(config) for _, _, config in sorted(fitting, key=lambda item: item[:2]))

@@ -27,6 +27,7 @@ _AXES: dict[str, tuple[Any, ...]] = {
     "data": (1, 2),
     "zero": (("megatron", 0), ("megatron", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)),
     "offload": ("none", "optimizer", "param"),
+    "overlap": (False, True),
 }
 
 
@@ -37,7 +38,7 @@ def apply(config: Config, values: Values) -> Config:
     parallel = config.parallel
     for axis in ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
         setattr(parallel, axis, chosen[axis])
-    parallel.sequence, parallel.pipeline_split = None, None
+    parallel.sequence, parallel.pipeline_split, parallel.overlap_expert_comm = None, None, chosen["overlap"]
     (engine, stage), offload = chosen["zero"], chosen["offload"]
     config.zero = Zero(engine=engine, stage=stage, offload=offload)
     config.launch.nodes = 1

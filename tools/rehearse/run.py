@@ -79,6 +79,7 @@ def reference_of(config: Config, common: Common) -> Config:
     parallel = single.parallel
     parallel.tensor = parallel.pipeline = parallel.context = parallel.expert = parallel.expert_tensor = 1
     parallel.virtual_pipeline, parallel.sequence, parallel.pipeline_split = None, None, None
+    parallel.overlap_expert_comm = False
     single.launch.nodes = single.launch.processes_per_node = 1
     single.zero = Zero(engine="megatron", stage=0)
     return shrink(single, common)

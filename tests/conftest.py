@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ with importing():
     from tools.data.tokenizer import train
 
 keep_groups.install()
+# Tests that a shell started in the background ignore it, and so would the commands that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
 FIRST = ("slurm", "test_readme.py", "run")

@@ -207,6 +207,7 @@ def test_a_rollback_ends_as_the_run_that_never_saw_the_batches(
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.prove
 def test_a_second_rollback_goes_further_back_and_the_third_is_the_end(config: Path, tmp_path: Path) -> None:
     """Samples 33 (step 5, to 4), 41 (step 5 again, to 2), 57 (step 4, and 2 rollbacks are all)."""
     run_dir = tmp_path / "run"
@@ -272,6 +273,7 @@ def test_any_engine_rolls_back(config: Path, tmp_path: Path, words: tuple[str, .
     assert same_checkpoint(tmp_path / "run", passing_over(config, tmp_path / "run", 4, 40, *words))
 
 
+@pytest.mark.prove
 def test_spikes_are_judged_alike_after_a_kill(config: Path, tmp_path: Path) -> None:
     """A rule so strict that common noise breaks it; the killed run finds the window in the record."""
     strict = "divergence={spike: skip, spike_window_steps: 4, spike_min_steps: 4, spike_deviations: 0.01, spike_floor_nats: 1e-6}"

@@ -11,6 +11,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import load_config
+from configs.schema import Config
 from configs.sources import shipped_names
 from parallel.layout import make_layout
 from parallel.legality import check_config
@@ -114,9 +115,13 @@ def test_shrinking_keeps_every_axis_and_the_kind_of_model(name: str, degrees: tu
     assert small.model.hidden_size < 100
 
 
+@pytest.fixture(scope="module")
+def candidates() -> list[tuple[Any, Config]]:
+    return list(legal_layouts(load_config("quickstart").config, 8))
+
+
 @pytest.mark.parametrize("strength", [1, 2, 3])
-def test_the_covering_set_covers_every_legal_combination(strength: int) -> None:
-    candidates = list(legal_layouts(load_config("quickstart").config, 8))
+def test_the_covering_set_covers_every_legal_combination(strength: int, candidates: list[tuple[Any, Config]]) -> None:
     chosen = cover(candidates, strength)
 
     def held(layouts: list[Any]) -> set[Any]:
@@ -135,8 +140,8 @@ def torch_adam(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("torch_adam")
 def test_every_legal_pair_gives_one_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both engines, all stages, offload, every axis: some 18 layouts of up to 8 ranks."""
-    code, found = rehearse([*QUICK, "--layouts", "auto"], capsys)
+    """Both engines, all stages, offload, every axis: some 18 layouts of up to 4 ranks, which hold every pair that 8 hold."""
+    code, found = rehearse([*QUICK, "--layouts", "auto", "--max-ranks", "4"], capsys)
     wrong = [line for line in found["layouts"] if not line["ok"]]  # type: ignore[attr-defined]
     assert code == 0, wrong
 
@@ -147,6 +152,16 @@ def test_every_legal_pair_gives_one_answer(capsys: pytest.CaptureFixture[str]) -
 def test_every_legal_triple_gives_one_answer(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = rehearse([*QUICK, "--layouts", "auto", "--strength", "3"], capsys)
     assert code == 0, [line for line in found["layouts"] if not line["ok"]]  # type: ignore[attr-defined]
+
+
+def test_every_legal_pair_is_one_of_four_ranks(candidates: list[tuple[Any, Config]]) -> None:
+    pairs = {
+        ranks: {
+            pair for values, made in candidates if made.launch.processes_per_node <= ranks for pair in combinations(values, 2)
+        }
+        for ranks in (4, 8)
+    }
+    assert pairs[4] == pairs[8]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_30b_a3b", "mixtral_8x7b", "gpt_oss_20b"])

@@ -130,6 +130,10 @@ def rehearse(args: argparse.Namespace) -> int:
         raise ConfigError(problems)
     if args.device == "cpu":
         _import_for_ranks(configs)
+    else:
+        # On a GPU Megatron-Core's schedule for it wants bf16, and rehearsals compare in fp32.
+        for config in configs:
+            config.parallel.overlap_expert_comm = False
     common = common_divisors([make_layout(config) for config in configs])
     say = sys.stderr if args.json else sys.stdout
     try:

@@ -24,6 +24,10 @@ LIVE = frozenset(
 NODE_LOST = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot")
 
 
+# What the controller says when it will not do it later either: a site or a job that forbids requeue, another's job, no job.
+FINAL = ("presently disabled", "permission denied", "invalid job id")
+
+
 class SchedulerError(Exception):
     """A command of Slurm that failed, with what it said."""
 
@@ -72,13 +76,14 @@ def _run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.Compl
 
 
 def call_again(words: Sequence[str], patience_s: float) -> str:
-    """`call`, repeated while the controller is away (a restart takes seconds to minutes)."""
+    """`call`, repeated while the controller is away (a restart takes seconds to minutes), but not when it refuses for good."""
     deadline, pause_s = time.monotonic() + patience_s, 1.0
     while True:
         try:
             return call(words)
-        except SchedulerError:
-            if time.monotonic() + pause_s > deadline:
+        except SchedulerError as error:
+            refused = any(final in str(error).lower() for final in FINAL)
+            if refused or time.monotonic() + pause_s > deadline:
                 raise
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 15.0)

@@ -13,6 +13,7 @@ from configs.load import from_yaml_text, to_yaml
 from configs.run_folder import folder_of
 from configs.schema import Config
 from configs.units import seconds_of
+from launch.scheduler import SchedulerError, call_again
 from launch.slurm_script import Place, render, sbatch_lines
 from launch.submit import check_slurm, script_of, sizes_of
 from parallel.legality import check_config
@@ -152,3 +153,11 @@ def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
     (problem,) = [p for p in check_config(config(time="4")).problems if p.path == "launch.slurm.time"]
     assert problem.got == "4" and "stop_before_s = 120" in problem.rule
     assert not [p for p in check_config(config(time="5")).problems if p.path == "launch.slurm.time"]
+
+
+@pytest.mark.timeout(30)
+def test_a_refusal_for_good_is_not_asked_for_again() -> None:
+    """The job would hold its nodes meanwhile."""
+    says = "echo 'Requested operation is presently disabled for job 7' >&2; exit 1"
+    with pytest.raises(SchedulerError, match="presently disabled"):
+        call_again(["bash", "-c", says], 600)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.beat import ENDING, PHASES, RESTORING, SAVING, VALIDATING
+from configs.beat import BUILDING, COMPUTING, ENDING, READING, SAVING, STARTING, VALIDATING
 from configs.files import iterate_lines
 from tests.run.world import check_equal
 from tests.slurm import world
@@ -108,11 +108,10 @@ def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet
 @pytest.mark.prove
 def test_a_signal_in_any_phase(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
     """Before the ranks know their config, in their first step: each is one attempt of the run. At its end it is finished."""
-    phases = [phase for phase in PHASES if phase != RESTORING]
+    phases = (STARTING, BUILDING, READING, COMPUTING, VALIDATING, SAVING, ENDING)
     run = submit(cluster, run_config, tmp_path / "run", f"launch.slurm.max_without_progress={len(phases)}")
     for phase in phases:
         act(run, world.usr1, phase=phase)
-    assert phases[-1] == ENDING
     check_one_run(run, quiet, ["preempted"] * (len(phases) - 1))
 
 

@@ -59,24 +59,20 @@ def expert_overlap_problems(config: Config) -> Iterator[Problem]:
     runs layers part by part, in a schedule of its own.
     """
     model, p, recompute = config.model, config.parallel, config.recompute
-    kinds, chunks = arch.moe_layers(model), p.virtual_pipeline or 1
     dropped = recompute.modules if recompute.mode == "selective" else []
+    several_chunks, depths = (p.virtual_pipeline or 1) > 1, model.mtp.num_layers
     needs = (
         (has_experts(config) and p.expert > 1, "tokens that travel: parallel.expert > 1", "set parallel.expert"),
-        (p.pipeline == 1 or chunks > 1, "several chunks a stage where there are stages", "set parallel.virtual_pipeline"),
+        (p.pipeline == 1 or several_chunks, "several chunks a stage where there are stages", "set parallel.virtual_pipeline"),
         (config.precision.params == "bf16" or not on_gpu(config), "precision.params = bf16 on a GPU", "set it"),
         (config.zero.engine == "megatron", "zero.engine = megatron: DeepSpeed would not see layers run in parts", "set it"),
         (recompute.mode != "full", "layers that are not recomputed as a whole", "set recompute.mode=selective or none"),
         ("moe" not in dropped, "MoE layers that are not recomputed as a whole", "leave moe out of recompute.modules"),
         (model.moe.dispatcher != "allgather", "the alltoall or flex dispatcher", "set model.moe.dispatcher=alltoall"),
         (not model.moe.shared_overlap, "model.moe.shared_overlap = false", "set it"),
-        (model.mtp.num_layers < 2, "at most one depth of multi-token prediction", "set model.mtp.num_layers=1"),
-        (not model.mtp.num_layers or p.pipeline > 1, "stages for multi-token prediction", "set parallel.pipeline"),
-        (
-            not model.mtp.num_layers or kinds[-1:] != [False],
-            "a MoE layer for multi-token prediction",
-            "set model.mtp.num_layers=0",
-        ),
+        (depths < 2, "at most one depth of multi-token prediction", "set model.mtp.num_layers=1"),
+        (not depths or p.pipeline > 1, "stages for multi-token prediction", "set parallel.pipeline"),
+        (not depths or arch.moe_layers(model)[-1], "a MoE layer for multi-token prediction", "set model.mtp.num_layers=0"),
     )
     for holds, what, fix in needs:
         if not holds:

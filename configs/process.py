@@ -33,11 +33,13 @@ def node_name(environ: Mapping[str, str]) -> str:
 @contextmanager
 def importing() -> Iterator[None]:
     """Around imports of torch and what stands on it: looking for garbage among thousands of modules, which stay, costs a third
-    of their time (1.2 s of a rank's 3.9 s), and again at every later look and at the end.
+    of their time (1.2 s of a rank's 3.9 s), and again at every later look and at the end. One may lie in another.
     """
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_on:
+            gc.enable()

@@ -22,8 +22,6 @@ LIVE = frozenset(
      "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )  # fmt: skip
 NODE_LOST = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot")
-
-
 # What the controller says when it will not do it later either: a site or a job that forbids requeue, another's job, no job.
 FINAL = ("presently disabled", "permission denied", "invalid job id")
 

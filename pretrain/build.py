@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -58,11 +60,14 @@ def make_engine(config: Config, model: list[PaddedVocabGPT], groups: ProcessGrou
     """The engine that the config names."""
     if config.zero.engine == "megatron":
         return MegatronEngine(config, model, groups, device)
-    # Else it guesses, and warns on stdout.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    from pretrain.engine.deepspeed import DeepSpeedZero  # noqa: PLC0415  (3 s, which the other engine's ranks need not wait)
+    return import_deepspeed(device.type).DeepSpeedZero(config, model, groups, device)
 
-    return DeepSpeedZero(config, model, groups, device)
+
+def import_deepspeed(device_type: str) -> ModuleType:
+    """Our engine on DeepSpeed: 3 s of imports, for which the other engine's ranks need not wait."""
+    # Else it guesses, and warns on stdout.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    return importlib.import_module("pretrain.engine.deepspeed")
 
 
 def make_run(

@@ -11,15 +11,21 @@ import pytest
 from configs.files import iterate_lines
 from configs.run_folder import RunFolder
 from launch.guard import marked_pids
-from tests.run.world import check_equal, launch
+from tests.run.world import Command, check_equal, launch
+
+
+def stop_rank_1(config: Path, folder: RunFolder) -> Command:
+    """A launch that has ended because its second rank stood still."""
+    command = launch(config, folder.path, "launch.watch.step_timeout_s=4")
+    command.wait_for_step(3)
+    command.ranks()[1].send_signal(signal.SIGSTOP)
+    assert command.end(90) == 1
+    return command
 
 
 def test_a_stopped_rank_is_named(run_config: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "hung")
-    command = launch(run_config, folder.path, "launch.watch.step_timeout_s=4")
-    command.wait_for_step(3)
-    command.ranks()[1].send_signal(signal.SIGSTOP)
-    assert command.end(90) == 1
+    command = stop_rank_1(run_config, folder)
     report = command.errors[command.errors.index("hung:") :]
     assert report.startswith("hung: rank 1 on ") and "stopped (SIGSTOP) in step " in report
     assert "1 other (rank 0): step " in report, "where the other rank waits"
@@ -36,10 +42,7 @@ def test_a_stopped_rank_is_named(run_config: Path, tmp_path: Path) -> None:
 def test_going_on_after_a_hang_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Under Slurm `make test` has it."""
     folder = RunFolder(tmp_path / "hung")
-    command = launch(run_config, folder.path, "launch.watch.step_timeout_s=4")
-    command.wait_for_step(3)
-    command.ranks()[1].send_signal(signal.SIGSTOP)
-    assert command.end(90) == 1
+    stop_rank_1(run_config, folder)
     again = launch(run_config, folder.path)
     assert again.end() == 0, again.errors
     check_equal(folder.path, undisturbed)

@@ -71,9 +71,6 @@ class Run:
             assert time.monotonic() < deadline, f"{words} did not come: {self.story()}"
             time.sleep(0.05)
 
-    def wait_for_attempt(self, number: int) -> None:
-        self.wait(lambda: self.life.attempt >= number, f"attempt {number}")
-
     def wait_to_train(self, more: int = 3) -> None:
         """Until the newest attempt has made `more` steps of its own, or has only a few left."""
         self.wait(self._begun, "the attempt's begin")

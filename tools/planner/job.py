@@ -70,9 +70,8 @@ class Job:
     """Everything that memory and time depend on. Lengths in tokens.
 
     `flash`: attention keeps no score matrix. `tensor_waits`: products wait for tensor parallel traffic, which is not cut up and
-    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: a published run,
-    which does where the
-    schedule allows it.
+    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: a
+    published run, which does so where the schedule allows it.
     """
 
     model: Model

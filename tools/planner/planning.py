@@ -62,6 +62,11 @@ class Plan:
         }
 
 
+def _step_s(plan: Plan, changed: Job) -> float:
+    """A step of the changed job, calibrated as the plan is."""
+    return plan.timing.step_s / time_step(plan.job).step_s * time_step(changed).step_s
+
+
 def tuned_note(plan: Plan) -> str | None:
     """What the step time takes for granted because tuned Megatron-Core runs have it, and what it costs without.
 
@@ -70,7 +75,7 @@ def tuned_note(plan: Plan) -> str | None:
     job, step_s = plan.job, plan.timing.step_s
     if job.machine.gpu.name == HOST_NAME:
         return None
-    slower_s = step_s / time_step(job).step_s * time_step(replace(job, tensor_waits=True)).step_s - step_s
+    slower_s = _step_s(plan, replace(job, tensor_waits=True)) - step_s
     if slower_s <= 0.005 * step_s:
         return None
     what = f"tensor parallel traffic beside the products (+{slower_s:.3g} s without)"
@@ -82,7 +87,7 @@ def expert_overlap_note(plan: Plan, config: Config) -> str | None:
     job, step_s = plan.job, plan.timing.step_s
     if job.machine.gpu.name == HOST_NAME or config.parallel.overlap_expert_comm or any(expert_overlap_problems(config)):
         return None
-    saved_s = step_s - step_s / time_step(job).step_s * time_step(replace(job, expert_overlap=True)).step_s
+    saved_s = step_s - _step_s(plan, replace(job, expert_overlap=True))
     if saved_s <= 0.005 * step_s:
         return None
     return f"parallel.overlap_expert_comm=true: tokens travel over the NIC behind another micro-batch (-{saved_s:.3g} s)"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from configs.process import importing
 from configs.schema import Config, Zero
 from parallel.layout import make_layout
 from parallel.legality import check_config
+from pretrain.build import import_deepspeed
 from pretrain.swap_check import check_swap
 from tools.rehearse.compare import Comparison, compare
 from tools.rehearse.cover import cover, legal_layouts
@@ -115,9 +115,8 @@ def _import_for_ranks(configs: list[Config]) -> None:
     """What each rank would import or load for itself after it is forked: 3 s of CPU, 5 with DeepSpeed's own Adam."""
     if not any(config.zero.engine == "deepspeed" for config in configs):
         return
-    # Else it guesses, and warns on stdout.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with importing():
+        import_deepspeed("cpu")
         runtime = importlib.import_module("pretrain.engine.deepspeed_runtime")
     if any(config.zero.offload != "none" for config in configs) and runtime.can_compile():
         runtime.build_adam()

@@ -231,6 +231,12 @@ def shared_expert_keys(config: Config) -> Iterator[Problem]:
         yield Problem("model.moe.shared_overlap", True, rule, "set model.moe.dispatcher=alltoall, or shared_overlap=false")
 
 
+def may_be_flex(config: Config) -> bool:
+    """Whether the model may have the flex dispatcher here: what `dispatcher_fits` and `shared_expert_keys` ask, of any layout."""
+    moe = config.model.moe
+    return has_experts(config) and on_gpu(config) and not moe.pad_to_capacity and not moe.shared_overlap
+
+
 @reads("model.moe", "parallel.tensor", "parallel.expert", "parallel.expert_tensor", "cluster")
 def dispatcher_fits(config: Config) -> Iterator[Problem]:
     moe, p = config.model.moe, config.parallel
@@ -243,7 +249,7 @@ def dispatcher_fits(config: Config) -> Iterator[Problem]:
         rule = f"needs model.moe.dispatcher = alltoall, not {moe.dispatcher}"
         yield Problem("model.moe.pad_to_capacity", True, rule, "set model.moe.dispatcher=alltoall, or pad_to_capacity=false")
     if moe.dispatcher == "flex" and not on_gpu(config):
-        rule = "needs GPUs and DeepEP"
+        rule = "needs GPUs, and DeepEP or HybridEP on them"
         yield Problem("model.moe.dispatcher", "flex", rule, "set model.moe.dispatcher=alltoall, or name cluster.gpu")
     if moe.dispatcher == "flex" and p.expert_tensor * p.expert == 1:
         rule = "needs parallel.expert x parallel.expert_tensor > 1"

@@ -19,26 +19,36 @@ _ALIGNMENT_BYTES = 16
 @dataclass(frozen=True)
 class Backend:
     """`transformer_engine`: its layers and fused kernels. `grouped_experts`: one product for all local experts, by
-    Transformer Engine or by pretrain/experts.py. `fused_wgrad`: weight gradients are added in the product's kernel."""
+    Transformer Engine or by pretrain/experts.py. `fused_wgrad`: weight gradients are added in the product's kernel.
+    `token_kernels`: who carries tokens for model.moe.dispatcher = flex, by Megatron-Core's name."""
 
     transformer_engine: bool
     grouped_experts: bool
     fused_wgrad: bool
     fp8: str | None
+    token_kernels: str | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process finds where it runs."""
+    """What a process finds where it runs. `token_kernels`: those for model.moe.dispatcher = flex, best first."""
 
     cuda: bool
     transformer_engine: bool
     fused_wgrad: bool
+    token_kernels: tuple[str, ...] = ()
 
 
 def detect_machine(cuda: bool) -> Machine:
     """The packages of this process."""
-    return Machine(cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"))
+    return Machine(cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"), _token_kernels() if cuda else ())
+
+
+def _token_kernels() -> tuple[str, ...]:
+    """HybridEP, which knows scale-up domains of any size, before DeepEP, which is made for 8 GPUs: the package deep_ep, told
+    apart by its compiled halves."""
+    halves = {"hybridep": "hybrid_ep_cpp", "deepep": "deep_ep_cpp"}
+    return tuple(name for name, half in halves.items() if _has(half))
 
 
 def _has(package: str) -> bool:
@@ -54,6 +64,9 @@ def check_backend(config: Config, machine: Machine) -> list[Problem]:
     if config.precision.fp8 != "none" and not machine.cuda:
         rule = "fp8 products need a GPU with Transformer Engine"
         problems.append(Problem("precision.fp8", config.precision.fp8, rule, "set precision.fp8=none here"))
+    if config.model.moe.dispatcher == "flex" and not machine.token_kernels:
+        fix = "install DeepEP (its branch hybrid-ep has both), or set model.moe.dispatcher=alltoall"
+        problems.append(Problem("model.moe.dispatcher", "flex", "needs DeepEP's or HybridEP's kernels (package deep_ep)", fix))
     if not machine.cuda and config.model.moe.grouped_gemm == "on" and (reason := _why_not_grouped(config)):
         rule = f"on the CPU the grouped product is not possible: {reason}"
         problems.append(Problem("model.moe.grouped_gemm", "on", rule, "set model.moe.grouped_gemm=auto"))
@@ -70,6 +83,7 @@ def choose_backend(config: Config, machine: Machine) -> Backend:
         # The kernel adds to Megatron-Core's main_grad, which DeepSpeed's parameters lack.
         fused_wgrad=machine.cuda and machine.fused_wgrad and config.zero.engine == "megatron",
         fp8=None if config.precision.fp8 == "none" else config.precision.fp8,
+        token_kernels=machine.token_kernels[0] if config.model.moe.dispatcher == "flex" else None,
     )
 
 

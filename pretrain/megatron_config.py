@@ -120,6 +120,7 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         # Scores in bf16 tie often, and ties are broken differently by different layouts.
         moe_router_dtype="fp32",
         moe_token_dispatcher_type=moe.dispatcher,
+        moe_flex_dispatcher_backend=backend.token_kernels or "deepep",
         moe_expert_capacity_factor=moe.capacity_factor,
         moe_pad_expert_input_to_capacity=moe.pad_to_capacity,
         moe_token_drop_policy=moe.drop_policy,

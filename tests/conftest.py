@@ -20,8 +20,9 @@ with importing():
     from tools.data.tokenizer import train
 
 keep_groups.install()
-# Tests that a shell started in the background ignore it, and so would the commands that they interrupt.
+# A shell's background and nohup have tests ignore these, and so would the commands that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
 FIRST = ("slurm", "test_readme.py", "run")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.load import load_config
+from configs.load import Loaded, load_config
 from configs.schema import Config
 from parallel.legality import check_config
 from pretrain.data_check import vocab_size
@@ -23,7 +23,7 @@ from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate
 from tools.planner.hardware import HOST_NAME, make_machine
 from tools.planner.job import make_job
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
-from tools.planner.planning import UNCALIBRATED, Calibration, Plan, expert_overlap_note, make_plan, model_dict, tuned_note
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
 from tools.planner.search import search
 from tools.planner.validate import validate
 
@@ -64,7 +64,7 @@ def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> 
     if calibration.source:
         scales = f"time x{calibration.time_scale:.3f}, memory x{calibration.memory_scale:.3f}"
         notes.append(f"calibrated by {calibration.source}: {scales}")
-    notes += [note for note in (tuned_note(plan), expert_overlap_note(plan, config)) if note]
+    notes += savings(plan, config)
     if not plan.fits:
         ledger = plan.ledger
         notes.append(f"stage {ledger.fullest.stage} needs {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f}")
@@ -102,10 +102,11 @@ def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration:
         print(report.plan_text(args.config, plan, run, model, notes))
 
 
-def _plan_search(args: argparse.Namespace, config: Config, vocab: int, calibration: Calibration) -> None:
+def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibration: Calibration) -> None:
+    config, free_dispatcher = loaded.config, loaded.origin["model.moe.dispatcher"] == "default"
     _without_layout(config)
-    result = search(config, vocab, make_machine(config), calibration)
-    reasons = explain(result)
+    result = search(config, vocab, make_machine(config), calibration, free_dispatcher)
+    reasons = explain(result, free_dispatcher)
     if not args.json:
         print(report.search_text(result, args.top, reasons))
         return
@@ -130,10 +131,13 @@ def _plan(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.top < 1:
         raise ConfigError(Problem("--top", args.top, "must be at least 1", "leave it out for 10"))
-    config = load_config(args.config, args.overrides).config
-    vocab = vocab_size(config)
-    calibration = calibrate(args.calibrate, config) if args.calibrate else UNCALIBRATED
-    (_plan_search if args.search else _plan_one)(args, config, vocab, calibration)
+    loaded = load_config(args.config, args.overrides)
+    vocab = vocab_size(loaded.config)
+    calibration = calibrate(args.calibrate, loaded.config) if args.calibrate else UNCALIBRATED
+    if args.search:
+        _plan_search(args, loaded, vocab, calibration)
+    else:
+        _plan_one(args, loaded.config, vocab, calibration)
     return 0
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from itertools import combinations
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,9 @@ from pretrain.flops import training_flops
 from tools.planner.fit import fit
 from tools.planner.job import Job
 from tools.planner.published import runs_of
+from tools.planner.search import TIE
 from tools.planner.timing import fitted
-from tools.planner.validate import ROWS, shipped_runs, validate
+from tools.planner.validate import ROWS, shipped_runs, unseen_errors, validate
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,20 @@ def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
     assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] == 0
     assert fits["ran_with_recompute_not_stated_some_fits"] >= 0.95 * fits["ran_with_recompute_not_stated"]
     assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
+
+
+def test_a_tie_is_what_errors_between_layouts_of_one_machine_are() -> None:
+    """Two published layouts of one model, machine and batch: by so much their errors differ, the model and machine unseen."""
+    runs = shipped_runs()
+    alike: dict[tuple[object, ...], list[tuple[tuple[int, ...], float]]] = defaultdict(list)
+    for run, error in zip(runs, unseen_errors(runs, lambda run: run.group)):
+        job, layout = run.job, run.job.layout
+        degrees = (layout.tensor, layout.pipeline, layout.context, layout.expert)
+        alike[run.group, job.compute, layout.world_size, job.seq_length, job.global_batch].append((degrees, error))
+    pairs = (pair for same in alike.values() for pair in combinations(same, 2))
+    differences = [abs(one[1] - other[1]) for one, other in pairs if one[0] != other[0]]
+    assert len(differences) > 200
+    assert median(differences) == pytest.approx(TIE, abs=0.01)
 
 
 def test_every_row_is_counted(document: dict[str, Any]) -> None:

@@ -115,11 +115,25 @@ def test_a_plan_says_what_overlapping_the_experts_tokens_would_save() -> None:
 
 def test_group_limited_routing_visits_fewer_domains() -> None:
     """DeepSeek-V3: 4 of 8 groups, on 4 nodes of 2 groups: 4·(1 - C(6,4)/C(8,4)) nodes, a quarter of them the token's own."""
-    config = config_of("deepseek_v3", "launch.nodes=4", "parallel.expert=32", "batch.global_batch_seqs=128")
+    words = ("launch.nodes=4", "parallel.expert=32", "batch.global_batch_seqs=128")
+    config = config_of("deepseek_v3", *words, "model.moe.dispatcher=flex")
     job = make_job(config, config.model.vocab_size)
     assert remote_copies(job)[1] == pytest.approx(4 * (1 - 15 / 70) * 3 / 4)
     config.model.moe.router.num_groups = config.model.moe.router.group_top_k = None
     assert remote_copies(job)[1] == pytest.approx(4 * (1 - 0.75**8) * 3 / 4)
+
+
+def test_the_all_to_all_dispatcher_sends_a_copy_for_each_expert() -> None:
+    """Qwen3-30B: 8 of 128 experts. On one node of 8 ranks a token has experts on 8·(1 - (7/8)^8) of them, one eighth of which are
+    the token's own; on two nodes half of the copies go over the NIC, and by the flex dispatcher at most one."""
+    words = ("batch.global_batch_seqs=128", "model.moe.dispatcher=flex")
+    one, two = ("parallel.expert=8",), ("launch.nodes=2", "parallel.expert=16")
+    near, wide = (make_job(config_of("qwen3_30b_a3b", *words, *more), vocab_size=151936) for more in (one, two))
+    assert near.sends_once and remote_copies(near) == (pytest.approx((8 - 1) * (1 - (7 / 8) ** 8)), 0.0)
+    assert remote_copies(replace(near, sends_once=False)) == (pytest.approx(7), 0.0)
+    assert remote_copies(wide)[1] == pytest.approx(1 - (1 / 2) ** 8)
+    assert remote_copies(replace(wide, sends_once=False)) == (pytest.approx(8 * (1 / 2 - 1 / 16)), pytest.approx(4))
+    assert time_step(wide).step_s < time_step(replace(wide, sends_once=False)).step_s
 
 
 def test_products_that_wait_for_tensor_parallel_traffic_are_slower() -> None:

@@ -11,6 +11,7 @@ from tests.pretrain.world import small_config
 
 CPU = Machine(cuda=False, transformer_engine=False, fused_wgrad=False)
 GPU = Machine(cuda=True, transformer_engine=True, fused_wgrad=True)
+FLEX = {"model__moe__dispatcher": "flex"}
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,9 @@ GPU = Machine(cuda=True, transformer_engine=True, fused_wgrad=True)
         (GPU, {}, Backend(True, True, True, None)),
         (GPU, {"model__moe__grouped_gemm": "off", "precision__fp8": "hybrid"}, Backend(True, False, True, "hybrid")),
         (Machine(True, True, False), {}, Backend(True, True, False, None)),
+        (Machine(True, True, True, ("hybridep", "deepep")), {}, Backend(True, True, True, None)),
+        (Machine(True, True, True, ("hybridep", "deepep")), FLEX, Backend(True, True, True, None, "hybridep")),
+        (Machine(True, True, True, ("deepep",)), FLEX, Backend(True, True, True, None, "deepep")),
     ],
 )
 def test_choice(machine: Machine, changes: dict[str, Any], want: Backend) -> None:
@@ -38,6 +42,7 @@ def test_choice(machine: Machine, changes: dict[str, Any], want: Backend) -> Non
     [
         (Machine(True, False, False), {}, "cluster.device"),
         (CPU, {"precision__fp8": "e4m3"}, "precision.fp8"),
+        (GPU, FLEX, "model.moe.dispatcher"),
         (CPU, {"model__moe__grouped_gemm": "on", "model__moe__ffn_hidden_size": 22}, "model.moe.grouped_gemm"),
     ],
 )

@@ -91,14 +91,15 @@ POPULAR = (
 )
 
 
-def explain(result: Search) -> list[str]:
-    """Why the winner wins and why popular alternatives lose, in words."""
+def explain(result: Search, free_dispatcher: bool = True) -> list[str]:
+    """Why the winner wins and why popular alternatives lose, in words. `free_dispatcher`: as for the search."""
     if not result.candidates:
         return ["no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
     winner = result.candidates[0]
     lines = [
         _why(winner),
-        f"layouts within {TIE:.0%} of the fastest are a tie: first those with least tensor and context parallelism",
+        f"layouts within {TIE:.0%} of the fastest are a tie: first those with least tensor and context parallelism, then those "
+        "whose tokens reach their experts without the NIC",
     ]
     for name, has in POPULAR:
         if has(winner.degrees):
@@ -116,6 +117,8 @@ def explain(result: Search) -> list[str]:
             lines.append(
                 f"{name}: does not fit, the smallest needs {min(large):.0f} of {winner.plan.ledger.capacity_gib:.0f} GiB"
             )
+    if free_dispatcher and winner.plan.job.sends_once:
+        lines.append("model.moe.dispatcher=flex needs DeepEP or HybridEP on the GPUs; name alltoall to search without")
     tuned = tuned_note(winner.plan)
     return lines + ([tuned] if tuned else [])
 

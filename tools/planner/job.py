@@ -71,7 +71,8 @@ class Job:
 
     `flash`: attention keeps no score matrix. `tensor_waits`: products wait for tensor parallel traffic, which is not cut up and
     sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: a
-    published run, which does so where the schedule allows it.
+    published run, which does so where the schedule allows it. `sends_once`: a token travels once to each rank, and once over
+    the NIC to each domain, that has experts of it (the flex dispatcher: DeepEP, HybridEP), instead of once for each expert.
     """
 
     model: Model
@@ -88,6 +89,7 @@ class Job:
     flash: bool = True
     tensor_waits: bool = False
     expert_overlap: bool | None = None
+    sends_once: bool = False
     split: tuple[int, ...] | None = None
     logit_bytes: float = LOGIT_BYTES
 
@@ -185,6 +187,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
         zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
         recompute=recomputation_of(config.recompute),
         expert_overlap=config.parallel.overlap_expert_comm,
+        sends_once=config.model.moe.dispatcher == "flex",
         compute=compute_of(config),
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,
     )

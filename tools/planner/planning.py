@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from configs.schema import Config
 from parallel.rules_engine import expert_overlap_problems
+from parallel.rules_model import may_be_flex
 from pretrain.flops import count_parameters, training_flops
 from tools.planner.hardware import HOST_NAME
 from tools.planner.job import Job
@@ -91,6 +92,24 @@ def expert_overlap_note(plan: Plan, config: Config) -> str | None:
     if saved_s <= 0.005 * step_s:
         return None
     return f"parallel.overlap_expert_comm=true: tokens travel over the NIC behind another micro-batch (-{saved_s:.3g} s)"
+
+
+def dispatcher_note(plan: Plan, config: Config) -> str | None:
+    """What the flex dispatcher would save, where it may be."""
+    job, step_s = plan.job, plan.timing.step_s
+    if job.sends_once or not may_be_flex(config):
+        return None
+    saved_s = step_s - _step_s(plan, replace(job, sends_once=True))
+    if saved_s <= 0.005 * step_s:
+        return None
+    how = "a token goes once to each rank, not once for each of its experts"
+    return f"model.moe.dispatcher=flex: {how} (-{saved_s:.3g} s); needs DeepEP or HybridEP on the GPUs"
+
+
+def savings(plan: Plan, config: Config) -> list[str]:
+    """What the step time takes for granted, and what single settings would save."""
+    notes = (tuned_note(plan), expert_overlap_note(plan, config), dispatcher_note(plan, config))
+    return [note for note in notes if note]
 
 
 def model_dict(job: Job) -> dict[str, object]:

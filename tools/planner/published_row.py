@@ -194,6 +194,23 @@ def _is_small_dense(model: Model) -> bool:
     return model.hidden_size < 1024 and model.moe.num_experts == 0
 
 
+# Runs of Megatron-Bridge's performance summary that send a token once for each expert (its scripts/performance/configs), and
+# those of 2024; others of MoE models are taken to send it once to each rank.
+ALL_TO_ALL = (("performance-summary", "Qwen3-235B", ("H100", "B200", "B300")), ("performance-summary", "gpt-oss", ("B200",)),
+              ("dgxc-benchmarking", "Grok", ("H100",)))  # fmt: skip
+
+
+def sends_once(row: dict[str, Any]) -> bool:
+    """Whether the dispatcher sends a token once to each rank that has experts of it: as the row says, else as known."""
+    said = f"{row.get('dispatcher') or ''} {row.get('notes') or ''}".lower()
+    if re.search(r"deepep|hybridep|\bflex\b", said):
+        return True
+    if re.search(r"all-?to-?all|allgather", said):
+        return False
+    source, gpu, name = str(row.get("source") or ""), str(row.get("gpu") or ""), str((row.get("model") or {}).get("name") or "")
+    return not any(words in source and name.startswith(model) and gpu.startswith(gpus) for words, model, gpus in ALL_TO_ALL)
+
+
 def job_of(row: dict[str, Any]) -> tuple[Job, tuple[str, ...]]:
     """(job, what of it is our assumption). Raises Unusable."""
     is_test, old = "tests/functional_tests" in str(row.get("source") or ""), is_old(row)
@@ -219,7 +236,7 @@ def job_of(row: dict[str, Any]) -> tuple[Job, tuple[str, ...]]:
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
-        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None,
+        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None, sends_once=sends_once(row),
         logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
     )  # fmt: skip
     if stated is not None:

@@ -1,6 +1,7 @@
 """The best legal layouts of a config for its number of GPUs: `phalanx plan CONFIG --search`. [p]
 
-In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation and ZeRO are what is searched).
+In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation, ZeRO and, unless it is pinned, its
+dispatcher are what is searched).
 Out: a `Search`: candidates, fastest first, and why others are refused. What is legal is asked of parallel/legality.py, for
 every candidate that fits. Deterministic: the same config gives the same list.
 
@@ -15,10 +16,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from configs.model_schema import Model
 from configs.schema import Config, Recompute, Zero
 from parallel import architecture as arch
 from parallel.rules import world_size
 from parallel.rules_engine import expert_overlap_problems
+from parallel.rules_model import may_be_flex
 from pretrain.flops import training_flops
 from tools.planner.hardware import GIB, Machine
 from tools.planner.job import make_job, recomputation_of
@@ -34,9 +37,10 @@ OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
 FILL = 0.97
-# Layouts this much slower than the fastest are alike to the model, whose errors between layouts of one machine are of that size.
-# Among them those go first that cut sequences and products least: narrow products are what it knows least about.
-TIE = 0.05
+# Layouts this much slower than the fastest are alike to the model: by so much do its errors differ between two published layouts
+# of one model and machine (the median; tests/planner/test_published.py). Among them those go first that lean least on what it
+# knows least about: cut sequences and narrow products, then experts' tokens over the NIC.
+TIE = 0.09
 # Degrees tried in full; a layout that misses these is some 20% behind even before it has to recompute.
 REFINED = 160
 
@@ -73,6 +77,7 @@ class Candidate:
             f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
         ]
         words += ["parallel.overlap_expert_comm=true"] * p.overlap_expert_comm
+        words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"] * (p.expert > 1)
         words += [f"recompute.mode={r.mode}"]
         if r.mode == "selective":
             words += [f"recompute.modules=[{','.join(r.modules)}]"]
@@ -83,6 +88,12 @@ class Candidate:
     def degrees(self) -> Degrees:
         p = self.config.parallel
         return Degrees(p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor)
+
+    @property
+    def leans(self) -> tuple[int, bool]:
+        """On what the model knows least about: cuts, and whether experts' tokens leave the scale-up domain."""
+        degrees = self.degrees
+        return degrees.cuts, degrees.expert * degrees.expert_tensor > self.plan.job.machine.domain
 
     def describe(self) -> str:
         text, zero = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}", self.config.zero
@@ -168,6 +179,14 @@ def zero_choices(config: Config) -> list[Zero]:
     return [usual, *(Zero(engine="deepspeed", stage=stage) for stage in (2, 3))]
 
 
+def by_dispatcher(config: Config, free: bool) -> tuple[Model, Model]:
+    """The model for layouts whose tokens stay, and for those whose tokens travel: on GPUs with the flex dispatcher, which sends a
+    token once to each rank, where the model can have it and the choice is `free`."""
+    model, moe = config.model, config.model.moe
+    staying = replace(model, moe=replace(moe, dispatcher="alltoall")) if moe.dispatcher == "flex" else model
+    return staying, replace(model, moe=replace(moe, dispatcher="flex")) if free and may_be_flex(config) else model
+
+
 def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) -> Iterator[Config]:
     """Micro-batches and virtual chunks of these degrees, without recomputation."""
     data = world_size(config) // (degrees.tensor * degrees.context * degrees.pipeline)
@@ -191,8 +210,11 @@ def with_expert_overlap(config: Config) -> Config:
 class Searcher:
     """Goes through the degrees once and keeps what it learns."""
 
-    def __init__(self, config: Config, vocab_size: int, machine: Machine, calibration: Calibration) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, machine: Machine, calibration: Calibration, free_dispatcher: bool
+    ) -> None:
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
+        self.staying, self.travelling = by_dispatcher(config, free_dispatcher)
         self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
         self.steps = recomputations(config)
         self.zeros = zero_choices(config)
@@ -208,13 +230,17 @@ class Searcher:
         config = list(variants(self.config, degrees, MICRO[:1]))[-1]
         need = 0.0
         for zero in self.zeros_of(degrees):
-            job = make_job(with_expert_overlap(replace(config, zero=zero)), self.vocab_size, self.machine)
+            config = replace(config, zero=zero, model=self.model_of(degrees))
+            job = make_job(with_expert_overlap(config), self.vocab_size, self.machine)
             need = max(state_bytes(job, held).total for held in stage_held(job)) / GIB
             self.tried += 1
             if need <= self.capacity:
                 return time_step(job).step_s
         self._note_large(degrees, need)
         return None
+
+    def model_of(self, degrees: Degrees) -> Model:
+        return self.travelling if degrees.expert * degrees.expert_tensor > 1 else self.staying
 
     def zeros_of(self, degrees: Degrees) -> list[Zero]:
         """The first is the usual one; sharding gradients and weights is for layouts without stages."""
@@ -233,7 +259,7 @@ class Searcher:
     def visit(self, degrees: Degrees) -> None:
         """Keeps the fastest legal variant of these degrees that fits; a higher ZeRO stage only where the one before doesn't."""
         for zero in self.zeros_of(degrees):
-            if self.visit_zero(degrees, replace(self.config, zero=zero)):
+            if self.visit_zero(degrees, replace(self.config, zero=zero, model=self.model_of(degrees))):
                 return
 
     def visit_zero(self, degrees: Degrees, base: Config) -> bool:
@@ -274,12 +300,20 @@ def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
         marked.append(replace(candidate, pareto=candidate.plan.ledger.peak_gib < least))
         least = min(least, candidate.plan.ledger.peak_gib)
     alike = [c for c in marked if c.plan.timing.step_s <= (1 + TIE) * marked[0].plan.timing.step_s]
-    return tuple([*sorted(alike, key=lambda c: c.degrees.cuts), *marked[len(alike) :]])
+    return tuple([*sorted(alike, key=lambda c: c.leans), *marked[len(alike) :]])
 
 
-def search(config: Config, vocab_size: int, machine: Machine, calibration: Calibration = UNCALIBRATED) -> Search:
-    """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation."""
-    searcher = Searcher(config, vocab_size, machine, calibration)
+def search(
+    config: Config,
+    vocab_size: int,
+    machine: Machine,
+    calibration: Calibration = UNCALIBRATED,
+    free_dispatcher: bool = True,
+) -> Search:
+    """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation.
+
+    `free_dispatcher`: tokens may travel by the flex dispatcher whatever the config says."""
+    searcher = Searcher(config, vocab_size, machine, calibration, free_dispatcher)
     searcher.run()
     best = {candidate.degrees for candidate in searcher.found}
     too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}

@@ -130,30 +130,30 @@ def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
 def remote_copies(job: Job) -> tuple[float, float]:
     """Copies of a token that travel to its experts: (inside the domain, over the NIC).
 
-    Over the NIC a token goes once to each other domain that it has an expert in, and is spread there (DeepEP, HybridEP;
-    group-limited routing bounds the domains). The all-to-all dispatcher sends each copy by itself.
+    The all-to-all dispatcher sends one for each expert. Those made for it (`Job.sends_once`) send one over the NIC to each
+    other domain that the token has an expert in, and inside a domain one to each such rank.
     """
-    layout, moe, domain = job.layout, job.model.moe, job.machine.domain
+    layout, top_k, domain = job.layout, job.model.moe.top_k, job.machine.domain
     span = layout.expert * layout.expert_tensor
-    if span <= domain:
-        return moe.top_k * (layout.expert - 1) / layout.expert, 0.0
-    domains = span / domain
-    used = domains * (1 - _missed(job, domains))
-    return moe.top_k * (domain - 1) / domain, used * (domains - 1) / domains
+    domains = max(1.0, span / domain)
+    if not job.sends_once:
+        return top_k * (1 / domains - 1 / layout.expert), top_k * (1 - 1 / domains)
+    to_ranks, to_domains = (parts * (1 - _missed(job, parts)) for parts in (layout.expert, domains))
+    return to_ranks * (1 - domains / layout.expert), to_domains * (1 - 1 / domains)
 
 
-def _missed(job: Job, domains: float) -> float:
-    """Probability that none of a token's experts lies in a given domain. With group-limited routing (DeepSeek-V3) its groups
-    are drawn first, then experts from them."""
+def _missed(job: Job, parts: float) -> float:
+    """Probability that none of a token's experts lies in a given one of `parts` equal parts of them. With group-limited routing
+    (DeepSeek-V3) its groups are drawn first, then experts from them."""
     moe, router = job.model.moe, job.model.moe.router
     groups, kept = router.num_groups, router.group_top_k
     if not groups or not kept:
-        return (1 - 1 / domains) ** moe.top_k
-    inside = groups / domains
+        return (1 - 1 / parts) ** moe.top_k
+    inside = groups / parts
     if inside <= 1:
-        # A group's domain isn't chosen, or is and none of its experts here is.
+        # The part's group isn't chosen, or is and none of its experts here is.
         return 1 - kept / groups * (1 - (1 - inside / kept) ** moe.top_k)
-    # No group of the domain is among those chosen.
+    # No group of the part is among those chosen.
     return float(np.prod([max(0.0, 1 - inside / (groups - drawn)) for drawn in range(kept)]))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from parallel import architecture as arch
 from parallel.stages import Chunk
+from tools.planner.facts import moe_among
 from tools.planner.job import Job
 
 
@@ -134,7 +135,7 @@ def chunk_bytes(job: Job, chunk: Chunk, kept: Kept) -> float:
         total = -(-number // recompute.num_layers) * kept.entrance
     else:
         skipped = min(recompute.num_layers, number) if recompute.mode == "full" else 0
-        moe = sum(job.moe_layers[layer] for layer in chunk.layers[skipped:])
+        moe = moe_among(job.model, chunk.layers[skipped:])
         total = skipped * kept.entrance + moe * kept.moe + (number - skipped - moe) * kept.dense
     if chunk.mtp:
         layer = kept.moe if job.moe_layers[-1] else kept.dense
@@ -160,11 +161,9 @@ def stage_activations(job: Job, stage: int, kept: Kept) -> float:
     passes, pp = in_flight(job, stage), job.layout.pipeline
     if len(chunks) == 1:
         return passes * sizes[0]
-    # The schedule goes through chunk 0 for pp micro-batches, then chunk 1, and so on.
-    counts = [0] * len(chunks)
-    for index in range(passes):
-        counts[index // pp % len(chunks)] += 1
-    return float(sum(count * size for count, size in zip(counts, sizes)))
+    # The schedule goes through chunk 0 for pp micro-batches, then chunk 1, and so on, and around.
+    rounds, left = divmod(passes, pp * len(chunks))
+    return sum((rounds * pp + min(max(left - pp * chunk, 0), pp)) * size for chunk, size in enumerate(sizes))
 
 
 def logit_bytes(job: Job) -> float:

@@ -7,6 +7,7 @@ model's identity: a search asks for them thousands of times.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 from configs.model_schema import Model
 from parallel import architecture as arch
@@ -33,6 +34,16 @@ def _moe_layers(same: _Same) -> tuple[bool, ...]:
 
 
 @lru_cache(maxsize=64)
+def _moe_before(same: _Same) -> tuple[int, ...]:
+    return tuple(accumulate(_moe_layers(same), initial=0))
+
+
+@lru_cache(maxsize=64)
+def _windows(same: _Same) -> tuple[int | None, ...]:
+    return tuple(arch.window_of_layer(same.model, layer) for layer in range(same.model.num_layers))
+
+
+@lru_cache(maxsize=64)
 def _layer(same: _Same, is_moe: bool) -> LayerParameters:
     return layer_parameters(same.model, is_moe)
 
@@ -55,6 +66,17 @@ def _chunks(same: _Same, vocab: int, pp: int, vpp: int, split: tuple[int, ...] |
 def moe_layers(model: Model) -> tuple[bool, ...]:
     """For each layer, whether it is a MoE layer."""
     return _moe_layers(_Same(model))
+
+
+def windows(model: Model) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens; None: full attention."""
+    return _windows(_Same(model))
+
+
+def moe_among(model: Model, layers: tuple[int, ...]) -> int:
+    """How many of consecutive layers are MoE layers."""
+    before = _moe_before(_Same(model))
+    return before[layers[-1] + 1] - before[layers[0]] if layers else 0
 
 
 def layer_counts(model: Model, is_moe: bool) -> LayerParameters:

@@ -12,7 +12,7 @@ from tools.planner import activations
 from tools.planner.activations import Kept
 from tools.planner.hardware import GIB
 from tools.planner.job import Job
-from tools.planner.weights import Held, layer_held, stage_held, state_bytes
+from tools.planner.weights import Held, StateBytes, layer_held, stage_held, state_bytes
 
 # Outside the allocator: CUDA context and kernels, and one communicator's buffers (NCCL, per group that a rank is in).
 CONTEXT_GIB, COMMUNICATOR_GIB = 0.9, 0.25
@@ -154,13 +154,21 @@ def fragmentation(job: Job) -> float:
     return FRAGMENTATION_MOE if job.model.moe.num_experts else FRAGMENTATION_DENSE
 
 
-def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept, Kept, Kept]) -> Rank:
+def _outside_bytes(job: Job) -> float:
+    return GIB * (CONTEXT_GIB + COMMUNICATOR_GIB * communicators(job))
+
+
+def _parts(job: Job, stage: int, held: Held, imbalance: float, count: Kept) -> tuple[StateBytes, float, float, float]:
+    """Bytes of a rank of the stage: (states, kept activations, what comes and goes, overhead)."""
     states = state_bytes(job, held)
-    kept, balanced, young = (activations.stage_activations(job, stage, count) for count in counts)
-    transient = transient_bytes(job, stage, held, imbalance)
-    allocated = states.total + kept + transient
-    outside = GIB * (CONTEXT_GIB + COMMUNICATOR_GIB * communicators(job))
-    overhead = outside + fragmentation(job) * allocated
+    kept, transient = activations.stage_activations(job, stage, count), transient_bytes(job, stage, held, imbalance)
+    return states, kept, transient, _outside_bytes(job) + fragmentation(job) * (states.total + kept + transient)
+
+
+def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept, Kept, Kept]) -> Rank:
+    usual, *others = counts
+    states, kept, transient, overhead = _parts(job, stage, held, imbalance, usual)
+    balanced, young = (activations.stage_activations(job, stage, count) for count in others)
     return Rank(
         stage=stage,
         weights_gib=states.weights / GIB,
@@ -170,9 +178,16 @@ def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept
         buffers_gib=(transient + overhead) / GIB,
         overhead_gib=overhead / GIB,
         low_gib=(states.total + ACTIVATIONS_LOW * balanced + GIB * CONTEXT_GIB) / GIB,
-        high_gib=(states.total + ACTIVATIONS_HIGH * (young + transient) + outside + overhead) / GIB,
+        high_gib=(states.total + ACTIVATIONS_HIGH * (young + transient) + _outside_bytes(job) + overhead) / GIB,
         host_gib=states.host / GIB,
     )
+
+
+def quick_peak_gib(job: Job) -> float:
+    """A ledger's peak_gib: a search's filter."""
+    count, held = activations.kept_by_layer(job, IMBALANCE), stage_held(job)
+    parts = (_parts(job, stage, held[stage], IMBALANCE, count) for stage in likely_fullest(job))
+    return max(states.total + kept + transient + overhead for states, kept, transient, overhead in parts) / GIB
 
 
 def likely_fullest(job: Job) -> set[int]:
@@ -182,14 +197,10 @@ def likely_fullest(job: Job) -> set[int]:
     return {0, min(1, last), last, longest}
 
 
-def make_ledger(job: Job, imbalance: float | None = None, quick: bool = False) -> Ledger:
-    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance).
-
-    `quick`: only of the stages among which the fullest is (a search's filter).
-    """
+def make_ledger(job: Job, imbalance: float | None = None) -> Ledger:
+    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance)."""
     ratio = IMBALANCE if imbalance is None else imbalance
     counts = tuple(activations.kept_by_layer(job, each) for each in (ratio, 1.0, max(ratio, IMBALANCE_HIGH)))
     assert len(counts) == 3, "the usual, the balanced and the young router"
-    wanted = likely_fullest(job) if quick else set(range(job.layout.pipeline))
-    ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)) if stage in wanted)
+    ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)))
     return Ledger(ranks, job.machine.gpu.memory_gib)

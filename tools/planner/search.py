@@ -25,7 +25,7 @@ from parallel.rules_model import may_be_flex
 from pretrain.flops import training_flops
 from tools.planner.hardware import GIB, Machine
 from tools.planner.job import make_job, recomputation_of
-from tools.planner.ledger import make_ledger
+from tools.planner.ledger import quick_peak_gib
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.timing import time_step
@@ -269,7 +269,7 @@ class Searcher:
             for step in self.steps:
                 self.tried += 1
                 job = replace(first, recompute=recomputation_of(step))
-                peak = make_ledger(job, quick=True).peak_gib * self.calibration.memory_scale
+                peak = quick_peak_gib(job) * self.calibration.memory_scale
                 if peak <= self.capacity:
                     chosen = with_expert_overlap(replace(config, recompute=step))
                     job = replace(job, expert_overlap=chosen.parallel.overlap_expert_comm)

@@ -8,8 +8,8 @@ projections lie whole on every rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from parallel import architecture as arch
 from parallel.stages import Chunk
 from tools.planner import facts
 from tools.planner.job import Job
@@ -63,13 +63,13 @@ def chunk_held(job: Job, chunk: Chunk, by_kind: tuple[Held, Held]) -> Held:
     """Parameters of one chunk on one rank. `by_kind`: of a dense and a MoE layer."""
     model, tensor = job.model, job.layout.tensor
     table = job.padded_vocab * model.hidden_size / tensor
-    moe = sum(job.moe_layers[layer] for layer in chunk.layers)
+    moe = facts.moe_among(model, chunk.layers)
     plain, routing = by_kind
     held = Held((len(chunk.layers) - moe) * plain.dense + moe * routing.dense, moe * routing.routed)
     if chunk.embedding:
         held += Held(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
     if chunk.mtp:
-        depth = by_kind[arch.mtp_is_moe(model)]
+        depth = by_kind[job.moe_layers[-1]]
         held += Held(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
         # The prediction depths embed their tokens again: on another stage than the first that is a copy of the table.
         held += Held(0.0 if chunk.embedding else table)
@@ -80,8 +80,30 @@ def chunk_held(job: Job, chunk: Chunk, by_kind: tuple[Held, Held]) -> Held:
     return held
 
 
+class _Shape:
+    """A job as a key: equal where what its ranks hold is. Micro-batches and recomputation don't matter, of which a search tries
+    dozens."""
+
+    def __init__(self, job: Job) -> None:
+        layout = job.layout
+        degrees = (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.expert, layout.expert_tensor)
+        self.job, self.key = job, (id(job.model), job.vocab, job.split, degrees)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and other.key == self.key
+
+
 def stage_held(job: Job) -> tuple[Held, ...]:
     """Parameters of one rank of each stage."""
+    return _stage_held(_Shape(job))
+
+
+@lru_cache(maxsize=2048)
+def _stage_held(shape: _Shape) -> tuple[Held, ...]:
+    job = shape.job
     by_kind = (layer_held(job, False), layer_held(job, True) if any(job.moe_layers) else Held(0.0))
     stages = [Held(0.0)] * job.layout.pipeline
     for chunk in job.chunks:

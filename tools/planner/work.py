@@ -7,6 +7,7 @@ recomputation are in. Legend: t tokens of a micro-batch on a rank, h hidden, k e
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from parallel import architecture as arch
 from pretrain.flops import mean_context
+from tools.planner import facts
 from tools.planner.activations import element_bytes
 from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
 from tools.planner.job import Job
@@ -222,8 +224,9 @@ def head_work(job: Job) -> Vector:
 def stage_micro_work(job: Job) -> NDArray[np.float64]:
     """One micro-batch through all chunks of each stage, [stage, kind]."""
     cache: dict[tuple[bool, int | None, bool], Vector] = {}
+    alike: list[Counter[tuple[bool, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
     stages = np.zeros((job.layout.pipeline, len(KINDS)))
-    recompute = job.recompute
+    recompute, windows = job.recompute, facts.windows(job.model)
 
     def layer(is_moe: bool, window: int | None, recomputed: bool) -> Vector:
         key = (is_moe, window, recomputed)
@@ -234,7 +237,7 @@ def stage_micro_work(job: Job) -> NDArray[np.float64]:
     for chunk in job.chunks:
         for position, index in enumerate(chunk.layers):
             again = recompute.mode == "full" and (recompute.method == "uniform" or position < recompute.num_layers)
-            stages[chunk.stage] += layer(job.moe_layers[index], arch.window_of_layer(job.model, index), again)
+            alike[chunk.stage][job.moe_layers[index], windows[index], again] += 1
         if chunk.head:
             stages[chunk.stage] += head_work(job)
         if chunk.mtp:
@@ -242,6 +245,9 @@ def stage_micro_work(job: Job) -> NDArray[np.float64]:
             joint = _Tally(job)
             joint.gemms("gemm", [Gemm(job.micro_tokens, 2 * job.model.hidden_size, job.model.hidden_size / job.layout.tensor)], 3)
             stages[chunk.stage] += chunk.mtp * (depth + joint.vector)
+    for stage, layers in enumerate(alike):
+        for kind, number in layers.items():
+            stages[stage] += number * layer(*kind)
     if job.layout.pipeline > 1:
         size = job.micro_tokens * job.model.hidden_size * element_bytes(job)
         size /= job.layout.tensor if job.layout.sequence else 1

@@ -37,11 +37,11 @@ def test_every_command_works(tmp_path: Path) -> None:
     run = [command for command in commands() if command != "make test"]
     assert run[0] == "make demo", "the first thing that a newcomer types"
     # The environment is here already, and a few steps show that the demo runs.
-    run[0] = 'make -o .venv/installed demo WORDS="run.steps=22"'
+    run[0] = 'make -o .venv/installed demo WORDS="run.steps=6 schedule.warmup_steps=2"'
     for command in run:
         result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
-    for name, step in (("quickstart", 22), ("first", 28), ("by_hand", 8)):
+    for name, step in (("quickstart", 6), ("first", 28), ("by_hand", 8)):
         outcome = json.loads((tmp_path / "runs" / name / "outcome.json").read_text())
         assert (outcome["state"], outcome["step"]) == ("finished", step)
 

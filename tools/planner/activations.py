@@ -147,7 +147,8 @@ def in_flight(job: Job, stage: int) -> int:
     """Chunk passes of a stage that wait for their backward pass at the fullest moment.
 
     1F1B: pipeline - stage micro-batches. Interleaved: (pipeline - stage - 1)·2 + (chunks - 1)·pipeline + 1, and never
-    more than there are (Narayanan et al., arXiv 2104.04473; Megatron-Core's num_warmup_microbatches).
+    more than there are (Narayanan et al., arXiv 2104.04473; Megatron-Core's num_warmup_microbatches). With
+    parallel.overlap_expert_comm one more waits, and none has its forward pass alone: what it keeps grows as another's goes.
     """
     pp, vpp = job.layout.pipeline, job.layout.virtual_pipeline
     warmup = pp - stage if vpp == 1 else (pp - stage - 1) * 2 + (vpp - 1) * pp + 1

@@ -31,8 +31,8 @@ with importing():
     from parallel.stages import make_chunks
     from pretrain.build import make_engine, make_model, make_run
     from pretrain.loop import train
-    from pretrain.session import Session, check_start
-    from pretrain.together import lead, refuse
+    from pretrain.session import Session, check_machine, check_start
+    from pretrain.together import ask_machines, lead, refuse
 
 
 def read_arguments(argv: Sequence[str]) -> Loaded:
@@ -49,7 +49,8 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
     runtime = start(os.environ)
     loaded = lead(lambda: read_arguments(argv))
     config = loaded.config
-    lead(lambda: refuse(check_start(loaded, runtime)))
+    lacking = ask_machines(runtime.local_rank, lambda: check_machine(config, runtime))
+    lead(lambda: refuse(check_start(loaded, lacking)))
     with Session(loaded, runtime) as session:
         if session.is_finished:
             return 0

@@ -20,6 +20,7 @@ from configs.events import sync_events
 from configs.files import storage_problem
 from configs.load import Loaded, from_yaml_text
 from configs.run_folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
+from configs.schema import Config
 from parallel.batch import horizon_steps, steps_of
 from parallel.layout import Layout
 from parallel.legality import check_config
@@ -59,15 +60,19 @@ from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.wandb_sink import make_wandb_sink, wandb_place
 
 
-def check_start(loaded: Loaded, runtime: Runtime) -> list[Problem]:
-    """Everything that can be known before the first group is made."""
+def check_machine(config: Config, runtime: Runtime) -> list[Problem]:
+    """What this machine lacks for the config: asked on each."""
+    problems = check_device(config.cluster.device, runtime.device)
+    return [*problems, *check_backend(config, detect_machine(runtime.is_cuda)), *check_swap(config)]
+
+
+def check_start(loaded: Loaded, lacking: list[Problem]) -> list[Problem]:
+    """Everything that can be known before the first group is made. `lacking`: what the machines lack."""
     config = loaded.config
     launch = config.launch
     world = launch.nodes * launch.processes_per_node
     problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
-    problems += check_device(config.cluster.device, runtime.device)
-    problems += check_backend(config, detect_machine(runtime.is_cuda))
-    problems += [*check_config(config).problems, *check_data(config), *check_swap(config)]
+    problems += [*lacking, *check_config(config).problems, *check_data(config)]
     return problems or check_room(config, vocab_size(config), folder_of(config))
 
 

@@ -1,10 +1,15 @@
-"""Ranks that refuse together: rank 0 decides and reports, all of them leave with the same exit code."""
+"""Ranks that refuse together: rank 0 decides and reports, all of them leave with the same exit code.
+
+What differs from machine to machine is asked of the first rank of each.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,6 +25,30 @@ def refuse(problems: Sequence[Problem]) -> None:
     """Raises ConfigError when there are any."""
     if problems:
         raise ConfigError(problems)
+
+
+def ask_machines(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
+    """What `check` finds on each machine, on rank 0 (elsewhere nothing): one problem for all machines that have it."""
+    world = dist.get_world_size()
+    mine = (socket.gethostname(), check()) if local_rank == 0 else None
+    answers: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
+    dist.gather_object(mine, answers, dst=0)
+    return by_problem([answer for answer in answers or [] if answer is not None])
+
+
+def by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
+    """(machine, its problems) as problems that say how many machines have them, and which is the first."""
+    hosts: dict[tuple[Any, ...], list[str]] = {}
+    for host, problems in found:
+        for problem in problems:
+            hosts.setdefault((problem.path, repr(problem.got), problem.rule, problem.fix), []).append(host)
+    merged: list[Problem] = []
+    for problem in (problem for _, problems in found for problem in problems):
+        where = hosts.pop((problem.path, repr(problem.got), problem.rule, problem.fix), [])
+        if where:
+            who = f"; so on {len(where)} of {len(found)} machines, the first is {where[0]}" if len(found) > 1 else ""
+            merged.append(replace(problem, rule=problem.rule + who))
+    return merged
 
 
 def lead(work: Callable[[], T]) -> T:

@@ -147,6 +147,17 @@ def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
     assert (zero.engine, zero.stage) == (engine, stage)
 
 
+@pytest.mark.parametrize(
+    ("words", "once"),
+    [({}, True), ({"dispatcher": "alltoall"}, False), ({"dispatcher": "flex"}, True), ({"notes": "all-to-all tokens"}, False),
+     ({"notes": "HybridEP; forced balance"}, True),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "B300"}, False),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "GB300"}, True)],
+)  # fmt: skip
+def test_dispatchers_by_many_words(words: dict[str, Any], once: bool) -> None:
+    assert job(**({"model": "Qwen3-30B-A3B"} | words)).sends_once == once
+
+
 def test_numbers_as_text_and_speeds_of_every_kind() -> None:
     assert job(seq_len="8,192", n_gpus="8", precision="bf16-mixed").seq_length == 8192
     step_tokens, per_token = 128 * 8192, training_flops(job().model, 128256, 8192)

@@ -36,6 +36,10 @@ RECOMPUTE_LADDER = (
     Recomputation("full"),
 )
 
+# (source, model, GPUs) of runs that send a token once for each of its experts: by Megatron-Bridge's scripts/performance/configs,
+# and those of 2024. Others send it once to each rank.
+ALL_TO_ALL = (("performance-summary", "Qwen3-235B", ("H100", "B200", "B300")), ("performance-summary", "gpt-oss", ("B200",)),
+              ("dgxc-benchmarking", "Grok", ("H100",)))  # fmt: skip
 
 COUNTS = ("n_gpus", "tp", "pp", "vpp", "ep", "etp", "cp", "dp", "seq_len", "micro_batch", "global_batch")
 MODEL_COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "topk",
@@ -192,12 +196,6 @@ def memory_of(row: dict[str, Any]) -> tuple[float | None, str]:
 def _is_small_dense(model: Model) -> bool:
     """Megatron's small CI models run the unfused attention (deterministic mode), whether their arguments say so or not."""
     return model.hidden_size < 1024 and model.moe.num_experts == 0
-
-
-# Runs of Megatron-Bridge's performance summary that send a token once for each expert (its scripts/performance/configs), and
-# those of 2024; others of MoE models are taken to send it once to each rank.
-ALL_TO_ALL = (("performance-summary", "Qwen3-235B", ("H100", "B200", "B300")), ("performance-summary", "gpt-oss", ("B200",)),
-              ("dgxc-benchmarking", "Grok", ("H100",)))  # fmt: skip
 
 
 def sends_once(row: dict[str, Any]) -> bool:

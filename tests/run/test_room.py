@@ -35,7 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a run that a failing test leaves behind still holds it.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_disk_that_is_too_small_is_one_report_before_the_first_step(run_config: Path, small_disk: Path) -> None:
@@ -51,9 +52,9 @@ def test_a_disk_that_fills_up_is_named_at_the_end(run_config: Path, small_disk: 
         run_config, small_disk / "run", "checkpoint.save_at_end=false", "checkpoint.interval_steps=null", "run.steps=2000"
     )
     command.wait_for_step(2)
-    with open(small_disk / "filler", "wb") as filler, pytest.raises(OSError):
+    # Unbuffered: closing the file has nothing left to write.
+    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
         while True:
             filler.write(b"x" * 65536)
-            filler.flush()
     assert command.end() == 1
     assert f"the file system of {small_disk / 'run'} is full" in command.errors or "No space left" in command.errors

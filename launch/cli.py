@@ -1,4 +1,5 @@
-"""The commands launch, status, logs, cancel and resume. In: the words after `phalanx`. Out: an exit code.
+"""The commands launch, status, logs, cancel and resume. In: the words after `phalanx`, and who judges a config (`Judge`: the
+folder `tools`, which lies above this one). Out: an exit code.
 
 0 finished (or said what was asked) · 1 broke · 2 bad input · 3 diverged · 75 preempted, start it again · 130 stopped.
 """
@@ -10,10 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError, Notice, Problem
 from configs.load import Loaded, load_config
 from configs.run_folder import RunFolder, finished_text, folder_of, live_holder
 from configs.schema import Config
@@ -32,23 +34,34 @@ WATCH_S = 2.0
 CANCEL_WAIT_S = 60.0
 
 
-def main(argv: list[str]) -> int:
+# (config, its words, whether its data is here) → (problems, notices): the verdict before anything starts.
+Judge = Callable[[str, Sequence[str], bool], tuple[list[Problem], Sequence[Notice]]]
+
+
+def config_only(source: str, overrides: Sequence[str], with_data: bool) -> tuple[list[Problem], Sequence[Notice]]:
+    """The legality of the config, without a look at its files."""
+    verdict = check_config(load_config(source, overrides).config)
+    return list(verdict.problems), verdict.notices
+
+
+def main(argv: list[str], judge: Judge = config_only) -> int:
     """`argv[0]` names the command."""
     command, *words = argv
-    return {"launch": _launch, "resume": _resume, "status": _status, "logs": _logs, "cancel": _cancel}[command](words)
+    starting = {"launch": partial(_launch, judge), "resume": partial(_resume, judge)}
+    return (starting | {"status": _status, "logs": _logs, "cancel": _cancel})[command](words)
 
 
-def _launch(words: list[str]) -> int:
+def _launch(judge: Judge, words: list[str]) -> int:
     parser = _parser(
         "launch", "start a run: here, staying until it ends (launch.target=local), or as a Slurm job (launch.target=slurm)"
     )
     parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one (quickstart)")
     _add_start_options(parser)
     found = parser.parse_intermixed_args(words)
-    return _start(found.config, found.overrides, found)
+    return _start(judge, found.config, found.overrides, found)
 
 
-def _resume(words: list[str]) -> int:
+def _resume(judge: Judge, words: list[str]) -> int:
     parser = _parser("resume", "go on with a run from its newest checkpoint, with the config of its last attempt")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     _add_start_options(parser)
@@ -57,25 +70,32 @@ def _resume(words: list[str]) -> int:
     if not folder.config.exists():
         rule = "a run is resumed with the config of its last attempt; no attempt has begun here"
         raise ConfigError(Problem("RUN_DIR", found.run_dir, rule, "phalanx launch CONFIG starts it"))
-    return _start(str(folder.config), [*found.overrides, f"run.dir={found.run_dir}"], found)
+    return _start(judge, str(folder.config), [*found.overrides, f"run.dir={found.run_dir}"], found)
 
 
-def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+def _start(judge: Judge, source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
     loaded = load_config(source, overrides)
     config, folder = loaded.config, folder_of(loaded.config)
-    verdict = check_config(config)
-    on_slurm = config.launch.target == "slurm"
-    target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
-    if problems := [*verdict.problems, *target_problems]:
-        raise ConfigError(problems)
-    for notice in verdict.notices:
-        print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
-    done, stop_step = folder.done_step(), steps_of(config)
-    if done is not None and done >= stop_step and not options.dry_run:
+    if not options.dry_run and (stop_step := _finished_at(config, folder)) is not None:
         text = finished_text(folder, stop_step)
         print(json.dumps({"run_dir": str(folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
         return 0
+    problems, notices = judge(source, overrides, not options.dry_run and not options.no_data)
+    on_slurm = config.launch.target == "slurm"
+    target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
+    if problems := [*problems, *target_problems]:
+        raise ConfigError(problems)
+    for notice in notices:
+        print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
     return _start_slurm(loaded, options) if on_slurm else _start_local(config, source, overrides, options)
+
+
+def _finished_at(config: Config, folder: RunFolder) -> int | None:
+    """The step that a legal config stops at, where its run has got that far."""
+    done = folder.done_step()
+    if done is None or check_config(config).problems:
+        return None
+    return stop_step if done >= (stop_step := steps_of(config)) else None
 
 
 def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:
@@ -187,4 +207,5 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
     parser.add_argument("--dry-run", action="store_true", help="print the exact command or batch script; start nothing")
+    parser.add_argument("--no-data", action="store_true", help="don't look for the data's files: they are elsewhere")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout at the end")

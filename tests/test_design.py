@@ -32,7 +32,8 @@ LIGHT = [
     "parallel.notices", "parallel.rules", "parallel.rules_engine", "parallel.rules_layout", "parallel.rules_model",
     "parallel.rules_run", "parallel.rules_slurm", "pretrain.flops", "pretrain.schedule", "pretrain.data_check",
     "pretrain.divergence", "pretrain.rollback", "launch",
-    "pretrain.swap_check", "tools.cli", "tools.check", "tools.draw_grid", "tools.draw_pipeline", "tools.plan", "tools.planner",
+    "pretrain.swap_check", "tools.cli", "tools.check", "tools.start", "tools.draw_grid", "tools.draw_pipeline", "tools.plan",
+    "tools.planner",
 ]  # fmt: skip
 
 # They parse words and then import only what the subcommand needs.

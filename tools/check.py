@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import ConfigError, Notice, Problem, json_problem, report
@@ -26,7 +28,7 @@ from pretrain.room import check_room
 from pretrain.swap_check import check_swap
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
-from tools.going_on import preview
+from tools.going_on import GoingOn, preview
 from tools.planner.verdict import memory_verdict
 
 # The sections that `check_data` reads.
@@ -110,7 +112,7 @@ def vocabulary(config: Config) -> int | None:
         return None
 
 
-def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | None, list[Problem], tuple[Notice, ...]]:
+def examine(name: str, overrides: Sequence[str], with_data: bool) -> tuple[Config | None, list[Problem], tuple[Notice, ...]]:
     """(config, problems, notices); without a config when it can't even be read."""
     try:
         config = load_config(name, overrides).config
@@ -131,15 +133,33 @@ def examine(name: str, overrides: list[str], with_data: bool) -> tuple[Config | 
     return config, problems + too_large, (*verdict.notices, *tight)
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; see the module's head for what it prints."""
-    args = _parser().parse_intermixed_args(argv)
-    config, problems, notices = examine(args.config, args.overrides, not args.no_data)
+@dataclass(frozen=True)
+class Judged:
+    """The verdict. No config: it can't be read; no layout: it can't be derived; `going_on`: None at step 0."""
+
+    config: Config | None
+    layout: Layout | None
+    problems: list[Problem]
+    notices: tuple[Notice, ...]
+    going_on: GoingOn | None
+
+
+def judge(name: str, overrides: Sequence[str], with_data: bool) -> Judged:
+    """Everything that can be told before a start. `with_data`: the data's files should be here."""
+    config, problems, notices = examine(name, overrides, with_data)
     layout = derive_layout(config) if config else None
     going_on = None
     if config and layout and not problems:
-        going_on, refusals, seen = preview(config, layout, vocabulary(config))
-        problems, notices = refusals, (*notices, *seen)
+        going_on, problems, seen = preview(config, layout, vocabulary(config))
+        notices = (*notices, *seen)
+    return Judged(config, layout, problems, notices, going_on)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see the module's head for what it prints."""
+    args = _parser().parse_intermixed_args(argv)
+    found = judge(args.config, args.overrides, not args.no_data)
+    config, layout, problems, notices, going_on = found.config, found.layout, found.problems, found.notices, found.going_on
     if args.json:
         document = {
             "ok": not problems,

@@ -22,14 +22,16 @@ from launch.failures import find_failures
 from launch.guard import MARK_NAME, marked_pids
 from launch.status import read_status
 
-# The launcher with the tests' own rank program, in a process of its own: it installs signal handlers.
+# The launcher by itself, which looks at no data, with the tests' own rank program, in a process of its own: it installs signal
+# handlers.
 LAUNCHER = """
 import os, sys
 import launch.cli as cli
 from launch.plan import make_plan
 program = sys.argv[1]
 cli.make_plan = lambda config, source, overrides, environ: make_plan(config, source, overrides, environ, program=program)
-from tools.cli import main
+from tools.cli import COMMANDS, Command, main
+COMMANDS.update({name: Command("launch.cli", "", with_name=True) for name in ("launch", "resume")})
 sys.argv = ["phalanx", *sys.argv[2:]]
 sys.exit(main())
 """

@@ -78,8 +78,11 @@ def test_hostile_strings_are_harmless(cluster: Cluster, run_config: Path, tmp_pa
 
 
 def test_bad_data_ends_the_job_with_its_report(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
-    """What only a compute node can find: no restart, exit 2, the report in logs and status."""
-    run = submit(cluster, run_config, tmp_path / "run", "data.train=[{path: nowhere, weight: 1}]")
+    """Told before the queue. With --no-data only a compute node finds it: no restart, exit 2, the report in logs and status."""
+    words = ("data.train=[{path: nowhere, weight: 1}]",)
+    refused = phalanx("launch", str(run_config), f"run.dir={tmp_path / 'run'}", *NODES, *WORDS, *words)
+    assert refused.returncode == 2 and "nowhere.idx" in refused.stderr and not (tmp_path / "run").exists()
+    run = submit(cluster, run_config, tmp_path / "run", *words, "--no-data")
     life = run.wait_over()
     assert life.state == "bad_input" and len(life.ends) == 1, run.story()
     assert "nowhere" in phalanx("status", str(tmp_path / "run")).stdout

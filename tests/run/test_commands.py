@@ -95,7 +95,10 @@ def test_two_agents_on_loopback_train_the_same(run_config: Path, undisturbed: Pa
 
 
 def test_bad_input_is_one_report_and_exit_2(run_config: Path, tmp_path: Path) -> None:
-    missing = launch(run_config, tmp_path / "none", "data.train=[{path: nowhere}]")
+    words = ["data.train=[{path: nowhere}]"]
+    told = launch(run_config, tmp_path / "none", *words)
+    assert told.end() == 2 and "nowhere.bin" in told.errors and not (tmp_path / "none").exists()
+    missing = launch(run_config, tmp_path / "none", *words, "--no-data")
     assert missing.end() == 2
     assert "nowhere" in missing.errors and "Traceback" not in missing.errors
     assert not (tmp_path / "none" / "metrics.jsonl").exists()

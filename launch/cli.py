@@ -34,13 +34,13 @@ WATCH_S = 2.0
 CANCEL_WAIT_S = 60.0
 
 
-# (config, its words, whether its data is here) → (problems, notices): the verdict before anything starts.
-Judge = Callable[[str, Sequence[str], bool], tuple[list[Problem], Sequence[Notice]]]
+# (config, whether its data is here) → (problems, notices): the verdict before anything starts.
+Judge = Callable[[Config, bool], tuple[list[Problem], Sequence[Notice]]]
 
 
-def config_only(source: str, overrides: Sequence[str], with_data: bool) -> tuple[list[Problem], Sequence[Notice]]:
+def config_only(config: Config, with_data: bool) -> tuple[list[Problem], Sequence[Notice]]:
     """The legality of the config, without a look at its files."""
-    verdict = check_config(load_config(source, overrides).config)
+    verdict = check_config(config)
     return list(verdict.problems), verdict.notices
 
 
@@ -80,7 +80,7 @@ def _start(judge: Judge, source: str, overrides: Sequence[str], options: argpars
         text = finished_text(folder, stop_step)
         print(json.dumps({"run_dir": str(folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
         return 0
-    problems, notices = judge(source, overrides, not options.dry_run and not options.no_data)
+    problems, notices = judge(config, not options.dry_run and not options.no_data)
     on_slurm = config.launch.target == "slurm"
     target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
     if problems := [*problems, *target_problems]:

@@ -38,17 +38,16 @@ def ask_machines(local_rank: int, check: Callable[[], list[Problem]]) -> list[Pr
 
 def by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
     """(machine, its problems) as problems that say how many machines have them, and which is the first."""
-    hosts: dict[tuple[Any, ...], list[str]] = {}
+    alike: dict[str, tuple[Problem, list[str]]] = {}
     for host, problems in found:
         for problem in problems:
-            hosts.setdefault((problem.path, repr(problem.got), problem.rule, problem.fix), []).append(host)
-    merged: list[Problem] = []
-    for problem in (problem for _, problems in found for problem in problems):
-        where = hosts.pop((problem.path, repr(problem.got), problem.rule, problem.fix), [])
-        if where:
-            who = f"; so on {len(where)} of {len(found)} machines, the first is {where[0]}" if len(found) > 1 else ""
-            merged.append(replace(problem, rule=problem.rule + who))
-    return merged
+            alike.setdefault(repr(problem), (problem, []))[1].append(host)
+    if len(found) == 1:
+        return [problem for problem, _ in alike.values()]
+    return [
+        replace(problem, rule=f"{problem.rule}; so on {len(hosts)} of {len(found)} machines, the first is {hosts[0]}")
+        for problem, hosts in alike.values()
+    ]
 
 
 def lead(work: Callable[[], T]) -> T:

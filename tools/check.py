@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,12 +111,8 @@ def vocabulary(config: Config) -> int | None:
         return None
 
 
-def examine(name: str, overrides: Sequence[str], with_data: bool) -> tuple[Config | None, list[Problem], tuple[Notice, ...]]:
-    """(config, problems, notices); without a config when it can't even be read."""
-    try:
-        config = load_config(name, overrides).config
-    except ConfigError as error:
-        return None, error.problems, ()
+def examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
+    """(problems, notices) of the config, its files and its memory."""
     verdict = check_config(config)
     problems = list(verdict.problems)
     # Files are held against lengths and weights, which must be numbers of the right kind first.
@@ -128,38 +123,41 @@ def examine(name: str, overrides: Sequence[str], with_data: bool) -> tuple[Confi
         if with_data and (vocab_size := vocabulary(config)) is not None:
             problems += check_room(config, vocab_size, folder_of(config))
     if not verdict.ok:
-        return config, problems, verdict.notices
+        return problems, verdict.notices
     too_large, tight = memory_verdict(config, vocabulary(config))
-    return config, problems + too_large, (*verdict.notices, *tight)
+    return problems + too_large, (*verdict.notices, *tight)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict. No config: it can't be read; no layout: it can't be derived; `going_on`: None at step 0."""
+    """The verdict. No layout: it can't be derived; `going_on`: None at step 0."""
 
-    config: Config | None
-    layout: Layout | None
     problems: list[Problem]
-    notices: tuple[Notice, ...]
-    going_on: GoingOn | None
+    notices: tuple[Notice, ...] = ()
+    layout: Layout | None = None
+    going_on: GoingOn | None = None
 
 
-def judge(name: str, overrides: Sequence[str], with_data: bool) -> Judged:
+def judge(config: Config, with_data: bool) -> Judged:
     """Everything that can be told before a start. `with_data`: the data's files should be here."""
-    config, problems, notices = examine(name, overrides, with_data)
-    layout = derive_layout(config) if config else None
-    going_on = None
-    if config and layout and not problems:
+    problems, notices = examine(config, with_data)
+    layout, going_on = derive_layout(config), None
+    if layout and not problems:
         going_on, problems, seen = preview(config, layout, vocabulary(config))
         notices = (*notices, *seen)
-    return Judged(config, layout, problems, notices, going_on)
+    return Judged(problems, notices, layout, going_on)
 
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module's head for what it prints."""
     args = _parser().parse_intermixed_args(argv)
-    found = judge(args.config, args.overrides, not args.no_data)
-    config, layout, problems, notices, going_on = found.config, found.layout, found.problems, found.notices, found.going_on
+    try:
+        config = load_config(args.config, args.overrides).config
+    except ConfigError as error:
+        config, found = None, Judged(error.problems)
+    else:
+        found = judge(config, not args.no_data)
+    layout, problems, notices, going_on = found.layout, found.problems, found.notices, found.going_on
     if args.json:
         document = {
             "ok": not problems,

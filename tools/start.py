@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configs.errors import Notice, Problem
+from configs.schema import Config
 from launch import cli
 from tools.check import judge
 
@@ -18,6 +19,6 @@ def main(argv: list[str]) -> int:
     return cli.main(argv, _verdict)
 
 
-def _verdict(source: str, overrides: Sequence[str], with_data: bool) -> tuple[list[Problem], Sequence[Notice]]:
-    found = judge(source, overrides, with_data)
+def _verdict(config: Config, with_data: bool) -> tuple[list[Problem], Sequence[Notice]]:
+    found = judge(config, with_data)
     return found.problems, found.notices

@@ -63,9 +63,11 @@ class Plan:
         }
 
 
-def _step_s(plan: Plan, changed: Job) -> float:
-    """A step of the changed job, calibrated as the plan is."""
-    return plan.timing.step_s / time_step(plan.job).step_s * time_step(changed).step_s
+def _slower_s(plan: Plan, changed: Job) -> float:
+    """How much longer a step of the changed job takes, calibrated as the plan is; 0 where that is within half a percent."""
+    step_s = plan.timing.step_s
+    slower_s = step_s / time_step(plan.job).step_s * time_step(changed).step_s - step_s
+    return slower_s if abs(slower_s) > 0.005 * step_s else 0.0
 
 
 def tuned_note(plan: Plan) -> str | None:
@@ -73,11 +75,11 @@ def tuned_note(plan: Plan) -> str | None:
 
     Our engines don't switch on Megatron-Core's tp_comm_overlap, which needs Transformer Engine's own communicators.
     """
-    job, step_s = plan.job, plan.timing.step_s
+    job = plan.job
     if job.machine.gpu.name == HOST_NAME:
         return None
-    slower_s = _step_s(plan, replace(job, tensor_waits=True)) - step_s
-    if slower_s <= 0.005 * step_s:
+    slower_s = _slower_s(plan, replace(job, tensor_waits=True))
+    if slower_s <= 0:
         return None
     what = f"tensor parallel traffic beside the products (+{slower_s:.3g} s without)"
     return f"counted as in tuned Megatron-Core runs, which our engines don't do yet: {what}"
@@ -85,22 +87,22 @@ def tuned_note(plan: Plan) -> str | None:
 
 def expert_overlap_note(plan: Plan, config: Config) -> str | None:
     """What parallel.overlap_expert_comm would save, where it is off and may be on."""
-    job, step_s = plan.job, plan.timing.step_s
+    job = plan.job
     if job.machine.gpu.name == HOST_NAME or config.parallel.overlap_expert_comm or any(expert_overlap_problems(config)):
         return None
-    saved_s = step_s - _step_s(plan, replace(job, expert_overlap=True))
-    if saved_s <= 0.005 * step_s:
+    saved_s = -_slower_s(plan, replace(job, expert_overlap=True))
+    if saved_s <= 0:
         return None
     return f"parallel.overlap_expert_comm=true: tokens travel over the NIC behind another micro-batch (-{saved_s:.3g} s)"
 
 
 def dispatcher_note(plan: Plan, config: Config) -> str | None:
     """What the flex dispatcher would save, where it may be."""
-    job, step_s = plan.job, plan.timing.step_s
+    job = plan.job
     if job.sends_once or not may_be_flex(config):
         return None
-    saved_s = step_s - _step_s(plan, replace(job, sends_once=True))
-    if saved_s <= 0.005 * step_s:
+    saved_s = -_slower_s(plan, replace(job, sends_once=True))
+    if saved_s <= 0:
         return None
     how = "a token goes once to each rank, not once for each of its experts"
     return f"model.moe.dispatcher=flex: {how} (-{saved_s:.3g} s); needs DeepEP or HybridEP on the GPUs"

@@ -179,12 +179,10 @@ def zero_choices(config: Config) -> list[Zero]:
     return [usual, *(Zero(engine="deepspeed", stage=stage) for stage in (2, 3))]
 
 
-def by_dispatcher(config: Config, free: bool) -> tuple[Model, Model]:
-    """The model for layouts whose tokens stay, and for those whose tokens travel: on GPUs with the flex dispatcher, which sends a
-    token once to each rank, where the model can have it and the choice is `free`."""
-    model, moe = config.model, config.model.moe
-    staying = replace(model, moe=replace(moe, dispatcher="alltoall")) if moe.dispatcher == "flex" else model
-    return staying, replace(model, moe=replace(moe, dispatcher="flex")) if free and may_be_flex(config) else model
+def flex_model(config: Config) -> Model:
+    """The model with the dispatcher that sends a token once to each rank, where it may have it."""
+    model = config.model
+    return replace(model, moe=replace(model.moe, dispatcher="flex")) if may_be_flex(config) else model
 
 
 def variants(config: Config, degrees: Degrees, micros: Sequence[int] = MICRO) -> Iterator[Config]:
@@ -214,7 +212,8 @@ class Searcher:
         self, config: Config, vocab_size: int, machine: Machine, calibration: Calibration, free_dispatcher: bool
     ) -> None:
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
-        self.staying, self.travelling = by_dispatcher(config, free_dispatcher)
+        # Of layouts whose tokens travel.
+        self.travelling = flex_model(config) if free_dispatcher else config.model
         self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
         self.steps = recomputations(config)
         self.zeros = zero_choices(config)
@@ -227,11 +226,10 @@ class Searcher:
 
     def first_look(self, degrees: Degrees) -> float | None:
         """Seconds a token of the degrees at their first micro-batch, None when the states alone don't fit."""
-        config = list(variants(self.config, degrees, MICRO[:1]))[-1]
+        config = list(variants(self.base(degrees), degrees, MICRO[:1]))[-1]
         need = 0.0
         for zero in self.zeros_of(degrees):
-            config = replace(config, zero=zero, model=self.model_of(degrees))
-            job = make_job(with_expert_overlap(config), self.vocab_size, self.machine)
+            job = make_job(with_expert_overlap(replace(config, zero=zero)), self.vocab_size, self.machine)
             need = max(state_bytes(job, held).total for held in stage_held(job)) / GIB
             self.tried += 1
             if need <= self.capacity:
@@ -239,8 +237,9 @@ class Searcher:
         self._note_large(degrees, need)
         return None
 
-    def model_of(self, degrees: Degrees) -> Model:
-        return self.travelling if degrees.expert * degrees.expert_tensor > 1 else self.staying
+    def base(self, degrees: Degrees) -> Config:
+        """What the variants of the degrees have in common."""
+        return replace(self.config, model=self.travelling) if degrees.expert > 1 else self.config
 
     def zeros_of(self, degrees: Degrees) -> list[Zero]:
         """The first is the usual one; sharding gradients and weights is for layouts without stages."""
@@ -259,7 +258,7 @@ class Searcher:
     def visit(self, degrees: Degrees) -> None:
         """Keeps the fastest legal variant of these degrees that fits; a higher ZeRO stage only where the one before doesn't."""
         for zero in self.zeros_of(degrees):
-            if self.visit_zero(degrees, replace(self.config, zero=zero, model=self.model_of(degrees))):
+            if self.visit_zero(degrees, replace(self.base(degrees), zero=zero)):
                 return
 
     def visit_zero(self, degrees: Degrees, base: Config) -> bool:

@@ -8,7 +8,7 @@ setup(
     description="Plans, rehearses, launches and carries home the pretraining of Mixture-of-Experts transformers",
     python_requires=">=3.11",
     packages=find_packages(include=["configs*", "parallel*", "pretrain*", "launch*", "tools*"]),
-    package_data={"configs": ["**/*.yaml", "*.json"], "launch": ["templates/*"]},
+    package_data={"configs": ["**/*.yaml", "*.json"], "launch": ["slurm/templates/*"], "tools": ["planner/data/*"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",

@@ -1,4 +1,7 @@
-"""Problems a user can mend. A check returns a list of `Problem`; a command prints them all and exits 2."""
+"""Problems a user can mend. A check returns a list of `Problem`; a command prints them all and exits 2.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

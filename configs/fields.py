@@ -1,4 +1,7 @@
-"""How a section declares a key: default, meaning with its unit, and the values it takes. The rules live beside the key."""
+"""How a section declares a key: default, meaning with its unit, and the values it takes. The rules live beside the key.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The schema as a table: which dotted keys exist, what each holds, and the nearest name to a wrong one.
 
 A key is a section (a dataclass), a list, a mapping of text (launch.env), or a scalar.
+
+Torch-free.
 """
 
 from __future__ import annotations

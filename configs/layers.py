@@ -1,6 +1,8 @@
 """Layers of values, each laid over the ones before: nested trees and key=value words in, raw values by dotted key out.
 
 Keys are held against the schema's names here; types are not (configs/load.py converts once everything is resolved).
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 Defaults <- `base:` files in order <- the file <- the command line. All problems are reported at once: unknown keys
 (with the nearest valid name) and wrong types of every layer, files that can't be read, interpolations that lead nowhere,
-credentials. Rules between keys are not known here: see parallel/legality.py.
+credentials. Rules between keys are not known here: see parallel/legality/verdict.py.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.convert import convert, convert_entry
+from configs.coerce import convert, convert_entry
 from configs.errors import ConfigError
 from configs.fields import walk
 from configs.keys import WORDS, all_keys
@@ -59,8 +61,7 @@ def _resolve(layers: Layers) -> dict[str, Any]:
     """The values with `${other.key}` replaced; broken ones become problems and are left out."""
     waiting = {path: value for path, value in layers.values.items() if _has_interpolation(value)}
     resolved = {path: value for path, value in layers.values.items() if path not in waiting}
-    if waiting:
-        tree = OmegaConf.create(_nest(layers.values))
+    tree = OmegaConf.create(_nest(layers.values)) if waiting else OmegaConf.create()
     for path, value in waiting.items():
         try:
             got = OmegaConf.select(tree, path, throw_on_missing=True)

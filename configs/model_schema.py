@@ -1,6 +1,8 @@
 """The `model` section: the architecture, nothing about how it is run. Lengths in tokens, widths in elements.
 
 Megatron-Core's TransformerConfig is the vocabulary's origin; one section per idea keeps names short.
+
+Torch-free.
 """
 
 from __future__ import annotations

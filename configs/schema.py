@@ -1,6 +1,8 @@
 """The whole config: one dataclass a section, one field a key, each with its meaning, unit and range.
 
-A section is read by one module. Cross-key rules live in parallel/legality.py.
+A section is read by one module. Cross-key rules live in parallel/legality/verdict.py.
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Keeps credentials out of configs: they would end in the run folder, in W&B and in logs. A value in, a verdict out."""
+"""Keeps credentials out of configs: they would end in the run folder, in W&B and in logs. A value in, a verdict out.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

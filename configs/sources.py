@@ -1,6 +1,8 @@
 """Where values come from: YAML files with their `base:` files, and key=value words. Names and text in, `Source`s out.
 
 Nothing here knows the schema. Every function collects its problems instead of stopping at the first.
+
+Torch-free.
 """
 
 from __future__ import annotations

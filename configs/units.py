@@ -1,4 +1,7 @@
-"""Numbers as people read them. In: a count or seconds. Out: short text."""
+"""Numbers as people read them. In: a count or seconds. Out: short text.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

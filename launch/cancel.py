@@ -2,6 +2,8 @@
 
 A job is asked through Slurm, from any host. A process is signalled only when it is certainly the recorded one: same host,
 same pid, same start time.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import time
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.events import append_event
-from configs.files import read_json
-from configs.run_folder import RunFolder, live_holder, process_start_ticks
-from launch import scheduler
-from launch.lifecycle import OVER, Life, read_life
-from launch.scheduler import SchedulerError
+from launch.slurm import scheduler
+from launch.slurm.lifecycle import OVER, Life, read_life
+from launch.slurm.scheduler import SchedulerError
+from pretrain.run.events import append_event
+from pretrain.run.files import read_json
+from pretrain.run.folder import RunFolder, live_holder, process_start_ticks
 
 POLL_S = 0.2
 # Each look is a question to Slurm's controller.

@@ -1,4 +1,7 @@
-"""A run's logs. In: the run folder. Out: the first failure first, then a rank's log, followed while it grows if asked."""
+"""A run's logs. In: the run folder. Out: the first failure first, then a rank's log, followed while it grows if asked.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
-from configs.run_folder import RunFolder, live_holder
-from launch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
-from launch.lifecycle import ENDED, QUEUED, RUNNING, read_life
-from launch.watch import NodeReport, read_reports
+from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_life
+from launch.watch.beats import NodeReport, read_reports
+from launch.watch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
+from pretrain.run.folder import RunFolder, live_holder
 
 POLL_S = 0.2
 QUEUE_POLL_S = 2.0

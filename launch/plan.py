@@ -1,6 +1,8 @@
 """What a launch runs, as a value and as text. In: a checked config and how it was named. Out: `LaunchPlan`, the shell line.
 
 Pure: nothing is started or written here, so a dry run is the same path less the start.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import Problem
-from configs.run_folder import RunFolder, folder_of
 from configs.schema import Config
-from launch.watch import Policy, make_policy
+from launch.watch.beats import Policy, make_policy
+from pretrain.run.folder import RunFolder, folder_of
 
 # Every rank's environment unless the user's environment or launch.env says otherwise: variable → value, reason.
 ENV_DEFAULTS: dict[str, tuple[str, str]] = {

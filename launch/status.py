@@ -1,6 +1,8 @@
 """How a run stands, from its folder's files and, for a Slurm run, its queue. In: the run folder. Out: `Status`.
 
 Works while the run trains, from any host that sees the folder, and long after; without Slurm's commands it says so.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import last_row, recent_rows
 from configs.load import from_yaml_text
-from configs.run_folder import RunFolder, is_run_folder, live_holder
 from configs.units import duration
-from launch.interruptions import Interruption, interruptions
-from launch.lifecycle import OVER, QUEUED, RUNNING, Life, read_life
-from launch.scheduler import Job, SchedulerError, find_jobs
+from launch.slurm.interruptions import Interruption, interruptions
+from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, Life, read_life
+from launch.slurm.scheduler import Job, SchedulerError, find_jobs
 from parallel.batch import steps_of
+from pretrain.run.files import last_row, recent_rows
+from pretrain.run.folder import RunFolder, is_run_folder, live_holder
 
 _ETA_STEPS = 20
 _EVENTS = 5

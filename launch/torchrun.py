@@ -5,7 +5,7 @@ In: torchrun's arguments. Out: its exit code. Whoever starts ranks by hand types
 
 from __future__ import annotations
 
-from configs.process import importing
+from pretrain.run.process import importing
 
 if __name__ == "__main__":
     with importing():

@@ -2,6 +2,8 @@
 
 In: configs' Model. Out: plain numbers (widths in elements, per layer). Everything that needs an effective value (the
 model builder, the split into stages, FLOPs, memory) asks here. Legend: h hidden, f inner width, E experts, k top_k.
+
+Torch-free.
 """
 
 from __future__ import annotations

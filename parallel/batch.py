@@ -2,6 +2,8 @@
 
 In: the `batch` and `run` sections. Out: how many sequences a step consumes, where a step stands in the data, and how many
 steps a number of tokens takes. Nothing here depends on the layout except `num_micro_batches`.
+
+Torch-free.
 """
 
 from __future__ import annotations

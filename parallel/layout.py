@@ -2,6 +2,8 @@
 
 In: the `parallel` and `launch` sections. Out: `Layout`: sizes, groups of ranks along any axes, a rank's coordinates.
 Attention grid tp·cp·dp·pp, expert grid etp·ep·edp·pp; the first axis changes fastest (Megatron-Core's "tp-cp-ep-dp-pp").
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -119,12 +121,23 @@ def _coordinates(axes: dict[str, int], rank: int) -> dict[str, int]:
     return found
 
 
+def world_size(config: Config) -> int:
+    """Ranks of the run."""
+    return config.launch.nodes * config.launch.processes_per_node
+
+
+def sequence_parallel(config: Config) -> bool:
+    """parallel.sequence; unset, it is on wherever there is tensor parallelism."""
+    parallel = config.parallel
+    return parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
+
+
 def make_layout(config: Config) -> Layout:
     """The layout of a config whose checks passed. The degrees must divide the world."""
     parallel, launch = config.parallel, config.launch
     layout = Layout(
         tensor=parallel.tensor,
-        sequence=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        sequence=sequence_parallel(config),
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline or 1,
         context=parallel.context,

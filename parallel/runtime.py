@@ -12,12 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configs.beat import BEAT_DIR
-from configs.errors import Problem
-from parallel import cpu
+from parallel.compat import megatron_cpu as cpu
 
-# How long a rank waits for the others. Where a watchdog looks from outside, it says after launch.watch's times who is late;
-# the ranks' own errors, which can't, are then the second line.
+# How long a rank waits for the others in a collective.
 TIMEOUT_S, WATCHED_TIMEOUT_S = 600.0, 7200.0
 
 
@@ -38,34 +35,10 @@ def read_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
 
 
-def check_environment(environ: Mapping[str, str], world_size: int, nodes: int, processes_per_node: int) -> list[Problem]:
-    """The started world against the stated one."""
-    got = read_environment(environ)[1]
-    if got == world_size:
-        return []
-    return [
-        Problem(
-            "launch.nodes × launch.processes_per_node",
-            f"{nodes} × {processes_per_node} = {world_size}",
-            f"must equal the {got} processes that were started",
-            f"start {processes_per_node} processes on each of {nodes} nodes, or state the {got} that you start",
-        )
-    ]
-
-
-def check_device(wanted: str, device: torch.device) -> list[Problem]:
-    """cluster.device against the device that this process found."""
-    if wanted == "cuda" and device.type != "cuda":
-        return [Problem("cluster.device", "cuda", "needs a CUDA device that this process can see", "set cluster.device=cpu")]
-    if wanted == "cpu" and device.type != "cpu":
-        rule = "the GPUs must be hidden before the process starts"
-        return [Problem("cluster.device", "cpu", rule, "set CUDA_VISIBLE_DEVICES= (empty) in the environment")]
-    return []
-
-
-def start(environ: Mapping[str, str]) -> Runtime:
+def start(environ: Mapping[str, str], is_watched: bool = False) -> Runtime:
     """Bring the default process group up: gloo for CPU tensors, NCCL for CUDA tensors.
 
+    `is_watched`: a watchdog outside ends what hangs, and names the rank; the ranks' own limit is then the second line.
     Small control messages travel as CPU tensors over gloo also on a GPU, so that they never wait for a stream.
     """
     rank, world_size, local_rank = read_environment(environ)
@@ -79,7 +52,7 @@ def start(environ: Mapping[str, str]) -> Runtime:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            timeout_s = WATCHED_TIMEOUT_S if environ.get(BEAT_DIR) else TIMEOUT_S
+            timeout_s = WATCHED_TIMEOUT_S if is_watched else TIMEOUT_S
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
     return Runtime(rank, world_size, local_rank, device)
 

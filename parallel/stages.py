@@ -7,6 +7,8 @@ with its loss costs hidden x padded vocabulary, each prediction depth one layer,
 The embedding does no product, but its weights and optimizer state lie on the first stage, which also holds the most
 activations in 1F1B: it counts as a quarter of the head. The largest chunk is made as small as possible, then the sum of
 squares. Attention's own products (length x length) are the same in every layer and left out.
+
+Torch-free.
 """
 
 from __future__ import annotations

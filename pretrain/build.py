@@ -13,26 +13,26 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
-from parallel.guards import mark_expert_parameters
+from parallel.compat.megatron_guards import mark_expert_parameters
 from parallel.layout import Layout
 from parallel.stages import Chunk
-from pretrain.backend import choose_backend, detect_machine
-from pretrain.batches import MicroBatch, Prefetcher, micro_batches
-from pretrain.data import SampleStream, build_streams
+from pretrain.checkpoint.restore import Position
+from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
+from pretrain.data.streams import SampleStream, build_streams
 from pretrain.engine.base import Engine
 from pretrain.engine.megatron import MegatronEngine
-from pretrain.init import fill
 from pretrain.loop import GlobalBatch, Run, batch_positions
-from pretrain.megatron_config import make_transformer_config
-from pretrain.metrics import make_meter
-from pretrain.model import PaddedVocabGPT, build_chunks
-from pretrain.moe_metrics import MoeMetrics
-from pretrain.probe import SpeedProbe
-from pretrain.profiling import ProfileWindow
-from pretrain.restore import Position
+from pretrain.metrics.meter import make_meter
+from pretrain.metrics.moe_metrics import MoeMetrics
+from pretrain.model.backend import choose_backend, detect_machine
+from pretrain.model.gpt import PaddedVocabGPT, build_chunks
+from pretrain.model.init import fill
+from pretrain.model.megatron_config import make_transformer_config
+from pretrain.model.shards import local_tensors, map_shards
+from pretrain.rank.profiling import ProfileWindow
+from pretrain.rank.speed_probe import SpeedProbe
+from pretrain.rank.stop_signals import StopSignals
 from pretrain.session import Session
-from pretrain.shards import local_tensors, map_shards
-from pretrain.stop import StopSignals
 
 
 def make_model(

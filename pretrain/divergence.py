@@ -1,4 +1,4 @@
-"""Whether a step may be applied: the rule for a loss or gradient that is no number, and for a loss that jumps. [p]
+"""Whether a step may be applied: the rule for a loss or gradient that is no number, and for a loss that jumps.
 
 In: the `divergence` section, what the run has been through, and each step's loss and gradient norm. Out: a `Decision`
 with the numbers of its rule. Nothing but its arguments is read, so ranks with equal numbers decide alike, and a run that
@@ -8,6 +8,8 @@ knew at that step.
 The spike rule is robust: median and MAD (median absolute deviation, times 1.4826 a standard deviation of normal noise)
 don't move with a few outliers, and refused steps never enter the window. A falling loss lies below its median, so it
 takes a jump to fire; a loss that has risen for good is refused again and again until the bound ends the run.
+
+Torch-free.
 """
 
 from __future__ import annotations

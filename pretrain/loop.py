@@ -14,31 +14,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.beat import AGREEING, COMPUTING, RECORDING, RESTORING, SAVING, VALIDATING, WAITING
 from configs.schema import Config
 from parallel.batch import global_batch_at
 from parallel.layout import Layout
-from pretrain.batches import MicroBatch, Prefetcher
-from pretrain.checkpoint_write import PENDING
+from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.write import PENDING
+from pretrain.data.batches import MicroBatch, Prefetcher
 from pretrain.divergence import ACCEPT, DIVERGED, ROLLBACK, SKIP, SKIPPED, STOP, Decision, Policy, Refused
 from pretrain.engine.base import Engine
-from pretrain.heartbeat import Heartbeat
-from pretrain.metrics import Meter, peak_memory_gib
-from pretrain.moe_metrics import MoeMetrics
-from pretrain.probe import SpeedProbe
-from pretrain.profiling import ProfileWindow
-from pretrain.restore import Position
-from pretrain.saving import Saver
+from pretrain.metrics.meter import Meter, peak_memory_gib
+from pretrain.metrics.moe_metrics import MoeMetrics
+from pretrain.metrics.sinks import Sink
+from pretrain.rank.profiling import ProfileWindow
+from pretrain.rank.speed_probe import SpeedProbe
+from pretrain.rank.stop_signals import NONE, STATE_OF, StopSignals
+from pretrain.run.beat import AGREEING, COMPUTING, RECORDING, RESTORING, SAVING, VALIDATING, WAITING
+from pretrain.run.heartbeat import Heartbeat
 from pretrain.schedule import learning_rate
-from pretrain.sinks import Sink
-from pretrain.stop import NONE, STATE_OF, StopSignals
 
 GlobalBatch = tuple[int, list[MicroBatch]]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the loop ended: a state of configs/run_folder.py and one line for people."""
+    """How the loop ended: a state of pretrain/run/folder.py and one line for people."""
 
     state: str
     why: str

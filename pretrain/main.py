@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from configs.beat import BUILDING, READING, RESTORING
-from configs.process import importing
-from pretrain.heartbeat import Heartbeat
-from pretrain.rank_process import prepare, run_rank
-from pretrain.stop import StopSignals
+from pretrain.run.beat import BEAT_DIR, BUILDING, READING, RESTORING
+from pretrain.run.process import importing
+from pretrain.run.heartbeat import Heartbeat
+from pretrain.rank.process_setup import prepare, run_rank
+from pretrain.rank.stop_signals import StopSignals
 
 SIGNALS = StopSignals(beat=Heartbeat(os.environ))
 if __name__ == "__main__":
@@ -31,8 +31,9 @@ with importing():
     from parallel.stages import make_chunks
     from pretrain.build import make_engine, make_model, make_run
     from pretrain.loop import train
-    from pretrain.session import Session, check_machine, check_start
-    from pretrain.together import ask_machines, lead, refuse
+    from pretrain.preflight.verdict import machine_problems, rank_problems
+    from pretrain.session import Session
+    from pretrain.rank.consensus import ask_machines, lead, refuse
 
 
 def read_arguments(argv: Sequence[str]) -> Loaded:
@@ -46,11 +47,11 @@ def read_arguments(argv: Sequence[str]) -> Loaded:
 
 def main(argv: Sequence[str], signals: StopSignals) -> int:
     """The whole attempt of one rank; returns the exit code of how it ended."""
-    runtime = start(os.environ)
+    runtime = start(os.environ, is_watched=bool(os.environ.get(BEAT_DIR)))
     loaded = lead(lambda: read_arguments(argv))
     config = loaded.config
-    lacking = ask_machines(runtime.local_rank, lambda: check_machine(config, runtime))
-    lead(lambda: refuse(check_start(loaded, lacking)))
+    lacking = ask_machines(runtime.local_rank, lambda: machine_problems(config, runtime.device.type))
+    lead(lambda: refuse(rank_problems(config, lacking)))
     with Session(loaded, runtime) as session:
         if session.is_finished:
             return 0

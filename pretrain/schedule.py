@@ -4,6 +4,8 @@ Steps count from 0, the first update. Warm-up of W steps: peak·(step+1)/W, so n
 the peak. After it, with progress p from 0 at the start of the decay to 1 at the horizon, min + (peak - min)·shape(p):
 linear 1-p; cosine (1+cos πp)/2; sqrt 1-√p. `wsd` stays at the peak and decays over its last steps (arXiv 2404.06395).
 From the horizon on it is min_lr; `constant` never decays.
+
+Torch-free.
 """
 
 from __future__ import annotations

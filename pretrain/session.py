@@ -16,27 +16,13 @@ from typing import Any
 import torch
 
 from configs.errors import ConfigError, Problem
-from configs.events import sync_events
-from configs.files import storage_problem
 from configs.load import Loaded, from_yaml_text
-from configs.run_folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
-from configs.schema import Config
 from parallel.batch import horizon_steps, steps_of
 from parallel.layout import Layout
-from parallel.legality import check_config
-from parallel.runtime import Runtime, check_device, check_environment
-from pretrain.backend import check_backend, detect_machine
-from pretrain.checkpoint_write import remove_leftovers
-from pretrain.console import make_console
-from pretrain.data import data_identity
-from pretrain.data_check import check_data, vocab_size
-from pretrain.divergence import Policy, Refused
-from pretrain.engine.base import Engine
-from pretrain.loop import Ended
-from pretrain.manifest import read_manifest
-from pretrain.provenance import make_provenance
-from pretrain.record import Record, encode_row
-from pretrain.restore import (
+from parallel.runtime import Runtime
+from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.restore import (
     Identity,
     Position,
     choose_checkpoints,
@@ -47,33 +33,25 @@ from pretrain.restore import (
     warm_start,
     warm_start_folder,
 )
-from pretrain.resume import architecture, check_changes, check_data_change, flatten
-from pretrain.rollback import begin_rollback, finish_rollback, read_policy
-from pretrain.room import check_room
-from pretrain.run_folder import Attempt, open_attempt
-from pretrain.saving import Common, Saver
-from pretrain.sinks import NullSink, RecordSink, Sink, Sinks
-from pretrain.summary import make_summary, summary
-from pretrain.swap_check import check_swap
-from pretrain.together import lead, refuse
-from pretrain.tokenizer import Tokenizer, load_tokenizer
-from pretrain.wandb_sink import make_wandb_sink, wandb_place
-
-
-def check_machine(config: Config, runtime: Runtime) -> list[Problem]:
-    """What this machine lacks for the config: asked on each."""
-    problems = check_device(config.cluster.device, runtime.device)
-    return [*problems, *check_backend(config, detect_machine(runtime.is_cuda)), *check_swap(config)]
-
-
-def check_start(loaded: Loaded, lacking: list[Problem]) -> list[Problem]:
-    """Everything that can be known before the first group is made. `lacking`: what the machines lack."""
-    config = loaded.config
-    launch = config.launch
-    world = launch.nodes * launch.processes_per_node
-    problems = check_environment(os.environ, world, launch.nodes, launch.processes_per_node)
-    problems += [*lacking, *check_config(config).problems, *check_data(config)]
-    return problems or check_room(config, vocab_size(config), folder_of(config))
+from pretrain.checkpoint.rollback import begin_rollback, finish_rollback, read_policy
+from pretrain.checkpoint.saving import Common, Saver
+from pretrain.checkpoint.write import remove_leftovers
+from pretrain.data.streams import data_identity
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer, vocab_size
+from pretrain.divergence import Policy, Refused
+from pretrain.engine.base import Engine
+from pretrain.loop import Ended
+from pretrain.metrics.console import make_console
+from pretrain.metrics.sinks import NullSink, RecordSink, Sink, Sinks
+from pretrain.metrics.summary import make_summary, summary
+from pretrain.metrics.wandb_sink import make_wandb_sink, wandb_place
+from pretrain.rank.consensus import lead, refuse
+from pretrain.run.attempt import Attempt, open_attempt
+from pretrain.run.events import sync_events
+from pretrain.run.files import storage_problem
+from pretrain.run.folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
+from pretrain.run.provenance import make_provenance
+from pretrain.run.record import Record, encode_row
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class _Begun:
 
 
 class Session:
-    """Built on all ranks after `check_start`; a context manager that leaves an outcome behind, whatever happens."""
+    """Built on all ranks after the preflight; a context manager that leaves an outcome behind, whatever happens."""
 
     def __init__(self, loaded: Loaded, runtime: Runtime) -> None:
         self.loaded, self.config, self.runtime = loaded, loaded.config, runtime

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from configs.process import importing
+from pretrain.run.process import importing
 
 with importing():
-    from pretrain.tokenizer import load_tokenizer, section_for
+    from pretrain.data.tokenizer import load_tokenizer, section_for
     from tests import keep_groups
     from tools.data.corpus import expand
     from tools.data.tokenize import tokenize

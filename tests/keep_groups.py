@@ -44,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 
     class OnTheDevice(ProcessGroupGloo):
         def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-            options = ProcessGroupGloo._Options()
+            options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
             options._devices, options._timeout, options._threads = _DEVICES, timeout, 1
             super().__init__(store, rank, size, options)
 

@@ -21,20 +21,15 @@ BELOW = {
     "configs": (),
     "parallel": ("configs",),
     "pretrain": ("configs", "parallel"),
-    "launch": ("configs", "parallel"),
+    "launch": ("configs", "parallel", "pretrain"),
     "tools": ("configs", "parallel", "pretrain", "launch"),
 }
 HEAVY = ("torch", "megatron", "deepspeed", "wandb", "transformers")
 
-# Modules that think without torch ([p] in the design): a login node has them answer at once.
-LIGHT = [
-    "configs", "parallel.architecture", "parallel.layout", "parallel.stages", "parallel.batch", "parallel.legality",
-    "parallel.notices", "parallel.rules", "parallel.rules_engine", "parallel.rules_layout", "parallel.rules_model",
-    "parallel.rules_run", "parallel.rules_slurm", "pretrain.flops", "pretrain.schedule", "pretrain.data_check",
-    "pretrain.divergence", "pretrain.rollback", "launch",
-    "pretrain.swap_check", "tools.cli", "tools.check", "tools.start", "tools.draw_grid", "tools.draw_pipeline", "tools.plan",
-    "tools.planner",
-]  # fmt: skip
+# The last line of a module's docstring, where importing the module imports nothing of HEAVY: a login node answers at once.
+MARK = "Torch-free."
+# They run on compute nodes only.
+HEAVY_BY_DESIGN = ("launch.torchrun", "launch.doctor.network_probe")
 
 # They parse words and then import only what the subcommand needs.
 DISPATCH = ("tools.rehearse.cli", "tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")
@@ -93,14 +88,32 @@ def graph() -> dict[str, set[str]]:
     return found
 
 
-def light_modules() -> list[str]:
-    return [name for name in modules() if any(name == light or name.startswith(light + ".") for light in LIGHT)]
+def is_marked(module: str) -> bool:
+    return (ast.get_docstring(modules()[module]) or "").endswith(MARK)
+
+
+def is_package(module: str) -> bool:
+    return (ROOT / module.replace(".", "/") / "__init__.py").exists()
+
+
+@cache
+def heavy_modules() -> frozenset[str]:
+    """Modules that import something heavy when they are imported, themselves or through one of ours."""
+    found = {
+        module
+        for module, tree in modules().items()
+        if any(name.split(".")[0] in HEAVY for node in top_level(tree) for name in imported(node))
+    }
+    while more := {module for module, names in graph().items() if names & found} - found:
+        found |= more
+    return frozenset(found)
 
 
 def test_light_modules_import_nothing_heavy() -> None:
+    marked = [module for module in modules() if is_marked(module)]
     script = f"""
 import importlib, sys
-for name in {light_modules()!r}:
+for name in {marked!r}:
     importlib.import_module(name)
     heavy = sorted(set(sys.modules) & set({HEAVY!r}))
     assert not heavy, f"{{name}} imports {{heavy}}"
@@ -109,8 +122,14 @@ for name in {light_modules()!r}:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_list_of_light_modules_is_alive() -> None:
-    assert all(light in modules() for light in LIGHT)
+def test_every_light_module_is_marked() -> None:
+    light = {module for module in modules() if not is_package(module)} - heavy_modules()
+    assert light == {module for module in modules() if is_marked(module)}
+
+
+def test_what_a_login_node_needs_is_light() -> None:
+    needed = ("configs", "parallel.legality", "parallel.memory", "pretrain.preflight", "pretrain.run", "launch", "tools.planner")
+    assert not [module for module in heavy_modules() if module.startswith(needed) and module not in HEAVY_BY_DESIGN]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -157,7 +176,7 @@ def test_no_imports_of_ours_inside_functions() -> None:
     assert not hidden
 
 
-CHECKS = ("configs", "parallel.rules", "parallel.notices", "parallel.legality", "parallel.zero_table", "tools.check")
+CHECKS = ("configs", "parallel.legality", "pretrain.preflight", "tools.check")
 
 
 @cache

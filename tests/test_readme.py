@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
-from parallel.zero_table import markdown
+from parallel.legality.zero_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

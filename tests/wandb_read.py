@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import RunFolder
-from pretrain.wandb_log import SegmentReader
-from pretrain.wandb_steps import find_segments
+from pretrain.metrics.wandb_log import SegmentReader
+from pretrain.metrics.wandb_steps import find_segments
+from pretrain.run.folder import RunFolder
 
 
 def offline_rows(run_dir: Path, wandb_id: str) -> list[dict[str, Any]]:

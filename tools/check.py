@@ -1,7 +1,9 @@
-"""`phalanx check`: the verdict on a config before anything starts. [p]
+"""`phalanx check`: the verdict on a config before anything starts.
 
 In: a config's name and key=value words. Out: every problem with its fix, the layout and what follows from it; for scripts
 one JSON document {"ok", "problems", "warnings", "layout"}. Exit 0 when legal, 2 when not (with --strict: nor warned about).
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -9,29 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import ConfigError, Notice, Problem, json_problem, report
-from configs.fields import check_keys
 from configs.load import load_config
-from configs.run_folder import folder_of
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batches, steps_of
+from parallel.flops import count_parameters, training_flops
 from parallel.layout import Layout
-from parallel.legality import check_config, derive_layout
 from parallel.stages import make_chunks
-from pretrain.data_check import check_data, vocab_size
-from pretrain.flops import count_parameters, training_flops
-from pretrain.room import check_room
-from pretrain.swap_check import check_swap
+from pretrain.preflight.verdict import Preflight, known_vocab_size, preflight
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
-from tools.going_on import GoingOn, preview
-from tools.planner.verdict import memory_verdict
-
-# The sections that `check_data` reads.
-READ_BY_DATA = ("data", "batch", "run", "model.vocab")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +65,7 @@ def summary(config: Config, layout: Layout) -> str:
     if len(deciding_batches(batch)) > 1:
         ramp = batch.ramp
         lines.append(f"ramp     from {ramp.start_seqs} by {ramp.increment_seqs} over {ramp.samples:,} sequences")
-    vocab_size = vocabulary(config)
+    vocab_size = known_vocab_size(config)
     if vocab_size is None:
         return "\n".join(
             [*lines, "model    size unknown: neither model.vocab_size nor a tokenizer says how many tokens there are"]
@@ -103,74 +94,29 @@ def _stage_lines(config: Config, layout: Layout, vocab_size: int) -> list[str]:
     return lines
 
 
-def vocabulary(config: Config) -> int | None:
-    """Tokens of the vocabulary; None when neither the config states them nor its tokenizer can be read."""
-    try:
-        return vocab_size(config)
-    except ConfigError:
-        return None
-
-
-def examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
-    """(problems, notices) of the config, its files and its memory."""
-    verdict = check_config(config)
-    problems = list(verdict.problems)
-    # Files are held against lengths and weights, which must be numbers of the right kind first.
-    if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
-        problems += check_data(config)
-    if verdict.ok and config.launch.target == "local":
-        problems += check_swap(config)
-        if with_data and (vocab_size := vocabulary(config)) is not None:
-            problems += check_room(config, vocab_size, folder_of(config))
-    if not verdict.ok:
-        return problems, verdict.notices
-    too_large, tight = memory_verdict(config, vocabulary(config))
-    return problems + too_large, (*verdict.notices, *tight)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The verdict. No layout: it can't be derived; `going_on`: None at step 0."""
-
-    problems: list[Problem]
-    notices: tuple[Notice, ...] = ()
-    layout: Layout | None = None
-    going_on: GoingOn | None = None
-
-
-def judge(config: Config, with_data: bool) -> Judged:
-    """Everything that can be told before a start. `with_data`: the data's files should be here."""
-    problems, notices = examine(config, with_data)
-    layout, going_on = derive_layout(config), None
-    if layout and not problems:
-        going_on, problems, seen = preview(config, layout, vocabulary(config))
-        notices = (*notices, *seen)
-    return Judged(problems, notices, layout, going_on)
-
-
 def main(argv: list[str]) -> int:
     """Run the command; see the module's head for what it prints."""
     args = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides).config
     except ConfigError as error:
-        config, found = None, Judged(error.problems)
+        config, found = None, Preflight(error.problems)
     else:
-        found = judge(config, not args.no_data)
-    layout, problems, notices, going_on = found.layout, found.problems, found.notices, found.going_on
+        found = preflight(config, not args.no_data)
+    layout, problems, notices, resume = found.layout, found.problems, found.notices, found.resume
     if args.json:
         document = {
             "ok": not problems,
             "problems": [json_problem(problem) for problem in problems],
             "warnings": [notice.as_dict() for notice in notices],
             "layout": layout_json(config, layout) if config else None,
-            "resume": going_on.as_dict() if going_on else None,
+            "resume": resume.as_dict() if resume else None,
         }
         print(json.dumps(document))
     else:
         _print(args.config, config, layout, problems, notices)
-        if going_on and not problems:
-            print(f"resume   from step {going_on.step:,}, written by {going_on.written_by}: {going_on.exactness}")
+        if resume and not problems:
+            print(f"resume   from step {resume.step:,}, written by {resume.written_by}: {resume.exactness}")
     if args.draw and config and layout:
         print("\n".join(drawing(config, layout)), file=sys.stderr if args.json else sys.stdout)
     return 2 if problems or (args.strict and notices) else 0

@@ -1,6 +1,8 @@
-"""The `phalanx` command: names a command's module, imports only that one, and turns bad input into exit 2. [p]
+"""The `phalanx` command: names a command's module, imports only that one, and turns bad input into exit 2.
 
 In: the words of the command line. Out: an exit code: 0 fine, 2 bad input, 1 broke, 130 interrupted.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ GROUPS: dict[str, dict[str, Command]] = {
         "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),
     },
     "a run": {
-        "launch": Command("tools.start", "start it (--dry-run prints the exact command)", with_name=True),
-        "status": Command("launch.cli", "state, step, loss and speed of a run folder", with_name=True),
-        "logs": Command("launch.cli", "its logs, the first error first", with_name=True),
-        "cancel": Command("launch.cli", "stop it; what it has learned is saved", with_name=True),
-        "resume": Command("tools.start", "go on where a run folder stopped", with_name=True),
+        "launch": Command("launch.commands", "start it (--dry-run prints the exact command)", with_name=True),
+        "status": Command("launch.commands", "state, step, loss and speed of a run folder", with_name=True),
+        "logs": Command("launch.commands", "its logs, the first error first", with_name=True),
+        "cancel": Command("launch.commands", "stop it; what it has learned is saved", with_name=True),
+        "resume": Command("launch.commands", "go on where a run folder stopped", with_name=True),
     },
     "after a run": {
         "generate": Command("tools.inference.cli", "text from a checkpoint", with_name=True),

@@ -1,4 +1,7 @@
-"""The grid of ranks as a picture, node by node: which ranks share which group. [p] In: a layout. Out: text."""
+"""The grid of ranks as a picture, node by node: which ranks share which group. In: a layout. Out: text.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

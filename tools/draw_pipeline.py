@@ -1,7 +1,9 @@
-"""The pipeline schedule as a picture: what each stage does when, 1F1B or interleaved. [p]
+"""The pipeline schedule as a picture: what each stage does when, 1F1B or interleaved.
 
 In: stages, chunks a stage, micro-batches. Out: text. The orders are those of Megatron-Core's schedules (arXiv 2104.04473);
 a backward pass takes as long as two forward passes, sending takes no time.
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""`phalanx model`: what a model is made of: parameters, active in three conventions, FLOPs a token, bytes of its weights. [p]
+"""`phalanx model`: what a model is made of: parameters, active in three conventions, FLOPs a token, bytes of its weights.
 
 In: a preset's name, a config, or a Hugging Face config.json (or its folder). Out: a table, one JSON document, or a preset.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from configs.model_schema import Model
 from configs.sources import find_file
 from configs.units import count
 from parallel.architecture import padded_vocab
-from pretrain.flops import count_parameters, training_flops
-from tools.check import vocabulary
-from tools.convert.family import Refusal
-from tools.convert.preset import preset_yaml, read_config, understand
+from parallel.flops import count_parameters, training_flops
+from pretrain.preflight.verdict import known_vocab_size
+from tools.convert.hf_config.family import Refusal
+from tools.convert.hf_config.preset import preset_yaml, read_config, understand
 
 CONVENTIONS = {
     "all": "everything a token uses",
@@ -79,7 +81,7 @@ def _from_config(name: str, overrides: list[str]) -> tuple[Model, int | None, li
     loaded = load_config(f"model/{name}" if preset and find_file(f"model/{name}", Path.cwd()) else name, overrides)
     model = loaded.config.model
     if model.vocab_size is None:
-        model.vocab_size = vocabulary(loaded.config)
+        model.vocab_size = known_vocab_size(loaded.config)
     if model.vocab_size is None:
         rule = "must be stated: neither the config nor a tokenizer says how many tokens there are"
         raise ConfigError(Problem("model.vocab_size", None, rule, "add model.vocab_size=32000"))

@@ -1,7 +1,9 @@
-"""`phalanx plan` and `phalanx plan-validate`: what a run will take, before anything is queued. [p]
+"""`phalanx plan` and `phalanx plan-validate`: what a run will take, before anything is queued.
 
 In: a config's name and key=value words, or published rows. Out: memory, time, cost and the best layouts, as text or JSON.
 Exit 0, also when a plan does not fit (`fits` says so); 2 when the input is bad.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from configs.load import Loaded, load_config
 from configs.schema import Config
-from parallel.legality import check_config
-from pretrain.data_check import vocab_size
+from parallel.legality.verdict import check_config
+from parallel.memory.hardware import HOST_NAME, make_machine
+from parallel.memory.job import make_job
+from pretrain.data.tokenizer import vocab_size
 from tools.planner import report
 from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
-from tools.planner.hardware import HOST_NAME, make_machine
-from tools.planner.job import make_job
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
+from tools.planner.published.validate import validate
 from tools.planner.search import search
-from tools.planner.validate import validate
 
 
 def _positive(text: str) -> float:

@@ -1,4 +1,7 @@
-"""One node's GPUs judged. In: facts and the request. Out: a `Finding` a check. Pure."""
+"""One node's GPUs judged. In: facts and the request. Out: a `Finding` a check. Pure.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

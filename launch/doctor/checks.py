@@ -1,6 +1,8 @@
 """One node's facts judged by themselves. In: facts (launch/doctor/facts.py) and the request. Out: a `Finding` a check. Pure.
 
 A `fail` would end the run or spoil it; a `warn` makes it slow or may end it later. Thresholds stand beside their reasons.
+
+Torch-free.
 """
 
 from __future__ import annotations

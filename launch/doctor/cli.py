@@ -1,4 +1,7 @@
-"""The command doctor. In: the words after `phalanx doctor`. Out: verdicts; exit code 0 fit, 1 a node failed or is silent, 2."""
+"""The command doctor. In: the words after `phalanx doctor`. Out: verdicts; exit code 0 fit, 1 a node failed or is silent, 2.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError, Problem
 from configs.fields import check_keys
-from configs.files import storage_problem, write_atomically, write_json
 from configs.load import load_config
-from configs.process import node_name
-from configs.run_folder import check_run_folder, folder_of
 from configs.schema import Config
 from launch.doctor import slurm
 from launch.doctor.gpus import gpu_facts
@@ -24,9 +24,12 @@ from launch.doctor.local import check_here
 from launch.doctor.report import CheckUp, as_document, describe, judge
 from launch.doctor.request import NODES, NONCE, Request, Sizes, make_request
 from launch.doctor.results import read_hostnames, read_results
-from launch.slurm_script import Place
-from launch.submit import check_slurm
-from parallel.rules_slurm import RULES
+from launch.slurm.script import Place
+from launch.slurm.submit import check_slurm
+from parallel.legality.slurm import RULES
+from pretrain.run.files import storage_problem, write_atomically, write_json
+from pretrain.run.folder import check_run_folder, folder_of
+from pretrain.run.process import node_name
 
 TIMEOUT_S = 1800.0
 QUICK = Sizes(disk_mib=8, network_mib=(1, 8))

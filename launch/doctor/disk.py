@@ -2,6 +2,8 @@
 
 The file is flushed to disk, and its pages are given back to the kernel before it is read: what is timed is the file system,
 as far as a user can make sure of that (a file server's own cache can't be emptied from here).
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What one node says about itself, without torch.distributed. In: a `Request`. Out: facts as JSON takes them, unjudged.
 
 What can't be found out is a fact too: its place holds None or the reason, and judging that is launch/doctor/checks.py's.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from typing import Any
 
 import psutil
 
-from configs.files import parse_line
 from launch.doctor.disk import disk_facts
 from launch.doctor.gpus import gpu_facts
 from launch.doctor.request import Request
+from pretrain.run.files import parse_line
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "wandb", "transformer-engine", "phalanx")
 # The first import over a busy network file system takes minutes.

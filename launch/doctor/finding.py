@@ -1,4 +1,7 @@
-"""What a check found. Pure values."""
+"""What a check found. Pure values.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

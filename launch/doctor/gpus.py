@@ -1,6 +1,8 @@
 """What nvidia-smi says about a node's GPUs. In: nothing, or its output. Out: facts as plain values.
 
 nvidia-smi and not torch: it also answers where torch was built without CUDA, and it alone knows of faults and clocks.
+
+Torch-free.
 """
 
 from __future__ import annotations

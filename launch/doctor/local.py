@@ -1,8 +1,10 @@
-"""The check-up of this machine. In: a config, a request. Out: facts and figures in the request's folder; no process left."""
+"""The check-up of this machine. In: a config, a request. Out: facts and figures in the request's folder; no process left.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import secrets
 import subprocess
 from collections.abc import Mapping
@@ -13,17 +15,15 @@ from configs.schema import Config
 from launch.doctor.node import look
 from launch.doctor.request import NETWORK, NETWORK_LOG, Request
 from launch.doctor.results import ready_nodes
-from launch.guard import MARK_NAME, clear_up
+from launch.local.parent_guard import MARK_NAME, clear_up
 from launch.plan import make_plan
 
 NETWORK_S = 180.0
 
 
 def probe_path() -> str:
-    """parallel/network_probe.py of the installed package, from any working folder."""
-    found = importlib.util.find_spec("parallel")
-    assert found is not None and found.origin is not None, "the package parallel is installed beside launch"
-    return str(Path(found.origin).with_name("network_probe.py"))
+    """launch/doctor/network_probe.py of the installed package, from any working folder."""
+    return str(Path(__file__).resolve().with_name("network_probe.py"))
 
 
 def probe_arguments(request: Request) -> list[str]:

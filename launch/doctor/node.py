@@ -1,6 +1,8 @@
 """One node looks at itself: python -m launch.doctor.node --request JSON. What a Slurm task runs in each node's own Python.
 
 Its facts go to nodes/NAME.json in the check-up's folder. Exit code 1 and a line on stderr: that folder can't be written here.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.files import write_json
-from configs.process import node_name
 from launch.doctor.facts import node_facts
 from launch.doctor.request import NODES, Request
+from pretrain.run.files import write_json
+from pretrain.run.process import node_name
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,7 @@
-"""The verdict over a check-up, and how it is told. In: what was collected. Out: text for people, a document for scripts. Pure."""
+"""The verdict over a check-up, and how it is told. In: what was collected. Out: text for people, a document for scripts. Pure.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 
 from launch.doctor.checks import check_node
 from launch.doctor.finding import FAIL, OK, Finding, worst
+from launch.doctor.network_checks import compare, gbit_s
 from launch.doctor.request import NETWORK_LOG, NODES_LOG, Request
 from launch.doctor.results import Results
-from launch.doctor.together import compare, gbit_s
 
 # More sound nodes than this are counted, not listed; more ways than this are cut to the slowest.
 _LISTED = 32

@@ -1,4 +1,7 @@
-"""What a check-up is to find out, as a value that travels to every node in a command line. In: a config. Out: `Request`."""
+"""What a check-up is to find out, as a value that travels to every node in a command line. In: a config. Out: `Request`.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

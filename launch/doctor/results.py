@@ -1,6 +1,8 @@
 """What a check-up has left in its folder. In: the folder. Out: facts a node, why a node is silent, the network's figures.
 
 Standard library and light modules only: the batch step reads it with the host's Python.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.files import read_json
 from launch.doctor.checks import can_meet
 from launch.doctor.request import HOSTNAMES, NETWORK, NETWORK_LOG, NODES, NODES_LOG, Request
+from pretrain.run.files import read_json
 
 _TAIL_BYTES = 1 << 16
 # What a log's reader looks for first; a Python traceback ends with the first form.

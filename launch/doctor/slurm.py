@@ -1,6 +1,8 @@
 """The check-up of an allocation, as a short Slurm job. In: a config and a request. Out: the script; the job run to its end.
 
 The job asks for what the training job asks for, less its time, so that it waits in the same queue for the same nodes.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from pathlib import Path
 from typing import TextIO
 
 from configs.errors import ConfigError, Problem
-from configs.files import storage_problem, write_atomically
 from configs.schema import Config
 from configs.units import duration
-from launch import scheduler
 from launch.doctor.local import probe_arguments, probe_path
 from launch.doctor.request import FINISHED, HOSTNAMES, NETWORK_LOG, NODES_LOG, Request
 from launch.doctor.results import read_hostnames
-from launch.job_file import SCRIPT_NAME
-from launch.scheduler import Job, SchedulerError
-from launch.slurm_script import Place, common_words, fill, option_lines, output_pattern, placement
+from launch.slurm import scheduler
+from launch.slurm.job_file import SCRIPT_NAME
+from launch.slurm.scheduler import Job, SchedulerError
+from launch.slurm.script import Place, common_words, fill, option_lines, output_pattern, placement
+from pretrain.run.files import storage_problem, write_atomically
 
 # The first import of torch over a network file system, and the slowest of networks, fit into these.
 LOOK_S, WAIT_S, NETWORK_S, JOB_MINUTES = 180, 90, 300, 10

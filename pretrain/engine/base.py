@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from pretrain.batches import MicroBatch
-from pretrain.boxes import Box
+from pretrain.data.batches import MicroBatch
+from pretrain.model.tensor_slice import Box
 
 # What a checkpoint holds of every parameter: fp32 main weights and Adam's two moments.
 WEIGHT = "weight"

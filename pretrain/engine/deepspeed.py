@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
-from pretrain.batches import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
 from pretrain.engine.base import WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
@@ -23,7 +23,7 @@ from pretrain.engine.deepspeed_slots import CutParameters, FlatGroups, Partition
 from pretrain.engine.deepspeed_swap import SwappedParameters, swaps
 from pretrain.engine.schedule_step import Schedule
 from pretrain.engine.slots import ReplicaWriters, Slot
-from pretrain.shards import Shard, local_tensors, map_shards
+from pretrain.model.shards import Shard, local_tensors, map_shards
 
 
 class DeepSpeedZero:

@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 from torch.utils.cpp_extension import _get_build_directory
 

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.guards_deepspeed import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
+from parallel.compat.deepspeed_guards import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
 from pretrain.engine.deepspeed_build import build_adam, build_async_io
 from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swap_small_groups, swaps
 

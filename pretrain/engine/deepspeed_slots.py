@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.guards_deepspeed import GuardedEngine
+from parallel.compat.deepspeed_guards import GuardedEngine
 from pretrain.engine.base import MOMENTS, WEIGHT
 from pretrain.engine.slots import Slot
-from pretrain.shards import Shard
+from pretrain.model.shards import Shard
 
 
 @dataclass(frozen=True)

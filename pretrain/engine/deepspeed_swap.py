@@ -20,10 +20,10 @@ from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper as swapp
 from deepspeed.runtime.zero import stage3
 
 from configs.schema import Config, run_dir
-from parallel.guards_deepspeed import GuardedEngine
+from parallel.compat.deepspeed_guards import GuardedEngine
 from pretrain.engine.base import WEIGHT
 from pretrain.engine.deepspeed_slots import CutParameters, ZeroSlot
-from pretrain.shards import Shard
+from pretrain.model.shards import Shard
 
 # Elements of a sub-group, which is read, updated and written as one. Each rank keeps four page-locked host buffers of the
 # largest one (weights, gradient, two moments): 1.6 GB.

@@ -15,12 +15,12 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
-from pretrain.batches import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.schedule_step import Schedule
 from pretrain.engine.slots import ReplicaWriters, Slot
-from pretrain.megatron_config import DTYPES
-from pretrain.shards import Shard, local_tensors, map_shards
+from pretrain.model.megatron_config import DTYPES
+from pretrain.model.shards import Shard, local_tensors, map_shards
 
 
 class MegatronEngine:
@@ -176,7 +176,7 @@ class MegatronEngine:
                 for group in part.optimizer.param_groups:
                     group["step"] = self.updates
             if hasattr(part, "_copy_main_params_to_model_params"):
-                part._copy_main_params_to_model_params()
+                part._copy_main_params_to_model_params()  # pyright: ignore[reportAttributeAccessIssue]
         if self.zero_stage == 1:
             for model in self.models:
                 model.start_param_sync(force_sync=True)

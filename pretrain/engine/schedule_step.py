@@ -14,9 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.guards import without_jitter
-from pretrain.batches import MicroBatch
-from pretrain.feed import make_feed
+from parallel.compat.megatron_guards import without_jitter
+from pretrain.data.batches import MicroBatch
+from pretrain.model.inputs import make_feed
 
 
 class Schedule:

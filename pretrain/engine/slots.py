@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.engine.base import Piece
-from pretrain.shards import Shard
+from pretrain.model.shards import Shard
 
 
 @dataclass(frozen=True)

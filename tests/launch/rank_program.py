@@ -16,16 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.beat import COMPUTING, RECORDING, WAITING
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
-from configs.run_folder import Outcome, folder_of
-from pretrain.heartbeat import Heartbeat
-from pretrain.provenance import make_provenance
-from pretrain.rank_process import prepare, run_rank
-from pretrain.record import Record
-from pretrain.run_folder import Attempt, open_attempt
-from pretrain.stop import StopSignals
+from pretrain.rank.process_setup import prepare, run_rank
+from pretrain.rank.stop_signals import StopSignals
+from pretrain.run.attempt import Attempt, open_attempt
+from pretrain.run.beat import COMPUTING, RECORDING, WAITING
+from pretrain.run.folder import Outcome, folder_of
+from pretrain.run.heartbeat import Heartbeat
+from pretrain.run.provenance import make_provenance
+from pretrain.run.record import Record
 
 RANK = int(os.environ["RANK"])
 # A rank that raises beside one that is killed does so once the other is gone, as partners do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 from megatron.core.transformer.enums import LayerType
@@ -32,7 +33,7 @@ def test_chunks_are_the_model_in_order_and_megatron_reads_them(layers: int, pp: 
     assert [(chunk.chunk, chunk.stage) for chunk in chunks] == [(c, s) for c in range(vpp) for s in range(pp)]
     assert [chunk.embedding for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
     assert [chunk.head for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    theirs = PipelineParallelLayerLayout(megatron_pipeline_layout(chunks), pp)
+    theirs: Any = PipelineParallelLayerLayout(megatron_pipeline_layout(chunks), pp)
     theirs.validate_layer_layout(num_layers=layers, mtp_num_layers=mtp or None)
     assert theirs.virtual_pipeline_model_parallel_size == vpp
     for chunk in chunks:

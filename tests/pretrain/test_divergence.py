@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.events import append_event
-from configs.run_folder import COMPLETE, RunFolder, step_folder
 from configs.schema import Divergence
+from pretrain.checkpoint.manifest import FORMAT, Manifest
+from pretrain.checkpoint.rollback import Rollback, begin_rollback, choose_targets, drop_passed, finish_rollback, move_aside
 from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, SKIPPED, STOP, Decision, History, Policy, Refused, read_history
-from pretrain.manifest import FORMAT, Manifest
-from pretrain.record import encode_row
-from pretrain.rollback import Rollback, begin_rollback, choose_targets, drop_passed, finish_rollback, move_aside
+from pretrain.run.events import append_event
+from pretrain.run.folder import COMPLETE, RunFolder, step_folder
+from pretrain.run.record import encode_row
 
 NAN, INF = math.nan, math.inf
 
@@ -130,8 +130,11 @@ def checkpoint(folder: Path, step: int, samples: int) -> Path:
     """What rollback reads of a checkpoint."""
     made = step_folder(folder, step)
     made.mkdir(parents=True)
-    none: Any = None
-    values = dict.fromkeys(Manifest.__dataclass_fields__, none) | {"format": FORMAT, "step": step, "consumed_samples": samples}
+    values: dict[str, Any] = dict.fromkeys(Manifest.__dataclass_fields__) | {
+        "format": FORMAT,
+        "step": step,
+        "consumed_samples": samples,
+    }
     manifest = Manifest(**values | {"kinds": (), "files": {}, "model": {}})
     (made / "manifest.json").write_text(manifest.as_json())
     (made / COMPLETE).touch()

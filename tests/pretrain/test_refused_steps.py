@@ -18,18 +18,18 @@ import torch.distributed as dist
 
 import pretrain.build
 import pretrain.loop
-from configs.files import iterate_lines, last_row
 from configs.load import to_yaml
-from configs.run_folder import RunFolder
 from configs.schema import BlendPart, Config
-from pretrain.batches import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.main import main
-from pretrain.record import Record
-from pretrain.stop import StopSignals
-from pretrain.wandb_copy import RowFollower
+from pretrain.metrics.wandb_copy import RowFollower
+from pretrain.rank.stop_signals import StopSignals
+from pretrain.run.files import iterate_lines, last_row
+from pretrain.run.folder import RunFolder
+from pretrain.run.record import Record
 from tests.pretrain.deepspeed_world import Keys, name_of, zero
-from tests.pretrain.test_deepspeed_state import fill, make, slices
-from tests.pretrain.test_parity import EP, PP, TP
+from tests.pretrain.engine.test_deepspeed_state import fill, make, slices
+from tests.pretrain.model.test_parity import EP, PP, TP
 from tests.pretrain.test_train import events, outcome, rows, same_checkpoint
 from tests.pretrain.world import assemble, batches_of, small_config
 from tests.ranks import RankFailed, run_ranks

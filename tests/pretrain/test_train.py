@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from configs.beat import COMPUTING
-from configs.files import iterate_lines
 from configs.load import to_yaml
 from configs.schema import BlendPart
-from pretrain.heartbeat import Heartbeat
 from pretrain.main import main
-from pretrain.stop import StopSignals
+from pretrain.rank.stop_signals import StopSignals
+from pretrain.run.beat import COMPUTING
+from pretrain.run.files import iterate_lines
+from pretrain.run.heartbeat import Heartbeat
 from tests.pretrain.world import small_config
 from tests.ranks import run_ranks
 

@@ -14,9 +14,9 @@ from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
 from parallel.stages import make_chunks
-from pretrain.batches import MicroBatch
 from pretrain.build import make_engine, make_model
-from pretrain.moe_metrics import MoeMetrics
+from pretrain.data.batches import MicroBatch
+from pretrain.metrics.moe_metrics import MoeMetrics
 
 VOCAB = 300
 

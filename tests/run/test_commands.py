@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.files import iterate_lines
 from configs.load import load_config
-from configs.run_folder import RunFolder
-from pretrain.room import checkpoint_bytes
+from pretrain.preflight.disk_space import checkpoint_bytes
+from pretrain.run.files import iterate_lines
+from pretrain.run.folder import RunFolder
 from tests.run.world import ROOT, STEPS, check_equal, launch
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.files import iterate_lines
-from configs.run_folder import RunFolder
-from launch.guard import marked_pids
+from launch.local.parent_guard import marked_pids
+from pretrain.run.files import iterate_lines
+from pretrain.run.folder import RunFolder
 from tests.run.world import Command, check_equal, launch
 
 

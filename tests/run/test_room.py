@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
-from configs.run_folder import RunFolder
-from pretrain.room import check_room, free_bytes
+from pretrain.preflight.disk_space import check_disk_space, free_bytes
+from pretrain.run.folder import RunFolder
 from tests.run.world import launch
 
 
 def test_a_model_larger_than_the_disk_is_refused_with_figures(tmp_path: Path) -> None:
     config = load_config("model/llama3_405b").config
-    (problem,) = check_room(config, 128256, RunFolder(tmp_path / "not" / "there"))
+    (problem,) = check_disk_space(config, 128256, RunFolder(tmp_path / "not" / "there"))
     assert problem.path == "run.dir" and "one checkpoint takes 5,681,9" in problem.rule and "MB free" in problem.rule
     config.checkpoint.save_at_end = False
-    assert check_room(config, 128256, RunFolder(tmp_path)) == [], "nothing is saved"
+    assert check_disk_space(config, 128256, RunFolder(tmp_path)) == [], "nothing is saved"
     assert free_bytes(tmp_path / "not" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.1)
 
 

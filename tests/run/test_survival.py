@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.run_folder import RunFolder
+from pretrain.run.folder import RunFolder
 from tests.run.world import STEPS, check_equal, kill_at_random, launch
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from configs.files import iterate_lines
 from configs.load import to_yaml
-from configs.run_folder import RunFolder
 from configs.schema import BlendPart
+from pretrain.run.files import iterate_lines
+from pretrain.run.folder import RunFolder
 from tests.pretrain.world import small_config
 from tests.wandb_read import offline_steps
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.beat import COMPUTING, READING
-from configs.run_folder import EXIT_CODE, RunFolder
-from launch.lifecycle import OVER
-from launch.scheduler import find_jobs
+from launch.slurm.lifecycle import OVER
+from launch.slurm.scheduler import find_jobs
+from pretrain.run.beat import COMPUTING, READING
+from pretrain.run.folder import EXIT_CODE, RunFolder
 from tests.run.world import check_equal
 from tests.slurm.cluster import Cluster
 from tests.slurm.world import NODES, STEPS, WORDS, phalanx, submit

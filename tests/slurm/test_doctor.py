@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch import scheduler
+from launch.slurm import scheduler
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.world import phalanx

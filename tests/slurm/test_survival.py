@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.beat import BUILDING, COMPUTING, ENDING, READING, SAVING, STARTING, VALIDATING
-from configs.files import iterate_lines
+from pretrain.run.beat import BUILDING, COMPUTING, ENDING, READING, SAVING, STARTING, VALIDATING
+from pretrain.run.files import iterate_lines
 from tests.run.world import check_equal
 from tests.slurm import world
 from tests.slurm.cluster import Cluster

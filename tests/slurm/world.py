@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from configs.beat import BEAT_DIR, beat_path, decode
-from configs.files import iterate_lines
-from configs.run_folder import RunFolder
-from launch.lifecycle import OVER, RUNNING, Life, read_life
-from launch.scheduler import find_jobs
+from launch.slurm.lifecycle import OVER, RUNNING, Life, read_life
+from launch.slurm.scheduler import find_jobs
+from pretrain.run.beat import BEAT_DIR, beat_path, decode
+from pretrain.run.files import iterate_lines
+from pretrain.run.folder import RunFolder
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 
@@ -156,7 +156,7 @@ def _was_signalled(stopped: psutil.Process) -> bool:
 
 def submit(cluster: Cluster, config: Path, run_dir: Path, *words: str, **environ: str) -> Run:
     """`environ`: of the user's shell, which sbatch takes along."""
-    done = phalanx("launch", str(config), f"run.dir={run_dir}", *NODES, *WORDS, *words, **environ)
+    done = phalanx("launch", str(config), f"run.dir={run_dir}", *NODES, *WORDS, *words, timeout_s=120, **environ)
     assert done.returncode == 0, done.stderr
     assert "submitted job" in done.stdout and "phalanx status" in done.stdout
     return Run(cluster, RunFolder(run_dir))
@@ -224,7 +224,7 @@ def kill_batch_step(run: Run) -> str:
     """The batch step alone dies, as by an out-of-memory killer: Slurm ends the job, and the user goes on with it."""
     for process in psutil.process_iter():
         try:
-            if "launch.job" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == str(run.job):
+            if "launch.slurm.batch_step" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == str(run.job):
                 process.kill()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -13,10 +13,10 @@ import torch
 from configs.load import load_config
 from configs.model_schema import Model
 from configs.sources import SHIPPED
-from parallel.legality import check_config
-from pretrain.flops import count_parameters
+from parallel.flops import count_parameters
+from parallel.legality.verdict import check_config
 from tools.cli import run
-from tools.convert.canonical import tensor_shapes
+from tools.convert.tensors.canonical import tensor_shapes
 
 # Totals: without prediction depths and buffers.
 GOLDEN = {

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.boxes import Box
-from pretrain.checkpoint_write import CheckpointWriter
+from pretrain.checkpoint.manifest import FORMAT, Manifest
+from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.engine.base import WEIGHT, Piece
-from pretrain.manifest import FORMAT, Manifest
+from pretrain.model.tensor_slice import Box
 
 SLICE = 4 << 20
 

@@ -1,4 +1,7 @@
-"""`phalanx bench [NAME]`: measurements that compare side by side in one run. In: a name and its own words. Out: ratios. [p]"""
+"""`phalanx bench [NAME]`: measurements that compare side by side in one run. In: a name and its own words. Out: ratios.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

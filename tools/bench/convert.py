@@ -2,6 +2,8 @@
 
 In: how many GiB. Out: MB/s of copy, import and export (each its own process, synced), their ratio, and peak memory.
     phalanx bench convert --gib 4
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from configs.files import write_json
-from tools.convert.dtypes import FLOATS, Array
+from pretrain.run.files import write_json
 from tools.convert.exporting import entries_of
 from tools.convert.families.qwen3_moe import QWEN3_MOE
 from tools.convert.file_plan import Unit, plan_files
-from tools.convert.links import make_links
-from tools.convert.work import Share, Workplace
+from tools.convert.output import Share, Workplace
+from tools.convert.tensors.dtypes import FLOATS, Array
+from tools.convert.tensors.links import make_links
 
 CONFIG = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,

@@ -32,12 +32,12 @@ from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
 from parallel.stages import make_chunks
-from pretrain.batches import MicroBatch
 from pretrain.build import make_engine, make_model
-from pretrain.metrics import make_meter
-from pretrain.moe_metrics import MoeMetrics
-from pretrain.record import Record
-from pretrain.restore import Position
+from pretrain.checkpoint.restore import Position
+from pretrain.data.batches import MicroBatch
+from pretrain.metrics.meter import make_meter
+from pretrain.metrics.moe_metrics import MoeMetrics
+from pretrain.run.record import Record
 
 VOCAB = 2048
 OVERRIDES = ("parallel.expert=1", "launch.processes_per_node=2", f"model.vocab_size={VOCAB}")

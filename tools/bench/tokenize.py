@@ -3,6 +3,8 @@
 In: how much text. Out: MB/s of both and their ratio, for BPE and unigram. Ours is the whole job: starting the workers,
 reading JSON lines, checking, encoding, writing and syncing. sentencepiece's is `encode(texts, num_threads)` alone, with
 the texts in memory. The text is source code of the installed packages: real, and without repeated files.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.tokenizer import SentencePieceTokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer, section_for
 from tools.data.corpus import expand
 from tools.data.tokenize import tokenize
 from tools.data.tokenizer import train

@@ -1,4 +1,7 @@
-"""Finding a checkpoint and the model that it holds. In: a run folder, its checkpoints, or one of them. Out: folder, Model. [p]"""
+"""Finding a checkpoint and the model that it holds. In: a run folder, its checkpoints, or one of them. Out: folder, Model.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any, get_type_hints
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
-from configs.run_folder import COMPLETE, complete_checkpoints
-from pretrain.manifest import Manifest, read_manifest
-from pretrain.tensor_file import DamagedFile
+from pretrain.checkpoint.manifest import Manifest, read_manifest
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.run.folder import COMPLETE, complete_checkpoints
 
 
 def find_checkpoint(path: Path, key: str = "CHECKPOINT") -> Path:

@@ -1,6 +1,8 @@
-"""`phalanx convert …`: Hugging Face models in and out, a look into either, and proof by logits. [p]
+"""`phalanx convert …`: Hugging Face models in and out, a look into either, and proof by logits.
 
 In: arguments. Out: an exit code. Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.process import importing
-from tools.convert.work import Share
+from pretrain.run.process import importing
+from tools.convert.output import Share
 
 EPILOG = """\
 from Hugging Face and back:

@@ -1,7 +1,9 @@
-"""Phalanx checkpoint -> Hugging Face folder: the same weights under their names, that transformers loads without a warning. [p]
+"""Phalanx checkpoint -> Hugging Face folder: the same weights under their names, that transformers loads without a warning.
 
 In: a checkpoint, imported or trained under any layout. Out: a folder with config.json, generation_config.json, tokenizer
 files, model-*.safetensors and their index. Vocabulary padding is cut off.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import read_json, write_json
 from configs.model_schema import Model
-from pretrain.tensor_file import DamagedFile
-from pretrain.tokenizer import Tokenizer
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.run.files import read_json, write_json
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
-from tools.convert.dtypes import FLOATS, NAMES, Array, convert, widest
 from tools.convert.families import family_for, family_named, family_of
-from tools.convert.family import Family
 from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
+from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.preset import HARMLESS
+from tools.convert.hf_config.resolved import differences
 from tools.convert.hf_files import INDEX
-from tools.convert.links import Links, make_links, width
-from tools.convert.preset import HARMLESS
-from tools.convert.resolved import differences
-from tools.convert.source import read_rows
-from tools.convert.stored import CheckpointTensors
+from tools.convert.output import Share, Workplace, check_out
+from tools.convert.tensors.dtypes import FLOATS, NAMES, Array, convert, widest
+from tools.convert.tensors.links import Links, make_links, width
+from tools.convert.tensors.source import read_rows
+from tools.convert.tensors.stored import CheckpointTensors
 from tools.convert.tokenizer_files import COMPANIONS, find_tokenizer, special_ids, write_tokenizer
-from tools.convert.work import Share, Workplace, check_out
 
 FILE_BYTES = 5 << 30
 _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F64": "float64"}

@@ -1,6 +1,8 @@
-"""Tensor files planned to the byte: what lies where, and in which parts it is written. [p]
+"""Tensor files planned to the byte: what lies where, and in which parts it is written.
 
-In: tensors to be written. Out: `OutFile`s: header, and `Unit`s with their place. Format: safetensors (pretrain/tensor_file.py).
+In: tensors to be written. Out: `OutFile`s: header, and `Unit`s with their place. Format: safetensors.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from tools.convert.dtypes import FLOATS
+from tools.convert.tensors.dtypes import FLOATS
 
 UNIT_BYTES = 32 << 20
 """Largest part of a tensor that one thread writes, where rows can be cut."""

@@ -1,7 +1,9 @@
-"""A Hugging Face folder as tensors by name: headers read at once, numbers by rows. Nothing is ever unpickled. [p]
+"""A Hugging Face folder as tensors by name: headers read at once, numbers by rows. Nothing is ever unpickled.
 
 In: a folder. Out: `HfFiles`: shapes and types of all tensors (fp8 and MXFP4 ones as the bf16 that they stand for), rows of
 any. What is wrong with the folder (missing shards, an index that lies, truncated files, pickles) is collected first.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from configs.files import read_json
-from pretrain.tensor_file import DamagedFile, Entry, read_header
-from tools.convert.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4, to_float32
+from pretrain.checkpoint.tensor_file import DamagedFile, Entry, read_header
+from pretrain.run.files import read_json
+from tools.convert.tensors.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4, to_float32
 
 INDEX = "model.safetensors.index.json"
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"

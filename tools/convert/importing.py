@@ -1,8 +1,10 @@
-"""Hugging Face or Megatron-LM -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch. [p]
+"""Hugging Face or Megatron-LM -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch.
 
 In: a model folder (Hugging Face), or a torch_dist checkpoint (megatron_lm/). Out: a checkpoint folder that `checkpoint.load`,
 `phalanx generate` and `convert export` read, with model.yaml (the preset) and, of a Hugging Face folder, huggingface/
 (config.json, tokenizer and generation files, as they came).
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -17,27 +19,27 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from configs.files import write_atomically
 from configs.model_schema import Model
-from configs.run_folder import COMPLETE
 from configs.schema import Config, Tokenizer
 from parallel.layout import Layout
-from pretrain.boxes import Box
-from pretrain.manifest import FORMAT, Manifest, piece_key
-from pretrain.resume import architecture
-from pretrain.tensor_file import DamagedFile
-from pretrain.tokenizer import load_tokenizer
-from tools.convert.dtypes import NAMES, RAW, Array, convert, widest
-from tools.convert.family import Family
+from pretrain.checkpoint.allowed_changes import architecture
+from pretrain.checkpoint.manifest import FORMAT, Manifest, piece_key
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.model.tensor_slice import Box
+from pretrain.run.files import write_atomically
+from pretrain.run.folder import COMPLETE
 from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
+from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.preset import preset_yaml, read_config, understand
 from tools.convert.hf_files import HfFiles, first_of
-from tools.convert.links import Links, Part, make_links, width
 from tools.convert.megatron_lm.opening import is_megatron, open_megatron
-from tools.convert.preset import preset_yaml, read_config, understand
-from tools.convert.source import Source, Tensors, check_model, read_rows
-from tools.convert.spans import Span
+from tools.convert.output import Share, Workplace, check_out
+from tools.convert.tensors.dtypes import NAMES, RAW, Array, convert, widest
+from tools.convert.tensors.links import Links, Part, make_links, width
+from tools.convert.tensors.source import Source, Tensors, check_model, read_rows
+from tools.convert.tensors.spans import Span
 from tools.convert.tokenizer_files import COMPANIONS, KEPT
-from tools.convert.work import Share, Workplace, check_out
 
 FILE_BYTES = 2 << 30
 _SHOWN = 8

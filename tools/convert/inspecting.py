@@ -1,4 +1,7 @@
-"""What a folder of weights holds, and whether it is whole. In: a checkpoint, run or Hugging Face folder. Out: facts. [p]"""
+"""What a folder of weights holds, and whether it is whole. In: a checkpoint, run or Hugging Face folder. Out: facts.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import read_json
-from pretrain.flops import count_parameters
-from pretrain.tensor_file import DamagedFile
+from parallel.flops import count_parameters
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.run.files import read_json
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
 from tools.convert.hf_files import HfFiles
 from tools.convert.importing import open_huggingface
-from tools.convert.stored import CheckpointTensors
+from tools.convert.tensors.stored import CheckpointTensors
 
 
 def inspect(path: Path) -> tuple[dict[str, Any], str]:

@@ -21,17 +21,17 @@ from parallel.groups import close_groups, make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start, stop
 from parallel.stages import make_chunks
-from pretrain.backend import choose_backend, detect_machine
-from pretrain.checkpoint_read import CheckpointReader
+from pretrain.checkpoint.read import CheckpointReader
+from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.engine.base import WEIGHT, Piece
-from pretrain.megatron_config import make_transformer_config
-from pretrain.model import PaddedVocabGPT, build_chunks
-from pretrain.shards import local_tensors, map_shards
-from pretrain.tensor_file import DamagedFile
+from pretrain.model.backend import choose_backend, detect_machine
+from pretrain.model.gpt import PaddedVocabGPT, build_chunks
+from pretrain.model.megatron_config import make_transformer_config
+from pretrain.model.shards import local_tensors, map_shards
 from tools.convert.checkpoints import damage
 
 if TYPE_CHECKING:
-    # At run time `parallel` must come before anything of megatron (parallel/cpu.py).
+    # At run time `parallel` must come before anything of megatron (parallel/compat/megatron_cpu.py).
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 

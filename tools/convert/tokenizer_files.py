@@ -1,6 +1,8 @@
-"""Tokenizer and generation files for an exported model, so that transformers generates text from it. [p]
+"""Tokenizer and generation files for an exported model, so that transformers generates text from it.
 
 In: a checkpoint's manifest, its folder, an optional tokenizer. Out: files in a folder, and the ids of special tokens.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import Any
 
 from configs import schema
 from configs.errors import ConfigError, Problem
-from configs.files import write_json
-from pretrain.manifest import Manifest
-from pretrain.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
+from pretrain.run.files import write_json
 from tools.data.export import to_huggingface
 
 COMPANIONS = "huggingface"

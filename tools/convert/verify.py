@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
-from configs.process import importing
+from pretrain.run.process import importing
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
 from tools.convert.families import family_of, text_part
+from tools.convert.hf_config.preset import read_config, understand
+from tools.convert.hf_config.resolved import differences
 from tools.convert.native import loaded_model, logits_of
-from tools.convert.preset import read_config, understand
-from tools.convert.resolved import differences
 
 AGREEMENT = 0.99
 """Least share of tokens whose most likely successor must be the same; ties and last bits may differ."""

@@ -1,6 +1,8 @@
 """`phalanx data …`: make a tokenizer, tokenise a corpus, look into either. In: arguments. Out: an exit code.
 
 Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from pretrain.tokenizer import load_tokenizer, section_for  # noqa: PLC0415
+    from pretrain.data.tokenizer import load_tokenizer, section_for  # noqa: PLC0415
     from tools.data import corpus  # noqa: PLC0415
     from tools.data.tokenize import tokenize  # noqa: PLC0415
 

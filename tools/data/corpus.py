@@ -3,6 +3,8 @@
 In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; .gz or .zst behind) and folders
 of such files. Out: `Source`s, and from each its `Batch`es of about a MiB. Nothing is parsed here but Parquet and JSON
 arrays: batches go to the workers, where tools/data/parse.py makes texts of them.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from pretrain.indexed import file_problem
+from pretrain.data.indexed import file_problem
 from tools.data import embedded
 from tools.data.reading import BATCH_BYTES, bounded, chunks, line_blocks
 

@@ -2,6 +2,8 @@
 
 In: the running Python. Out: documents (name, UTF-8 text), some 11 MB, in an order that depends on their names only, and
 in which every part is like the whole (so that a bounded head, or a held-out tail, is a fair sample).
+
+Torch-free.
 """
 
 from __future__ import annotations

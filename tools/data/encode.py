@@ -4,6 +4,8 @@ In: texts. Out: for each the bytes of its ids in the dtype of the .bin. Memory: 
 
 Sentencepiece BPE costs 0.2 µs a byte. When no piece reaches over the beginning of a word, merges cannot either, so a
 document's ids are its words' ids in a row, and words repeat: they are looked up. `words_are_independent` says when.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pretrain.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from pretrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 WORD = re.compile(r" *[^ ]+| +")
 CACHED_WORDS = 1 << 18
@@ -33,7 +35,7 @@ def words_are_independent(proto: bytes) -> bool:
     """
     from sentencepiece import sentencepiece_model_pb2  # noqa: PLC0415  (protobuf: 40 ms, for this question only)
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(proto)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     as_is = (

@@ -2,6 +2,8 @@
 
 Only models that take text as it is are exported; whether both give the same ids is then tried, never assumed. No token
 is declared special, so that a text that holds the characters <|endoftext|> is encoded as these, as sentencepiece does.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ UNREACHABLE = -1e6
 
 def to_huggingface(proto: bytes) -> tuple[Tokenizer | None, str | None]:
     """(tokenizer, None), or (None, the reason)."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(proto)
     normalizer = model.normalizer_spec
     if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:

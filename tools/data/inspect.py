@@ -2,6 +2,8 @@
 
 In: a prefix or a tokenizer file. Out: a dict; `render` makes text of it. The whole index is checked and the whole .bin
 is read once, in blocks of 64 MiB.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from pretrain.data_check import meta_problems, read_meta
-from pretrain.indexed import Index, index_problems, index_sha256, open_index
-from pretrain.tokenizer import Tokenizer, load_tokenizer, section_for
+from pretrain.data.indexed import Index, index_problems, index_sha256, open_index
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
+from pretrain.preflight.data import meta_problems, read_meta
 from tools.data.tokenize import entropy_nats
 
 BLOCK_TOKENS = 1 << 24

@@ -1,4 +1,7 @@
-"""Raw batches to texts, in the workers. In: a `Batch`. Out: its texts in order, and every problem in it."""
+"""Raw batches to texts, in the workers. In: a `Batch`. Out: its texts in order, and every problem in it.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

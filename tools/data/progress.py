@@ -1,4 +1,7 @@
-"""How far a long command is, on stderr: a bar on a terminal, else a plain line every few seconds."""
+"""How far a long command is, on stderr: a bar on a terminal, else a plain line every few seconds.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

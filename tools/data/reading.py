@@ -1,6 +1,8 @@
 """A file's plain bytes, whatever its compression, and its whole lines: in blocks of about a MiB, never the whole file.
 
 In: a name, and `.gz`, `.zst` or "". Out: iterators. Raises ConfigError on a broken or cut compression.
+
+Torch-free.
 """
 
 from __future__ import annotations

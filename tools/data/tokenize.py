@@ -3,6 +3,8 @@
 In: sources, a tokenizer. Out: the three files and what they hold. Documents keep their order and the files are byte for
 byte the same whatever the number of workers: batches are handed out and taken back in order, at most three a worker
 in flight. Workers are spawned processes that read, check and encode; this process reads files and writes tokens.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from pretrain.indexed import token_dtype
-from pretrain.tokenizer import Tokenizer
+from pretrain.data.indexed import token_dtype
+from pretrain.data.tokenizer import Tokenizer
 from tools.data.corpus import Batch, Source, batches
 from tools.data.progress import Meter
 from tools.data.work import Encoded, Job, encode_batch, follow_parent

@@ -3,6 +3,8 @@
 Text is taken as it is (identity normalisation, no dummy prefix), characters outside the vocabulary become bytes, digits
 stay single. Ids: 0 <unk> (never produced), 1 <|endoftext|>, 2 to 257 the bytes, then the pieces. The same sources give
 the same file.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from configs.errors import ConfigError, Problem
-from pretrain.indexed import file_problem
-from pretrain.tokenizer import load_tokenizer, section_for
+from pretrain.data.indexed import file_problem
+from pretrain.data.tokenizer import load_tokenizer, section_for
 from tools.data.corpus import Source, batches
 from tools.data.export import difference, to_huggingface
 from tools.data.parse import texts_of
@@ -156,7 +158,7 @@ def _train(texts: list[str], vocab_size: int, kind: str) -> bytes:
 def _round_scores(proto: bytes) -> bytes:
     """Unigram scores as multiples of 1/32 nat: their sums are then exact in float32 over some 80,000 tokens, so that
     equally good splits tie in every implementation, and sentencepiece and tokenizer.json choose alike."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(proto)
     for piece in model.pieces:
         piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP

@@ -2,6 +2,8 @@
 
 Everything goes to `.partial` files in the same folder; `finish` syncs and renames them, so that a run that is
 interrupted, or fails, leaves no final file and keeps the former ones. Memory: 4 bytes a document.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from pretrain.indexed import HEADER, MAGIC, VERSION, bin_path, dtype_code, file_problem, idx_path, meta_path
+from pretrain.data.indexed import HEADER, MAGIC, VERSION, bin_path, dtype_code, file_problem, idx_path, meta_path
 
 BLOCK = 1 << 20
 

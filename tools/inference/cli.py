@@ -1,6 +1,8 @@
-"""`phalanx generate` and `phalanx evaluate`: text from a checkpoint, and its loss on tokenised data. On the CPU, fp32. [p]
+"""`phalanx generate` and `phalanx evaluate`: text from a checkpoint, and its loss on tokenised data. On the CPU, fp32.
 
 In: arguments, the command's name first. Out: an exit code. Raises ConfigError for bad input.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from configs.process import importing
+from pretrain.run.process import importing
 
 
 def main(argv: list[str]) -> int:

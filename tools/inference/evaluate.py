@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import ConfigError, Problem
-from pretrain.indexed import Index, held_out, open_index
-from pretrain.manifest import Manifest
-from pretrain.model import PaddedVocabGPT
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.data.indexed import Index, held_out, open_index
+from pretrain.model.gpt import PaddedVocabGPT
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
 from tools.convert.native import loaded_model, logits_of
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from configs.errors import ConfigError, Problem
-from configs.process import importing
-from tools.convert.preset import read_config
+from pretrain.run.process import importing
+from tools.convert.hf_config.preset import read_config
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -1,1 +1,1 @@
-"""The planner: memory, time and cost of a run from its config alone. [p]"""
+"""The planner: memory, time and cost of a run from its config alone."""

@@ -1,6 +1,8 @@
-"""What would fit, or be faster: single changes to a config, tried. [p]
+"""What would fit, or be faster: single changes to a config, tried.
 
 In: a config and its plan. Out: changes in key=value words with what they bring, best first.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from configs.schema import Config, Recompute
-from tools.planner.job import make_job
+from parallel.memory.job import make_job
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
 from tools.planner.search import TIE, Candidate, Search, recomputations
-from tools.planner.work import WORDS
+from tools.planner.step_cost import WORDS
 
 
 @dataclass(frozen=True)

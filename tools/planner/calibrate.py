@@ -1,8 +1,10 @@
-"""A measured run as the measure of the user's machine: `phalanx plan CONFIG --calibrate RUN_DIR`. [p]
+"""A measured run as the measure of the user's machine: `phalanx plan CONFIG --calibrate RUN_DIR`.
 
 In: a run folder (config.yaml, metrics.jsonl). Out: a `Calibration`: its median step time over the predicted one, and its
 peak memory over the predicted, which later plans for the same kind of machine are scaled by. A run on CPUs has no peak
 memory of torch's allocator: its memory is left as predicted.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
 from configs.schema import Config
-from pretrain.data_check import vocab_size
-from tools.planner.hardware import HOST_NAME, make_machine
-from tools.planner.job import make_job
+from parallel.memory.hardware import HOST_NAME, make_machine
+from parallel.memory.job import make_job
+from pretrain.data.tokenizer import vocab_size
 from tools.planner.planning import Calibration, make_plan
 
 # First steps load kernels and fill caches.

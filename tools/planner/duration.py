@@ -1,7 +1,9 @@
-"""From a step to a run: days, GPU-hours, cost, checkpoint traffic, and what failures take. [p]
+"""From a step to a run: days, GPU-hours, cost, checkpoint traffic, and what failures take.
 
 In: config, job, step time. Out: a `RunEstimate`. Young's interval sqrt(2·save·MTBF) (1974), with Daly's correction (2006);
 goodput = share of the time in which steps are made that are kept.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from dataclasses import dataclass
 
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, steps_of
-from pretrain.room import checkpoint_bytes
-from tools.planner.hardware import GIB
-from tools.planner.job import Job
+from parallel.memory.hardware import GIB
+from parallel.memory.job import Job
+from pretrain.preflight.disk_space import checkpoint_bytes
 
 # 419 unexpected interruptions in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, table 5).
 GPU_MTBF_HOURS = 16384 * 54 * 24 / 419

@@ -1,6 +1,8 @@
-"""The products of one layer on a rank, by shape. [p]
+"""The products of one layer on a rank, by shape.
 
 In: a Job. Out: `Gemm`s: rows x inner x columns. Legend: t tokens of a micro-batch on a rank, h hidden.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel import architecture as arch
-from tools.planner.job import Job
+from parallel.memory.job import Job
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""What the planner asks of a config: legal, except that a preset may be for planning only. [p]
+"""What the planner asks of a config: legal, except that a preset may be for planning only.
 
-In: a Config. Out: problems. The rules themselves stand in parallel/legality.py.
+In: a Config. Out: problems. The rules themselves stand in parallel/legality/verdict.py.
+
+Torch-free.
 """
 
 from __future__ import annotations
 
 from configs.errors import Problem
 from configs.schema import Config
-from parallel.legality import check_config
+from parallel.legality.verdict import check_config
 
 # The key by which a preset says that our engines can't train it: its sizes are right, so it can be planned.
 ONLY_FOR_PLANS = "model.planning_only"

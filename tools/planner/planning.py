@@ -1,6 +1,8 @@
-"""One layout's plan: memory, time and speed together. [p]
+"""One layout's plan: memory, time and speed together.
 
 In: a Job, maybe a calibration. Out: a `Plan`, as JSON what DESIGN.md says `phalanx plan --json` prints.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -8,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from configs.schema import Config
-from parallel.rules_engine import expert_overlap_problems
-from parallel.rules_model import may_be_flex
-from pretrain.flops import count_parameters, training_flops
-from tools.planner.hardware import HOST_NAME
-from tools.planner.job import Job
-from tools.planner.ledger import Ledger, Rank, make_ledger
+from parallel.flops import count_parameters, training_flops
+from parallel.legality.engine import expert_overlap_problems
+from parallel.legality.model import may_be_flex
+from parallel.memory.hardware import HOST_NAME
+from parallel.memory.job import Job
+from parallel.memory.ledger import Ledger, Rank, make_ledger
 from tools.planner.timing import Timing, time_step
 
 

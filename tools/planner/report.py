@@ -1,6 +1,8 @@
-"""Plans, searches and validations as text tables. [p]
+"""Plans, searches and validations as text tables.
 
 In: their values. Out: text.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from configs.units import count, duration
 from tools.planner.duration import RunEstimate
 from tools.planner.planning import Plan
 from tools.planner.search import Search
-from tools.planner.work import WORDS
+from tools.planner.step_cost import WORDS
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

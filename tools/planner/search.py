@@ -1,13 +1,15 @@
-"""The best legal layouts of a config for its number of GPUs: `phalanx plan CONFIG --search`. [p]
+"""The best legal layouts of a config for its number of GPUs: `phalanx plan CONFIG --search`.
 
 In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation, ZeRO and, unless it is pinned, its
 dispatcher are what is searched).
-Out: a `Search`: candidates, fastest first, and why others are refused. What is legal is asked of parallel/legality.py, for
+Out: a `Search`: candidates, fastest first, and why others are refused. `parallel.legality.verdict` says what is legal, for
 every candidate that fits. Deterministic: the same config gives the same list.
 
 Cheap first: degrees that can't divide are never made; layouts whose states alone fill the GPU are dropped; the others are
 timed once as they stand, and the best REFINED of them are tried with every micro-batch, number of chunks and
 recomputation, of which only the lightest that fits is timed: each heavier one is slower.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from dataclasses import dataclass, replace
 from configs.model_schema import Model
 from configs.schema import Config, Recompute, Zero
 from parallel import architecture as arch
-from parallel.rules import world_size
-from parallel.rules_engine import expert_overlap_problems
-from parallel.rules_model import may_be_flex
-from pretrain.flops import training_flops
-from tools.planner.hardware import GIB, Machine
-from tools.planner.job import make_job, recomputation_of
-from tools.planner.ledger import quick_peak_gib
+from parallel.flops import training_flops
+from parallel.layout import world_size
+from parallel.legality.engine import expert_overlap_problems
+from parallel.legality.model import may_be_flex
+from parallel.memory.hardware import GIB, Machine
+from parallel.memory.job import make_job, recomputation_of
+from parallel.memory.ledger import quick_peak_gib
+from parallel.memory.weights import stage_held, state_bytes
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
 from tools.planner.timing import time_step
-from tools.planner.weights import stage_held, state_bytes
 
 TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
@@ -38,7 +40,7 @@ CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
 FILL = 0.97
 # Layouts this much slower than the fastest are alike to the model: by so much do its errors differ between two published layouts
-# of one model and machine (the median; tests/planner/test_published.py). Among them those go first that lean least on what it
+# of one model and machine (the median). Among them those go first that lean least on what it
 # knows least about: cut sequences and narrow products, then experts' tokens over the NIC.
 TIE = 0.09
 # Degrees tried in full; a layout that misses these is some 20% behind even before it has to recompute.

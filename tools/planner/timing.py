@@ -1,8 +1,10 @@
-"""Step time from work: how far below the machine's speeds real runs stay. [p]
+"""Step time from work: how far below the machine's speeds real runs stay.
 
 In: a Job and fitted `factors` (data/fit.json: seconds really taken over seconds at full speed, per kind of work). Out:
 a `Timing`. Stages wait for the slowest: m micro-batches of it, and the filling and draining over the others, divided by
 the virtual chunks: m·t_max + (sum t - t_max)/vpp (Narayanan et al., arXiv 2104.04473, for uneven stages).
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.planner.job import Job
-from tools.planner.work import INDEX, KINDS, Vector, stage_micro_work, step_work
+from parallel.memory.job import Job
+from tools.planner.step_cost import INDEX, KINDS, Vector, stage_micro_work, step_work
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 

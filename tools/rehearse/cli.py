@@ -2,6 +2,8 @@
 
 The real engines on at most 16 local gloo ranks, a small model of the same kind with the same initial weights by name, the
 same batches. Compared: loss and gradient norm of every step, every gradient of the first, every weight after the last.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from configs.process import importing
+from pretrain.run.process import importing
 
 
 def _parser() -> argparse.ArgumentParser:

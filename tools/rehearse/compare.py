@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.boxes import Box
+from pretrain.model.tensor_slice import Box
 from tools.rehearse.rank import Key, Trained
 
 Tensors = dict[str, NDArray[np.float32]]

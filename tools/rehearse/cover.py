@@ -1,6 +1,8 @@
-"""`--layouts auto`: few layouts that hold every legal pair (or triple) of values of the axes. [p]
+"""`--layouts auto`: few layouts that hold every legal pair (or triple) of values of the axes.
 
 In: the config. Out: overrides, chosen greedily and always in the same order. What is legal is asked of the verdict.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 from configs.schema import Config, Zero
 from parallel.layout import make_layout
-from parallel.legality import check_config
+from parallel.legality.verdict import check_config
 from tools.rehearse.shrink import common_divisors, shrink
 
 Values = tuple[tuple[str, Any], ...]

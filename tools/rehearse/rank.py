@@ -23,10 +23,10 @@ from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
 from parallel.stages import make_chunks
-from pretrain.batches import MicroBatch
-from pretrain.boxes import Box
 from pretrain.build import make_engine, make_model
+from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
+from pretrain.model.tensor_slice import Box
 from tools.rehearse.shrink import VOCAB_SIZE
 
 # Scores closer than this may change places under another order of additions.

@@ -18,12 +18,12 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
-from configs.process import importing
 from configs.schema import Config, Zero
 from parallel.layout import make_layout
-from parallel.legality import check_config
+from parallel.legality.verdict import check_config
 from pretrain.build import import_deepspeed
-from pretrain.swap_check import check_swap
+from pretrain.preflight.nvme import check_nvme
+from pretrain.run.process import importing
 from tools.rehearse.compare import Comparison, compare
 from tools.rehearse.cover import cover, legal_layouts
 from tools.rehearse.rank import Trained, train
@@ -62,7 +62,7 @@ def check_layouts(configs: list[Config]) -> list[Problem]:
     problems = []
     for config in configs:
         small = shrink(config, common_divisors([make_layout(config)]))
-        problems += check_config(small).problems or check_swap(with_disk(small, tempfile.gettempdir()))
+        problems += check_config(small).problems or check_nvme(with_disk(small, tempfile.gettempdir()))
     return problems
 
 

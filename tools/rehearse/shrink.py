@@ -1,7 +1,9 @@
-"""A config of any size to one that CPUs train in a second: the same kind of model, the same switches, axes kept. [p]
+"""A config of any size to one that CPUs train in a second: the same kind of model, the same switches, axes kept.
 
 In: a whole Config. Out: a Config of at most 16 ranks, every axis that was larger than 1 still larger than 1, widths small
 and pairwise different, so that a transposed or swapped tensor cannot pass unseen.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from math import lcm
 from configs.model_schema import Model
 from configs.schema import Config
 from parallel.architecture import is_mla, num_query_groups
-from parallel.layout import Layout
+from parallel.layout import Layout, world_size
 
 MAX_RANKS = 16
 VOCAB_SIZE = 300
@@ -40,7 +42,7 @@ def fit_degrees(config: Config) -> Config:
     """
     config = deepcopy(config)
     parallel, launch = config.parallel, config.launch
-    world = launch.nodes * launch.processes_per_node
+    world = world_size(config)
     launch.nodes = 1
     launch.processes_per_node = world
     if world <= MAX_RANKS:

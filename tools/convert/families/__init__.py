@@ -1,4 +1,4 @@
-"""The families, one file each, and finding one: by a config.json, or for a model that is to be exported. [p]"""
+"""The families, one file each, and finding one: by a config.json, or for a model that is to be exported."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tools.convert.families.olmoe import OLMOE
 from tools.convert.families.qwen2_moe import QWEN2_MOE
 from tools.convert.families.qwen3 import QWEN3
 from tools.convert.families.qwen3_moe import QWEN3_MOE
-from tools.convert.family import Family
-from tools.convert.resolved import differences
+from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.resolved import differences
 
 FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,

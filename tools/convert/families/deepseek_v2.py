@@ -1,15 +1,18 @@
-"""DeepSeek-V2 (arXiv 2405.04434): latent attention, shared experts, softmax scores. Only the plain top-k of V2-Lite. [p]
+"""DeepSeek-V2 (arXiv 2405.04434): latent attention, shared experts, softmax scores. Only the plain top-k of V2-Lite.
 
 Source: transformers models/deepseek_v2. V2 (236B) scores a group by its best expert, megatron-core by the sum of its best
 top_k / topk_group: other experts would be chosen, without an error (largest logit difference measured: 4.2).
+
+Torch-free.
 """
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.family import Family, Key, Only
-from tools.convert.latent import latent_attention
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.latent import latent_attention
+from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import mapping as tensors
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",

@@ -1,14 +1,17 @@
-"""DeepSeek-V3 and R1 (arXiv 2412.19437), Kimi-K2: latent attention, sigmoid scores with a selection bias, MTP. [p]
+"""DeepSeek-V3 and R1 (arXiv 2412.19437), Kimi-K2: latent attention, sigmoid scores with a selection bias, MTP.
 
 Source: transformers models/deepseek_v3 and the files' own modeling_deepseek.py. fp8 files are dequantised when read.
+
+Torch-free.
 """
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.family import Family, Key, Only
-from tools.convert.latent import latent_attention
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.latent import latent_attention
+from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import mapping as tensors
 
 SIGMOID_ROUTER = (
     settings.Always("moe.router.score", "sigmoid"),

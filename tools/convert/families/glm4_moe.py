@@ -1,14 +1,17 @@
-"""GLM-4.5 to 4.7 (arXiv 2508.06471): grouped queries with biases, half-rotated heads, sigmoid router, MTP. [p]
+"""GLM-4.5 to 4.7 (arXiv 2508.06471): grouped queries with biases, half-rotated heads, sigmoid router, MTP.
 
 Source: transformers models/glm4_moe.
+
+Torch-free.
 """
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
 from tools.convert.families.deepseek_v3 import SIGMOID_ROUTER
-from tools.convert.family import Family, Key
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family, Key
+from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import mapping as tensors
 
 GLM4_MOE = Family(
     name="glm4_moe",

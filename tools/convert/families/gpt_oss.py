@@ -1,16 +1,19 @@
-"""gpt-oss (OpenAI): sinks, alternating windows, clamped SwiGLU with biases, experts transposed or packed in MXFP4. [p]
+"""gpt-oss (OpenAI): sinks, alternating windows, clamped SwiGLU with biases, experts transposed or packed in MXFP4.
 
 Source: transformers models/gpt_oss. Hidden and inner width are equal (2880): no shape tells a transposed tensor; the tests
 use unequal ones.
+
+Torch-free.
 """
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.family import Always, Echo, Family, Key, Only, tensor
-from tools.convert.rope import Rope
-from tools.convert.spans import interleaved, interleaved_columns, stacked, stacked_columns
-from tools.convert.windows import Windows, alternating
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Always, Echo, Family, Key, Only, tensor
+from tools.convert.hf_config.rope import Rope
+from tools.convert.hf_config.windows import Windows, alternating
+from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors.spans import interleaved, interleaved_columns, stacked, stacked_columns
 
 _M = "model.layers.{L}.mlp."
 

@@ -1,11 +1,15 @@
-"""Dense Llama 1 to 3 and Mistral (the same tensors; Mistral adds a sliding window). Source: transformers models/llama. [p]"""
+"""Dense Llama 1 to 3 and Mistral (the same tensors; Mistral adds a sliding window). Source: transformers models/llama.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.biases import BIASES, Biases
-from tools.convert.family import Always, Family, Key, Only
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.biases import BIASES, Biases
+from tools.convert.hf_config.family import Always, Family, Key, Only
+from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import mapping as tensors
 
 _TENSORS = (*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP)
 

@@ -1,4 +1,7 @@
-"""Llama 4's language model: counted and planned, not converted. Source: transformers models/llama4. [p]"""
+"""Llama 4's language model: counted and planned, not converted. Source: transformers models/llama4.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert import settings
-from tools.convert.family import Always, Family, Key
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Always, Family, Key
+from tools.convert.hf_config.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Mixtral (Mistral AI): every layer sparse, softmax over the chosen logits. Source: transformers models/mixtral. [p]"""
+"""Mixtral (Mistral AI): every layer sparse, softmax over the chosen logits. Source: transformers models/mixtral.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.family import Always, Family, Key
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Always, Family, Key
+from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import mapping as tensors
 
 _L = "model.layers.{L}.block_sparse_moe."
 

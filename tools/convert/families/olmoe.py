@@ -1,10 +1,13 @@
-"""OLMoE (arXiv 2409.02060): counted and planned, not converted: its q/k norms span all heads, megatron-core's one. [p]"""
+"""OLMoE (arXiv 2409.02060): counted and planned, not converted: its q/k norms span all heads, megatron-core's one.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings
-from tools.convert.family import Family, Key, Only
-from tools.convert.rope import Rope
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.rope import Rope
 
 OLMOE = Family(
     name="olmoe",

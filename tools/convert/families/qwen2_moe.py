@@ -1,11 +1,15 @@
-"""Qwen2-MoE: biases on queries, keys and values, a gated shared expert. Source: transformers models/qwen2_moe. [p]"""
+"""Qwen2-MoE: biases on queries, keys and values, a gated shared expert. Source: transformers models/qwen2_moe.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.family import Family, Key, tensor
-from tools.convert.rope import Rope
-from tools.convert.windows import Windows, unclear
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family, Key, tensor
+from tools.convert.hf_config.rope import Rope
+from tools.convert.hf_config.windows import Windows, unclear
+from tools.convert.tensors import mapping as tensors
 
 QWEN2_MOE = Family(
     name="qwen2_moe",

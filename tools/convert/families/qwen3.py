@@ -1,12 +1,16 @@
-"""Dense Qwen3 (arXiv 2505.09388): q/k norms per head. Source: transformers models/qwen3. [p]"""
+"""Dense Qwen3 (arXiv 2505.09388): q/k norms per head. Source: transformers models/qwen3.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.biases import BIASES, Biases
-from tools.convert.family import Family
-from tools.convert.rope import Rope
-from tools.convert.windows import Windows, last_layers
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.biases import BIASES, Biases
+from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.rope import Rope
+from tools.convert.hf_config.windows import Windows, last_layers
+from tools.convert.tensors import mapping as tensors
 
 QWEN3 = Family(
     name="qwen3",

@@ -1,12 +1,16 @@
-"""Qwen3-MoE (arXiv 2505.09388): q/k norms per head, softmax over all experts. Source: transformers models/qwen3_moe. [p]"""
+"""Qwen3-MoE (arXiv 2505.09388): q/k norms per head, softmax over all experts. Source: transformers models/qwen3_moe.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
-from tools.convert import settings, tensors
-from tools.convert.biases import BIASES, Biases
-from tools.convert.family import Family, Key, Only
-from tools.convert.rope import Rope
-from tools.convert.windows import Windows, every_layer
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.biases import BIASES, Biases
+from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.rope import Rope
+from tools.convert.hf_config.windows import Windows, every_layer
+from tools.convert.tensors import mapping as tensors
 
 QWEN3_MOE = Family(
     name="qwen3_moe",

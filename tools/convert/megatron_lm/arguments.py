@@ -1,7 +1,9 @@
-"""Megatron-LM's saved arguments as a `model` section. [p]
+"""Megatron-LM's saved arguments as a `model` section.
 
 In: what common.pt holds under `args` (names of megatron/training/arguments.py). Out: Model, problems, notes.
 Each argument that changes what the weights mean is read here, or held to the one value that this model can have.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert.family import Refusal, put
+from tools.convert.hf_config.family import Refusal, put
 
 _MISSING = object()
 _FIX = "state the model yourself: --model PRESET|YAML"

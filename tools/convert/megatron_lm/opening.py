@@ -1,8 +1,10 @@
-"""A Megatron-LM checkpoint as the source of an import: which iteration, which model, which tensor is which. [p]
+"""A Megatron-LM checkpoint as the source of an import: which iteration, which model, which tensor is which.
 
 In: a run's folder or one iteration's, optionally a preset that states the model. Out: `Source`. Names: layers are stacked
 ("decoder.layers.mlp…", layer first) or numbered; experts are stacked or numbered, too; norms have the names that Transformer
 Engine gives them; a gated product may be two tensors, _w and _v.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from configs.files import read_json
 from configs.load import load_config
 from configs.model_schema import Model
 from configs.sources import find_file
-from tools.convert.canonical import tensor_shapes
-from tools.convert.links import Links, Part, audit
+from pretrain.run.files import read_json
 from tools.convert.megatron_lm.arguments import read_args
 from tools.convert.megatron_lm.pickles import MALFORMED, load
 from tools.convert.megatron_lm.torch_dist import COMMON, METADATA, TorchDist
-from tools.convert.source import Source, check_model
-from tools.convert.spans import Span
+from tools.convert.tensors.canonical import tensor_shapes
+from tools.convert.tensors.links import Links, Part, audit
+from tools.convert.tensors.source import Source, check_model
+from tools.convert.tensors.spans import Span
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -1,7 +1,9 @@
-"""Pickles of torch and Megatron-LM as plain values, without running any code of theirs. [p]
+"""Pickles of torch and Megatron-LM as plain values, without running any code of theirs.
 
 In: bytes. Out: dicts, lists, numbers, and a `StandIn` wherever the pickle names a class or function of the allow-list: it
 keeps the name, the arguments and the state, and does nothing. Every other name is refused before anything is made of it.
+
+Torch-free.
 """
 
 from __future__ import annotations

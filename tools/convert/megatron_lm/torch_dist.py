@@ -1,7 +1,9 @@
-"""A torch_dist folder as tensors by name, rows of any, whatever ranks wrote it. No torch, no megatron. [p]
+"""A torch_dist folder as tensors by name, rows of any, whatever ranks wrote it. No torch, no megatron.
 
 In: the folder of one iteration: .metadata (a pickle: tensors, chunks, their places), *.distcp (each chunk a zip as torch.save
 writes it, its numbers uncompressed). Out: `TorchDist`. Only the zips' small pickles are parsed; numbers are read by range.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from pretrain.boxes import Box
-from pretrain.tensor_file import DamagedFile
-from tools.convert.dtypes import FLOATS, Array
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.model.tensor_slice import Box
 from tools.convert.hf_files import read_exactly
 from tools.convert.megatron_lm.pickles import MALFORMED, StandIn, load, storage_dtype
+from tools.convert.tensors.dtypes import FLOATS, Array
 
 METADATA, COMMON = ".metadata", "common.pt"
 _FIX = "copy the whole folder again, or name another iteration"

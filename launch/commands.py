@@ -1,0 +1,202 @@
+"""The commands launch, status, logs, cancel and resume. In: the words after `phalanx`. Out: an exit code.
+
+0 finished (or said what was asked) · 1 broke · 2 bad input · 3 diverged · 75 preempted, start it again · 130 stopped.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.errors import ConfigError, Problem
+from configs.load import Loaded, load_config
+from configs.schema import Config
+from launch.cancel import cancel
+from launch.local.run import LocalResult, report, run_local
+from launch.logs import show, show_all
+from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
+from launch.slurm.submit import as_json as submit_json
+from launch.slurm.submit import check_slurm, script_of, submit
+from launch.slurm.submit import describe as describe_submitted
+from launch.status import as_json, describe, line_of, list_runs, read_status, require_run_folder
+from parallel.batch import steps_of
+from parallel.legality.verdict import check_config
+from pretrain.preflight.verdict import preflight
+from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
+
+WATCH_S = 2.0
+CANCEL_WAIT_S = 60.0
+
+
+def main(argv: list[str]) -> int:
+    """`argv[0]` names the command."""
+    command, *words = argv
+    commands = {"launch": _launch, "resume": _resume, "status": _status, "logs": _logs, "cancel": _cancel}
+    return commands[command](words)
+
+
+def _launch(words: list[str]) -> int:
+    parser = _parser(
+        "launch", "start a run: here, staying until it ends (launch.target=local), or as a Slurm job (launch.target=slurm)"
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one (quickstart)")
+    _add_start_options(parser)
+    found = parser.parse_intermixed_args(words)
+    return _start(found.config, found.overrides, found)
+
+
+def _resume(words: list[str]) -> int:
+    parser = _parser("resume", "go on with a run from its newest checkpoint, with the config of its last attempt")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    _add_start_options(parser)
+    found = parser.parse_intermixed_args(words)
+    folder = require_run_folder(found.run_dir)
+    if not folder.config.exists():
+        rule = "a run is resumed with the config of its last attempt; no attempt has begun here"
+        raise ConfigError(Problem("RUN_DIR", found.run_dir, rule, "phalanx launch CONFIG starts it"))
+    return _start(str(folder.config), [*found.overrides, f"run.dir={found.run_dir}"], found)
+
+
+def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+    loaded = load_config(source, overrides)
+    config, folder = loaded.config, folder_of(loaded.config)
+    if not options.dry_run and (stop_step := _finished_at(config, folder)) is not None:
+        text = finished_text(folder, stop_step)
+        print(json.dumps({"run_dir": str(folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
+        return 0
+    found = preflight(config, with_data=not options.dry_run and not options.no_data)
+    on_slurm = config.launch.target == "slurm"
+    target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
+    if problems := [*found.problems, *target_problems]:
+        raise ConfigError(problems)
+    for notice in found.notices:
+        print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
+    return _start_slurm(loaded, options) if on_slurm else _start_local(config, source, overrides, options)
+
+
+def _finished_at(config: Config, folder: RunFolder) -> int | None:
+    """The step that a legal config stops at, where its run has got that far."""
+    done = folder.done_step()
+    if done is None or check_config(config).problems:
+        return None
+    return stop_step if done >= (stop_step := steps_of(config)) else None
+
+
+def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:
+    folder = folder_of(loaded.config)
+    if options.dry_run:
+        text = script_of(loaded.config, Path.cwd())
+        print(json.dumps({"script": text, "run_dir": str(folder.path)}, indent=2) if options.json else text, end="")
+        return 0
+    submitted = submit(loaded, Path.cwd())
+    print(submit_json(submitted, folder) if options.json else describe_submitted(submitted, folder))
+    return 0
+
+
+def _start_local(config: Config, source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+    plan = make_plan(config, source, overrides, os.environ)
+    if options.dry_run:
+        _print_plan(plan, options.json)
+        return 0
+    out = sys.stderr if options.json else sys.stdout
+    result = run_local(plan, os.environ, out, sys.stderr)
+    if text := report(result, plan.folder):
+        print(text, file=sys.stderr)
+    if options.json:
+        print(_result_json(result, plan.folder))
+    return result.exit_code
+
+
+def _print_plan(plan: LaunchPlan, as_document: bool) -> None:
+    if as_document:
+        document = {"command": plan.argv, "env": dict(plan.env), "line": torchrun_line(plan), "run_dir": str(plan.folder.path)}
+        print(json.dumps(document, indent=2))
+    else:
+        print(torchrun_line(plan) if plan.nodes == 1 else by_hand(plan))
+
+
+def _result_json(result: LocalResult, folder: RunFolder) -> str:
+    outcome = folder.read_outcome()
+    ended = outcome.as_dict() if outcome is not None and outcome.attempt == result.attempt else None
+    first = result.failures[0] if result.failures else None
+    document = {
+        "run_dir": str(folder.path),
+        "attempt": result.attempt,
+        "state": result.state,
+        "exit_code": result.exit_code,
+        "outcome": ended,
+        "first_failure": {"rank": first.rank, "kind": first.kind, "text": first.text} if first else None,
+        "logs": str(result.log_dir),
+    }
+    return json.dumps(document, indent=2)
+
+
+def _status(words: list[str]) -> int:
+    parser = _parser("status", "how a run stands, from its folder's files and Slurm's queue")
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="the run folder; without it: a line for each run in runs/")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until the run is over")
+    found = parser.parse_args(words)
+    if found.run_dir is None:
+        runs = list_runs(Path("runs"))
+        lines = [line_of(status) for status in runs] or ["no runs in runs/; phalanx status RUN_DIR names another place"]
+        print(json.dumps([status.as_dict() for status in runs], indent=2) if found.json else "\n".join(lines))
+        return 0
+    folder = require_run_folder(found.run_dir)
+    while True:
+        status = read_status(folder)
+        print(as_json(status) if found.json else describe(status), flush=True)
+        if not found.watch or status.state not in ("queued", "running", "starting"):
+            return 0
+        time.sleep(WATCH_S)
+        if not found.json:
+            print()
+
+
+def _logs(words: list[str]) -> int:
+    parser = _parser("logs", "a run's logs: the first failure first, then rank 0")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--rank", type=_rank, default=0, metavar="N", help="whose log (default 0); all: of every rank, merged")
+    parser.add_argument("--attempt", type=int, default=None, metavar="N", help="of which attempt (default: the newest)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on while the run is live")
+    found = parser.parse_args(words)
+    folder = require_run_folder(found.run_dir)
+    if found.rank is None:
+        show_all(folder, found.attempt, sys.stdout)
+    else:
+        show(folder, found.rank, found.attempt, found.follow, sys.stdout)
+    return 0
+
+
+def _rank(text: str) -> int | None:
+    """None: all of them."""
+    return None if text == "all" else int(text)
+
+
+def _cancel(words: list[str]) -> int:
+    parser = _parser("cancel", "ask a live run to finish its step, save and stop")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--wait", type=float, default=CANCEL_WAIT_S, metavar="S", help="how long to wait for it, in seconds")
+    parser.add_argument("--now", action="store_true", help="end a Slurm job by scancel, whether it has saved or not")
+    found = parser.parse_args(words)
+    folder = require_run_folder(found.run_dir)
+    print(cancel(folder, found.wait, found.now))
+    return 0 if live_holder(folder) is None else 1
+
+
+def _parser(command: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"phalanx {command}", description=text + ".")
+
+
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command or batch script; start nothing")
+    parser.add_argument("--no-data", action="store_true", help="don't look for the data's files: they are elsewhere")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout at the end")

@@ -1,0 +1,230 @@
+"""How fast the ranks' machines compute and talk: torchrun … launch/doctor/network_probe.py --out FILE --sizes-mib 1,16,64.
+
+Out: FILE as JSON, written by rank 0 after each part, so that a later part's hang leaves the earlier ones: the clocks of the
+nodes, a fixed matrix product a node, all-reduce inside each node, between neighbouring nodes, over all ranks. Whoever starts
+it bounds its time.
+
+Bus bandwidth as NCCL's tests define it: 2 (n-1)/n × bytes / seconds for n ranks, what one rank's link must carry in one
+direction whatever n is. Unit here: Gbit/s, as network cards are sold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.runtime import Runtime, start, stop
+from pretrain.run.files import write_json
+from pretrain.run.process import die_with_parent, node_name
+
+BLOCKS, REPEATS, BLOCK_S = 2, 5, 0.5
+PINGS = 8
+MATRIX = {"cpu": (512, torch.float32), "cuda": (8192, torch.bfloat16)}
+# Long enough that another process's turn on the core doesn't hide every one of the products.
+PRODUCTS_S = 0.5
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of each node, nodes in the order of their lowest rank; `node` is the index of this rank's own."""
+
+    runtime: Runtime
+    names: tuple[str, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    node: int
+
+    @property
+    def local(self) -> int:
+        return self.ranks[self.node].index(self.runtime.rank)
+
+
+def bus_gbit_s(ranks: int, size_bytes: int, seconds: float) -> float:
+    return 2 * (ranks - 1) / ranks * size_bytes * 8 / seconds / 1e9
+
+
+def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
+    """The edges of a ring in rounds of pairs that share no node: every node is measured with both of its neighbours.
+
+    2 for an even ring, 3 for an odd one, 1 for two nodes, 0 for one.
+    """
+    if nodes < 2:
+        return []
+    edges = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else 1)]
+    odd_end = edges[-1:] if nodes > 2 and nodes % 2 else []
+    ring = edges[: len(edges) - len(odd_end)]
+    return [group for group in (ring[0::2], ring[1::2], odd_end) if group]
+
+
+def find_world(runtime: Runtime) -> World:
+    names: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(names, node_name(os.environ))
+    nodes = tuple(dict.fromkeys(names))
+    ranks = tuple(tuple(rank for rank, name in enumerate(names) if name == node) for node in nodes)
+    return World(runtime, nodes, ranks, nodes.index(names[runtime.rank]))
+
+
+def _wait(world: World) -> None:
+    if world.runtime.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _meet() -> None:
+    """All ranks, over gloo."""
+    dist.all_reduce(torch.zeros(1))
+
+
+def _all_reduce_gbit_s(world: World, ranks: Sequence[int], sizes_mib: Sequence[int]) -> dict[str, float]:
+    """Size in MiB → bus bandwidth of all-reduce among `ranks`; {} for a rank alone. All ranks of the world call this alike:
+    torch names a group by how many groups its maker has made, and ranks that disagree on the name wait for ever.
+    """
+    group = dist.group.WORLD
+    if len(ranks) < world.runtime.world_size:
+        # Only its members make a group: that scales, and different groups are made side by side.
+        made = dist.new_group(sorted(ranks), use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup), "a rank makes only groups that it is in"
+        group = made
+    return {str(mib): _one_size_gbit_s(world, group, len(ranks), mib) for mib in sizes_mib} if len(ranks) > 1 else {}
+
+
+def _one_size_gbit_s(world: World, group: dist.ProcessGroup | None, ranks: int, mib: int) -> float:
+    """The better one of two medians: the rest of the machine only ever makes it slower."""
+    tensor = torch.zeros(mib << 18, dtype=torch.float32, device=world.runtime.device)
+    first_s = min(_timed_all_reduce(world, tensor, group) for _ in range(2))
+    slowest = torch.tensor([first_s], dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    repeats = max(1, min(REPEATS, int(BLOCK_S / max(float(slowest), 1e-6))))
+    times_s = [statistics.median(_timed_all_reduce(world, tensor, group) for _ in range(repeats)) for _ in range(BLOCKS)]
+    return round(bus_gbit_s(ranks, tensor.numel() * 4, min(times_s)), 3)
+
+
+def _timed_all_reduce(world: World, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> float:
+    begin_s = time.perf_counter()
+    dist.all_reduce(tensor, group=group)
+    _wait(world)
+    return time.perf_counter() - begin_s
+
+
+def _gather(world: World, value: Any) -> list[Any]:
+    """Each rank's value, by rank."""
+    values: list[Any] = [None] * world.runtime.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def measure_clocks(world: World) -> list[dict[str, Any]]:
+    """Each node's clock against the first's: offset in seconds, true within ± bound (half of the quickest round trip)."""
+    rows = [{"node": world.names[0], "offset_s": 0.0, "bound_s": 0.0}]
+    for name, ranks in zip(world.names[1:], world.ranks[1:], strict=True):
+        if world.runtime.rank == 0:
+            bound_s, offset_s = min(_ping(ranks[0]) for _ in range(PINGS))
+            rows.append({"node": name, "offset_s": offset_s, "bound_s": bound_s})
+        elif world.runtime.rank == ranks[0]:
+            for _ in range(PINGS):
+                dist.recv(torch.empty(1), 0)
+                dist.send(torch.tensor([time.time()], dtype=torch.float64), 0)
+    return rows
+
+
+def _ping(rank: int) -> tuple[float, float]:
+    answer = torch.empty(1, dtype=torch.float64)
+    begin_s = time.time()
+    dist.send(torch.zeros(1), rank)
+    dist.recv(answer, rank)
+    end_s = time.time()
+    return (end_s - begin_s) / 2, float(answer) - (begin_s + end_s) / 2
+
+
+def measure_compute(world: World) -> list[dict[str, Any]]:
+    """The quickest of half a second of matrix products, all ranks at once: seconds of each node's slowest rank."""
+    size, dtype = MATRIX[world.runtime.device.type]
+    left = torch.ones(size, size, dtype=dtype, device=world.runtime.device)
+    _meet()
+    times_s: list[float] = []
+    while sum(times_s) < PRODUCTS_S:
+        begin_s = time.perf_counter()
+        torch.mm(left, left)
+        _wait(world)
+        times_s.append(time.perf_counter() - begin_s)
+    found = _gather(world, min(times_s))
+    return [{"node": name, "product_s": max(found[rank] for rank in ranks)} for name, ranks in zip(world.names, world.ranks)]
+
+
+def measure_inside(world: World, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
+    """All-reduce among the ranks of each node, all nodes at once; empty where a node has one rank."""
+    ranks = world.ranks[world.node]
+    found = _gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib))
+    return [
+        {"node": name, "ranks": len(ranks), "gbit_s": _slowest([found[rank] for rank in ranks])}
+        for name, ranks in zip(world.names, world.ranks)
+        if len(ranks) > 1
+    ]
+
+
+def measure_between(world: World, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
+    """All-reduce between neighbours: GPU n of one node with GPU n of the other, all at once, each over its own network card.
+
+    On CPUs the first rank of each only: more would measure the cores. The figure is the slowest pair's.
+    """
+    rows = []
+    for edges in ring_rounds(len(world.names)):
+        _meet()
+        pairs = [pair for edge in edges for pair in zip(world.ranks[edge[0]], world.ranks[edge[1]])]
+        if not world.runtime.is_cuda:
+            pairs = [(world.ranks[first][0], world.ranks[second][0]) for first, second in edges]
+        own = next((pair for pair in pairs if world.runtime.rank in pair), (world.runtime.rank,))
+        found = _gather(world, _all_reduce_gbit_s(world, own, sizes_mib))
+        for edge in edges:
+            parts = [found[rank] for node in edge for rank in world.ranks[node] if found[rank]]
+            rows.append({"nodes": [world.names[node] for node in edge], "gbit_s": _slowest(parts)})
+    return rows
+
+
+def measure_all(world: World, sizes_mib: Sequence[int]) -> dict[str, Any]:
+    ranks = range(world.runtime.world_size)
+    return {"ranks": len(ranks), "gbit_s": _slowest(_gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib)))}
+
+
+def _slowest(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Size in MiB → the least of the ranks' figures; {} without any."""
+    return {size: min(part[size] for part in found) for size in found[0]} if found else {}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="network_probe.py", description="How fast these ranks' machines compute and talk.")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file that rank 0 writes")
+    parser.add_argument("--sizes-mib", type=lambda text: [int(word) for word in text.split(",")], default=[1, 16, 64])
+    found = parser.parse_args(list(argv))
+    die_with_parent()
+    runtime = start(os.environ)
+    world = find_world(runtime)
+    sizes: list[int] = found.sizes_mib
+    document: dict[str, Any] = {"done": False, "backend": "nccl" if runtime.is_cuda else "gloo", "nodes": list(world.names)}
+    parts = {
+        "clocks": lambda: measure_clocks(world),
+        "compute": lambda: measure_compute(world),
+        "inside": lambda: measure_inside(world, sizes),
+        "between": lambda: measure_between(world, sizes),
+        "all": lambda: measure_all(world, sizes),
+    }
+    for name, measure in parts.items():
+        document[name] = measure()
+        document["done"] = name == list(parts)[-1]
+        if runtime.rank == 0:
+            write_json(found.out, document)
+    _meet()
+    stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Ranks on this machine: starting them, passing signals on, ending them."""

@@ -1,0 +1,265 @@
+"""Runs a plan on this machine. In: a `LaunchPlan`. Out: logs a rank, who failed first or hangs, an exit code; no process left.
+
+The agent (torchrun) runs in its own session, so that a Ctrl-C at the terminal reaches only this launcher, which passes it
+to the ranks themselves: torchrun would pass a signal on twice and kill the ranks 30 s later, in the middle of a save.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from configs.errors import ConfigError
+from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
+from launch.local.scratch import scratch_folder
+from launch.local.signals import SignalForwarder
+from launch.plan import LaunchPlan, torchrun_line
+from launch.watch.failures import AGENT_LOG, Failure, describe, find_failures
+from launch.watch.hang import HangWatch
+from launch.watch.triage import Triage, find_late, record_hang
+from pretrain.run.beat import BEAT_DIR
+from pretrain.run.files import iterate_lines, storage_problem, write_atomically, write_json
+from pretrain.run.folder import (
+    EXIT_BAD_INPUT,
+    EXIT_BROKE,
+    EXIT_CODE,
+    RunFolder,
+    check_run_folder,
+    held_problem,
+    live_holder,
+    process_start_ticks,
+)
+from pretrain.run.process import node_name
+
+POLL_S = 0.1
+# Between looks at the ranks' heartbeats.
+LOOK_S = 1.0
+STACKS = "stacks.txt"
+# A killed attempt's processes need a moment to go.
+PATIENCE_S = 5.0
+# Less than this free: logs and outcome may be missing.
+FULL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """`state` is an outcome's state, with its `why`, or bad_input, or died (no outcome was written), or hung, with its triage."""
+
+    attempt: int
+    state: str
+    exit_code: int
+    log_dir: Path
+    failures: tuple[Failure, ...]
+    triage: Triage | None = None
+    why: str = ""
+
+
+def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO) -> LocalResult:
+    """Start the ranks and stay until all are gone. Raises ConfigError when the run folder refuses.
+
+    `out` shows rank 0's log while it grows, unless it is a terminal: there rank 0 draws its own bar.
+    """
+    attempt = claim_attempt(plan.folder)
+    log_dir = plan.folder.log_dir(attempt).resolve()
+    mark = secrets.token_hex(8)
+    terminal = os.ttyname(out.fileno()) if out.isatty() else ""
+    _write_launch_files(plan, attempt, log_dir, mark)
+    ours = {MARK_NAME: mark, "PHALANX_ATTEMPT": str(attempt), "PHALANX_LOG_DIR": str(log_dir), "PHALANX_TTY": terminal}
+    guard = _start_guard(mark)
+    signals = SignalForwarder(mark, err)
+    signals.install()
+    try:
+        with scratch_folder("beats", in_memory=True) as beats:
+            agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir)
+            signals.agent = agent.pid
+            echo = _Echo(log_dir, None if terminal else out)
+            triage = _stay(agent, echo, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
+            # Not by the agent's own way, which lets hung ranks live for another 30 s.
+            agent.kill()
+            echo.pump()
+            code = agent.wait()
+            # At once when the agent itself was killed.
+            clear_up(mark, 0.0 if triage is None and code < 0 else LINGER_S)
+    finally:
+        signals.restore()
+        _dismiss(guard)
+    hang = _conclude_hang(plan.folder, attempt, log_dir, triage) if triage is not None else None
+    return hang or _conclude(plan.folder, attempt, log_dir, signals.asked)
+
+
+def _stay(
+    agent: subprocess.Popen[bytes], echo: _Echo, signals: SignalForwarder, watch: HangWatch, log_dir: Path
+) -> Triage | None:
+    """Until the agent has ended: None. Or until the ranks hang: who is late, and all of them are still there."""
+    look_s = time.monotonic() + LOOK_S
+    while agent.poll() is None:
+        time.sleep(POLL_S)
+        echo.pump()
+        signals.deliver()
+        if time.monotonic() >= look_s:
+            look_s = time.monotonic() + LOOK_S
+            watch.look()
+            if watch.hung:
+                (log_dir / STACKS).write_text(watch.stacks)
+                return find_late(watch.states)
+    return None
+
+
+def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
+    """Take the next attempt number by making its launch folder. Raises ConfigError: foreign, held, or unwritable folder."""
+    if problems := check_run_folder(folder):
+        raise ConfigError(problems)
+    deadline = time.monotonic() + patience_s
+    while (holder := live_holder(folder)) is not None:
+        if time.monotonic() > deadline:
+            raise ConfigError(held_problem(folder, holder))
+        time.sleep(POLL_S)
+    try:
+        while True:
+            attempt = max([0, *folder.claimed_attempts()]) + 1
+            try:
+                folder.launch_dir(attempt).mkdir(parents=True)
+            except FileExistsError:
+                # Another launcher was faster; the lock decides later which of us trains.
+                continue
+            return attempt
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+
+
+def report(result: LocalResult, folder: RunFolder) -> str:
+    """What the launcher says at the end; empty when all is well."""
+    if result.state in ("finished", "stopped", "preempted"):
+        return ""
+    if result.triage is not None:
+        return f"{result.triage.text}\nall ranks were ended; every thread's stack: {result.log_dir / STACKS}"
+    if result.state == "bad_input":
+        return result.failures[0].text
+    if result.state == "failed" and all(failure.kind == "exit" for failure in result.failures):
+        # The ranks agreed on it, and left in good order.
+        return f"failed: {result.why}\nlogs: {result.log_dir}"
+    return describe(list(result.failures), result.log_dir) + _disk_note(folder)
+
+
+def _disk_note(folder: RunFolder) -> str:
+    """Of a run that ended badly: nobody could write why."""
+    free = shutil.disk_usage(folder.path).free
+    return (
+        f"\nthe file system of {folder.path} is full ({free / 1e6:.1f} MB free): free some space, then start it again"
+        if free < FULL_BYTES
+        else ""
+    )
+
+
+def _write_launch_files(plan: LaunchPlan, attempt: int, log_dir: Path, mark: str) -> None:
+    """Make the attempt's folders; keep the line as it could be typed, and who to signal for a cancel."""
+    folder = plan.folder.launch_dir(attempt)
+    line = f"cd {shlex.quote(os.getcwd())}\n{torchrun_line(plan)}\n"
+    pid = os.getpid()
+    launcher = {"target": "local", "host": socket.gethostname(), "pid": pid, "start_ticks": process_start_ticks(pid)}
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "command.sh", line)
+        write_json(folder / "launcher.json", {**launcher, "mark": mark, "time": time.time()})
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", plan.folder.path, error)) from error
+
+
+def _start_agent(plan: LaunchPlan, env: Mapping[str, str], log_dir: Path) -> subprocess.Popen[bytes]:
+    with open(log_dir / AGENT_LOG, "ab") as log:
+        return subprocess.Popen(
+            plan.argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _start_guard(mark: str) -> subprocess.Popen[bytes]:
+    program = Path(__file__).with_name("parent_guard.py")
+    return subprocess.Popen([sys.executable, "-I", "-S", str(program), mark], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    """Nothing is left to guard. A guard that somebody killed has broken its pipe already."""
+    try:
+        guard.communicate(b"done")
+    except BrokenPipeError:
+        guard.wait()
+
+
+def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> LocalResult:
+    """The result, from the outcome that this launch's rank 0 wrote; torchrun's own exit code says only that all was well."""
+    attempt = _begun_attempt(folder, log_dir) or claimed
+    failures = tuple(find_failures(log_dir))
+    outcome = folder.read_outcome()
+    state = outcome.state if outcome is not None and outcome.attempt == attempt else ""
+    if failures and failures[0].kind == "bad_input":
+        return LocalResult(attempt, "bad_input", EXIT_BAD_INPUT, log_dir, failures)
+    if not asked and failures and state in ("stopped", "preempted"):
+        # torchrun's SIGTERM after another rank's failure, taken by rank 0 for a request to make room.
+        state = "failed"
+    if not state and asked and not any(failure.kind == "exception" for failure in failures):
+        # They died of the signal before they had anything to save.
+        state = asked
+    why = outcome.why if outcome is not None and state == outcome.state else ""
+    return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures, why=why)
+
+
+def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult | None:
+    """Nobody else can write this outcome: rank 0 hung with the others. None: it had written its own before.
+
+    Raises ConfigError when the disk refuses it.
+    """
+    attempt = _begun_attempt(folder, log_dir) or claimed
+    try:
+        if not record_hang(folder, attempt, triage):
+            return None
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+    return LocalResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)
+
+
+def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:
+    """The number that rank 0 gave the attempt with our logs; None: it never began."""
+    if not folder.events.exists():
+        return None
+    rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == "attempt")
+    return next((row["attempt"] for row in rows if row.get("logs") == str(log_dir)), None)
+
+
+class _Echo:
+    """Shows rank 0's log as it grows, up to its failure: the traceback that counts is the first failing rank's."""
+
+    def __init__(self, log_dir: Path, out: TextIO | None) -> None:
+        self._log = log_dir / "rank_0.log"
+        self._failure = log_dir / "rank_0.failure.json"
+        self._out = out
+        self._offset = 0
+
+    def pump(self) -> None:
+        if self._out is None or not self._log.exists():
+            return
+        # The failure file is written before the traceback: a size taken before the look at it is free of the traceback.
+        size = self._log.stat().st_size
+        if self._failure.exists() or size == self._offset:
+            return
+        with open(self._log, "rb") as file:
+            file.seek(self._offset)
+            text = file.read(size - self._offset).decode(errors="replace")
+        self._offset = size
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError:
+            # The reader of our output went away (a pipe to head, a closed terminal); the log has everything.
+            self._out = None

@@ -1,0 +1,97 @@
+"""Passes what a launcher is told to its ranks. In: signals. Out: one signal to each rank, a word for people, the state asked.
+
+To the ranks themselves, not to torchrun's agent: that would pass a signal on twice and kill the ranks 30 s later.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from launch.local.parent_guard import kill_marked, marked_pids
+
+REPEAT_S = 5.0
+
+# What each signal asks of the ranks, and how the run ends when they die of it before they can write an outcome.
+_FORWARD = {
+    signal.SIGINT: (signal.SIGINT, "stopped"),
+    signal.SIGTERM: (signal.SIGTERM, "preempted"),
+    signal.SIGUSR1: (signal.SIGUSR1, "preempted"),
+    signal.SIGHUP: (signal.SIGTERM, "preempted"),
+}
+
+
+class SignalForwarder:
+    """The first signal asks for a save, one after 5 s ends the ranks at once, a third one kills everything marked."""
+
+    def __init__(self, mark: str, err: TextIO) -> None:
+        self.asked = ""
+        self._mark = mark
+        self._err = err
+        self.agent = 0
+        self._waiting: list[int] = []
+        self._first_s = 0.0
+        self._count = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Before the agent starts; `agent`, its pid, is set right after. Main thread only."""
+        for number in _FORWARD:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                # nohup: stay.
+                continue
+            self._before[number] = signal.signal(number, lambda received, _: self._waiting.append(received))
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def deliver(self) -> None:
+        """Act on what came since the last call."""
+        while self._waiting:
+            self._receive(signal.Signals(self._waiting.pop(0)))
+
+    def _receive(self, number: signal.Signals) -> None:
+        passed, state = _FORWARD[number]
+        if self._count and time.monotonic() - self._first_s < REPEAT_S:
+            return
+        self._count += 1
+        if self._count == 1:
+            self._first_s = time.monotonic()
+            self.asked = state
+            self._say(f"{number.name}: the ranks finish their step and save; again after {REPEAT_S:g} s: at once")
+        elif self._count == 2:
+            self._say(f"{number.name} again: the ranks end at once; once more: everything is killed")
+        else:
+            self._say(f"{number.name} once more: everything is killed")
+            kill_marked(self._mark, quiet_s=0.2)
+            return
+        self._pass_on(passed)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        """To the ranks: the agent's own children. Before there are any, to the agent."""
+        ranks = [pid for pid in marked_pids(self._mark) if _parent(pid) == self.agent]
+        for pid in ranks or [self.agent]:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def _say(self, text: str) -> None:
+        try:
+            print(f"phalanx: {text}", file=self._err, flush=True)
+        except OSError:
+            # A closed terminal is why SIGHUP came; the message has nobody to reach.
+            return
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0

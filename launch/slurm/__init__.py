@@ -1,0 +1,1 @@
+"""A run as a Slurm job: its script, its batch step, its life over requeues."""

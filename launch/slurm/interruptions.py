@@ -1,0 +1,64 @@
+"""What each interruption cost, Slurm's own part apart. In: the run's events. Out: one `Interruption` a gap. Pure.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """Between the attempts `before` and `after`, in seconds; None: not recorded.
+
+    `save_s`: from the signal to the end of the ranks. `slurm_s`: from there to the next batch step (requeue, queue, start).
+    `restore_s`: from there to the restored state, imports and data included. `lost_steps`: trained, and to be trained again.
+    """
+
+    before: int
+    after: int
+    cause: str
+    save_s: float | None
+    slurm_s: float
+    restore_s: float | None
+    lost_steps: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        save = f"{self.save_s:.1f} s to save and end, " if self.save_s is not None else ""
+        restore = f"{self.restore_s:.1f} s until restored" if self.restore_s is not None else "not restored yet"
+        return f"attempt {self.before} → {self.after}, {self.cause}: {save}{self.slurm_s:.1f} s in Slurm's hands, {restore}"
+
+
+def interruptions(rows: Iterable[Mapping[str, Any]]) -> list[Interruption]:
+    """Oldest first. Rows as in events.jsonl: job_signal, job_ended, job_attempt, resumed."""
+    rows = list(rows)
+    found = []
+    for ended in (row for row in rows if row.get("kind") == "job_ended"):
+        number, end_s = ended["attempt"], ended["time"]
+        started = next((row for row in rows if row.get("kind") == "job_attempt" and row["attempt"] > number), None)
+        if started is None:
+            continue
+        signal = _first(rows, "job_signal", number)
+        resumed = _first(rows, "resumed", started["attempt"])
+        found.append(
+            Interruption(
+                number,
+                started["attempt"],
+                ended["cause"],
+                round(end_s - signal["time"], 3) if signal else None,
+                round(started["time"] - end_s, 3),
+                round(resumed["time"] - started["time"], 3) if resumed else None,
+                max(0, ended["last_step"] - ended["step_after"]) if "last_step" in ended else None,
+            )
+        )
+    return found
+
+
+def _first(rows: Iterable[Mapping[str, Any]], kind: str, attempt: int) -> Mapping[str, Any] | None:
+    return next((row for row in rows if row.get("kind") == kind and row.get("attempt") == attempt), None)

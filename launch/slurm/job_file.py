@@ -1,0 +1,64 @@
+"""What the batch step needs of the config, as JSON in the job's folder: a compute node's Python may lack OmegaConf.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from launch.slurm.lifecycle import Policy
+from launch.watch.beats import Policy as WatchPolicy
+from launch.watch.beats import make_policy
+from pretrain.run.files import read_json, write_json
+
+JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """`sizes`: the numbers of nodes that the run may go on with, ascending; the last is launch.nodes."""
+
+    run_dir: str
+    sizes: tuple[int, ...]
+    stop_step: int
+    stop_before_s: float
+    policy: Policy
+    watch: WatchPolicy
+
+    def write(self, job_dir: Path) -> None:
+        value: dict[str, Any] = {
+            "run_dir": self.run_dir,
+            "sizes": list(self.sizes),
+            "stop_step": self.stop_step,
+            "stop_before_s": self.stop_before_s,
+            "policy": asdict(self.policy),
+            "watch": self.watch.to_json(),
+        }
+        write_json(job_dir / JOB_NAME, value)
+
+    @staticmethod
+    def read(job_dir: Path) -> JobFile:
+        """Raises FileNotFoundError: the folder of a job that was moved or removed while it waited."""
+        value = read_json(job_dir / JOB_NAME)
+        if value is None:
+            raise FileNotFoundError(f"{job_dir / JOB_NAME}: not there, or not JSON; submit again with phalanx launch")
+        return JobFile(
+            value["run_dir"],
+            tuple(value["sizes"]),
+            value["stop_step"],
+            value["stop_before_s"],
+            Policy(**value["policy"]),
+            WatchPolicy.from_json(value["watch"]),
+        )
+
+
+def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence[int]) -> JobFile:
+    """`run_dir` absolute: the batch step may start anywhere."""
+    slurm = config.launch.slurm
+    policy = Policy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
+    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, make_policy(config))

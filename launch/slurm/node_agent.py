@@ -1,0 +1,197 @@
+"""The agent of one node: python -m launch.slurm.node_agent --attempt-dir DIR --log-dir DIR --policy JSON -- torchrun's command.
+
+What a Slurm task runs. It starts torchrun, hands each signal to the ranks once, watches their heartbeats, and says how
+this node stands in ATTEMPT_DIR/nodes/HOSTNAME.json. It ends no run: whether all nodes hang, the supervisor decides
+(launch/slurm/batch_step.py). Exit code: torchrun's; 128 + n when signal n came before there were ranks.
+
+Slurm signals every process of a step. torchrun and this agent take none for themselves: torchrun would pass it on twice and
+kill the ranks 30 s later, in the middle of a save (so its command has --signals-to-handle SIGQUIT, and inherits the others
+ignored). Ranks install their handlers over that; before they have, the agent keeps the signal for them.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
+from launch.local.scratch import scratch_folder
+from launch.watch.beats import NodeReport, Policy, write_report
+from launch.watch.failures import AGENT_LOG, Failure, find_failures
+from launch.watch.gather import GatheredLogs
+from launch.watch.hang import HangWatch
+from launch.watch.processes import catches, children_of
+from pretrain.run.beat import BEAT_DIR
+from pretrain.run.files import write_atomically
+from pretrain.run.process import die_with_parent, node_name
+
+POLL_S = 0.2
+_LOOK_S = 1.0
+# A repeat of a signal within this is the same request (Slurm signals every process, torchrun would twice).
+REPEAT_S = 5.0
+# What comes → what the ranks get: a rank may rightly ignore SIGHUP (nohup).
+_SIGNALS = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)} | {signal.SIGHUP: signal.SIGTERM}
+
+
+class RankSignals:
+    """Hands each request to every rank once, as soon as the rank catches it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: list[int] = []
+        self._asked: list[int] = []
+        self._first_s = 0.0
+        self._told: set[tuple[int, int]] = set()
+
+    def install(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, lambda received, _: self._waiting.append(_SIGNALS[signal.Signals(received)]))
+
+    @property
+    def asked(self) -> int:
+        """The first signal that came; 0: none."""
+        return [*self._asked, *self._waiting, 0][0]
+
+    def deliver(self, ranks: Sequence[int]) -> None:
+        """To those of `ranks` (pids) that haven't had it and are ready for it."""
+        while self._waiting:
+            number = self._waiting.pop(0)
+            if not self._asked:
+                self._first_s = self._clock()
+            elif self._clock() - self._first_s < REPEAT_S:
+                continue
+            self._asked.append(number)
+        for place, number in enumerate(self._asked):
+            for pid in ranks:
+                if (place, pid) not in self._told and catches(pid, number):
+                    self._told.add((place, pid))
+                    try:
+                        os.kill(pid, number)
+                    except ProcessLookupError:
+                        continue
+
+
+class NodeAgent:
+    """One torchrun and its ranks. `beats` and `own_logs` (None: logs aren't gathered) are folders of this machine."""
+
+    def __init__(self, attempt_dir: Path, log_dir: Path, policy: Policy, node: str, beats: Path, own_logs: Path | None) -> None:
+        self._attempt_dir, self._log_dir, self._policy, self._node = attempt_dir, log_dir, policy, node
+        self._beats, self._logs = beats, own_logs or log_dir
+        self._agent_log = self._logs / (AGENT_LOG if own_logs else f"{node}.{AGENT_LOG}")
+        self._gathered = GatheredLogs(own_logs, log_dir, node) if own_logs else None
+        self._hang = HangWatch(beats, policy, node)
+        self._look_s = self._report_s = 0.0
+        self._had_ranks = False
+        self._refused = ""
+
+    def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
+        """Until torchrun has ended; its exit code. Raises OSError when it can't be started."""
+        signals = RankSignals()
+        signals.install()
+        mark = environ.get(MARK_NAME) or secrets.token_hex(8)
+        torchrun = self._start(command, {**environ, MARK_NAME: mark})
+        while (code := torchrun.poll()) is None:
+            time.sleep(POLL_S)
+            if signals.asked:
+                self._pass_on(signals, torchrun)
+            if (now_s := time.monotonic()) >= self._look_s:
+                self._look_s = now_s + _LOOK_S
+                self._look(now_s)
+        # A rank that was just being forked when torchrun was killed doesn't know yet whom to follow.
+        clear_up(mark, LINGER_S if code >= 0 else 0.0)
+        self._end(code)
+        if code < 0:
+            return 128 + (signals.asked or -code)
+        return code
+
+    def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        for folder in (self._log_dir, self._attempt_dir / "nodes"):
+            folder.mkdir(parents=True, exist_ok=True)
+        env = {**environ, BEAT_DIR: str(self._beats), "PHALANX_LOG_DIR": str(self._logs)}
+        with open(self._agent_log, "ab") as log:
+            return subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_as_child
+            )
+
+    def _pass_on(self, signals: RankSignals, torchrun: subprocess.Popen[bytes]) -> None:
+        ranks = children_of(torchrun.pid)
+        self._had_ranks = self._had_ranks or bool(ranks)
+        signals.deliver(ranks)
+        if not self._had_ranks:
+            # Nothing is there to be saved. torchrun itself ignores signals.
+            torchrun.kill()
+
+    def _look(self, now_s: float) -> None:
+        changed = self._hang.look()
+        self._had_ranks = self._had_ranks or any(state.pid for state in self._hang.states)
+        if changed and self._hang.stacks:
+            # Beside gathered logs they are one more log of this node.
+            path = self._log_dir / f"{self._node}.stacks.txt" if self._gathered is None else self._logs / "stacks.log"
+            self._quietly(lambda: write_atomically(path, self._hang.stacks))
+        if changed or now_s >= self._report_s:
+            self._report_s = now_s + self._policy.report_interval_s
+            self._report(None, ())
+        if self._gathered is not None:
+            self._quietly(self._gathered.pump)
+
+    def _end(self, code: int) -> None:
+        failures = [replace(failure, node=failure.node or self._node) for failure in find_failures(self._logs)]
+        failures = [failure for failure in failures if failure.node == self._node]
+        if self._gathered is not None:
+            gathered = self._gathered
+            self._quietly(lambda: gathered.close(failures))
+        self._hang.look()
+        self._report(code, failures)
+
+    def _report(self, exit_code: int | None, failures: Sequence[Failure]) -> None:
+        found = tuple(asdict(failure) for failure in failures)
+        hang = self._hang
+        report = NodeReport(self._node, time.time(), os.getpid(), exit_code, hang.hung, tuple(hang.states), found)
+        self._quietly(lambda: write_report(self._attempt_dir, report))
+
+    def _quietly(self, write: Callable[[], None]) -> None:
+        """A shared file system that is away or full for a while must not end training: said once, tried again."""
+        try:
+            write()
+        except OSError as error:
+            if str(error) != self._refused:
+                self._refused = str(error)
+                print(f"phalanx: {self._node}: {error}", file=sys.stderr, flush=True)
+
+
+def _as_child() -> None:
+    """In torchrun before it is one: it takes no signals, and goes when the agent goes."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm.node_agent", description="Runs and watches one node's torchrun."
+    )
+    parser.add_argument("--attempt-dir", type=Path, required=True, help="launch/attempt_N of the run folder")
+    parser.add_argument("--log-dir", type=Path, required=True, help="logs/attempt_N of the run folder")
+    parser.add_argument("--policy", type=Policy.from_json, required=True, help="launch/watch/beats.py's Policy as JSON")
+    parser.add_argument("command", nargs="+", help="torchrun's command, after --")
+    found = parser.parse_args(list(argv))
+    with ExitStack() as stack:
+        beats = stack.enter_context(scratch_folder("beats", in_memory=True))
+        own_logs = stack.enter_context(scratch_folder("logs")) if found.policy.gather else None
+        agent = NodeAgent(found.attempt_dir, found.log_dir, found.policy, node_name(os.environ), beats, own_logs)
+        return agent.run(found.command, os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

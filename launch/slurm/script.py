@@ -1,0 +1,169 @@
+"""The batch script as a pure function of the config. In: config, folder, where and with which Python. Out: its text.
+
+Values reach the script in two ways only: as words quoted for the shell, or in #SBATCH lines, which sbatch splits by the
+same quoting rules and the shell takes for comments. A rule (parallel/legality/slurm.py) keeps line breaks out of all of them.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from configs.schema import Config, Slurm
+from launch.plan import program_path, rank_env
+from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
+from launch.watch.beats import make_policy
+from pretrain.run.folder import RunFolder
+
+# A port of a job without launch.master_port: below the ephemeral range of Linux (32768), above the registered crowd.
+PORT_BASE, PORT_COUNT = 20000, 10000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the script is written from: absolute paths, the submitter's working folder and Python."""
+
+    job_dir: Path
+    cwd: Path
+    python: str
+
+
+def job_folder(folder: RunFolder, number: int) -> Path:
+    """launch/job_0001 of a run folder: one submission, which may have many attempts."""
+    return folder.path / "launch" / f"job_{number:04d}"
+
+
+def job_numbers(folder: RunFolder) -> list[int]:
+    """The submissions of a run, ascending."""
+    return sorted(int(path.name.removeprefix("job_")) for path in (folder.path / "launch").glob("job_[0-9]*"))
+
+
+def render(config: Config, folder: RunFolder, place: Place) -> str:
+    """The whole batch script of a run."""
+    job_dir = place.job_dir.absolute()
+    return fill(
+        "batch.sh.j2",
+        **common_words(config, place),
+        script=shlex.quote(str(job_dir / SCRIPT_NAME)),
+        sbatch=sbatch_lines(config, folder),
+        job_dir=str(job_dir),
+        watch=make_policy(config).to_json(),
+        config_file=str(job_dir / CONFIG_NAME),
+        program=program_path(),
+    )
+
+
+def fill(template: str, **words: Any) -> str:
+    """A script of a template. A word that it names and isn't given raises jinja2.UndefinedError."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # The script is for a shell, not for a browser: every value goes through `quote` instead.
+        autoescape=False,
+    )
+    environment.filters["quote"] = shlex.quote
+    return environment.get_template(template).render(**words)
+
+
+def common_words(config: Config, place: Place) -> dict[str, Any]:
+    """What every job of a config shares: its environment, and how a node's ranks are started."""
+    launch, slurm = config.launch, config.launch.slurm
+    python, container = slurm.python or place.python, slurm.container
+    return {
+        "name": config.run.name,
+        "nodes": node_range(config),
+        "processes_per_node": launch.processes_per_node,
+        "modules": slurm.modules,
+        "prologue": slurm.prologue,
+        "defaults": [entry for entry in rank_env(config) if entry[0] not in launch.env],
+        "env": sorted(launch.env.items()),
+        "port": launch.master_port or f"$(({PORT_BASE} + SLURM_JOB_ID % {PORT_COUNT}))",
+        "cwd": str(place.cwd.absolute()),
+        "python": python,
+        "rank_python": container.python if container.kind != "none" else python,
+        "srun": srun_words(slurm),
+        "enter": apptainer_words(slurm) if container.kind == "apptainer" else "",
+    }
+
+
+def sbatch_lines(config: Config, folder: RunFolder) -> list[str]:
+    """What stands behind #SBATCH, each option once, the user's own lines last: there they win."""
+    slurm = config.launch.slurm
+    options = {
+        "job-name": config.run.name,
+        **placement(config),
+        "output": output_pattern(folder.path.absolute() / "logs" / "slurm") + "-%j.out",
+        "open-mode": "append",
+        # To the batch step alone, which passes it on: a signal to every process would end torchrun.
+        "signal": f"B:USR1@{max(1, round(slurm.stop_before_s))}",
+        "time": slurm.time,
+        "dependency": slurm.dependency,
+    }
+    return [*option_lines(options), "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
+
+
+def placement(config: Config) -> dict[str, object]:
+    """Where and as whom every job of a config runs; None: not said."""
+    slurm = config.launch.slurm
+    return {
+        "nodes": node_range(config),
+        "ntasks-per-node": "1",
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "gres": slurm.gres,
+        "gpus-per-node": slurm.gpus_per_node,
+        "mem": slurm.mem,
+        "cpus-per-task": slurm.cpus_per_task,
+        "nodelist": slurm.nodelist,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
+    }
+
+
+def option_lines(options: Mapping[str, object]) -> list[str]:
+    return [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+
+
+def output_pattern(path: Path) -> str:
+    """A path as sbatch's --output takes it, where % begins a pattern."""
+    return str(path).replace("%", "%%")
+
+
+def srun_words(slurm: Slurm) -> list[str]:
+    """srun's further options, quoted: since Slurm 22.05 it does not take --cpus-per-task over from sbatch."""
+    words = []
+    if slurm.cpus_per_task is not None:
+        words.append(f"--cpus-per-task={slurm.cpus_per_task}")
+    container = slurm.container
+    if container.kind == "pyxis":
+        words.append(f"--container-image={container.image}")
+        if container.mounts:
+            words.append(f"--container-mounts={','.join(container.mounts)}")
+        words += container.args
+    return [shlex.quote(word) for word in [*words, *slurm.srun_args]]
+
+
+def apptainer_words(slurm: Slurm) -> str:
+    """The words between srun and the ranks' Python that enter an apptainer image; --nv brings the host's GPU driver in."""
+    container = slurm.container
+    words = ["apptainer", "exec", "--nv"]
+    words += [word for mount in container.mounts for word in ("--bind", mount)]
+    return shlex.join([*words, *container.args, str(container.image)])
+
+
+def node_range(config: Config) -> str:
+    """As sbatch takes it: 4, or 2-4 where the run may go on with fewer."""
+    nodes, least = config.launch.nodes, config.launch.slurm.min_nodes
+    return str(nodes) if least is None or least == nodes else f"{least}-{nodes}"

@@ -1,0 +1,1 @@
+"""Ranks seen from outside: heartbeats, hangs, stacks, failures."""

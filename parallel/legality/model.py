@@ -1,0 +1,309 @@
+"""Rules inside the `model` section: what megatron-core 0.16.1 can build, and what would contradict itself.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.errors import Problem
+from configs.schema import Config
+from parallel import architecture as arch
+from parallel.legality.rules import has_experts, near_divisors, near_multiples, on_gpu, reads
+
+
+@reads("model.attention", "model.hidden_size", "model.mla")
+def head_width(config: Config) -> Iterator[Problem]:
+    model, attention = config.model, config.model.attention
+    if attention.head_dim is None and not arch.is_mla(model) and model.hidden_size % attention.num_heads:
+        rule = f"must be a multiple of model.attention.num_heads = {attention.num_heads} while head_dim is not stated"
+        fix = f"set model.hidden_size to {near_multiples(model.hidden_size, attention.num_heads)}, or model.attention.head_dim"
+        yield Problem("model.hidden_size", model.hidden_size, rule, fix)
+
+
+@reads("model.attention")
+def heads_in_groups(config: Config) -> Iterator[Problem]:
+    heads, groups = config.model.attention.num_heads, arch.num_query_groups(config.model)
+    if heads % groups:
+        rule = f"must divide model.attention.num_heads = {heads}"
+        fix = f"set model.attention.num_query_groups to {near_divisors(heads, groups)}"
+        yield Problem("model.attention.num_query_groups", groups, rule, fix)
+
+
+@reads("model.position", "model.attention", "model.hidden_size", "model.mla")
+def rotated_width_is_even(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.position.kind != "rope":
+        return
+    width = model.mla.qk_rope_head_dim if arch.is_mla(model) else arch.head_dim(model) * model.position.rotary_fraction
+    if width != int(width) or int(width) % 2 or width < 2:
+        path = "model.mla.qk_rope_head_dim" if arch.is_mla(model) else "model.position.rotary_fraction"
+        got = model.mla.qk_rope_head_dim if arch.is_mla(model) else model.position.rotary_fraction
+        rule = f"positions rotate pairs: the rotated width of a head, {width:g}, must be even and at least 2"
+        yield Problem(path, got, rule, "change it, or model.attention.head_dim")
+
+
+@reads("model.mla", "model.attention", "model.position")
+def latent_attention(config: Config) -> Iterator[Problem]:
+    model, attention, position = config.model, config.model.attention, config.model.position
+    if not arch.is_mla(model):
+        if model.mla.q_lora_rank is not None:
+            rule = "needs model.mla.kv_lora_rank, which switches latent attention on"
+            yield Problem("model.mla.q_lora_rank", model.mla.q_lora_rank, rule, "set model.mla.kv_lora_rank, or q_lora_rank=null")
+        return
+    wanted: tuple[tuple[str, object, object, str], ...] = (
+        ("attention.num_query_groups", attention.num_query_groups, (None, attention.num_heads), "every head has its own key"),
+        ("attention.head_dim", attention.head_dim, (None,), "the widths of a head are model.mla's"),
+        ("attention.qk_norm", attention.qk_norm, (False,), "its compressed queries and keys always have their own norms"),
+        ("attention.qkv_bias", attention.qkv_bias, (False,), "megatron-core has no bias there"),
+        ("attention.sinks", attention.sinks, (False,), "megatron-core has no sinks there"),
+        ("position.kind", position.kind, ("rope",), "a part of each key is rotated"),
+        ("position.rotary_fraction", position.rotary_fraction, (1.0,), "the rotated width is model.mla.qk_rope_head_dim"),
+        ("position.interleaved", position.interleaved, (False,), "megatron-core orders the rotated part itself"),
+        ("position.scaling.kind", position.scaling.kind, ("none", "yarn"), "megatron-core has rope and yarn there"),
+    )
+    for name, got, allowed, why in wanted:
+        if got not in allowed:  # type: ignore[operator]
+            rule = f"must be {' or '.join(str(value) for value in allowed)} with latent attention: {why}"  # type: ignore[attr-defined]
+            yield Problem(f"model.{name}", got, rule, f"leave model.{name} out, or set model.mla.kv_lora_rank=null")
+
+
+@reads("model.position", "model.mla")
+def rope_scaling(config: Config) -> Iterator[Problem]:
+    position, scaling = config.model.position, config.model.position.scaling
+    if scaling.kind == "none":
+        if scaling.factor != 1.0:
+            fix = "set model.position.scaling.kind to linear, llama3 or yarn, or factor=1"
+            yield Problem("model.position.scaling.factor", scaling.factor, "has no effect while scaling.kind = none", fix)
+        return
+    if position.kind != "rope":
+        rule = f"stretches rotary positions: model.position.kind = {position.kind}"
+        yield Problem("model.position.scaling.kind", scaling.kind, rule, "set model.position.scaling.kind=none")
+    if scaling.kind == "yarn" and position.interleaved:
+        rule = "megatron-core's yarn rotates halves, not neighbouring pairs"
+        yield Problem("model.position.interleaved", True, rule, "set model.position.interleaved=false")
+    if scaling.kind == "llama3":
+        fixed = (("original_max_position", 8192), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
+        for name, value in fixed:
+            got = getattr(scaling, name)
+            if got != value:
+                rule = f"megatron-core's llama3 scaling fixes it at {value:g}"
+                yield Problem(f"model.position.scaling.{name}", got, rule, f"set model.position.scaling.{name}={value:g}")
+    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        rule = f"must be less than high_freq_factor = {scaling.high_freq_factor:g}"
+        yield Problem("model.position.scaling.low_freq_factor", scaling.low_freq_factor, rule, "lower it")
+
+
+@reads("model.max_position_tokens", "batch.seq_length_tokens")
+def positions_cover_sequence(config: Config) -> Iterator[Problem]:
+    longest, length = config.model.max_position_tokens, config.batch.seq_length_tokens
+    if longest is not None and length > longest:
+        rule = f"must be at most model.max_position_tokens = {longest}"
+        yield Problem("batch.seq_length_tokens", length, rule, f"set batch.seq_length_tokens={longest}, or raise the other")
+
+
+@reads("model.mlp_bias", "model.attention", "model.moe.router.bias", "model.moe.num_experts", "model.mla")
+def biases_go_together(config: Config) -> Iterator[Problem]:
+    model, attention = config.model, config.model.attention
+    together = [("attention.output_bias", attention.output_bias)]
+    together += [("moe.router.bias", model.moe.router.bias)] if has_experts(config) else []
+    for name, value in together:
+        if value != model.mlp_bias:
+            rule = f"must equal model.mlp_bias = {model.mlp_bias}: megatron-core has one switch for the biases of all products"
+            yield Problem(f"model.{name}", value, rule, f"set model.{name}={str(model.mlp_bias).lower()}")
+    if model.mlp_bias and not attention.qkv_bias and not arch.is_mla(model):
+        rule = "must be on with model.mlp_bias: megatron-core has one switch for the biases of all products"
+        yield Problem("model.attention.qkv_bias", False, rule, "set model.attention.qkv_bias=true")
+
+
+@reads("model.mlp_bias", "model.moe", "parallel.expert_tensor")
+def expert_biases(config: Config) -> Iterator[Problem]:
+    model, degree = config.model, config.parallel.expert_tensor
+    if not (model.mlp_bias and has_experts(config)):
+        return
+    if degree > 1:
+        rule = "must be 1 with biases in the experts (model.mlp_bias): they would be added once a rank"
+        yield Problem("parallel.expert_tensor", degree, rule, "set parallel.expert_tensor=1")
+    if model.moe.shared_ffn_hidden_size:
+        rule = "megatron-core has no biases in shared experts (model.moe.shared_ffn_hidden_size is set)"
+        yield Problem("model.mlp_bias", True, rule, "set model.mlp_bias=false")
+
+
+@reads("model.moe", "model.num_layers")
+def pattern_fits(config: Config) -> Iterator[Problem]:
+    moe, layers = config.model.moe, config.model.num_layers
+    if moe.layer_pattern is not None and len(moe.layer_pattern) != layers:
+        rule = f"must name each of the model.num_layers = {layers} layers, not {len(moe.layer_pattern)}"
+        yield Problem("model.moe.layer_pattern", moe.layer_pattern, rule, f"give {layers} numbers, 0 dense and 1 MoE")
+    elif has_experts(config) and not any(arch.moe_layers(config.model)):
+        path = "model.moe.layer_pattern" if moe.layer_pattern is not None else "model.moe.first_dense_layers"
+        got = moe.layer_pattern if moe.layer_pattern is not None else moe.first_dense_layers
+        rule = f"leaves none of the {layers} layers to the {moe.num_experts} experts"
+        yield Problem(path, got, rule, f"make a layer MoE ({path}), or set model.moe.num_experts=0")
+
+
+@reads("model.attention", "model.num_layers", "model.mtp")
+def window_pattern_fits(config: Config) -> Iterator[Problem]:
+    attention, layers = config.model.attention, config.model.num_layers
+    path, pattern = "model.attention.window_pattern", attention.window_pattern
+    if pattern is None:
+        return
+    if len(pattern) != layers:
+        rule = f"must name each of the model.num_layers = {layers} layers, not {len(pattern)}"
+        yield Problem(path, pattern, rule, f"give {layers} numbers, 0 full attention and 1 window")
+    if attention.window_size_tokens is None:
+        rule = "has no effect while model.attention.window_size_tokens is not set"
+        yield Problem(path, pattern, rule, f"set model.attention.window_size_tokens, or {path}=null")
+    if config.model.mtp.num_layers:
+        rule = "names the layers only: megatron-core would look for model.mtp.num_layers more"
+        yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
+
+
+@reads("model.moe")
+def expert_keys_need_experts(config: Config) -> Iterator[Problem]:
+    moe = config.model.moe
+    if has_experts(config):
+        return
+    for name in ("shared_ffn_hidden_size", "layer_pattern", "capacity_factor", "ffn_hidden_size"):
+        value = getattr(moe, name)
+        if value is not None and not (name == "layer_pattern" and not any(value)):
+            rule = "has no effect in a dense model (model.moe.num_experts = 0)"
+            yield Problem(f"model.moe.{name}", value, rule, f"set model.moe.num_experts, or {name}=null")
+
+
+@reads("model.moe")
+def top_k_fits(config: Config) -> Iterator[Problem]:
+    moe = config.model.moe
+    if has_experts(config) and moe.top_k > moe.num_experts:
+        rule = f"must be at most model.moe.num_experts = {moe.num_experts}"
+        yield Problem("model.moe.top_k", moe.top_k, rule, f"set model.moe.top_k={moe.num_experts} or less")
+
+
+@reads("model.moe")
+def router_groups(config: Config) -> Iterator[Problem]:
+    moe, router = config.model.moe, config.model.moe.router
+    groups, chosen = router.num_groups, router.group_top_k
+    if (groups is None and chosen is None) or not has_experts(config):
+        return
+    if groups is None or chosen is None:
+        missing = "num_groups" if groups is None else "group_top_k"
+        rule = "num_groups and group_top_k go together: a token uses group_top_k of num_groups groups"
+        yield Problem(f"model.moe.router.{missing}", None, rule, f"set model.moe.router.{missing}, or the other to null")
+        return
+    if moe.num_experts % groups:
+        rule = f"must divide model.moe.num_experts = {moe.num_experts}"
+        yield Problem("model.moe.router.num_groups", groups, rule, f"set it to {near_divisors(moe.num_experts, groups)}")
+        return
+    if chosen > groups:
+        rule = f"must be at most model.moe.router.num_groups = {groups}"
+        yield Problem("model.moe.router.group_top_k", chosen, rule, f"set it to {groups} or less")
+        return
+    room = chosen * (moe.num_experts // groups)
+    if not chosen <= moe.top_k <= room:
+        rule = f"must be at least group_top_k = {chosen} and at most the {room} experts of the chosen groups"
+        yield Problem("model.moe.top_k", moe.top_k, rule, f"set model.moe.top_k between {chosen} and {room}")
+
+
+@reads("model.moe")
+def router_weights(config: Config) -> Iterator[Problem]:
+    moe, router = config.model.moe, config.model.moe.router
+    if not has_experts(config):
+        return
+    path = "model.moe.router.normalize_top_k"
+    if moe.top_k == 1 and router.normalize_top_k:
+        rule = "must be off with model.moe.top_k = 1: the one weight would always be 1, and the router learn nothing"
+        yield Problem(path, True, rule, f"set {path}=false")
+    if moe.top_k > 1 and router.score == "sigmoid" and not router.normalize_top_k:
+        rule = "must be on with sigmoid scores: megatron-core always normalises them"
+        yield Problem(path, False, rule, f"set {path}=true, or model.moe.router.score=softmax")
+    if router.expert_bias and router.score != "sigmoid":
+        rule = "needs model.moe.router.score = sigmoid (megatron-core selects with the bias on sigmoid scores only)"
+        yield Problem("model.moe.router.expert_bias", True, rule, "set model.moe.router.score=sigmoid, or expert_bias=false")
+
+
+@reads("model.moe")
+def shared_expert_keys(config: Config) -> Iterator[Problem]:
+    moe = config.model.moe
+    for name in ("shared_gate", "shared_overlap"):
+        if getattr(moe, name) and not moe.shared_ffn_hidden_size:
+            rule = "needs a shared expert: model.moe.shared_ffn_hidden_size is null"
+            yield Problem(f"model.moe.{name}", True, rule, f"set model.moe.shared_ffn_hidden_size, or {name}=false")
+    if moe.shared_overlap and moe.dispatcher != "alltoall":
+        rule = f"needs model.moe.dispatcher = alltoall, not {moe.dispatcher}"
+        yield Problem("model.moe.shared_overlap", True, rule, "set model.moe.dispatcher=alltoall, or shared_overlap=false")
+
+
+def may_be_flex(config: Config) -> bool:
+    """Whether the model may have the flex dispatcher here: what `dispatcher_fits` and `shared_expert_keys` ask, of any layout."""
+    moe = config.model.moe
+    return has_experts(config) and on_gpu(config) and not moe.pad_to_capacity and not moe.shared_overlap
+
+
+@reads("model.moe", "parallel.tensor", "parallel.expert", "parallel.expert_tensor", "cluster")
+def dispatcher_fits(config: Config) -> Iterator[Problem]:
+    moe, p = config.model.moe, config.parallel
+    if not has_experts(config):
+        return
+    if moe.pad_to_capacity and moe.capacity_factor is None:
+        rule = "needs model.moe.capacity_factor: without it nothing has a capacity"
+        yield Problem("model.moe.pad_to_capacity", True, rule, "set model.moe.capacity_factor, or pad_to_capacity=false")
+    if moe.pad_to_capacity and moe.dispatcher != "alltoall":
+        rule = f"needs model.moe.dispatcher = alltoall, not {moe.dispatcher}"
+        yield Problem("model.moe.pad_to_capacity", True, rule, "set model.moe.dispatcher=alltoall, or pad_to_capacity=false")
+    if moe.dispatcher == "flex" and not on_gpu(config):
+        rule = "needs GPUs, and DeepEP or HybridEP on them"
+        yield Problem("model.moe.dispatcher", "flex", rule, "set model.moe.dispatcher=alltoall, or name cluster.gpu")
+    if moe.dispatcher == "flex" and p.expert_tensor * p.expert == 1:
+        rule = "needs parallel.expert x parallel.expert_tensor > 1"
+        yield Problem("model.moe.dispatcher", "flex", rule, "set model.moe.dispatcher=alltoall")
+
+
+@reads("model.mtp", "model.position.kind")
+def prediction_depths(config: Config) -> Iterator[Problem]:
+    depths, kind = config.model.mtp.num_layers, config.model.position.kind
+    if depths and kind == "learned":
+        rule = "multi-token prediction needs rotary positions or none, not learned ones"
+        yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
+
+
+@reads("model.planning_only", "model.attention.qk_norm_span")
+def can_be_built(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.planning_only:
+        rule = f"this preset is for counting and planning only: {model.planning_only}"
+        yield Problem("model.planning_only", model.name, rule, "train another preset")
+    elif model.attention.qk_norm_span != "head":
+        rule = "must be head: megatron-core's norms of queries and keys span one head"
+        yield Problem("model.attention.qk_norm_span", model.attention.qk_norm_span, rule, "set model.attention.qk_norm_span=head")
+
+
+@reads("model.mla", "model.norm_eps", "cluster")
+def latent_norm_epsilon(config: Config) -> Iterator[Problem]:
+    own = config.model.mla.norm_eps
+    if arch.is_mla(config.model) and on_gpu(config) and own is not None and own != config.model.norm_eps:
+        rule = f"must be model.norm_eps = {config.model.norm_eps:g} on GPUs: Transformer Engine's fused norms have one epsilon"
+        yield Problem("model.mla.norm_eps", own, rule, "leave model.mla.norm_eps out, or train on CPUs")
+
+
+RULES = (
+    can_be_built,
+    latent_norm_epsilon,
+    head_width,
+    heads_in_groups,
+    rotated_width_is_even,
+    latent_attention,
+    rope_scaling,
+    positions_cover_sequence,
+    biases_go_together,
+    expert_biases,
+    pattern_fits,
+    window_pattern_fits,
+    expert_keys_need_experts,
+    top_k_fits,
+    router_groups,
+    router_weights,
+    shared_expert_keys,
+    dispatcher_fits,
+    prediction_depths,
+)

@@ -1,0 +1,193 @@
+"""Rules of the run: batch, steps, schedule, checkpoints, metrics, launch. Config in, problems out.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from configs.errors import Problem
+from configs.keys import all_keys, nearest
+from configs.schema import Config
+from parallel.batch import deciding_batches, horizon_steps
+from parallel.layout import world_size
+from parallel.legality.layout import DEGREES, WORLD
+from parallel.legality.rules import data_size, near_multiples, on_gpu, reads
+
+
+@reads("batch.ramp", "batch.global_batch_seqs")
+def ramp_reaches_batch(config: Config) -> Iterator[Problem]:
+    batch, ramp = config.batch, config.batch.ramp
+    if ramp.start_seqs is None:
+        if ramp.samples:
+            rule = "has no effect without batch.ramp.start_seqs"
+            yield Problem("batch.ramp.samples", ramp.samples, rule, "set batch.ramp.start_seqs, or samples=0")
+        return
+    growth = batch.global_batch_seqs - ramp.start_seqs
+    if growth <= 0:
+        rule = f"must be less than batch.global_batch_seqs = {batch.global_batch_seqs}"
+        yield Problem("batch.ramp.start_seqs", ramp.start_seqs, rule, "lower it, or set it to null for no ramp")
+    elif growth % ramp.increment_seqs:
+        rule = f"must divide the growth of {batch.global_batch_seqs} - {ramp.start_seqs} = {growth} sequences"
+        fix = f"set batch.ramp.increment_seqs to a divisor of {growth}"
+        yield Problem("batch.ramp.increment_seqs", ramp.increment_seqs, rule, fix)
+    if ramp.samples < 1:
+        rule = "must be at least 1: the sequences over which the batch grows"
+        yield Problem("batch.ramp.samples", ramp.samples, rule, "set batch.ramp.samples")
+
+
+@reads("batch", *DEGREES, *WORLD)
+def batch_divides(config: Config) -> Iterator[Problem]:
+    batch, data = config.batch, data_size(config)
+    if data is None:
+        return
+    at_once = batch.micro_batch_seqs * data
+    what = f"batch.micro_batch_seqs x data parallel ranks = {batch.micro_batch_seqs} x {data} = {at_once}"
+    if batch.global_batch_seqs % at_once:
+        fix = f"set batch.global_batch_seqs to {near_multiples(batch.global_batch_seqs, at_once)}"
+        yield Problem("batch.global_batch_seqs", batch.global_batch_seqs, f"must be a multiple of {what}", fix)
+        return
+    uneven = [size for size in deciding_batches(batch) if size % at_once]
+    if uneven:
+        rule = f"every batch of the ramp must be a multiple of {what}; {uneven[0]} is not"
+        fix = f"make batch.ramp.start_seqs and increment_seqs multiples of {at_once}"
+        yield Problem("batch.ramp.start_seqs", batch.ramp.start_seqs, rule, fix)
+
+
+@reads("run.steps", "run.tokens")
+def run_has_one_end(config: Config) -> Iterator[Problem]:
+    steps, tokens = config.run.steps, config.run.tokens
+    if steps is None and tokens is None:
+        yield Problem("run.steps", None, "a run needs an end: steps or tokens", "set run.steps, or run.tokens")
+    if steps is not None and tokens is not None:
+        rule = f"a run has one end: run.steps = {steps} is set too"
+        yield Problem("run.tokens", tokens, rule, "set one of them to null")
+
+
+@reads("schedule", "run", "batch", "optimizer.lr")
+def schedule_fits_horizon(config: Config) -> Iterator[Problem]:
+    schedule = config.schedule
+    if schedule.min_lr > config.optimizer.lr:
+        rule = f"must be at most optimizer.lr = {config.optimizer.lr:g}"
+        yield Problem("schedule.min_lr", schedule.min_lr, rule, "lower it")
+    no_end = config.run.steps is None and config.run.tokens is None
+    if schedule.kind == "constant" or (schedule.horizon_steps is None and no_end):
+        return
+    horizon = horizon_steps(config)
+    where = "schedule.horizon_steps" if schedule.horizon_steps else "the run's steps"
+    if schedule.warmup_steps >= horizon:
+        rule = f"must be less than the horizon of {horizon} steps ({where})"
+        yield Problem("schedule.warmup_steps", schedule.warmup_steps, rule, "shorten the warm-up, or set schedule.horizon_steps")
+        return
+    decay = schedule.decay_steps
+    if schedule.kind == "wsd" and decay is not None and schedule.warmup_steps + decay > horizon:
+        rule = f"with warmup_steps = {schedule.warmup_steps} must fit into the horizon of {horizon} steps ({where})"
+        yield Problem("schedule.decay_steps", decay, rule, f"set schedule.decay_steps={horizon - schedule.warmup_steps} or less")
+
+
+@reads("checkpoint")
+def checkpoint_keys(config: Config) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None and checkpoint.resume_step is not None:
+        rule = "starts from other weights at step 0, while checkpoint.resume_step goes on with this run"
+        yield Problem("checkpoint.load", checkpoint.load, rule, "set one of them to null")
+    milestone, interval = checkpoint.milestone_interval_steps, checkpoint.interval_steps
+    if milestone is not None and (interval is None or milestone % interval):
+        rule = f"only saved checkpoints can be kept: must be a multiple of checkpoint.interval_steps = {interval}"
+        fix = f"set it to {near_multiples(milestone, interval)}" if interval else "set checkpoint.interval_steps"
+        yield Problem("checkpoint.milestone_interval_steps", milestone, rule, fix)
+    for name in checkpoint.allow_change:
+        if name not in all_keys():
+            close = nearest(name)
+            fix = f"did you mean {close}?" if close else "name keys like optimizer.lr, or sections like data"
+            yield Problem("checkpoint.allow_change", name, "must be keys or sections of the config", fix)
+
+
+@reads("divergence", "checkpoint.interval_steps", "checkpoint.keep")
+def divergence_keys(config: Config) -> Iterator[Problem]:
+    section, checkpoint = config.divergence, config.checkpoint
+    if section.spike_min_steps > section.spike_window_steps:
+        rule = f"must be at most divergence.spike_window_steps = {section.spike_window_steps}: no more losses are kept"
+        yield Problem(
+            "divergence.spike_min_steps", section.spike_min_steps, rule, f"set it to {section.spike_window_steps} or less"
+        )
+    for name, action in (("nonfinite", section.nonfinite), ("spike", section.spike)):
+        if action == "rollback" and checkpoint.interval_steps is None:
+            rule = "goes back to a checkpoint: checkpoint.interval_steps must be set"
+            yield Problem(f"divergence.{name}", action, rule, f"set checkpoint.interval_steps, or divergence.{name}=skip")
+    back, keep = section.rollback_checkpoints, checkpoint.keep
+    if "rollback" in (section.nonfinite, section.spike) and keep and back > keep:
+        rule = f"only the newest checkpoint.keep = {keep} checkpoints are there to go back to"
+        fix = f"set divergence.rollback_checkpoints={keep} or less, or checkpoint.keep={back} or more"
+        yield Problem("divergence.rollback_checkpoints", back, rule, fix)
+
+
+@reads("metrics", "cluster", *WORLD)
+def profile_keys(config: Config) -> Iterator[Problem]:
+    profile, world = config.metrics.profile, world_size(config)
+    outside = [rank for rank in profile.ranks if rank >= world]
+    if outside:
+        rule = f"ranks count from 0 to {world - 1}"
+        yield Problem("metrics.profile.ranks", profile.ranks, rule, f"leave out {', '.join(map(str, outside))}")
+    if profile.memory_snapshot and (profile.start_step is None or config.cluster.device == "cpu"):
+        rule = "needs a GPU and metrics.profile.start_step"
+        yield Problem("metrics.profile.memory_snapshot", True, rule, "set metrics.profile.start_step, or memory_snapshot=false")
+
+
+@reads("metrics.sinks")
+def sinks_once(config: Config) -> Iterator[Problem]:
+    sinks = config.metrics.sinks
+    if len(set(sinks)) < len(sinks):
+        yield Problem("metrics.sinks", sinks, "each sink once", f"set metrics.sinks=[{', '.join(dict.fromkeys(sinks))}]")
+
+
+@reads("launch.processes_per_node", "cluster")
+def ranks_have_gpus(config: Config) -> Iterator[Problem]:
+    processes, gpus = config.launch.processes_per_node, config.cluster.gpus_per_node
+    if on_gpu(config) and processes > gpus:
+        rule = f"a rank has a GPU of its own: must be at most cluster.gpus_per_node = {gpus}"
+        fix = f"set launch.processes_per_node={gpus}, or cluster.gpus_per_node to what a node has"
+        yield Problem("launch.processes_per_node", processes, rule, fix)
+
+
+@reads("cluster")
+def scaleup_domain(config: Config) -> Iterator[Problem]:
+    domain, gpus = config.cluster.scaleup_gpus, config.cluster.gpus_per_node
+    if domain is not None and domain % gpus and gpus % domain:
+        rule = f"must be a multiple or a divisor of cluster.gpus_per_node = {gpus}"
+        yield Problem("cluster.scaleup_gpus", domain, rule, f"set it to {near_multiples(domain, gpus)}")
+
+
+@reads("run.name", "run.dir")
+def run_has_a_folder(config: Config) -> Iterator[Problem]:
+    name = config.run.name
+    if not re.fullmatch(r"[\w.+-]+", name) or set(name) <= {"."}:
+        rule = "is a folder's and a job's name: letters, digits and . _ + - only"
+        yield Problem("run.name", name, rule, "rename it; run.dir can be any path")
+
+
+@reads("data.train", "data.valid")
+def parts_have_paths(config: Config) -> Iterator[Problem]:
+    for name in ("train", "valid"):
+        for index, part in enumerate(getattr(config.data, name)):
+            if not part.path:
+                rule = "each part names the prefix of its PREFIX.bin and PREFIX.idx"
+                yield Problem(f"data.{name}[{index}].path", part.path, rule, f"set data.{name}=[{{path: PREFIX}}]")
+
+
+RULES = (
+    ramp_reaches_batch,
+    batch_divides,
+    run_has_one_end,
+    schedule_fits_horizon,
+    checkpoint_keys,
+    divergence_keys,
+    profile_keys,
+    sinks_once,
+    ranks_have_gpus,
+    scaleup_domain,
+    run_has_a_folder,
+    parts_have_paths,
+)

@@ -1,0 +1,82 @@
+"""Rules of a Slurm job: values that fit on a line, names a shell knows, sizes it may go on with. Config in, problems out.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+
+from configs.errors import Problem
+from configs.schema import Config
+from configs.units import seconds_of
+from parallel.legality.rules import reads
+
+# Line breaks of any kind and other control characters: the one thing that quoting can't carry in an #SBATCH line.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+
+@reads("launch")
+def slurm_lines(config: Config) -> Iterator[Problem]:
+    slurm, container = config.launch.slurm, config.launch.slurm.container
+    values: dict[str, object] = {f"launch.slurm.{item.name}": getattr(slurm, item.name) for item in fields(slurm)}
+    values |= {f"launch.slurm.container.{item.name}": getattr(container, item.name) for item in fields(container)}
+    values |= {"cluster.interface": config.cluster.interface, "run.dir": config.run.dir}
+    # A command of the prologue may have several lines.
+    del values["launch.slurm.prologue"]
+    for path, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and _CONTROL.search(text):
+                yield Problem(path, text, "must be one line without control characters", "take the line break out")
+    for line in slurm.extra:
+        if not line.startswith("-"):
+            rule = "is what stands behind #SBATCH, so it begins with - or --"
+            yield Problem("launch.slurm.extra", line, rule, f"write --{line.lstrip('-# ') or 'option'}")
+
+
+@reads("launch.slurm.time", "launch.target")
+def slurm_time(config: Config) -> Iterator[Problem]:
+    time = config.launch.slurm.time
+    if time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", time, re.IGNORECASE):
+        rule = "must be a time as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS"
+        yield Problem("launch.slurm.time", time, rule, "for example launch.slurm.time=1-12:00:00")
+
+
+@reads("launch")
+def time_holds_a_save(config: Config) -> Iterator[Problem]:
+    slurm, limit_s = config.launch.slurm, seconds_of(config.launch.slurm.time)
+    if limit_s is not None and limit_s <= 2 * slurm.stop_before_s:
+        rule = f"must be more than twice launch.slurm.stop_before_s = {slurm.stop_before_s:g} s, else an attempt hardly trains"
+        yield Problem("launch.slurm.time", slurm.time, rule, "set a longer launch.slurm.time, or a smaller stop_before_s")
+
+
+@reads("launch")
+def interface_is_a_name(config: Config) -> Iterator[Problem]:
+    interface = config.cluster.interface
+    if interface is not None and not re.fullmatch(r"[\w.,:=^@-]+", interface):
+        rule = "must be an interface's name, or a list as NCCL_SOCKET_IFNAME takes it"
+        yield Problem("cluster.interface", interface, rule, "see `ip link` on a compute node: cluster.interface=eth0")
+
+
+@reads("launch")
+def container_has_an_image(config: Config) -> Iterator[Problem]:
+    container = config.launch.slurm.container
+    if container.kind != "none" and not container.image:
+        fix = f"set launch.slurm.container.image, or launch.slurm.container.kind=none instead of {container.kind}"
+        yield Problem("launch.slurm.container.image", container.image, f"kind={container.kind} needs an image", fix)
+    if container.kind == "none" and container.image:
+        rule = "has no effect without launch.slurm.container.kind"
+        yield Problem("launch.slurm.container.image", container.image, rule, "set launch.slurm.container.kind=pyxis or apptainer")
+
+
+@reads("launch")
+def fewer_nodes(config: Config) -> Iterator[Problem]:
+    least, nodes = config.launch.slurm.min_nodes, config.launch.nodes
+    if least is not None and least > nodes:
+        rule = f"must be at most launch.nodes = {nodes}"
+        yield Problem("launch.slurm.min_nodes", least, rule, f"set launch.slurm.min_nodes to at most {nodes}")
+
+
+RULES = (slurm_lines, slurm_time, time_holds_a_save, interface_is_a_name, container_has_an_image, fewer_nodes)

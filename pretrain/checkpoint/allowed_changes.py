@@ -1,0 +1,127 @@
+"""What may differ between an attempt and the one that it goes on from: one table, longest matching prefix wins.
+
+free: changes speed, place or looks, not the numbers (or only how far the run goes).
+word: changes what is learned; allowed when checkpoint.allow_change names the key or its section.
+refused: another model; its weights don't fit, or would mean something else.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.errors import Problem
+from configs.fields import walk
+from configs.model_schema import Model
+from configs.schema import Config
+
+FREE, WORD, REFUSED = "free", "word", "refused"
+
+TABLE: dict[str, str] = {
+    "run": FREE,
+    "run.seed": WORD,
+    "parallel": FREE,
+    "zero": FREE,
+    "recompute": FREE,
+    "checkpoint": FREE,
+    "divergence": FREE,
+    "metrics": FREE,
+    "launch": FREE,
+    "cluster": FREE,
+    "precision": WORD,
+    "batch": WORD,
+    "batch.micro_batch_seqs": FREE,
+    "optimizer": WORD,
+    "schedule": WORD,
+    "data": WORD,
+    "data.cache_dir": FREE,
+    # Tokenizer and training data are recognised by content (tokenizer: refused; data: word), their paths may move.
+    "data.tokenizer": FREE,
+    "data.train": FREE,
+    "data.valid": FREE,
+    "model": REFUSED,
+    "model.name": FREE,
+    "model.source": FREE,
+    "model.planning_only": FREE,
+    "model.init_std": FREE,
+    "model.scale_init_by_depth": FREE,
+    "model.hidden_dropout": WORD,
+    "model.attention.dropout": WORD,
+    "model.mtp.loss_coeff": WORD,
+    "model.moe.dispatcher": FREE,
+    "model.moe.grouped_gemm": FREE,
+    "model.moe.shared_overlap": FREE,
+    "model.moe.capacity_factor": WORD,
+    "model.moe.pad_to_capacity": WORD,
+    "model.moe.drop_policy": WORD,
+    "model.moe.router.balance": WORD,
+    "model.moe.router.aux_loss_coeff": WORD,
+    "model.moe.router.z_loss_coeff": WORD,
+    "model.moe.router.jitter_eps": WORD,
+    "model.moe.router.expert_bias_update_rate": WORD,
+}
+
+
+def rule_of(key: str) -> str:
+    """free, word or refused for a dotted key."""
+    parts = key.replace("[", ".").split(".")
+    for length in range(len(parts), 0, -1):
+        if rule := TABLE.get(".".join(parts[:length])):
+            return rule
+    raise KeyError(f"the resume table has no rule for {key}")
+
+
+def architecture(model: Model, vocab_size: int) -> dict[str, Any]:
+    """The keys of `model` that weights depend on, with the vocabulary that is really used. What a manifest keeps."""
+    keys = {path: value for path, value, _ in walk(model) if rule_of(f"model.{path}") == REFUSED}
+    return keys | {"vocab_size": vocab_size}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf key with its value."""
+    return {path: value for path, value, _ in walk(config)}
+
+
+def is_named(key: str, allowed: list[str]) -> bool:
+    """Does `allowed` hold the key or a section above it?"""
+    plain = key.replace("[", ".").replace("]", "")
+    return any(plain == name or plain.startswith(name + ".") for name in allowed)
+
+
+def check_changes(before: dict[str, Any], config: Config) -> list[Problem]:
+    """The changes since the attempt whose flattened config was `before` that this config may not make."""
+    now = flatten(config)
+    problems = []
+    for key in sorted(set(before) & set(now)):
+        old, new = before[key], now[key]
+        rule = rule_of(key)
+        if old == new or rule == FREE or (rule == WORD and is_named(key, config.checkpoint.allow_change)):
+            continue
+        # Unset horizons are taken over from the run itself.
+        if key == "schedule.horizon_steps" and new is None:
+            continue
+        if rule == WORD:
+            section = key.replace("[", ".").split(".")[0]
+            text = f"was {old!r} when the run stopped; a change needs your word, since it changes what is learned"
+            fix = f"set it back, or add checkpoint.allow_change=[{key}] (or [{section}])"
+        else:
+            text = f"was {old!r} when the run stopped; another architecture can't go on from its weights"
+            fix = "set it back, or start another run with its own run.name"
+        problems.append(Problem(key, new, text, fix))
+    return problems
+
+
+def check_data_change(before: dict[str, Any] | None, now: dict[str, Any], config: Config) -> list[Problem]:
+    """Is the training data the one that the checkpoint's sample counter counts in? Compared by content, not by path."""
+
+    def content(identity: dict[str, Any]) -> list[Any]:
+        parts = [(part["idx_sha256"], part["weight"]) for part in identity["train"]]
+        return [identity["valid_fraction"], parts]
+
+    if before is None or content(before) == content(now) or is_named("data.train", config.checkpoint.allow_change):
+        return []
+    names = ", ".join(f"{part['name']} ({part['num_tokens']:,} tokens, weight {part['weight']:g})" for part in before["train"])
+    rule = f"must be the data of the checkpoint: {names}; the order of samples would be another from here on"
+    fix = "name that data again, or add checkpoint.allow_change=[data]"
+    return [Problem("data.train", [part["name"] for part in now["train"]], rule, fix)]

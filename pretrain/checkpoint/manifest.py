@@ -1,0 +1,152 @@
+"""What a checkpoint says of itself, readable without torch: manifest.json, index.json and the COMPLETE marker.
+
+    checkpoints/step_0000100/
+        manifest.json            what it is: step, samples, model, tokenizer, layout, engine, tensors by canonical name
+        index.json               which file holds which slice, with the CRC-32 of its bytes
+        rank_00000.safetensors   slices that rank 0 wrote, 1-D, keyed  KIND:NAME[first:stop,…]  or  …[…](start:stop)
+        COMPLETE                 written last, after everything above was synced
+A folder whose name ends in .partial is a save that did not finish; .damaged was found so at a resume; the run went back
+behind .rolled_back.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import Problem
+from configs.fields import walk
+from configs.model_schema import Model
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.model.tensor_slice import Box
+from pretrain.run.files import read_json
+from pretrain.run.folder import COMPLETE
+
+FORMAT = 1
+_KEY = re.compile(r"^(?P<kind>\w+):(?P<name>[^\[]+)\[(?P<box>[^\]]*)\](?:\((?P<start>\d+):(?P<stop>\d+)\))?$")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything but the numbers. `tensors`: canonical name -> {"shape", "dtype"}; `kinds`: what is held of each."""
+
+    format: int
+    step: int
+    consumed_samples: int
+    tokens: int
+    optimizer_steps: int | None
+    horizon_steps: int | None
+    engine: str
+    zero_stage: int
+    layout: dict[str, Any]
+    model: dict[str, Any]
+    vocab_size: int
+    tokenizer: dict[str, Any] | None
+    data: dict[str, Any] | None
+    config: dict[str, Any]
+    kinds: tuple[str, ...]
+    tensors: dict[str, dict[str, Any]]
+    files: dict[str, int]
+    world_size: int
+
+    @property
+    def model_identity(self) -> str:
+        """A short hash of the architecture, equal for checkpoints that fit each other."""
+        return identity_of(self.model)
+
+    def as_json(self) -> str:
+        return json.dumps({**asdict(self), "model_identity": self.model_identity}, indent=2, allow_nan=False) + "\n"
+
+
+def identity_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A slice in a file: the flat range [start, stop) of `box` of tensor `name`."""
+
+    kind: str
+    name: str
+    box: Box
+    start: int
+    stop: int
+    file: str
+    crc32: int
+
+    @property
+    def key(self) -> str:
+        return piece_key(self.kind, self.name, self.box, self.start, self.stop)
+
+
+def piece_key(kind: str, name: str, box: Box, start: int, stop: int) -> str:
+    """The name of a slice inside a file."""
+    spans = ",".join(f"{low}:{low + size}" for low, size in zip(box.offset, box.shape, strict=True))
+    part = "" if (start, stop) == (0, box.size) else f"({start}:{stop})"
+    return f"{kind}:{name}[{spans}]{part}"
+
+
+def parse_key(key: str) -> tuple[str, str, Box, int, int]:
+    """(kind, name, box, start, stop) of a slice. Raises DamagedFile for other keys."""
+    match = _KEY.match(key)
+    if not match:
+        raise DamagedFile(f"{key!r} does not name a slice of a tensor")
+    spans = [tuple(int(edge) for edge in span.split(":")) for span in match["box"].split(",") if span]
+    box = Box(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
+    start, stop = (int(match["start"]), int(match["stop"])) if match["start"] else (0, box.size)
+    return match["kind"], match["name"], box, start, stop
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises DamagedFile when the folder holds no complete checkpoint of this format."""
+    if not (folder / COMPLETE).exists():
+        raise DamagedFile(f"{folder} has no {COMPLETE} marker")
+    value = read_json(folder / "manifest.json")
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        got = value.get("format") if isinstance(value, dict) else "no JSON"
+        raise DamagedFile(f"{folder}/manifest.json is of format {got}, this version reads {FORMAT}")
+    try:
+        manifest = Manifest(**{**{k: v for k, v in value.items() if k != "model_identity"}, "kinds": tuple(value["kinds"])})
+    except (TypeError, KeyError) as error:
+        raise DamagedFile(f"{folder}/manifest.json lacks what format {FORMAT} has: {error}") from error
+    for name, num_bytes in manifest.files.items():
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != num_bytes:
+            raise DamagedFile(f"{file} is {'missing' if size is None else f'{size} bytes long'}, {num_bytes} bytes were written")
+    return manifest
+
+
+def read_index(folder: Path) -> Iterator[Stored]:
+    """Every slice of a checkpoint. Raises DamagedFile."""
+    value = read_json(folder / "index.json")
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{folder}/index.json is missing or no JSON")
+    for file, sums in value.items():
+        for key, crc32 in sums.items():
+            kind, name, box, start, stop = parse_key(key)
+            yield Stored(kind, name, box, start, stop, file, crc32)
+
+
+def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:
+    """Does this checkpoint hold the weights of this model, for this tokenizer? Names every key that differs."""
+    problems = []
+    # A key that the checkpoint does not know is younger than it: it was written with what is the default now.
+    written = {path: value for path, value, _ in walk(Model())} | manifest.model
+    for key in sorted(model):
+        if written.get(key) != model[key]:
+            rule = f"must be {written.get(key)!r} as in the checkpoint {folder}: its tensors have other shapes or meaning"
+            fix = "use the model of the checkpoint, or another run.dir for this one"
+            problems.append(Problem(f"model.{key}", model[key], rule, fix))
+    if manifest.tokenizer and tokenizer and manifest.tokenizer.get("sha256") != tokenizer.get("sha256"):
+        rule = f"must be the tokenizer of the checkpoint {folder} (sha256 {str(manifest.tokenizer.get('sha256'))[:12]}…)"
+        fix = "name that tokenizer's file, or another run.dir"
+        problems.append(Problem("data.tokenizer.path", f"sha256 {str(tokenizer.get('sha256'))[:12]}…", rule, fix))
+    return problems

@@ -1,0 +1,88 @@
+"""Reading a checkpoint into any layout: what a rank holds is filled from the slices that overlap it.
+
+In: a folder. Out: numbers written into the tensors of `Piece`s. No process group is needed; every rank reads by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pretrain.checkpoint.manifest import Manifest, Stored, piece_key, read_index, read_manifest
+from pretrain.checkpoint.tensor_file import DamagedFile, Entry, read_bytes, read_header
+from pretrain.engine.base import Piece
+from pretrain.model.tensor_slice import Box, split_range
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A rectangular, contiguous part of a stored slice: `box` at element `position` of the slice."""
+
+    stored: Stored
+    box: Box
+    position: int
+
+
+class CheckpointReader:
+    """One complete checkpoint. Holds its index and the headers of the files read so far; memory is one slice at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self._headers: dict[str, dict[str, Entry]] = {}
+        self._exact: dict[str, Stored] = {}
+        self._by_tensor: dict[tuple[str, str], list[Stored]] = {}
+        for stored in read_index(folder):
+            self._exact[stored.key] = stored
+            self._by_tensor.setdefault((stored.kind, stored.name), []).append(stored)
+
+    def has(self, kind: str) -> bool:
+        return kind in self.manifest.kinds
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Write every piece's `data` in place. Raises DamagedFile, also when the checkpoint lacks part of a piece."""
+        for piece in pieces:
+            stored = self._exact.get(piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop))
+            if stored is not None:
+                piece.data.copy_(self.read(stored))
+            else:
+                self._assemble(piece)
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """One slice, 1-D, checked against its sum."""
+        header = self._headers.get(stored.file)
+        if header is None:
+            header = self._headers[stored.file] = read_header(self.folder / stored.file)
+        if stored.key not in header:
+            raise DamagedFile(f"{self.folder / stored.file} lacks {stored.key}")
+        entry = header[stored.key]
+        raw = read_bytes(self.folder / stored.file, entry, stored.crc32)
+        return torch.from_numpy(raw).view(DTYPES[entry.dtype])
+
+    def _assemble(self, piece: Piece) -> None:
+        """Fill from slices of another layout."""
+        filled = 0
+        for stored in self._by_tensor.get((piece.kind, piece.name), []):
+            if stored.box.overlap(piece.box) is None:
+                continue
+            data = None
+            for position, wanted in split_range(piece.box, piece.start, piece.stop):
+                target = piece.data[position - piece.start : position - piece.start + wanted.size].view(wanted.shape)
+                for at, held in split_range(stored.box, stored.start, stored.stop):
+                    common = held.overlap(wanted)
+                    if common is None:
+                        continue
+                    data = self.read(stored) if data is None else data
+                    source = data[at - stored.start : at - stored.start + held.size].view(held.shape)
+                    target[common.slices_of(wanted)] = source[common.slices_of(held)].to(target.dtype)
+                    filled += common.size
+        if filled != piece.stop - piece.start:
+            raise DamagedFile(
+                f"{self.folder} holds {filled} of the {piece.stop - piece.start} elements of "
+                f"{piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop)}"
+            )

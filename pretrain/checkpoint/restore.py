@@ -1,0 +1,203 @@
+"""Where a run goes on: the newest complete checkpoint that is whole, or the weights named for a warm start.
+
+In: the run folder, what the checkpoint must match. Out: the `Position` to go on from, with the engine filled. Rank 0
+decides which folder; every rank reads its own part; damage found by one rank is known to all before anyone goes on.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from configs.errors import ConfigError, Problem
+from configs.schema import Checkpoint
+from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
+from pretrain.checkpoint.read import CheckpointReader
+from pretrain.checkpoint.rollback import move_aside
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.engine.base import MOMENTS, Engine, Piece
+from pretrain.model.tensor_slice import Box
+from pretrain.rank.consensus import lead, refuse
+from pretrain.run.folder import complete_checkpoints, step_folder
+
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. Samples and tokens are counted over all ranks since the run began."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must agree with."""
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any] | None
+
+
+def choose_checkpoints(section: Checkpoint, checkpoints: Path, identity: Identity, say: Say) -> list[Path]:
+    """Folders to try, best first; empty: the run starts at step 0. Reads manifests only. Rank 0.
+
+    Raises ConfigError: the step asked for is missing or damaged, it is another model's checkpoint, or all are damaged.
+    """
+    if section.resume_step is not None:
+        folder = step_folder(checkpoints, section.resume_step)
+        _require(folder, "checkpoint.resume_step", section.resume_step, identity)
+        return [folder]
+    found = [folder for _, folder in complete_checkpoints(checkpoints)]
+    whole = []
+    for folder in found:
+        try:
+            manifest = read_manifest(folder)
+        except DamagedFile as damage:
+            pass_over(folder, damage, say)
+            continue
+        if problems := check_identity(manifest, folder, identity.model, identity.tokenizer):
+            raise ConfigError(problems)
+        whole.append(folder)
+    if found and not whole:
+        raise ConfigError(_all_damaged(checkpoints))
+    return whole
+
+
+def warm_start_folder(section: Checkpoint, identity: Identity) -> Path | None:
+    """The checkpoint whose weights the run begins with: checkpoint.load names it, or a run folder (then its newest)."""
+    if section.load is None:
+        return None
+    folder = Path(section.load)
+    newest = complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder)
+    folder = newest[0][1] if newest else folder
+    _require(folder, "checkpoint.load", section.load, identity)
+    return folder
+
+
+def _require(folder: Path, key: str, got: object, identity: Identity) -> None:
+    try:
+        manifest = read_manifest(folder)
+    except DamagedFile as damage:
+        steps = ", ".join(str(step) for step, _ in complete_checkpoints(folder.parent)) or "none"
+        rule, fix = f"must be a complete checkpoint: {damage}", f"complete ones beside it: steps {steps}"
+        raise ConfigError(Problem(key, got, rule, fix)) from damage
+    if problems := check_identity(manifest, folder, identity.model, identity.tokenizer):
+        raise ConfigError(problems)
+
+
+def _all_damaged(checkpoints: Path) -> Problem:
+    rule = "holds checkpoints, but none of them is whole; starting at step 0 would throw the run away"
+    fix = "repair one from a copy (the folders now end in .damaged), or choose another run.dir"
+    return Problem("run.dir", str(checkpoints), rule, fix)
+
+
+def pass_over(folder: Path, damage: DamagedFile, say: Say) -> None:
+    """Say loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
+    aside = move_aside(folder, "damaged")
+    say("checkpoint_damaged", folder=folder.name, why=str(damage), kept_as=aside.name)
+
+
+def restore(folders: list[Path], engine: Engine, asked_for: bool, say: Say) -> tuple[Position, Manifest] | None:
+    """Fill the engine from the first folder that is whole; None without folders. Collective; `folders` equal on all ranks."""
+    for folder in folders:
+        try:
+            reader = CheckpointReader(folder)
+            with_optimizer = all(reader.has(kind) for kind in MOMENTS)
+            reader.fill(engine.held(with_optimizer))
+            states = read_random_state(reader)
+            damage = None
+        except DamagedFile as raised:
+            damage = raised
+        worst = _worst_damage(damage)
+        if worst is None:
+            manifest = reader.manifest  # type: ignore[possibly-unbound]
+            engine.loaded(manifest.optimizer_steps if with_optimizer else None)  # type: ignore[possibly-unbound]
+            set_random_state(states)  # type: ignore[possibly-unbound]
+            return Position(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
+        if asked_for:
+            problem = Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step")
+            lead(partial(refuse, [problem]))
+        lead(partial(pass_over, folder, DamagedFile(worst), say))
+    if folders:
+        lead(partial(refuse, [_all_damaged(folders[0].parent)]))
+    return None
+
+
+def warm_start(folder: Path, engine: Engine) -> None:
+    """Weights only: the optimizer starts afresh. Collective. Raises ConfigError when the checkpoint is damaged."""
+    damage = None
+    try:
+        CheckpointReader(folder).fill(engine.held(with_optimizer=False))
+    except DamagedFile as raised:
+        damage = raised
+    if worst := _worst_damage(damage):
+        problem = Problem("checkpoint.load", str(folder), f"must be whole: {worst}", "name another checkpoint")
+        lead(partial(refuse, [problem]))
+    engine.loaded(None)
+
+
+def _worst_damage(damage: DamagedFile | None) -> str | None:
+    """What the first damaged rank says, on all ranks."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, str(damage) if damage else None)
+    return next((text for text in texts if text), None)
+
+
+# Random state: dropout and jitter go on where they stopped. It belongs to a rank, so only the same layout can use it.
+
+
+def _tracker() -> Any:
+    """Megatron-Core's named generators, which tensor and expert ranks draw from."""
+    return get_cuda_rng_tracker()
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Generator states of this rank by name, uint8."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for name, state in _tracker().get_states().items():
+        states[f"tracker-{name}"] = state if isinstance(state, torch.Tensor) else state.get_state()
+    return states
+
+
+def random_pieces(rank: int) -> list[Piece]:
+    """The random state as slices of a checkpoint."""
+    pieces = []
+    for name, state in random_state().items():
+        box = Box((0,), (state.numel(),))
+        pieces.append(Piece("rng", f"rank_{rank:05d}/{name}", box.shape, box, 0, box.size, state))
+    return pieces
+
+
+def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
+    """This rank's generator states; None when other many ranks wrote them: the generators then stay freshly seeded."""
+    if reader.manifest.world_size != dist.get_world_size() or not reader.has("rng"):
+        return None
+    pieces = random_pieces(dist.get_rank())
+    reader.fill(pieces)
+    return {piece.name.split("/", 1)[1]: piece.data for piece in pieces}
+
+
+def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
+    if states is None:
+        return
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    _tracker().set_states({name[len("tracker-") :]: state for name, state in states.items() if "tracker-" in name})
+
+
+def describe_error(error: BaseException) -> str:
+    """One line for an outcome."""
+    return traceback.format_exception_only(error)[-1].strip()[:500]

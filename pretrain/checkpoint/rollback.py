@@ -1,0 +1,134 @@
+"""Checkpoints that a run went back behind. In: the run folder's events and checkpoints. Out: where to go on. Rank 0.
+
+A rollback is its event, `rolled_back` {from_step, to_step, consumed_samples, …}: on the disk before anything else is done.
+From then on the run stands at `to_step` with `consumed_samples` behind it, the refused batch included. Every checkpoint
+saved since has consumed more, every one from before has not: so whatever a kill leaves undone is known, and done at the
+next start. Checkpoints that the run went back behind end in .rolled_back, until a save has passed their step.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Divergence
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.divergence import ROLLED_BACK, Policy, Refused, read_history
+from pretrain.run.files import iterate_lines, sync_folder
+from pretrain.run.folder import RunFolder, complete_checkpoints
+from pretrain.run.record import read_rows
+
+ASIDE = "rolled_back"
+
+# say(kind, **fields): an event on the disk, and a line for people.
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Where the newest rollback went: the step, and the samples that no later step may read again."""
+
+    to_step: int
+    consumed_samples: int
+
+
+def newest_rollback(events: Iterable[dict[str, Any]]) -> Rollback | None:
+    """None: the run never went back."""
+    found = [event for event in events if event.get("kind") == ROLLED_BACK]
+    return Rollback(found[-1]["to_step"], found[-1]["consumed_samples"]) if found else None
+
+
+def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback | None) -> list[Path]:
+    """Complete checkpoints of `at_step` or before, best first; empty: there is none to go back to.
+
+    `back` = 1 is the newest. When nothing was saved since the rollback `before`, that one did not go far enough: the
+    choice is then at least one further back, where there is one.
+    """
+    found = [(step, folder) for step, folder in complete_checkpoints(checkpoints) if step <= at_step]
+    if not found:
+        return []
+    again = before is not None and found[0][0] <= before.to_step
+    index = max(back - 1, 1) if again else back - 1
+    return [folder for _, folder in found[min(index, len(found) - 1) :]]
+
+
+def set_newer_aside(checkpoints: Path, rollback: Rollback, say: Say) -> None:
+    """Checkpoints past the rollback's step that had consumed no more than it passes over: nobody resumes from them."""
+    for step, folder in complete_checkpoints(checkpoints):
+        if step <= rollback.to_step:
+            continue
+        try:
+            consumed_samples = read_manifest(folder).consumed_samples
+        except DamagedFile:
+            # Which side of the rollback it is from can't be known; choose_checkpoints passes it over as damaged.
+            continue
+        if consumed_samples <= rollback.consumed_samples:
+            say("checkpoint_rolled_back", folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
+
+
+def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> Policy:
+    """What judges the steps of a run that stands at the end of its record. Rank 0, after the record was cut."""
+    rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
+    return Policy(section, read_history(section, rows, _events(folder), consumed_samples))
+
+
+def begin_rollback(folder: RunFolder, section: Divergence, refused: Refused, say: Say) -> list[Path]:
+    """Checkpoints to go on from, best first; empty: there is none, and nothing was changed.
+
+    From the event on, the run stands there, whatever is killed when.
+    """
+    before = newest_rollback(_events(folder))
+    folders = choose_targets(folder.checkpoints, refused.step - 1, section.rollback_checkpoints, before)
+    if folders:
+        rollback = Rollback(step_of(folders[0]), refused.samples)
+        numbers = {"loss": refused.loss, "grad_norm": refused.grad_norm, "rule": refused.rule}
+        say(ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
+        set_newer_aside(folder.checkpoints, rollback, say)
+    return folders
+
+
+def finish_rollback(folder: RunFolder, say: Say) -> int:
+    """At a start: do what a kill left undone of the newest rollback; the samples that no step may read again (0: none)."""
+    rollback = newest_rollback(_events(folder))
+    if rollback is None:
+        return 0
+    set_newer_aside(folder.checkpoints, rollback, say)
+    return rollback.consumed_samples
+
+
+def _events(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    return (row for _, row in iterate_lines(folder.events) if row is not None)
+
+
+def step_of(folder: Path) -> int:
+    """Of a checkpoint's folder, set aside or not."""
+    return int(folder.name.split(".")[0].removeprefix("step_"))
+
+
+def move_aside(folder: Path, suffix: str) -> Path:
+    """Give a checkpoint a name that is none of a checkpoint; returns it."""
+    aside = folder.with_name(f"{folder.name}.{suffix}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.{suffix}{number}")
+    folder.rename(aside)
+    sync_folder(folder.parent)
+    return aside
+
+
+def drop_passed(checkpoints: Path, saved_step: int, milestone_interval: int | None) -> list[Path]:
+    """Delete what was set aside at `saved_step` or before, milestones excepted; returns what went."""
+    gone = []
+    for folder in sorted(checkpoints.glob(f"step_*.{ASIDE}*")):
+        step = step_of(folder)
+        if step <= saved_step and not (milestone_interval and step % milestone_interval == 0):
+            shutil.rmtree(folder)
+            gone.append(folder)
+    return gone

@@ -1,0 +1,136 @@
+"""Saves of a running attempt: when, what each says of itself, and what follows when one is complete.
+
+In: the engine, what manifests of this attempt have in common, and whom to tell. Out: folders under checkpoints/. All
+methods of `Saver` are collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from configs.schema import Config
+from parallel.layout import Layout
+from parallel.runtime import Runtime
+from pretrain.checkpoint.manifest import FORMAT, Manifest
+from pretrain.checkpoint.restore import Identity, Position, random_pieces
+from pretrain.checkpoint.rollback import drop_passed, step_of
+from pretrain.checkpoint.write import CheckpointWriter, prune
+from pretrain.engine.base import MOMENTS, WEIGHT, Engine, Piece
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all manifests of an attempt say. `data` is known to rank 0 only, which writes them."""
+
+    config: Config
+    identity: Identity
+    vocab_size: int
+    data: dict[str, Any] | None
+    horizon_steps: int
+    layout: Layout
+
+    def manifest(self, position: Position, engine: Engine, tensors: dict[str, list[int]], world_size: int) -> Manifest:
+        return Manifest(
+            format=FORMAT,
+            step=position.step,
+            consumed_samples=position.consumed_samples,
+            tokens=position.tokens,
+            optimizer_steps=engine.optimizer_steps(),
+            horizon_steps=self.horizon_steps,
+            engine=engine.name,
+            zero_stage=engine.zero_stage,
+            layout=self.layout.degrees(),
+            model=self.identity.model,
+            vocab_size=self.vocab_size,
+            tokenizer=self.identity.tokenizer,
+            data=self.data,
+            config=asdict(self.config),
+            kinds=(WEIGHT, *MOMENTS, "rng"),
+            tensors={name: {"shape": shape, "dtype": "F32"} for name, shape in sorted(tensors.items())},
+            files={},
+            world_size=world_size,
+        )
+
+
+class Saver:
+    """Saves one engine's state. `before` runs on every rank ahead of a save; `tell` and `say` write events on rank 0."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        engine: Engine,
+        common: Common,
+        runtime: Runtime,
+        before: Callable[[], None],
+        tell: Callable[..., None],
+        say: Callable[..., None],
+    ) -> None:
+        self._checkpoints, self._engine, self._common, self._runtime = checkpoints, engine, common, runtime
+        self._before, self._tell, self._say = before, tell, say
+        self._section = common.config.checkpoint
+        self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
+        # Adam's moments come with the first step: each is as large as the weights.
+        weights = sum(piece.data.nbytes for piece in engine.owned() if piece.kind == WEIGHT)
+        self.writer.reserve((1 + len(MOMENTS)) * weights)
+        self.last_step = -1
+        self._began_s = 0.0
+        self.error: str | None = None
+        # Rank 0: the last one that was completed.
+        self.newest: Path | None = None
+
+    def is_due(self, step: int) -> bool:
+        return bool(self._section.interval_steps and step % self._section.interval_steps == 0)
+
+    @property
+    def at_end(self) -> bool:
+        return self._section.save_at_end
+
+    def save(self, position: Position) -> None:
+        """Start a save of this position, after the one under way."""
+        if self.last_step == position.step:
+            return
+        self.settle()
+        self._began_s = time.monotonic()
+        self._before()
+        pieces = [*self._engine.owned(), *random_pieces(self._runtime.rank)]
+        self.writer.start(self._common.manifest(position, self._engine, self._tensors(pieces), self._runtime.world_size), pieces)
+        self.last_step = position.step
+        if not self.writer.asynchronous:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save under way, if any, and complete it: every rank knows of the same saves."""
+        if self.writer.status is not None:
+            folder, self.error = self.writer.finish()
+            if self._runtime.rank == 0:
+                self._published(folder, self.error)
+
+    def _tensors(self, pieces: list[Piece]) -> dict[str, list[int]]:
+        """Shapes of all weights by name, on rank 0; elsewhere empty."""
+        mine = {piece.name: list(piece.global_shape) for piece in pieces if piece.kind == WEIGHT}
+        gathered: list[Any] | None = [None] * self._runtime.world_size if self._runtime.rank == 0 else None
+        dist.gather_object(mine, gathered, dst=0)
+        return {name: shape for part in gathered or [] for name, shape in part.items()}
+
+    def _published(self, folder: Path, error: str | None) -> None:
+        """A save is complete, or has failed and left nothing. Rank 0."""
+        if error is not None:
+            self._say("save_failed", folder=folder.name, why=error)
+            return
+        self.newest = folder
+        step = step_of(folder)
+        # As the loop sees it, in steps: what a save before a time limit may take at most.
+        seconds = round(time.monotonic() - self._began_s, 3)
+        self._tell("saved", step=step, folder=folder.name, seconds=seconds)
+        section = self._section
+        gone = prune(self._checkpoints, section.keep, section.milestone_interval_steps)
+        if section.keep:
+            gone += drop_passed(self._checkpoints, step, section.milestone_interval_steps)
+        for path in gone:
+            self._tell("pruned", folder=path.name)

@@ -1,0 +1,207 @@
+"""Writing a checkpoint: every rank its own slices, in a thread, while training goes on; rank 0 completes it.
+
+start: each rank copies what it owns (one copy in host memory; that copy is the only time training stands still) and a
+thread writes it. finish: called at the same step on all ranks once all threads are done; rank 0 gathers sums and sizes,
+writes index and manifest, then the marker, then gives the folder its name. A crash before that leaves a `.partial` folder,
+which nobody reads and the next save of that step replaces.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pretrain.checkpoint.manifest import Manifest, piece_key
+from pretrain.checkpoint.tensor_file import Written, write_tensor_file
+from pretrain.engine.base import Piece
+from pretrain.run.files import sync_folder, write_atomically
+from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.float64: "F64"}
+
+PENDING, DONE, FAILED = 1, 0, 2
+
+# What one rank says of its part of a save: what it wrote, or why it could not.
+Part = tuple[Written | None, str | None]
+
+
+@dataclass
+class _Save:
+    manifest: Manifest
+    partial: Path
+    thread: threading.Thread | None = None
+    written: Written | None = None
+    error: Exception | None = None
+
+
+class CheckpointWriter:
+    """Saves of one attempt. At most one is under way; all methods are collective."""
+
+    def __init__(self, checkpoints: Path, rank: int, asynchronous: bool) -> None:
+        self.checkpoints = checkpoints
+        self.rank = rank
+        self.asynchronous = asynchronous
+        self._buffer: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._touch: threading.Thread | None = None
+        self._save: _Save | None = None
+
+    @property
+    def status(self) -> int | None:
+        """Of this rank's part: PENDING, DONE or FAILED; None when nothing is being saved."""
+        save = self._save
+        if save is None:
+            return None
+        if save.thread is not None and save.thread.is_alive():
+            return PENDING
+        return FAILED if save.error else DONE
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make the buffer of coming asynchronous saves ready in the background: fresh pages cost more than the copy."""
+        if self.asynchronous and num_bytes > self._buffer.nbytes:
+            self._buffer = np.empty(num_bytes, dtype=np.uint8)
+            self._touch = threading.Thread(target=self._buffer.fill, args=(0,), name="reserve", daemon=True)
+            self._touch.start()
+
+    def start(self, manifest: Manifest, pieces: Sequence[Piece]) -> None:
+        """Begin to save; with asynchronous=False the files are written when this returns. Needs no save under way."""
+        assert self._save is None, "finish the save before"
+        partial = step_folder(self.checkpoints, manifest.step).with_suffix(".partial")
+        save = _Save(manifest, partial)
+        error = None
+        if self.rank == 0:
+            try:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True)
+            except OSError as raised:
+                error = raised
+        # Nobody writes before the folder is there.
+        made = torch.tensor([0 if error is None else 1])
+        dist.broadcast(made, src=0)
+        self._save = save
+        if made.item():
+            save.error = error or OSError("rank 0 could not make the folder")
+            return
+        heads = [(_key(piece), DTYPE_NAMES[piece.data.dtype], (piece.stop - piece.start,)) for piece in pieces]
+        path = partial / f"rank_{self.rank:05d}.safetensors"
+        if not heads:
+            save.written = Written(0, {})
+        elif self.asynchronous:
+            values = self._snapshot(pieces)
+            save.thread = threading.Thread(target=self._write, args=(save, path, heads, values), name="checkpoint", daemon=True)
+            save.thread.start()
+        else:
+            self._write(save, path, heads, (_bytes(piece.data) for piece in pieces))
+
+    def _snapshot(self, pieces: Sequence[Piece]) -> list[NDArray[np.uint8]]:
+        """Copies in one host buffer that is kept from save to save."""
+        sizes = [piece.data.numel() * piece.data.element_size() for piece in pieces]
+        self.reserve(sum(sizes))
+        if self._touch is not None:
+            self._touch.join()
+        copies, position = [], 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            target = self._buffer[position : position + size]
+            torch.from_numpy(target).copy_(piece.data.detach().view(torch.uint8), non_blocking=True)
+            copies.append(target)
+            position += size
+        if pieces and pieces[0].data.is_cuda:
+            torch.cuda.synchronize()
+        return copies
+
+    def _write(
+        self, save: _Save, path: Path, heads: list[tuple[str, str, tuple[int, ...]]], values: Iterable[NDArray[np.uint8]]
+    ) -> None:
+        try:
+            save.written = write_tensor_file(path, heads, values)
+        except OSError as error:
+            save.error = error
+
+    def wait(self) -> None:
+        """Until this rank's part is written or has failed."""
+        if self._save and self._save.thread:
+            self._save.thread.join()
+
+    def finish(self) -> tuple[Path, str | None]:
+        """Complete the save on all ranks: (its folder, None) or (folder, why it failed). A failed save leaves nothing."""
+        save = self._save
+        assert save is not None, "no save is under way"
+        self.wait()
+        self._save = None
+        mine = (save.written, str(save.error) if save.error else None)
+        gathered: list[Part] = [(None, None)] * (dist.get_world_size() if self.rank == 0 else 0)
+        dist.gather_object(mine, gathered or None, dst=0)
+        result: list[str | None] = [self._complete(save, gathered) if self.rank == 0 else None]
+        dist.broadcast_object_list(result, src=0)
+        return save.partial.with_suffix(""), result[0]
+
+    def _complete(self, save: _Save, gathered: list[Part]) -> str | None:
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(gathered) if error]
+        if not errors:
+            try:
+                self._publish(save, {f"rank_{rank:05d}.safetensors": part for rank, (part, _) in enumerate(gathered) if part})
+                return None
+            except OSError as error:
+                errors = [f"rank 0: {error}"]
+        shutil.rmtree(save.partial, ignore_errors=True)
+        return "; ".join(errors[:3])
+
+    def _publish(self, save: _Save, parts: dict[str, Written]) -> None:
+        parts = {name: part for name, part in parts.items() if part.sums}
+        index = {name: part.sums for name, part in parts.items()}
+        manifest = replace(save.manifest, files={name: part.num_bytes for name, part in parts.items()})
+        write_atomically(save.partial / "index.json", json.dumps(index))
+        write_atomically(save.partial / "manifest.json", manifest.as_json())
+        write_atomically(save.partial / COMPLETE, "")
+        sync_folder(save.partial)
+        final = save.partial.with_suffix("")
+        replaced = final.with_suffix(".replaced")
+        if final.exists():
+            # The same step saved again after a return to an older checkpoint.
+            final.rename(replaced)
+        save.partial.rename(final)
+        sync_folder(self.checkpoints)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def _key(piece: Piece) -> str:
+    return piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop)
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    return tensor.detach().cpu().view(torch.uint8).numpy()
+
+
+def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[Path]:
+    """Delete all but the newest `keep` complete checkpoints and milestones (keep = 0: none); returns what went. Rank 0."""
+    gone = []
+    for step, folder in complete_checkpoints(checkpoints)[keep:] if keep else []:
+        if milestone_interval and step % milestone_interval == 0:
+            continue
+        # A folder that is half deleted must not look like a checkpoint.
+        doomed = folder.with_suffix(".partial")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+        gone.append(folder)
+    return gone
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """What a crash left of saves and deletions that did not finish. Rank 0, before the first save of an attempt."""
+    for pattern in ("step_*.partial", "step_*.replaced"):
+        for folder in checkpoints.glob(pattern):
+            final = folder.with_suffix("")
+            if folder.suffix == ".replaced" and not final.exists():
+                folder.rename(final)
+            else:
+                shutil.rmtree(folder)

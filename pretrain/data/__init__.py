@@ -1,0 +1,1 @@
+"""Token files to micro-batches: indices, blends, the order of samples, streams."""

@@ -1,0 +1,132 @@
+"""Sample number → tokens and masks. In: opened parts with their weights. Out: `SampleStream`, endless and random access.
+
+Which tokens a sample number stands for depends on the data, the seed, the sequence length and the blend; not on the
+layout, the batch sizes or the number of steps. Sample i of a part is sample i mod n of epoch i div n, n being the part's
+samples an epoch; each epoch has its own shuffle (seed + epoch), and each sample once.
+
+Shapes: s = batch.seq_length_tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from pretrain.data.blend import Blend
+from pretrain.data.indexed import Index, index_sha256, samples_in
+from pretrain.data.order import EpochOrder, build_order, load_order, order_key, save_order
+from pretrain.data.order_cache import needs_cache
+
+OPEN_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens int64 [s + 1]: inputs are the first s, labels the last s. loss_mask float32 [s]. document_ids int32 [s]."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    document_ids: np.ndarray | None
+
+
+class PartStream:
+    """One part's samples in one split, epoch after epoch without end."""
+
+    def __init__(self, index: Index, sequences: range, seq_length_tokens: int, seed: int, cache: Path) -> None:
+        self.index, self.sequences, self.seq_length_tokens, self.seed, self.cache = (
+            index,
+            sequences,
+            seq_length_tokens,
+            seed,
+            cache,
+        )
+        self.samples_per_epoch = samples_in(index, sequences, seq_length_tokens)
+        assert self.samples_per_epoch, f"{index.prefix} has no sample of {seq_length_tokens} tokens; check_data reports this"
+        self.cached = needs_cache(len(sequences), self.samples_per_epoch)
+        self.dataset = IndexedDataset(index.prefix)
+        self._orders: dict[int, EpochOrder] = {}
+
+    def tokens(self, number: int) -> np.ndarray:
+        """int64 [s + 1] of the part's sample `number`, counted over all epochs."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        order = self._order(epoch)
+        sample = int(order.shuffle[place])
+        (first, offset), (last, end) = order.starts[sample].tolist(), order.starts[sample + 1].tolist()
+        if first == last:
+            pieces = [self.dataset.get(int(order.sequences[first]), offset, end - offset + 1)]
+        else:
+            middle = [self.dataset.get(int(sequence)) for sequence in order.sequences[first + 1 : last]]
+            head = self.dataset.get(int(order.sequences[first]), offset)
+            pieces = [head, *middle, self.dataset.get(int(order.sequences[last]), 0, end + 1)]
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def build_cache(self, num_samples: int) -> None:
+        """Make the files of the epochs that so many samples need, where they are missing."""
+        for epoch in range(-(-num_samples // self.samples_per_epoch) if self.cached else 0):
+            if load_order(self.cache, self._key(epoch), self.samples_per_epoch) is None:
+                save_order(self.cache, self._key(epoch), self._build(epoch))
+
+    def _order(self, epoch: int) -> EpochOrder:
+        """The epoch's order. Beyond the epochs that were built ahead, each rank makes its own in memory."""
+        if epoch not in self._orders:
+            order = load_order(self.cache, self._key(epoch), self.samples_per_epoch) if self.cached else None
+            kept = list(self._orders.items())[1 - OPEN_EPOCHS :]
+            self._orders = dict([*kept, (epoch, order or self._build(epoch))])
+        return self._orders[epoch]
+
+    def _build(self, epoch: int) -> EpochOrder:
+        return build_order(self.index.lengths, self.sequences, self.seq_length_tokens, self.seed + epoch)
+
+    def _key(self, epoch: int) -> str:
+        span = [self.sequences.start, self.sequences.stop]
+        seed = self.seed + epoch
+        return order_key(idx=index_sha256(self.index.prefix), span=span, seq=self.seq_length_tokens, seed=seed)
+
+
+@dataclass(frozen=True)
+class SampleMasks:
+    """What a sample carries besides tokens."""
+
+    eod_id: int
+    document_mask: bool
+    mask_eod_loss: bool
+
+    def sample(self, tokens: np.ndarray) -> Sample:
+        """Megatron's conventions: an end-of-document token belongs to the document that it ends; `mask_eod_loss` drops the
+        loss where the input is one (its label is the next document's first token)."""
+        ends = tokens[:-1] == self.eod_id
+        loss_mask = np.ones(len(ends), np.float32)
+        if self.mask_eod_loss:
+            loss_mask[ends] = 0.0
+        document_ids = None
+        if self.document_mask:
+            document_ids = np.cumsum(ends, dtype=np.int32) - ends
+        return Sample(tokens, loss_mask, document_ids)
+
+
+class SampleStream:
+    """A blend of parts as one endless sequence of samples; `len` is one pass over all of its parts' samples."""
+
+    def __init__(self, parts: list[PartStream], weights: list[float], masks: SampleMasks) -> None:
+        self.parts, self.masks = parts, masks
+        self.weights = [weight / sum(weights) for weight in weights]
+        self._blend = Blend(weights) if len(parts) > 1 else None
+
+    def __len__(self) -> int:
+        return sum(part.samples_per_epoch for part in self.parts)
+
+    def locate(self, sample_index: int) -> tuple[int, int]:
+        """(part, sample of that part)."""
+        return self._blend.locate(sample_index) if self._blend else (0, sample_index)
+
+    def __getitem__(self, sample_index: int) -> Sample:
+        part, number = self.locate(sample_index)
+        return self.masks.sample(self.parts[part].tokens(number))
+
+    def build_cache(self, num_samples: int) -> None:
+        """Index files for about the first `num_samples` samples, by each part's share and a little more."""
+        for part, weight in zip(self.parts, self.weights):
+            part.build_cache(int(num_samples * weight * 1.01) + 1)

@@ -1,0 +1,91 @@
+"""The data of a run. In: config and tokenizer. Out: `Streams` of samples, and what identifies the data.
+
+The rooms behind it: samples.py (sample number → tokens), order.py (shuffles), blend.py (weights), batches.py (a rank's
+micro-batches, prepared ahead). `check_data` (pretrain/preflight/data.py) comes first: here bad files are our own bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import BlendPart, Config
+from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
+from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
+from pretrain.data.order_cache import cache_folder
+from pretrain.data.samples import PartStream, Sample, SampleMasks, SampleStream
+from pretrain.data.tokenizer import Tokenizer
+
+__all__ = [
+    "MicroBatch",
+    "Prefetcher",
+    "Sample",
+    "SampleStream",
+    "Streams",
+    "build_streams",
+    "data_identity",
+    "micro_batches",
+]
+
+
+@dataclass(frozen=True)
+class Streams:
+    train: SampleStream
+    valid: SampleStream | None
+
+
+def build_streams(config: Config, tokenizer: Tokenizer, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
+    """Open all data. The builder (one rank, or one a machine when caches are local) writes index files of large data first;
+    every rank calls `barrier` once. Expects what `check_data` passes; raises ConfigError or OSError else."""
+    data, seq = config.data, config.batch.seq_length_tokens
+    masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
+    fraction = 0.0 if data.valid else data.valid_fraction
+
+    def stream(parts: list[BlendPart], split: int | None) -> SampleStream | None:
+        made, weights = [], []
+        for part in parts:
+            index = open_index(part.path)
+            sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
+            if samples_in(index, sequences, seq):
+                made.append(PartStream(index, sequences, seq, config.run.seed, cache_folder(data, part.path)))
+                weights.append(part.weight)
+        return SampleStream(made, weights, masks) if made else None
+
+    train = stream(data.train, 0)
+    assert train, "no part of data.train has a sample; check_data reports this"
+    valid = stream(data.valid, None) if data.valid else stream(data.train, 1)
+    if is_builder:
+        train.build_cache(_planned_samples(config))
+        if valid:
+            valid.build_cache(config.run.eval_batches * config.batch.global_batch_seqs)
+    barrier()
+    return Streams(train, valid)
+
+
+def _planned_samples(config: Config) -> int:
+    """Samples of the run as configured: which epochs are built ahead, and nothing else, hangs on it."""
+    by_steps = (config.run.steps or 0) * config.batch.global_batch_seqs
+    by_tokens = -(-(config.run.tokens or 0) // config.batch.seq_length_tokens)
+    return max(by_steps, by_tokens, 1)
+
+
+def data_identity(config: Config) -> dict[str, Any]:
+    """What the data order depends on, for checkpoints and the resume table. JSON. Raises ConfigError for unusable data."""
+
+    def parts(blend: list[BlendPart]) -> list[dict[str, Any]]:
+        found = []
+        for part in blend:
+            index = open_index(part.path)
+            counts = {"num_documents": index.num_documents, "num_tokens": index.num_tokens}
+            found.append({"name": Path(part.path).name, "weight": part.weight, **counts, "idx_sha256": index_sha256(part.path)})
+        return found
+
+    return {
+        "seed": config.run.seed,
+        "seq_length_tokens": config.batch.seq_length_tokens,
+        "valid_fraction": 0.0 if config.data.valid else config.data.valid_fraction,
+        "train": parts(config.data.train),
+        "valid": parts(config.data.valid),
+    }

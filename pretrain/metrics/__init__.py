@@ -1,0 +1,1 @@
+"""Rows of numbers and where they go: console, record, W&B."""

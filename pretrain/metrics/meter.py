@@ -1,0 +1,70 @@
+"""A step's numbers as one row. In: what the engine, the routers and the clock say. Out: a dict, the same under any layout.
+
+tflops_per_gpu is model FLOPs (parallel/flops.py: causal attention, active experts; recomputation not counted) over time
+and ranks; mfu is that over the GPU's dense bf16 peak (configs/gpus.json), left out where the peak is not known.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Config
+from parallel.flops import training_flops
+from parallel.layout import Layout
+from pretrain.checkpoint.restore import Position
+from pretrain.engine.base import StepResult
+
+GIB = 2**30
+
+
+@cache
+def gpu_table() -> dict[str, dict[str, Any]]:
+    """GPU name -> its figures, with sources."""
+    text = (Path(__file__).resolve().parents[2] / "configs" / "gpus.json").read_text()
+    return {row["name"]: row for row in json.loads(text)["gpus"]}
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What a run's rows need to know besides the step."""
+
+    flops_per_token: float
+    world_size: int
+    peak_tflops: float | None
+
+    def row(self, position: Position, result: StepResult, rate: float, tokens: int, step_time_s: float) -> dict[str, Any]:
+        """The row of the step that led to `position`; `tokens` were its input tokens."""
+        tokens_per_s = tokens / step_time_s
+        tflops = tokens_per_s * self.flops_per_token / self.world_size / 1e12
+        row: dict[str, Any] = {
+            "step": position.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": position.tokens,
+            "samples": position.consumed_samples,
+            "step_time_s": round(step_time_s, 6),
+            "tokens_per_s": round(tokens_per_s, 2),
+            "tflops_per_gpu": round(tflops, 6),
+        }
+        return row | ({"mfu": round(tflops / self.peak_tflops, 5)} if self.peak_tflops else {})
+
+
+def make_meter(config: Config, layout: Layout, vocab_size: int) -> Meter:
+    flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
+    gpu = gpu_table().get(config.cluster.gpu or "")
+    return Meter(flops, layout.world_size, gpu["peak_dense_bf16_tflops"] if gpu else None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this rank has held so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,0 +1,122 @@
+"""What the routers did: expert load and the values of auxiliary losses, the same numbers under any layout.
+
+In: the chunks of this rank. Out: numbers by name, equal on all ranks. Shapes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from configs.model_schema import Model
+from parallel.architecture import moe_layers
+from pretrain.model.shards import layer_of
+
+
+class MoeMetrics:
+    """Collects from the routers of this rank's chunks; `take` reduces over all ranks and starts anew.
+
+    Costs one sum over [tokens, E] a layer and micro-batch, and two all-reduces of L x E + 3 numbers a step.
+    Megatron-Core's own reduction of auxiliary losses averages inside the collective, which gloo cannot.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], model: Model, groups: ProcessGroupCollection) -> None:
+        self.groups = groups
+        self.moe_layers = [layer for layer, is_moe in enumerate(moe_layers(model)) if is_moe]
+        self.mtp_depth = model.mtp.num_layers
+        # A routed prediction layer reports into the same trackers as the last layer.
+        self.num_routers = len(self.moe_layers) + (self.mtp_depth if moe_layers(model)[-1] else 0)
+        self.losses = _enabled_losses(model) if self.moe_layers else {}
+        self.has_z_loss = bool(self.moe_layers) and model.moe.router.z_loss_coeff > 0
+        device = next(chunks[0].parameters()).device
+        self.counts = torch.zeros(model.num_layers, max(model.moe.num_experts, 1), dtype=torch.float64, device=device)
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                router = getattr(layer.mlp, "router", None)
+                if isinstance(router, TopKRouter):
+                    router.register_forward_hook(self._counter(layer_of(layer)))
+
+    def _counter(self, layer: int) -> Any:
+        def count(module: TopKRouter, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            # With full recomputation the forward pass runs twice; the shares that are reported stay the same.
+            if module.training:
+                self.counts[layer] += output[1].detach().sum(dim=0)
+
+        return count
+
+    def take(self, num_micro_batches: int, shown_layers: int) -> dict[str, float]:
+        """Means over layers and micro-batches of the losses before their coefficients; load of the hottest expert as a
+        multiple of the mean; experts without a token."""
+        if not self.moe_layers and not self.mtp_depth:
+            return {}
+        groups = self.groups
+        packed = torch.cat([self.counts.flatten(), self._tracked(num_micro_batches)])
+        dist.all_reduce(packed, group=groups.tp_dp_cp)
+        dist.all_reduce(packed, group=groups.pp)
+        self.counts.zero_()
+        result = {}
+        tracked = packed[self.counts.numel() :].tolist()
+        for name, value in zip([*self.losses, "z_loss", "mtp_loss"], tracked, strict=True):
+            if (name == "mtp_loss" and not self.mtp_depth) or (name == "z_loss" and not self.has_z_loss):
+                continue
+            result[name] = value
+        if self.moe_layers:
+            result |= self._loads(packed[: self.counts.numel()].view_as(self.counts)[self.moe_layers], shown_layers)
+        return result
+
+    def _tracked(self, num_micro_batches: int) -> torch.Tensor:
+        """This rank's share of each loss, so that the sum over all ranks is the mean."""
+        groups, tracker = self.groups, get_moe_layer_wise_logging_tracker()
+        routers = self.num_routers * num_micro_batches
+        world = groups.tp_dp_cp.size()
+        dp = groups.dp_cp.size() // groups.cp.size()
+
+        def total(key: str) -> torch.Tensor:
+            return tracker[key]["values"].sum().double() if key in tracker else self.counts.new_zeros(())
+
+        # Partial sums over tensor and context ranks, means over data ranks; the global loss is partial over all of them.
+        values = [total(key) / (routers * (1 if name == "global_aux_loss" else dp)) for name, key in self.losses.items()]
+        values.append(total("z_loss") / (routers * world) if routers else total("z_loss"))
+        mtp = MTPLossLoggingHelper.tracker.get("values")
+        share = num_micro_batches * world * max(self.mtp_depth, 1)
+        values.append(mtp.sum().double() / share if mtp is not None else self.counts.new_zeros(()))
+        clear_aux_losses_tracker()
+        if mtp is not None:
+            mtp.zero_()
+        return torch.stack(values)
+
+    def _loads(self, loads: torch.Tensor, shown_layers: int) -> dict[str, float]:
+        """loads [MoE layers, E] of the global batch."""
+        ratio = loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9)
+        result = {"expert_load_max_over_mean": float(ratio.max()), "dead_experts": float((loads == 0).sum())}
+        for index in spread(len(self.moe_layers), shown_layers):
+            result[f"expert_load_max_over_mean/layer_{self.moe_layers[index]}"] = float(ratio[index])
+        return result
+
+
+def _enabled_losses(model: Model) -> dict[str, str]:
+    """Our name -> Megatron-Core's tracker key of the load balancing loss that is on."""
+    router = model.moe.router
+    keys = {
+        "aux_loss": "load_balancing_loss",
+        "seq_aux_loss": "seq_load_balancing_loss",
+        "global_aux_loss": "global_load_balancing_loss",
+    }
+    return {router.balance: keys[router.balance]} if router.balance in keys and router.aux_loss_coeff > 0 else {}
+
+
+def spread(count: int, shown: int) -> list[int]:
+    """At most `shown` of `count` indices, evenly spread, first and last included."""
+    if shown >= count:
+        return list(range(count))
+    if shown <= 1:
+        return [0][:shown]
+    return sorted({round(i * (count - 1) / (shown - 1)) for i in range(shown)})

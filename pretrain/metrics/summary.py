@@ -1,0 +1,114 @@
+"""The end of a run, for people. In: what is known about it. Out: a short table, as text.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import Config
+from configs.units import count, duration
+from parallel.batch import steps_of
+from pretrain.run.files import read_json
+from pretrain.run.folder import Outcome, RunFolder
+from pretrain.run.record import read_rows
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Losses in nats a token. None: not known, its line is left out."""
+
+    outcome: Outcome
+    folder: RunFolder
+    total_steps: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    vocab_size: int | None = None
+    unigram_entropy: float | None = None
+    val_loss: float | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    wall_s: float | None = None
+    checkpoint: str | None = None
+    wandb_place: str | None = None
+
+
+def make_summary(
+    config: Config,
+    folder: RunFolder,
+    outcome: Outcome,
+    tokens: int,
+    vocab_size: int,
+    checkpoint: Path | None,
+    wandb_place: str | None,
+) -> RunSummary:
+    """What the record and the data say of the run. Reads the whole record once."""
+    rows = list(read_rows(folder.metrics))
+    speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    meta = read_json(Path(f"{config.data.train[0].path}.meta.json"))
+    return RunSummary(
+        outcome=outcome,
+        folder=folder,
+        total_steps=steps_of(config),
+        first_loss=rows[0]["loss"] if rows else None,
+        last_loss=rows[-1]["loss"] if rows else None,
+        vocab_size=vocab_size,
+        unigram_entropy=meta.get("unigram_entropy_nats") if isinstance(meta, dict) else None,
+        val_loss=validated[-1] if validated else None,
+        tokens=tokens,
+        tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
+        wall_s=sum(row.get("step_time_s") or 0.0 for row in rows) or None,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        wandb_place=wandb_place,
+    )
+
+
+def summary(run: RunSummary) -> str:
+    """Lines `name  value`, aligned, and what to type next."""
+    lines = [(name, value) for name, value in _facts(run) if value is not None]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), "", *_next_commands(run)])
+
+
+def _facts(run: RunSummary) -> list[tuple[str, str | None]]:
+    outcome = run.outcome
+    return [
+        (outcome.state, f"step {outcome.step} of {run.total_steps}: {outcome.why}"),
+        ("loss", _arrow(run.first_loss, run.last_loss)),
+        ("ln(vocab)", _number(math.log(run.vocab_size)) + "  a model that knows nothing" if run.vocab_size else None),
+        (
+            "unigram entropy",
+            f"{run.unigram_entropy:.4f}  a model that knows how often each token comes" if run.unigram_entropy else None,
+        ),
+        ("held-out loss", _number(run.val_loss) if run.val_loss is not None else None),
+        (
+            "trained on",
+            f"{count(run.tokens)} tokens" + (f" in {duration(run.wall_s)}" if run.wall_s else "") if run.tokens else None,
+        ),
+        ("speed", f"{count(run.tokens_per_s)} tokens/s" if run.tokens_per_s else None),
+        ("run folder", str(run.folder.path)),
+        ("checkpoint", run.checkpoint),
+        ("W&B", run.wandb_place),
+    ]
+
+
+def _next_commands(run: RunSummary) -> list[str]:
+    place = shlex.quote(str(run.folder.path))
+    if run.outcome.state == "finished":
+        return ["next:", f"  phalanx status {place}", f"  phalanx resume {place} run.steps={2 * run.total_steps}   # train on"]
+    if run.outcome.state in ("stopped", "preempted"):
+        return ["next:", f"  phalanx resume {place}   # go on from the last checkpoint"]
+    return ["next:", f"  phalanx logs {place}   # the first error first", f"  phalanx resume {place}"]
+
+
+def _arrow(first: float | None, last: float | None) -> str | None:
+    return f"{_number(first)} → {_number(last)}" if first is not None and last is not None else None
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4f}"

@@ -1,0 +1,258 @@
+"""The process that copies the record to W&B. In: one JSON line on stdin (a `Job`), then the growing metrics.jsonl.
+
+Its own process, because W&B may hang, crash or fill memory, and none of that may reach training. It ends on the line
+{"close": exit code} from rank 0, or soon after rank 0's death closes the pipe. Rank 0 kills it when it takes too long.
+Every step is logged once, without `step=` (W&B drops rows below its own step), with `step` as the x axis.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pretrain.metrics.wandb_log import SegmentReader
+from pretrain.metrics.wandb_steps import Cursor, mark_synced, steps_offline, to_spans
+from pretrain.run.files import parse_line
+from pretrain.run.folder import RunFolder
+from pretrain.run.record import decode_row
+
+POLL_S = 0.5
+CURSOR_S = 5.0
+# After rank 0's death: the rows it left are sent, but nobody waits for a server.
+ORPHAN_S = 5.0
+INIT_TIMEOUT_S = 30.0
+FLUSH_S = 2.0
+# Exit code of a copy that ended by itself and has warned of it.
+GAVE_UP = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What rank 0 asks for. `mode` is online or offline; the key stays in the environment or in netrc."""
+
+    run_dir: str
+    wandb_id: str
+    mode: str
+    project: str
+    name: str
+    config: dict[str, Any]
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    finish_timeout_s: float = 30.0
+    rank_pid: int = 0
+
+
+class RowFollower:
+    """Reads metrics.jsonl as it grows. A rollback replaces the file: the old one is read to its end, then the new one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+        self._torn = b""
+
+    def poll(self) -> list[dict[str, Any]]:
+        """The rows since the last poll; after a cut all rows of the new file, known ones among them."""
+        if self._file is None:
+            if not self._path.exists():
+                return []
+            self._file = open(self._path, "rb")  # noqa: SIM115  held until the process ends
+        # Asked before reading: what is written to the old file after the cut is nothing.
+        replaced = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        *lines, self._torn = (self._torn + self._file.read()).split(b"\n")
+        rows = [decode_row(row) for line in lines if (row := parse_line(line)) is not None and "step" in row]
+        if replaced:
+            self._file.close()
+            self._file, self._torn = None, b""
+            rows += self.poll()
+        return rows
+
+
+class Copy:
+    """One W&B session of one attempt."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._folder = RunFolder(Path(job.run_dir))
+        self._cursor = Cursor(self._folder)
+        self._rows = RowFollower(self._folder.metrics)
+        self._wandb = _import_wandb()
+        mark_synced(self._folder, job.wandb_id, only_empty=True)
+        self._run, self._online = _start(self._wandb, job)
+        self._sent = self._steps_there()
+        self._cursor_s = time.monotonic()
+        self._reader = SegmentReader(Path(self._run.dir).parent / f"run-{job.wandb_id}.wandb")
+        self._own_steps: set[int] = set()
+
+    def send(self) -> None:
+        """Log the rows of the record that W&B lacks, and note from time to time what has reached its file."""
+        for row in self._rows.poll():
+            if row["step"] not in self._sent:
+                self._run.log({key: value for key, value in row.items() if value is not None})
+                self._sent.add(row["step"])
+        if time.monotonic() - self._cursor_s > CURSOR_S:
+            self._save_cursor()
+
+    def finish(self, exit_code: int) -> None:
+        """Send the rest, wait for W&B, and note what it has."""
+        self.send()
+        self._run.finish(exit_code=exit_code)
+        # Offline, finish returns before the file is written; teardown waits for wandb-core, which writes it.
+        self._wandb.teardown()
+        if self._online:
+            self._cursor.server_step = max(self._sent, default=0)
+            mark_synced(self._folder, self._job.wandb_id)
+        self._save_cursor()
+
+    def _steps_there(self) -> set[int]:
+        offline = steps_offline(self._folder, self._job.wandb_id, self._cursor)
+        if not self._online:
+            return offline
+        # Rows go out in order, so the newest step of the server's summary names all that it has.
+        self._cursor.server_step = int(self._run.summary.get("step") or 0)
+        return set(range(1, self._cursor.server_step + 1))
+
+    def _save_cursor(self) -> None:
+        self._cursor_s = time.monotonic()
+        self._own_steps |= {int(row["step"]) for row in self._reader.poll() if "step" in row}
+        self._cursor.segments[self._reader.path.parent.name] = to_spans(self._own_steps)
+        self._cursor.save()
+
+
+def _import_wandb() -> Any:
+    import wandb  # noqa: PLC0415  a second of start-up, and its absence is a warning, not an error
+
+    return wandb
+
+
+def _start(wandb: Any, job: Job) -> tuple[Any, bool]:
+    """(W&B's run, is it online?). A server that refuses, or isn't there, makes it an offline run, with one warning."""
+    if job.mode == "online":
+        try:
+            return _init(wandb, job, "online"), True
+        except Exception as error:
+            warn(f"no online run ({type(error).__name__}: {_one_line(error)}); writing offline instead")
+            # wandb-core keeps the refused run's id in use.
+            wandb.teardown()
+    return _init(wandb, job, "offline"), False
+
+
+def _init(wandb: Any, job: Job, mode: str) -> Any:
+    wanted = {
+        "console": "off",
+        "silent": True,
+        "disable_git": True,
+        "disable_code": True,
+        "init_timeout": INIT_TIMEOUT_S,
+        "x_save_requirements": False,
+        "x_stats_pid": job.rank_pid or os.getpid(),
+        "x_stats_sampling_interval": 30.0,
+        "x_transaction_log_flush_interval": FLUSH_S,
+    }
+    settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+    run = wandb.init(
+        id=job.wandb_id,
+        resume="allow",
+        mode=mode,
+        project=job.project,
+        entity=job.entity,
+        group=job.group,
+        tags=job.tags or None,
+        name=job.name,
+        config=job.config,
+        dir=job.run_dir,
+        settings=settings,
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def warn(text: str) -> None:
+    print(f"phalanx: W&B: {text}; training goes on, metrics.jsonl has every row", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _end_within(seconds: float) -> None:
+    """From now on this process lives `seconds` at most, whatever W&B does."""
+    timer = threading.Timer(seconds, os._exit, args=(3,))
+    timer.daemon = True
+    timer.start()
+
+
+class Orders:
+    """Reads rank 0's lines in a thread, so that its death ends this process even while W&B hangs in a call."""
+
+    def __init__(self, pipe: BinaryIO, finish_timeout_s: float) -> None:
+        self._pipe = pipe
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._finish_timeout_s = finish_timeout_s
+        threading.Thread(target=self._read, name="orders", daemon=True).start()
+
+    def next(self, timeout_s: float) -> bytes | None:
+        """A line from rank 0; empty: rank 0 is gone; None: nothing yet."""
+        try:
+            return self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def _read(self) -> None:
+        # A process forked from rank 0 may hold the pipe open after its death; a new parent tells of it all the same.
+        parent = os.getppid()
+        line = b""
+        while os.getppid() == parent:
+            if select.select([self._pipe], [], [], POLL_S)[0]:
+                line = self._pipe.readline()
+                break
+        _end_within(self._finish_timeout_s if line else ORPHAN_S)
+        self._lines.put(line)
+
+
+def follow(job: Job, orders: Orders) -> None:
+    """Copy until told to close, or until rank 0 is gone."""
+    copy = Copy(job)
+    copy.send()
+    while (line := orders.next(POLL_S)) is None:
+        copy.send()
+    copy.finish(json.loads(line)["close"] if line else 1)
+
+
+def main() -> int:
+    # A stop of the run reaches the whole process group; this process ends by its pipe, after the last row.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Unbuffered: what a buffer has taken, select doesn't see.
+    pipe = open(0, "rb", buffering=0)  # noqa: SIM115  held until the process ends
+    first = pipe.readline()
+    if not first:
+        return 0
+    job = Job(**json.loads(first))
+    orders = Orders(pipe, job.finish_timeout_s)
+    try:
+        with open(RunFolder(Path(job.run_dir)).wandb / "lock", "w") as lock:
+            # A copy of the attempt before may be sending its last rows; two at once would double them.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            follow(job, orders)
+    except Exception as error:
+        warn(f"the copy ended ({type(error).__name__}: {_one_line(error)})")
+        return GAVE_UP
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

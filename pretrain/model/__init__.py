@@ -1,0 +1,1 @@
+"""The Megatron-Core model: its settings, specs, weights by canonical name, inputs."""

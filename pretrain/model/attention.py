@@ -1,0 +1,139 @@
+"""Core attention for CPUs: torch's scaled_dot_product_attention behind Megatron-Core's interface.
+
+Shapes: s local tokens, S = s x cp all tokens, b micro-batch, n heads of this rank, g key/value heads, d and v head widths.
+Holds GQA, MLA's unequal widths, sliding windows, learned sinks, document masks, and context parallelism: keys and
+values of all ranks are gathered and brought from zigzag to natural order. Costs S keys and values a rank, where
+Transformer Engine's ring holds s; exact, and fine for what a CPU rehearses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+
+
+def zigzag(num_tokens: int, size: int, rank: int) -> torch.Tensor:
+    """Positions [num_tokens / size] that context rank `rank` holds: chunks `rank` and `2 size - 1 - rank` of 2 x size.
+
+    Under a causal mask every rank then has the same work.
+    """
+    chunks = torch.arange(num_tokens).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else torch.arange(num_tokens)
+
+
+class _GatherSequence(torch.autograd.Function):
+    """[s, b, g, d] of every context rank, in rank order: [S, b, g, d]. The gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+class SDPAttention(MegatronModule):
+    """Drop-in for DotProductAttention. `attention_mask` [b, 1, s, S], True where a query must not look, replaces causality."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None, "groups are passed by hand"
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        skip: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, skip, layer_number)
+        self.window_tokens: int | None = config.window_size[0] + 1 if windowed and config.window_size else None
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            self.softmax_offset.tensor_model_parallel = True  # type: ignore[attr-defined]
+            self.softmax_offset.partition_dim = 0  # type: ignore[attr-defined]
+            self.softmax_offset.partition_stride = 1  # type: ignore[attr-defined]
+        else:
+            self.softmax_offset = None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """query [s, b, n, d], key [s, b, g, d], value [s, b, g, v] -> [s, b, n x v]."""
+        assert packed_seq_params is None and attention_bias is None, "documents travel as attention_mask on the CPU"
+        if self.cp_group.size() > 1:
+            key, value = self._gather(key), self._gather(value)
+        visible = self._visible(query.shape[0], key.shape[0], attention_mask)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        scale = self.scale if self.scale is not None else q.shape[-1] ** -0.5
+        if self.softmax_offset is not None:
+            k, v, visible = self._with_sink(q, k, v, visible)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        """[s, b, g, d] in zigzag order -> [S, b, g, d] in natural order."""
+        size = self.cp_group.size()
+        gathered = _GatherSequence.apply(local, self.cp_group)
+        order = torch.cat([zigzag(len(gathered), size, rank) for rank in range(size)])
+        return gathered[torch.argsort(order)]
+
+    def _visible(self, num_queries: int, num_keys: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """True where a query may look, [s, S] or [b, 1, s, S]; None means plain causal, which SDPA does without a mask."""
+        sinks = self.softmax_offset is not None
+        if attention_mask is None and self.window_tokens is None and num_queries == num_keys and not sinks:
+            return None
+        queries = zigzag(num_keys, self.cp_group.size(), self.cp_group.rank())[:, None]
+        keys = torch.arange(num_keys)[None, :]
+        visible = queries >= keys
+        if self.window_tokens is not None:
+            visible = visible & (queries - keys < self.window_tokens)
+        return visible if attention_mask is None else visible & ~attention_mask
+
+    def _with_sink(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One more key a head whose score is the learned offset and whose value is zero: it only joins the denominator."""
+        assert visible is not None and self.softmax_offset is not None, "sinks come with an explicit mask"
+        batch, heads, num_queries = q.shape[:3]
+        hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        hidden = hidden.expand(batch, heads, num_queries, k.shape[2])
+        sink = self.softmax_offset.to(q.dtype).view(1, heads, 1, 1).expand(batch, heads, num_queries, 1)
+        bias = torch.cat([hidden, sink], dim=-1)
+        pad = (0, 0, 0, 1)
+        return F.pad(k, pad), F.pad(v, pad), bias
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: checkpoints are written by canonical name (pretrain/model/shards.py)."""
+        return {}

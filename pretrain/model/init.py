@@ -1,0 +1,78 @@
+"""Initial weights by canonical name and position, so that every layout starts from the same model.
+
+Each canonical tensor has its own counter-based random stream (Philox keyed by seed and name); element i of the
+flattened tensor is a function of (seed, name, i) alone. A rank draws only the rows that it holds: some 80 million
+elements a second and core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from math import prod
+
+import numpy as np
+import torch
+
+from configs.model_schema import Model
+from pretrain.model.shards import Shard
+from pretrain.model.tensor_slice import Box
+
+_DEPTH_SCALED = re.compile(r"(self_attention\.linear_proj|linear_fc2)\.weight$")
+_ONES = re.compile(r"(layernorm|norm)\.weight$")
+_ZEROS = re.compile(r"(\.bias|softmax_offset|expert_bias)$")
+
+
+def initial_std(name: str, model: Model) -> float:
+    """Standard deviation of a weight: init_std, and init_std / sqrt(2 L) for products that write to the residual stream.
+
+    Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal.
+    """
+    if model.scale_init_by_depth and _DEPTH_SCALED.search(name):
+        return model.init_std / math.sqrt(2 * model.num_layers)
+    return model.init_std
+
+
+def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
+    """Give a local tensor its initial values: ones for norms, zeros for biases and offsets, else a normal by name."""
+    with torch.no_grad():
+        if _ONES.search(shard.name):
+            tensor.fill_(1.0)
+        elif _ZEROS.search(shard.name):
+            tensor.zero_()
+        else:
+            std = initial_std(shard.name, model)
+            flat = torch.cat([normal(shard.name, shard.global_shape, box, seed).flatten() for box in shard.boxes])
+            tensor.copy_(flat.view(tensor.shape) * std)
+
+
+def normal(name: str, global_shape: tuple[int, ...], box: Box, seed: int) -> torch.Tensor:
+    """Standard normal float32 values of one box of a tensor, shape box.shape; cost: the full rows of the box."""
+    width = global_shape[-1]
+    rows = Box(box.offset[:-1], box.shape[:-1])
+    if len(global_shape) == 1:
+        return _draw(name, box.offset[0], box.shape[0], seed)
+    # Rows of the last two dims are contiguous; leading dims (stacked experts) are walked.
+    lead = rows.shape[:-1]
+    result = torch.empty(box.shape)
+    for index in np.ndindex(*lead):
+        first = 0
+        for dim, (offset, position) in enumerate(zip(rows.offset[:-1], index, strict=True)):
+            first += (offset + position) * prod(global_shape[dim + 1 : -1])
+        first += rows.offset[-1]
+        drawn = _draw(name, first * width, rows.shape[-1] * width, seed).view(rows.shape[-1], width)
+        result[index] = drawn[:, box.offset[-1] : box.offset[-1] + box.shape[-1]]
+    return result
+
+
+def _draw(name: str, start: int, count: int, seed: int) -> torch.Tensor:
+    """Elements [start, start + count) of the stream of `name`: 24 random bits each, through the inverse normal (|x| < 5.5)."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    # One Philox block makes four 64-bit words, eight elements.
+    generator.advance(start // 8)
+    skip = start % 8
+    words = generator.random_raw((count + skip + 1) // 2).astype("<u8", copy=False).view("<i4")[skip : skip + count]
+    uniform = torch.from_numpy(words).bitwise_right_shift(8).float().add_(0.5).mul_(2.0**-23)
+    return torch.erfinv(uniform).mul_(math.sqrt(2.0))

@@ -1,0 +1,39 @@
+"""A micro-batch as the model of this rank takes it: its context rank's tokens, on its device, with the mask it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pretrain.data.batches import MicroBatch
+from pretrain.model.attention import zigzag
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Shapes: b micro-batch, s local tokens, S all tokens of a sequence."""
+
+    tokens: torch.Tensor  # [b, s] int64
+    labels: torch.Tensor  # [b, s] int64
+    loss_mask: torch.Tensor  # [b, s] float32
+    position_ids: torch.Tensor  # [b, s] int64
+    attention_mask: torch.Tensor | None  # [b, 1, s, S] bool, True where a query must not look; None: causal
+
+
+def make_feed(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.device) -> Feed:
+    """Slice for context parallelism and move. Costs a [b, 1, s, S] mask when documents are kept apart."""
+    positions = zigzag(batch.tokens.shape[1], groups.cp.size(), groups.cp.rank())
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor if groups.cp.size() == 1 else tensor[:, positions]
+        return part.to(device, non_blocking=True)
+
+    mask = None
+    if batch.document_ids is not None:
+        queries = batch.document_ids[:, positions]
+        other = queries[:, :, None] != batch.document_ids[:, None, :]
+        later = positions[:, None] < torch.arange(batch.tokens.shape[1])[None, :]
+        mask = (other | later)[:, None].to(device)
+    return Feed(local(batch.tokens), local(batch.labels), local(batch.loss_mask), local(batch.position_ids), mask)

@@ -1,0 +1,229 @@
+"""Our config and layout as Megatron-Core's TransformerConfig: the only place that knows both vocabularies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from configs.model_schema import Model, Position
+from configs.schema import Config
+from parallel.architecture import expert_ffn, ffn, head_dim, moe_layers, num_query_groups
+from parallel.layout import Layout
+from parallel.stages import Chunk, megatron_pipeline_layout
+from pretrain.model.backend import Backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# activation -> (function, gated)
+_ACTIVATIONS = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "gpt_oss_glu": (quick_gelu, True),
+    "gelu": (F.gelu, False),
+    "relu2": (squared_relu, False),
+    "silu": (F.silu, False),
+}
+
+
+def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk, ...], backend: Backend) -> TransformerConfig:
+    """TransformerConfig for this rank's model; the loss is a sum over tokens that the engine divides by their global number."""
+    model = config.model
+    values = {
+        **_architecture(model),
+        **_parallelism(layout, chunks),
+        "overlap_moe_expert_parallel_comm": config.parallel.overlap_expert_comm,
+        **_numerics(config, backend),
+        **_recompute(config, backend),
+        **(_experts(model, layout, backend) if model.moe.num_experts else {}),
+    }
+    if model.mla.kv_lora_rank is None:
+        values |= _yarn(model.position)
+        extra = {name: values.pop(name) for name in list(values) if name.startswith("yarn_")}
+        result = TransformerConfig(**values)
+        # GPTModel reads these by name; the dataclass does not declare them.
+        for name, value in extra.items():
+            setattr(result, name, value)
+        return result
+    latent = MLATransformerConfig(**values, **_latent_attention(model))
+    # Our own norms read it (pretrain/model/specs.py); the dataclass has one epsilon for all.
+    latent.latent_norm_eps = model.mla.norm_eps or model.norm_eps  # type: ignore[attr-defined]
+    return latent
+
+
+def _architecture(model: Model) -> dict[str, Any]:
+    attention = model.attention
+    activation, gated = _ACTIVATIONS[model.activation]
+    values: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=attention.num_heads,
+        num_query_groups=num_query_groups(model),
+        kv_channels=head_dim(model),
+        ffn_hidden_size=ffn(model),
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=model.mlp_bias,
+        add_qkv_bias=attention.qkv_bias,
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
+        layernorm_epsilon=model.norm_eps,
+        # MLA's compressed queries and keys are always normalised (DeepSeek-V2).
+        qk_layernorm=attention.qk_norm or model.mla.kv_lora_rank is not None,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=attention.dropout,
+        rotary_interleaved=model.position.interleaved,
+        softmax_type="learnable" if attention.sinks else "vanilla",
+        init_method_std=model.init_std,
+        mtp_num_layers=model.mtp.num_layers or None,
+        mtp_loss_scaling_factor=model.mtp.loss_coeff,
+    )
+    if attention.window_size_tokens is not None:
+        values["window_size"] = (attention.window_size_tokens - 1, 0)
+        values["window_attn_skip_freq"] = attention.window_pattern or (2 if attention.window_layers == "alternate" else None)
+    if model.activation == "gpt_oss_glu":
+        values |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
+    return values
+
+
+def router_loss_weight(layout: Layout) -> int:
+    """Factor on the coefficients of the router's losses.
+
+    megatron-core 0.16.1: with calculate_per_token_loss a router's auxiliary loss is weighted by the rank's own tokens, while
+    tensor (sequence) and context ranks share one micro-batch: its gradient is too small by tensor x context, no error.
+    """
+    return layout.tensor * layout.context
+
+
+def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
+    moe, router = model.moe, model.moe.router
+    weight = router_loss_weight(layout)
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_layer_freq=[int(is_moe) for is_moe in moe_layers(model)],
+        moe_ffn_hidden_size=expert_ffn(model),
+        moe_router_topk=moe.top_k,
+        moe_router_score_function=router.score,
+        # Softmax over the chosen logits equals softmax over all, chosen and renormalised.
+        moe_router_pre_softmax=router.score == "softmax" and not router.normalize_top_k,
+        moe_router_topk_scaling_factor=None if router.scaling_factor == 1.0 else router.scaling_factor,
+        moe_router_num_groups=router.num_groups,
+        moe_router_group_topk=router.group_top_k,
+        moe_router_enable_expert_bias=router.expert_bias,
+        moe_router_bias_update_rate=router.expert_bias_update_rate,
+        moe_router_load_balancing_type=router.balance,
+        moe_aux_loss_coeff=0.0 if router.balance == "none" else router.aux_loss_coeff * weight,
+        moe_z_loss_coeff=router.z_loss_coeff * weight or None,
+        moe_input_jitter_eps=router.jitter_eps or None,
+        # Scores in bf16 tie often, and ties are broken differently by different layouts.
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=moe.dispatcher,
+        moe_flex_dispatcher_backend=backend.token_kernels or "deepep",
+        moe_expert_capacity_factor=moe.capacity_factor,
+        moe_pad_expert_input_to_capacity=moe.pad_to_capacity,
+        moe_token_drop_policy=moe.drop_policy,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
+        moe_shared_expert_gate=moe.shared_gate,
+        moe_shared_expert_overlap=moe.shared_overlap,
+        # Without Transformer Engine Megatron-Core means a CUDA package by this; ours is chosen by the layer spec.
+        moe_grouped_gemm=backend.grouped_experts and backend.transformer_engine,
+        moe_permute_fusion=backend.transformer_engine,
+    )
+
+
+def _latent_attention(model: Model) -> dict[str, Any]:
+    mla, scaling = model.mla, model.position.scaling
+    return dict(
+        multi_latent_attention=True,
+        q_lora_rank=mla.q_lora_rank,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_head_dim=mla.qk_nope_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        rope_type="yarn" if scaling.kind == "yarn" else "rope",
+        rotary_base=model.position.theta,
+        # The factor also scales the softmax, with or without yarn.
+        rotary_scaling_factor=scaling.factor if scaling.kind == "yarn" else 1.0,
+        original_max_position_embeddings=scaling.original_max_position,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        mscale=scaling.mscale,
+        mscale_all_dim=scaling.mscale_all_dim,
+    )
+
+
+def _yarn(position: Position) -> dict[str, Any]:
+    scaling = position.scaling
+    if scaling.kind != "yarn":
+        return {}
+    return dict(
+        yarn_rotary_scaling_factor=scaling.factor,
+        yarn_original_max_position_embeddings=scaling.original_max_position,
+        yarn_beta_fast=scaling.beta_fast,
+        yarn_beta_slow=scaling.beta_slow,
+        yarn_mscale=scaling.mscale,
+        yarn_mscale_all_dim=scaling.mscale_all_dim,
+        yarn_correction_range_round_to_int=scaling.truncate,
+    )
+
+
+def _parallelism(layout: Layout, chunks: tuple[Chunk, ...]) -> dict[str, Any]:
+    virtual = layout.virtual_pipeline > 1
+    return dict(
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if virtual else None,
+        pipeline_model_parallel_layout=megatron_pipeline_layout(chunks) if layout.pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        # Batched sends and receives of an interleaved schedule deadlock on gloo; overlap needs them apart on NCCL too.
+        batch_p2p_comm=not virtual,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _numerics(config: Config, backend: Backend) -> dict[str, Any]:
+    dtype = DTYPES[config.precision.params]
+    fused = backend.transformer_engine
+    values: dict[str, Any] = dict(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are filled by name (pretrain/model/init.py), so that every layout starts equal. Megatron-Core marks how a weight
+        # is split only where it initialises it, so it is given something that does nothing.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=fused and not config.model.activation.startswith("relu"),
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=fused,
+        persist_layer_norm=fused,
+        apply_rope_fusion=fused and config.model.mla.kv_lora_rank is None,
+        gradient_accumulation_fusion=backend.fused_wgrad,
+        cp_comm_type=config.parallel.context_comm if fused and config.parallel.context > 1 else None,
+    )
+    if backend.fp8:
+        values |= dict(fp8=backend.fp8, fp8_recipe=config.precision.fp8_recipe)
+    return values
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _recompute(config: Config, backend: Backend) -> dict[str, Any]:
+    recompute = config.recompute
+    if recompute.mode == "none":
+        return {}
+    if recompute.mode == "selective":
+        # Recomputing an expert's activation alone is Transformer Engine's; where it is absent the activation is kept.
+        modules = [
+            name for name in recompute.modules if name != "moe_act" or (backend.grouped_experts and backend.transformer_engine)
+        ]
+        return dict(recompute_granularity="selective", recompute_modules=modules) if modules else {}
+    return dict(recompute_granularity="full", recompute_method=recompute.method, recompute_num_layers=recompute.num_layers)

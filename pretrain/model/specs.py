@@ -1,0 +1,119 @@
+"""Layer specs: the modules that make one transformer layer, on the CPU and with Transformer Engine on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from parallel.stages import Chunk
+from pretrain.model.attention import SDPAttention
+from pretrain.model.backend import Backend
+from pretrain.model.experts import GroupedExperts
+
+
+class Norm:
+    """torch's norm whose weight says that its gradient is partial under sequence parallelism (WrappedTorchNorm refuses it)."""
+
+    # A class, since megatron's build_module returns a function uncalled; it makes the norm that the config names.
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class LatentNorm:
+    """The norm of a compressed query or key, with its own epsilon (DeepSeek: 1e-6 whatever the model's)."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        return Norm(config, hidden_size, getattr(config, "latent_norm_eps", eps), **kwargs)
+
+
+class CpuSpecProvider(LocalSpecProvider):
+    """Megatron-Core's local modules with our norm and core attention."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
+        return Norm
+
+    def core_attention(self) -> type:
+        return SDPAttention
+
+
+def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> ModuleSpec:
+    """One layer, dense or MoE."""
+    experts = config.num_moe_experts if is_moe else None
+    if backend.transformer_engine:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+        )
+    provider = CpuSpecProvider()
+    bias_dropout_add: Any = get_bias_dropout_add
+    mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=False)
+    if experts and backend.grouped_experts:
+        mlp.submodules.experts = GroupedExperts  # pyright: ignore[reportAttributeAccessIssue]
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=_attention_spec(config, provider),
+            self_attn_bda=bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=bias_dropout_add,
+        ),
+    )
+
+
+def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> ModuleSpec:
+    column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
+    qk_norm = Norm if config.qk_layernorm else IdentityOp
+    params = {"attn_mask_type": AttnMaskType.causal}
+    if not config.multi_latent_attention:
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=column, core_attention=SDPAttention, linear_proj=row, q_layernorm=qk_norm, k_layernorm=qk_norm
+        )
+        return ModuleSpec(module=SelfAttention, params=params, submodules=submodules)
+    # megatron-core 0.16.1: with column-parallel down projections and tensor > 1 the gradient is wrong (1.09392 for
+    # 1.09504 in its norm), without an error. Replicated ones, as Transformer Engine's spec has them, are right.
+    latent = MLASelfAttentionSubmodules(
+        linear_q_proj=column, linear_q_down_proj=ReplicatedLinear, linear_q_up_proj=column,
+        linear_kv_down_proj=ReplicatedLinear, linear_kv_up_proj=column,
+        core_attention=SDPAttention, linear_proj=row, q_layernorm=LatentNorm, kv_layernorm=LatentNorm,
+    )  # fmt: skip
+    return ModuleSpec(module=MLASelfAttention, params=params, submodules=latent)
+
+
+def block_spec(config: TransformerConfig, chunk: Chunk, backend: Backend) -> TransformerBlockSubmodules:
+    """The layers of one chunk and the norm after the last."""
+    pattern = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
+    specs = {is_moe: layer_spec(config, bool(is_moe), backend) for is_moe in {pattern[i] for i in chunk.layers}}
+    provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
+    final_norm: Any = provider.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
+    return TransformerBlockSubmodules(layer_specs=[specs[pattern[i]] for i in chunk.layers], layer_norm=final_norm)
+
+
+def mtp_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None) -> Any:
+    """Multi-token prediction: its transformer layers are like the model's last one."""
+    pattern = config.moe_layer_freq if config.num_moe_experts else [0]
+    assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
+    layer = layer_spec(config, bool(pattern[-1]), backend)
+    provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
+    return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, layer, provider, vp_stage=vp_stage)

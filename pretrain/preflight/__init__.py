@@ -1,0 +1,1 @@
+"""May this run start? The one answer that check, launch, resume and the ranks give."""

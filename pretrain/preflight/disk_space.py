@@ -1,0 +1,43 @@
+"""Is there room for what a run writes? In: config, vocabulary, run folder. Out: problems.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from configs.errors import Problem
+from configs.schema import Config
+from parallel.architecture import padded_vocab
+from parallel.flops import count_parameters
+from pretrain.run.folder import RunFolder
+
+# A parameter in a checkpoint: its fp32 value and both moments; bf16 weights beside them.
+STATE_BYTES, BF16_BYTES = 12, 2
+
+
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """One checkpoint: nothing is written twice, whatever the layout."""
+    parameters = count_parameters(config.model, padded_vocab(config.model, vocab_size))
+    each = STATE_BYTES + (BF16_BYTES if config.precision.params == "bf16" else 0)
+    return (parameters.total + parameters.mtp) * each
+
+
+def free_bytes(path: Path) -> int:
+    """What the file system of a path, which need not be there yet, has for this user."""
+    here = path.absolute()
+    while not here.exists():
+        here = here.parent
+    return shutil.disk_usage(here).free
+
+
+def check_disk_space(config: Config, vocab_size: int, folder: RunFolder) -> list[Problem]:
+    """A new checkpoint is written beside the old ones before the oldest of them goes."""
+    saves = config.checkpoint.interval_steps is not None or config.checkpoint.save_at_end
+    need, free = checkpoint_bytes(config, vocab_size), free_bytes(folder.path)
+    if not saves or free >= need:
+        return []
+    rule = f"one checkpoint takes {need / 1e6:,.0f} MB; the file system has {free / 1e6:,.0f} MB free"
+    return [Problem("run.dir", str(folder.path), rule, "free some space, or choose another run.dir")]

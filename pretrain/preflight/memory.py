@@ -1,0 +1,41 @@
+"""What the memory ledger adds to `phalanx check`.
+
+In: a config that is legal so far, its vocabulary. Out: a problem when even the lower bound exceeds the GPU's memory, a notice
+when the estimate does. Silent without a GPU of the table: then nobody knows what there is.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from configs.errors import Notice, Problem
+from configs.schema import Config
+from parallel.memory.hardware import find_gpu
+from parallel.memory.job import make_job
+from parallel.memory.ledger import Ledger, make_ledger
+
+FIX = "see `phalanx plan` for what would fit, and `phalanx plan --search` for the best layouts"
+
+
+def memory_verdict(config: Config, vocab_size: int | None) -> tuple[list[Problem], list[Notice]]:
+    """(problems, notices) of a legal config. Never raises."""
+    if vocab_size is None or config.cluster.gpu is None or find_gpu(config.cluster.gpu) is None:
+        return [], []
+    ledger = make_ledger(make_job(config, vocab_size))
+    if ledger.low_gib > ledger.capacity_gib:
+        rule = f"stage {ledger.fullest.stage} needs at least {ledger.low_gib:.1f} GiB a GPU ({_parts(ledger)})"
+        rule += f"; {config.cluster.gpu} has {ledger.capacity_gib:.1f}"
+        return [Problem("parallel", f"{ledger.peak_gib:.1f} GiB estimated", rule, FIX)], []
+    if not ledger.fits:
+        text = f"stage {ledger.fullest.stage} is estimated to need {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f} "
+        text += f"({_parts(ledger)}), at least {ledger.low_gib:.1f}: it may run out of memory; {FIX}"
+        return [], [Notice("parallel", text)]
+    return [], []
+
+
+def _parts(ledger: Ledger) -> str:
+    rank = ledger.fullest
+    return (
+        f"weights {rank.weights_gib:.1f}, gradients {rank.gradients_gib:.1f}, optimizer {rank.optimizer_gib:.1f}, "
+        f"activations {rank.activations_gib:.1f}, buffers {rank.buffers_gib:.1f}"
+    )

@@ -1,0 +1,89 @@
+"""May this run start? The one answer for `check`, `launch`, `resume` and the ranks.
+
+In: a config. Out: every problem with its fix, what is legal but worth knowing, and where the run would go on.
+`preflight` asks what a login node can see. `rank_problems` asks the same of a started rank, plus what its machines lack.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from configs.errors import ConfigError, Notice, Problem
+from configs.fields import check_keys
+from configs.schema import Config
+from parallel.layout import Layout
+from parallel.legality.verdict import check_config, derive_layout
+from pretrain.data.tokenizer import vocab_size
+from pretrain.model.backend import check_backend, detect_machine
+from pretrain.preflight.data import check_data
+from pretrain.preflight.disk_space import check_disk_space
+from pretrain.preflight.memory import memory_verdict
+from pretrain.preflight.nvme import check_nvme
+from pretrain.preflight.resume import ResumePoint, find_resume_point
+from pretrain.preflight.world import check_device, check_world
+from pretrain.run.folder import folder_of
+
+# The sections that `check_data` reads.
+READ_BY_DATA = ("data", "batch", "run", "model.vocab")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The answer. `layout` is None where the degrees make none; `resume` is None where the run would start at step 0."""
+
+    problems: list[Problem]
+    notices: tuple[Notice, ...] = ()
+    layout: Layout | None = None
+    resume: ResumePoint | None = None
+
+
+def preflight(config: Config, with_data: bool) -> Preflight:
+    """Everything that can be told before a start. `with_data`: the data's files and the run folder's disk are here."""
+    problems, notices = _examine(config, with_data)
+    layout, resume = derive_layout(config), None
+    if layout and not problems:
+        resume, problems, damaged = find_resume_point(config, layout, known_vocab_size(config))
+        notices = (*notices, *damaged)
+    return Preflight(problems, notices, layout, resume)
+
+
+def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
+    """(problems, notices) of the config, its files and its memory."""
+    verdict = check_config(config)
+    problems = list(verdict.problems)
+    # Files are held against lengths and weights, which must be numbers of the right kind first.
+    if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
+        problems += check_data(config)
+    tokens = known_vocab_size(config)
+    if verdict.ok and config.launch.target == "local":
+        problems += check_nvme(config)
+        if with_data and tokens is not None:
+            problems += check_disk_space(config, tokens, folder_of(config))
+    if not verdict.ok:
+        return problems, verdict.notices
+    too_large, tight = memory_verdict(config, tokens)
+    return problems + too_large, (*verdict.notices, *tight)
+
+
+def known_vocab_size(config: Config) -> int | None:
+    """Tokens of the vocabulary; None when neither the config states them nor its tokenizer can be read."""
+    try:
+        return vocab_size(config)
+    except ConfigError:
+        return None
+
+
+def machine_problems(config: Config, device_type: str) -> list[Problem]:
+    """What this machine lacks for the config; asked on each machine. `device_type`: cpu or cuda, as the process found it."""
+    problems = check_device(config.cluster.device, device_type)
+    return [*problems, *check_backend(config, detect_machine(device_type == "cuda")), *check_nvme(config)]
+
+
+def rank_problems(config: Config, lacking: Sequence[Problem], environ: Mapping[str, str] = os.environ) -> list[Problem]:
+    """Everything that can be known before the first process group is made. `lacking`: `machine_problems` of all machines."""
+    problems = [*check_world(environ, config), *lacking, *check_config(config).problems, *check_data(config)]
+    return problems or check_disk_space(config, vocab_size(config), folder_of(config))

@@ -1,0 +1,1 @@
+"""One process of a run: its signals, its log, what the ranks decide together, probes and profiles."""

@@ -1,0 +1,71 @@
+"""Ranks that refuse together: rank 0 decides and reports, all of them leave with the same exit code.
+
+What differs from machine to machine is asked of the first rank of each.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from configs.errors import ConfigError, Problem, report
+from pretrain.rank.process_setup import record_failure
+from pretrain.run.folder import EXIT_BAD_INPUT
+
+T = TypeVar("T")
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raises ConfigError when there are any."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def ask_machines(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
+    """What `check` finds on each machine, on rank 0 (elsewhere nothing): one problem for all machines that have it."""
+    world = dist.get_world_size()
+    mine = (socket.gethostname(), check()) if local_rank == 0 else None
+    answers: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
+    dist.gather_object(mine, answers, dst=0)
+    return by_problem([answer for answer in answers or [] if answer is not None])
+
+
+def by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
+    """(machine, its problems) as problems that say how many machines have them, and which is the first."""
+    alike: dict[str, tuple[Problem, list[str]]] = {}
+    for host, problems in found:
+        for problem in problems:
+            alike.setdefault(repr(problem), (problem, []))[1].append(host)
+    if len(found) == 1:
+        return [problem for problem, _ in alike.values()]
+    return [
+        replace(problem, rule=f"{problem.rule}; so on {len(hosts)} of {len(found)} machines, the first is {hosts[0]}")
+        for problem, hosts in alike.values()
+    ]
+
+
+def lead(work: Callable[[], T]) -> T:
+    """Rank 0 does it, all ranks get its (picklable) result; a ConfigError becomes one report and exit 2 everywhere."""
+    rank = dist.get_rank()
+    answer: list[Any] = [None]
+    if rank == 0:
+        try:
+            answer = [(work(), None)]
+        except ConfigError as error:
+            answer = [(None, error.problems)]
+    dist.broadcast_object_list(answer, src=0)
+    value, problems = answer[0]
+    if problems is None:
+        return value
+    if rank == 0:
+        record_failure(os.environ, "bad_input", report(problems))
+        print(report(problems), file=sys.stderr, flush=True)
+    # torchrun ends the other ranks when one has left: the report comes first.
+    dist.barrier()
+    raise SystemExit(EXIT_BAD_INPUT)

@@ -1,0 +1,90 @@
+"""What makes a process a well-behaved rank. In: the environment. Out: its log, its failure file, its death with its parent.
+
+The contract with our launchers, all of it optional (plain torchrun sets none of it):
+    PHALANX_LOG_DIR   folder for rank_N.log (stdout and stderr, also of C code) and rank_N.failure.json
+    PHALANX_TTY       the launcher's terminal, for rank 0's bar
+    PHALANX_ATTEMPT   the attempt number that the launcher has claimed
+    PHALANX_BEAT_DIR  folder for heartbeats and stacks (pretrain/run/beat.py)
+Imports nothing heavy: `prepare` runs before torch is imported, whose failure to import belongs into the rank's log.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from configs.errors import ConfigError
+from pretrain.run.files import write_json
+from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE
+from pretrain.run.process import die_with_parent, node_name
+
+
+def prepare(environ: Mapping[str, str] = os.environ) -> None:
+    """Before anything heavy is imported: the rank's log, its death with its parent, tracebacks of crashes in C."""
+    redirect_output(environ)
+    # torchrun's agent may be killed: without it, its store is gone too.
+    die_with_parent()
+    faulthandler.enable()
+
+
+def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -> int:
+    """Run a rank's program after `prepare`; returns the exit code.
+
+    ConfigError: the report, without a traceback, exit 2. Any other exception: its traceback, exit 1. Both leave a failure
+    file, whose time tells the launcher which rank was the first.
+    """
+    try:
+        return body()
+    except ConfigError as error:
+        record_failure(environ, "bad_input", str(error))
+        print(error, file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    except Exception:
+        text = traceback.format_exc()
+        record_failure(environ, "exception", text)
+        print(text, file=sys.stderr, flush=True)
+        return EXIT_BROKE
+
+
+def redirect_output(environ: Mapping[str, str]) -> None:
+    """Send stdout and stderr to this rank's log, line by line, when a launcher asks for logs."""
+    directory = environ.get("PHALANX_LOG_DIR")
+    if not directory:
+        return
+    path = Path(directory) / f"rank_{_rank(environ)}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
+
+
+def record_failure(environ: Mapping[str, str], kind: str, text: str) -> None:
+    """Leave {"rank", "node", "time", "kind": bad_input|exception, "text"} for the launcher. A full disk costs the file only."""
+    directory = environ.get("PHALANX_LOG_DIR")
+    if not directory:
+        return
+    rank = _rank(environ)
+    failure = {"rank": rank, "node": node_name(environ), "time": time.time(), "kind": kind, "text": text}
+    try:
+        write_json(Path(directory) / f"rank_{rank}.failure.json", failure)
+    except OSError as error:
+        print(f"phalanx: no failure file ({error})", file=sys.stderr)
+
+
+def _rank(environ: Mapping[str, str]) -> int:
+    text = environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0

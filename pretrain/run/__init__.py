@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its folder, events, record, lock and heartbeats. Nothing here imports torch."""

@@ -1,0 +1,170 @@
+"""Opening and closing an attempt. In: the run folder and the resolved config. Out: a held `Attempt`. Rank 0 only.
+
+Works the same under plain torchrun and under our launchers: the lock decides who trains, rank 0 numbers the attempt
+(a launcher that had to name its log folder earlier claims a number and passes it in PHALANX_ATTEMPT).
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from configs.errors import ConfigError, Problem
+from pretrain.run.events import append_event, mend_events, sync_events
+from pretrain.run.files import storage_problem, write_atomically, write_json
+from pretrain.run.folder import Outcome, RunFolder, check_run_folder
+from pretrain.run.lock import FolderLock, acquire
+
+# Given the config text of the attempt before (None: a new run): the problems that forbid going on from it.
+MayGoOn = Callable[[str | None], Sequence[Problem]]
+
+
+class Attempt:
+    """One held attempt: the only writer of its run folder's records. A context manager; leaving it frees the folder."""
+
+    def __init__(self, folder: RunFolder, number: int, lock: FolderLock, wandb_id: str) -> None:
+        self.folder = folder
+        self.number = number
+        self.wandb_id = wandb_id
+        self._lock = lock
+        self._closed = False
+
+    @property
+    def own_dir(self) -> Path:
+        """What belongs to this attempt alone: its config, its command, rows that it cut from the record."""
+        return self.folder.launch_dir(self.number)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to events.jsonl. Raises ConfigError when the disk refuses it."""
+        try:
+            append_event(self.folder, self.number, kind, **fields)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
+
+    def check_held(self) -> None:
+        """Raises ConfigError when the lock file was removed: another attempt may be writing here. Call before a save."""
+        if not self._lock.is_ours():
+            rule = "the attempt must hold its run folder; the lock file was removed or replaced while it trained"
+            fix = "see which attempt is the right one and end the other"
+            raise ConfigError(Problem("run.dir", str(self.folder.path), rule, fix))
+
+    def finish(self, outcome: Outcome) -> None:
+        """Write outcome.json, the event and, for a finished run, DONE."""
+        assert outcome.attempt == self.number, f"outcome of attempt {outcome.attempt} written by attempt {self.number}"
+        try:
+            write_json(self.folder.outcome, outcome.as_dict())
+            if outcome.state == "finished":
+                write_json(self.folder.done, {"attempt": self.number, "step": outcome.step})
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
+        self.event("outcome", state=outcome.state, why=outcome.why, step=outcome.step)
+
+    def close(self) -> None:
+        """Free the folder for the next attempt."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            try:
+                sync_events(self.folder)
+            finally:
+                self._lock.release()
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_attempt(
+    folder: RunFolder,
+    config_yaml: str,
+    provenance: Mapping[str, Any],
+    environ: Mapping[str, str],
+    may_go_on: MayGoOn = lambda _: (),
+) -> Attempt:
+    """Take the folder and begin an attempt in it. Raises ConfigError: foreign, held, read-only or full folder, or `may_go_on`.
+
+    Nothing of the run is changed before all of these passed: the config of a refused attempt never replaces the old one.
+    """
+    if problems := check_run_folder(folder):
+        raise ConfigError(problems)
+    try:
+        for part in (folder.path, folder.path / "launch", folder.path / "logs", folder.checkpoints, folder.wandb):
+            part.mkdir(parents=True, exist_ok=True)
+        lock = acquire(folder)
+        try:
+            return _open_held(folder, lock, config_yaml, provenance, environ, may_go_on)
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+
+
+def _open_held(
+    folder: RunFolder,
+    lock: FolderLock,
+    config_yaml: str,
+    provenance: Mapping[str, Any],
+    environ: Mapping[str, str],
+    may_go_on: MayGoOn,
+) -> Attempt:
+    before = folder.config.read_text() if folder.config.exists() else None
+    if problems := list(may_go_on(before)):
+        raise ConfigError(problems)
+    torn_bytes = mend_events(folder)
+    previous = folder.last_attempt()
+    number = _allocate(folder, environ)
+    lock.hold(number)
+    wandb_id = _keep_wandb_id(folder, environ)
+    own = folder.launch_dir(number)
+    provenance_text = json.dumps(dict(provenance), indent=2) + "\n"
+    for path, text in (
+        (own / "provenance.json", provenance_text),
+        (folder.provenance, provenance_text),
+        (own / "config.yaml", config_yaml),
+        (folder.config, config_yaml),
+    ):
+        write_atomically(path, text)
+    # A run that is to go on isn't done; a crash from here on must not look like a finished run.
+    folder.done.unlink(missing_ok=True)
+    attempt = Attempt(folder, number, lock, wandb_id)
+    attempt.event("attempt", wandb_id=wandb_id, logs=environ.get("PHALANX_LOG_DIR"), slurm_job=environ.get("SLURM_JOB_ID"))
+    if torn_bytes:
+        attempt.event("events_mended", cut_bytes=torn_bytes)
+    outcome = folder.read_outcome()
+    if previous and (outcome is None or outcome.attempt != previous):
+        attempt.event("no_outcome", of_attempt=previous)
+    return attempt
+
+
+def _allocate(folder: RunFolder, environ: Mapping[str, str]) -> int:
+    """The attempt's number: the launcher's claim when it is unused and newer than all others that began, else the next one."""
+    begun = folder.last_attempt()
+    hint = environ.get("PHALANX_ATTEMPT", "")
+    if hint.isdecimal() and int(hint) > begun:
+        number = int(hint)
+        folder.launch_dir(number).mkdir(parents=True, exist_ok=True)
+        return number
+    number = max([0, *folder.claimed_attempts()]) + 1
+    folder.launch_dir(number).mkdir(parents=True)
+    return number
+
+
+def _keep_wandb_id(folder: RunFolder, environ: Mapping[str, str]) -> str:
+    """One W&B run for all attempts: the id in the folder, else WANDB_RUN_ID, else a new one."""
+    if folder.wandb_id.exists() and (known := folder.wandb_id.read_text().strip()):
+        return known
+    wandb_id = environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    write_atomically(folder.wandb_id, wandb_id + "\n")
+    return wandb_id

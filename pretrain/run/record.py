@@ -1,0 +1,163 @@
+"""metrics.jsonl, the record of a run: one row a step, each step once over all attempts, in ascending order.
+
+In: rows (plain dicts) with at least `step`, `loss`, `grad_norm`, `tokens`. A step is counted from 1: row N is written
+after the Nth optimizer update, complete, a validation's numbers included. Out: the file, cut back at resume.
+
+NaN and infinity aren't JSON: such a value is written as null and named in the row's `nonfinite`: {"loss": "nan"}.
+A row is handed to the kernel at once, so a killed process loses none. `sync` puts rows on the disk: called before a
+checkpoint is marked complete, so that not even a power loss can take a row that a checkpoint claims.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from pretrain.run.files import append_line, iterate_lines, mend_torn_line, storage_problem, sync_folder
+
+REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
+
+Note = Callable[..., None]
+
+
+class Record:
+    """The open record of one attempt. Its only writer."""
+
+    def __init__(self, path: Path, last_step: int, note: Note) -> None:
+        self.path = path
+        self.last_step = last_step
+        self._note = note
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    @classmethod
+    def open(cls, path: Path, restored_step: int, note: Note, keep_cut_in: Path | None = None) -> Record:
+        """Cut the record back to `restored_step` (0: nothing was restored) and open it.
+
+        `note(kind, **fields)` hears of everything unusual (it is `Attempt.event`). Rows that are cut are kept in
+        `keep_cut_in`: they are replayed, bit for bit on an unchanged layout. Raises ConfigError when the disk refuses.
+        """
+        try:
+            if torn_bytes := mend_torn_line(path):
+                note("record_mended", cut_bytes=torn_bytes)
+            last_step = _cut(path, restored_step, note, keep_cut_in) if path.exists() else 0
+            if last_step < restored_step:
+                note("record_gap", after_step=last_step, restored_step=restored_step)
+            return cls(path, restored_step, note)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", path, error)) from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add the row of the next step. Raises ConfigError when the disk refuses it."""
+        missing = [key for key in REQUIRED_KEYS if key not in row]
+        assert not missing, f"a row of the record lacks {missing}"
+        step = row["step"]
+        assert step > self.last_step, f"step {step} is in the record already, which is at {self.last_step}"
+        if step != self.last_step + 1:
+            self._note("record_gap", after_step=self.last_step, next_step=step)
+        try:
+            append_line(self._descriptor, encode_row(row))
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+        self.last_step = step
+
+    def cut_back(self, step: int, keep_cut_in: Path) -> None:
+        """A rollback: drop the rows past `step`, and go on after it. Raises ConfigError when the disk refuses it."""
+        try:
+            _cut(self.path, step, self._note, keep_cut_in)
+            os.close(self._descriptor)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+        self.last_step = step
+
+    def sync(self) -> None:
+        """Put every row on the disk. Before a checkpoint is marked complete."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+
+    def close(self) -> None:
+        self.sync()
+        os.close(self._descriptor)
+
+
+def encode_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it: NaN and infinity become null, named in `nonfinite`."""
+    nonfinite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {**row, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else row
+
+
+def decode_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `encode_row`."""
+    if "nonfinite" not in row:
+        return row
+    values = {key: float(text) for key, text in row["nonfinite"].items()}
+    return {key: values.get(key, value) for key, value in row.items() if key != "nonfinite"}
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole row, decoded, in file order."""
+    for _, row in iterate_lines(path):
+        if row is not None and isinstance(row.get("step"), int):
+            yield decode_row(row)
+
+
+def _cut(path: Path, restored_step: int, note: Note, keep_cut_in: Path | None) -> int:
+    """Drop rows past `restored_step`, repeated steps and lines that are no rows; returns the last step that stays.
+
+    One pass to look, and a second one only when something must go: a long record is rewritten at most once a resume.
+    """
+    last_step, whole = 0, True
+    gaps: list[tuple[int, int]] = []
+    for _, row in iterate_lines(path):
+        step = _staying_step(row, last_step, restored_step)
+        if step is None:
+            whole = False
+            continue
+        if step != last_step + 1:
+            gaps.append((last_step, step))
+        last_step = step
+    for before, after in gaps[:10]:
+        note("record_gap", after_step=before, next_step=after)
+    if not whole:
+        count = _rewrite(path, restored_step, keep_cut_in)
+        note("record_cut", rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None)
+    return last_step
+
+
+def _staying_step(row: dict[str, Any] | None, last_step: int, restored_step: int) -> int | None:
+    """The row's step when the row stays in the record."""
+    step = row.get("step") if row is not None else None
+    return step if isinstance(step, int) and last_step < step <= restored_step else None
+
+
+def _rewrite(path: Path, restored_step: int, keep_cut_in: Path | None) -> int:
+    """Split the record into what stays and what goes; the count of the latter. A reader of the old file keeps reading it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    last_step, count = 0, 0
+    try:
+        with open(beside, "wb") as kept, open(keep_cut_in or os.devnull, "ab") as cut:
+            for line, row in iterate_lines(path):
+                step = _staying_step(row, last_step, restored_step)
+                if step is None:
+                    cut.write(line)
+                    count += 1
+                else:
+                    kept.write(line)
+                    last_step = step
+            for file in (kept, cut) if keep_cut_in else (kept,):
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return count

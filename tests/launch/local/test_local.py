@@ -1,0 +1,301 @@
+"""The local launcher: logs a rank, the first failure first, one exit code, and no process left, whoever dies how."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.local.parent_guard import MARK_NAME, marked_pids
+from launch.status import read_status
+from launch.watch.failures import find_failures
+from pretrain.run.files import iterate_lines
+from pretrain.run.folder import RunFolder, live_holder
+
+# The launcher by itself, which looks at no data, with the tests' own rank program, in a process of its own: it installs signal
+# handlers.
+LAUNCHER = """
+import os, sys
+import launch.commands as cli
+from launch.plan import make_plan
+program = sys.argv[1]
+cli.make_plan = lambda config, source, overrides, environ: make_plan(config, source, overrides, environ, program=program)
+from pretrain.preflight.verdict import preflight
+cli.preflight = lambda config, with_data: preflight(config, with_data=False)
+from tools.cli import main
+sys.argv = ["phalanx", *sys.argv[2:]]
+sys.exit(main())
+"""
+PROGRAM = str(Path(__file__).resolve().parents[1] / "rank_program.py")
+ROOT = str(Path(__file__).resolve().parents[3])
+CONFIG = """
+run: {steps: 5}
+model: {vocab_size: 256}
+data: {tokenizer: {path: t.model}, train: [{path: x}]}
+launch: {processes_per_node: %d}
+batch: {global_batch_seqs: 8}
+"""
+
+
+class Launch:
+    """One `phalanx` process in a folder of its own."""
+
+    def __init__(self, folder: Path, words: list[str], plan: dict[str, Any], ranks: int, **env: str) -> None:
+        self.run = RunFolder(folder / "runs" / "run")
+        (folder / "c.yaml").write_text(CONFIG % ranks)
+        environ = {**os.environ, "RANK_PLAN": json.dumps(plan), "PYTHONPATH": ROOT, **env}
+        command = [sys.executable, "-c", LAUNCHER, PROGRAM, *words]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=90)
+        return self.process.returncode, out, err
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.run.metrics.exists() and f'"step": {step},' in self.run.metrics.read_text())
+
+    def mark(self) -> str:
+        return json.loads((self.run.launch_dir(1) / "launcher.json").read_text())["mark"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Launch]:
+    def make(*words: str, plan: dict[str, Any] | None = None, ranks: int = 2, **env: str) -> Launch:
+        return Launch(tmp_path, list(words) or ["launch", "c.yaml"], plan or {}, ranks, **env)
+
+    return make
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it didn't come true in time"
+        time.sleep(0.05)
+
+
+def test_a_run_that_finishes(start: Callable[..., Launch]) -> None:
+    launch = start()
+    code, out, err = launch.end()
+    assert code == 0, err
+    assert out.splitlines() == ["step 1", "step 2", "step 3"]
+    logs = launch.run.log_dir(1)
+    assert sorted(path.name for path in logs.iterdir()) == ["rank_0.log", "rank_1.log", "torchrun.log"]
+    assert launch.run.done.exists() and "launch.torchrun" in (launch.run.launch_dir(1) / "command.sh").read_text()
+    (event,) = [row for _, row in iterate_lines(launch.run.events) if row and row["kind"] == "attempt"]
+    assert event["attempt"] == 1 and event["logs"] == str(logs.resolve())
+
+
+def test_on_a_terminal_rank_0_is_told_of_it(start: Callable[..., Launch], tmp_path: Path) -> None:
+    """The bar goes to the launcher's terminal, so rank 0's log isn't shown there as well."""
+    master, slave = pty.openpty()
+    start("status", ".").end()
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", LAUNCHER, PROGRAM, "launch", "c.yaml"]
+    assert subprocess.run(command, cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=subprocess.PIPE).returncode == 0
+    log = (tmp_path / "runs" / "run" / "logs" / "attempt_0001" / "rank_0.log").read_text()
+    assert f"terminal {os.ttyname(slave)}" in log
+    os.set_blocking(master, False)
+    with pytest.raises(BlockingIOError):
+        os.read(master, 1)
+    os.close(slave)
+    os.close(master)
+
+
+def test_json_is_alone_on_stdout(start: Callable[..., Launch]) -> None:
+    code, out, err = start("launch", "c.yaml", "--json").end()
+    document = json.loads(out)
+    assert code == 0 and document["state"] == "finished" and document["outcome"]["step"] == 3 and "step 3" in err
+
+
+def test_the_first_failing_ranks_traceback_comes_first(start: Callable[..., Launch]) -> None:
+    """Rank 1 fails at step 2, rank 0 at step 30: rank 1 is the cause, and rank 0's traceback isn't shown."""
+    launch = start(plan={"steps": 100, "pause_s": 0.05, "raise": {"1": 2, "0": 30}})
+    code, out, err = launch.end()
+    assert code == 1
+    assert err.index("rank 1 failed first") < err.index("ValueError: rank 1 can't go on")
+    assert "Traceback" not in out
+    assert next(failure.rank for failure in find_failures(launch.run.log_dir(1))) == 1
+
+
+def test_a_killed_rank_is_the_first_cause(start: Callable[..., Launch]) -> None:
+    code, _, err = start(plan={"steps": 100, "pause_s": 0.05, "kill": {"1": 3}, "raise": {"0": 4}}).end()
+    assert code == 1 and "rank 1 failed first:\nkilled by signal 9 (SIGKILL)" in err
+
+
+def test_a_rank_that_hangs_after_the_end_does_not_undo_it(start: Callable[..., Launch]) -> None:
+    plan = {"steps": 3, "linger": {"1": True}}
+    launch = start("launch", "c.yaml", "launch.watch.step_timeout_s=2", "launch.watch.stacks=false", plan=plan)
+    code, _, err = launch.end()
+    outcome = launch.run.read_outcome()
+    assert code == 0 and outcome is not None and outcome.state == "finished", err
+    assert marked_pids(launch.mark()) == []
+
+
+def test_bad_input_found_by_a_rank_is_exit_2(start: Callable[..., Launch]) -> None:
+    code, _, err = start(plan={"refuse": True}).end()
+    assert code == 2 and "there must be something to learn from" in err and "Traceback" not in err
+
+
+def test_bad_config_starts_nothing(start: Callable[..., Launch]) -> None:
+    launch = start("launch", "c.yaml", "parallel.tensor=3", "batch.global_batch_seqs=7")
+    code, _, err = launch.end()
+    assert code == 2 and "problem" in err and not launch.run.path.exists()
+
+
+def test_a_refused_run_folder_is_exit_2(start: Callable[..., Launch], tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("")
+    code, _, err = start("launch", "c.yaml", "run.dir=notes").end()
+    assert code == 2 and "holds todo.txt" in err and os.listdir(tmp_path / "notes") == ["todo.txt"]
+
+
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 75, "preempted")])
+def test_a_signal_stops_the_run_with_an_outcome(
+    start: Callable[..., Launch], number: signal.Signals, code: int, state: str
+) -> None:
+    launch = start(plan={"steps": 1000, "pause_s": 0.05})
+    launch.wait_for_step(3)
+    launch.process.send_signal(number)
+    launch.process.send_signal(number)
+    found, _, err = launch.end()
+    outcome = launch.run.read_outcome()
+    assert found == code and outcome is not None and outcome.state == state and outcome.why == number.name, err
+    assert not launch.run.done.exists() and marked_pids(launch.mark()) == []
+
+
+def test_a_signal_before_the_ranks_are_there(start: Callable[..., Launch]) -> None:
+    launch = start()
+    wait_until(lambda: (launch.run.launch_dir(1) / "launcher.json").exists())
+    time.sleep(0.3)
+    launch.process.send_signal(signal.SIGTERM)
+    code, _, err = launch.end()
+    assert code == 75, err
+    assert marked_pids(launch.mark()) == []
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent", pytest.param("rank 0", marks=pytest.mark.prove), "rank 1"])
+def test_no_orphans_after_sigkill(start: Callable[..., Launch], victim: str) -> None:
+    """Whoever is killed: no process stays, and the next launch begins at once as the next attempt."""
+    launch = start(plan={"steps": 1000, "pause_s": 0.05})
+    launch.wait_for_step(2)
+    mark = launch.mark()
+    os.kill(_pid_of(victim, launch, mark), signal.SIGKILL)
+    code, _, _ = launch.end()
+    assert code == (-signal.SIGKILL if victim == "launcher" else 1)
+    wait_until(lambda: marked_pids(mark) == [], timeout_s=60.0)
+    assert live_holder(launch.run) is None
+    # torchrun ends rank 0 with SIGTERM when rank 1 is gone; without collectives, these ranks obey it and say so.
+    assert (launch.run.read_outcome() is None) == (victim != "rank 1")
+    assert read_status(launch.run).state == ("preempted" if victim == "rank 1" else "died")
+    again = start(plan={"steps": 2, "pause_s": 0.0})
+    assert again.end()[0] == 0
+    assert launch.run.last_attempt() == 2
+
+
+def test_two_launchers_one_folder(start: Callable[..., Launch]) -> None:
+    first = start(plan={"steps": 1000, "pause_s": 0.05})
+    first.wait_for_step(1)
+    second = start()
+    code, _, err = second.end()
+    assert code == 2 and "one live attempt a run folder; it is held by attempt 1" in err
+    first.process.send_signal(signal.SIGINT)
+    assert first.end()[0] == 130
+
+
+def test_resume_and_status_and_logs_and_cancel(start: Callable[..., Launch]) -> None:
+    """The life of a run through the commands."""
+    first = start(plan={"steps": 1000, "pause_s": 0.05})
+    first.wait_for_step(2)
+    code, out, _ = start("status", "runs/run", "--json").end()
+    status = json.loads(out)
+    assert code == 0 and status["state"] == "running" and status["attempt"] == 1 and status["step"] >= 2
+    assert status["total_steps"] == 5 and status["loss"] == pytest.approx(5.0 / status["step"])
+    code, out, _ = start("cancel", "runs/run").end()
+    assert code == 0 and out.startswith("stopped at step")
+    assert first.end()[0] == 130
+    code, out, _ = start("logs", "runs/run", "--rank", "0").end()
+    assert code == 0 and "step 2" in out
+    code, out, err = start("cancel", "runs/run").end()
+    assert code == 0 and "nothing to cancel" in out
+    code, _, err = start("resume", "runs/run", "run.seed=7", plan={"steps": 3}).end()
+    assert code == 0, err
+    assert "seed: 7" in first.run.config.read_text() and first.run.last_attempt() == 2
+    _, out, _ = start("status", "runs/run").end()
+    assert "state    finished: all steps done" in out and "attempt  2" in out
+
+
+def test_cancel_of_a_run_started_by_hand(start: Callable[..., Launch], tmp_path: Path) -> None:
+    """No launcher: rank 0, which holds the folder, is asked; the dry run's line is what is typed."""
+    _, line, _ = start("launch", "c.yaml", "--dry-run", ranks=1).end()
+    env = {**os.environ, "RANK_PLAN": json.dumps({"steps": 1000, "pause_s": 0.05}), "PYTHONPATH": ROOT}
+    by_hand = subprocess.Popen(["bash", "-c", f"exec env {line}"], cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+    run = RunFolder(tmp_path / "runs" / "run")
+    wait_until(lambda: run.metrics.exists() and '"step": 2,' in run.metrics.read_text())
+    code, out, _ = start("cancel", "runs/run").end()
+    assert code == 0 and out.startswith("stopped at step")
+    by_hand.communicate(timeout=30)
+
+
+def test_two_machines_by_hand(start: Callable[..., Launch], tmp_path: Path) -> None:
+    """Two agents on loopback run the line that the dry run prints, HOST replaced."""
+    port = str(_free_port())
+    words = ["launch", "c.yaml", "--dry-run", "launch.nodes=2", f"launch.master_port={port}"]
+    _, text, _ = start(*words, ranks=1).end()
+    line = text.splitlines()[-1].replace("HOST", "127.0.0.1")
+    env = {**os.environ, "RANK_PLAN": json.dumps({"steps": 3}), "PYTHONPATH": ROOT, "PHALANX_LOG_DIR": str(tmp_path / "logs")}
+    agents = [
+        subprocess.Popen(["bash", "-c", f"exec env {line}"], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) for _ in "12"
+    ]
+    assert [agent.wait(60) for agent in agents] == [0, 0]
+    outcome = RunFolder(tmp_path / "runs" / "run").read_outcome()
+    assert outcome is not None and outcome.state == "finished"
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+
+
+def test_dry_run_starts_nothing(start: Callable[..., Launch]) -> None:
+    launch = start("launch", "c.yaml", "--dry-run", "run.steps=7")
+    code, out, _ = launch.end()
+    assert code == 0 and out.count("\n") == 1 and out.endswith("--config c.yaml run.steps=7\n")
+    assert not launch.run.path.exists()
+    code, out, _ = start("launch", "c.yaml", "--dry-run", "--json").end()
+    assert json.loads(out)["command"][1:4] == ["-P", "-m", "launch.torchrun"]
+    code, out, _ = start("launch", "c.yaml", "--dry-run", "launch.nodes=2").end()
+    assert code == 0 and "--rdzv-endpoint HOST:29500" in out
+    code, _, err = start("launch", "c.yaml", "launch.nodes=2").end()
+    assert code == 2 and "launch.nodes = 2" in err
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume"])
+def test_a_folder_that_is_no_run(start: Callable[..., Launch], tmp_path: Path, command: str) -> None:
+    (tmp_path / "other").mkdir()
+    code, _, err = start(command, "other").end()
+    assert code == 2 and "must be a run folder" in err and "Traceback" not in err
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _pid_of(victim: str, launch: Launch, mark: str) -> int:
+    if victim == "launcher":
+        return launch.process.pid
+    for pid in marked_pids(mark):
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        rank = next((value.removeprefix(b"RANK=").decode() for value in environ if value.startswith(b"RANK=")), "")
+        if (victim == "agent" and not rank) or victim == f"rank {rank}":
+            return pid
+    raise AssertionError(f"no process is {victim} among those with {MARK_NAME}={mark}")

@@ -1,0 +1,66 @@
+"""What an attempt's end means, for each way in which one ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, Seen, fell_silent, judge
+from launch.watch.beats import NodeReport
+from launch.watch.failures import Failure
+from pretrain.run.folder import Outcome
+
+CRASH = Failure(3, 1.0, "exception", "Traceback (most recent call last):\n  File x\nRuntimeError: ECC error")
+KILLED = Failure(1, 0.0, "killed", "killed by signal 9 (SIGKILL)")
+NODES = {1: "node1", 3: "node2"}
+
+
+def outcome(state: str) -> Outcome:
+    return Outcome(1, state, f"it {state}", 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause", "words", "node"),
+    [
+        (Seen(outcome=outcome("finished")), "finished", "it finished", ""),
+        (Seen(asked=TERMINATE, outcome=outcome("finished")), "finished", "it finished", ""),
+        (Seen(outcome=outcome("diverged")), "diverged", "it diverged", ""),
+        (Seen(failures=(Failure(0, 1.0, "bad_input", "1 problem\n  data.train"),)), "bad_input", "data.train", ""),
+        (Seen(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
+        (Seen(asked=PREEMPT), "preempted", "before the first step", ""),
+        (Seen(asked=TIME_LIMIT, outcome=outcome("preempted")), "time_limit", "time limit is near", ""),
+        (Seen(asked=STOP, outcome=outcome("stopped")), "stopped", "phalanx cancel", ""),
+        (Seen(asked=TERMINATE, outcome=outcome("preempted")), "stopped", "scancel", ""),
+        (Seen(asked=TERMINATE, outcome=outcome("preempted"), restarted=True), "preempted", "starts it again", ""),
+        (Seen(asked=TERMINATE, out_of_time=True), "time_limit", "time limit", ""),
+        (Seen(asked=TERMINATE, lost=("node2",), restarted=True), "bad_node", "node2", "node2"),
+        (Seen(failures=(CRASH, KILLED), exit_code=1, node_of=NODES), "crashed", "rank 3: RuntimeError: ECC error", "node2"),
+        (Seen(failures=(KILLED,), exit_code=1, node_of=NODES), "crashed", "rank 1: killed by signal 9", "node1"),
+        (Seen(failures=(CRASH,), outcome=outcome("preempted"), node_of=NODES), "crashed", "ECC", "node2"),
+        (Seen(asked=PREEMPT, failures=(CRASH,), node_of=NODES), "crashed", "ECC", "node2"),
+        (Seen(asked=PREEMPT, failures=(KILLED,)), "preempted", "before the first step", ""),
+        (Seen(hang=("rank 1 is late", "node1"), failures=(KILLED,)), "hung", "rank 1 is late", "node1"),
+        (Seen(outcome=outcome("failed")), "crashed", "it failed", ""),
+        (Seen(outcome=outcome("preempted")), "preempted", "it preempted", ""),
+        (Seen(exit_code=137), "killed", "exit code 137", ""),
+    ],
+)
+def test_each_end_has_its_cause(seen: Seen, cause: str, words: str, node: str) -> None:
+    found = judge(seen)
+    assert found[0] == cause and words in found[1] and found[2] == node
+
+
+def report(host: str, time: float, exit_code: int | None) -> NodeReport:
+    return NodeReport(host=host, time=time, pid=1, exit_code=exit_code, ranks=(), hung=False, failures=())
+
+
+def test_a_node_without_power_is_told_from_one_that_was_ended() -> None:
+    """Reports every 2 s; the first rank elsewhere fails at 100."""
+    lost = [report("a", 105, 1), report("b", 99.2, None)]
+    assert fell_silent(lost, 100.0, 2.0) == ["b"]
+    ended_by_srun = [report("a", 108, None), report("b", 101, 1)]
+    assert fell_silent(ended_by_srun, 100.0, 2.0) == []
+    all_ended_together = [report("a", 101, None), report("b", 102, None)]
+    assert fell_silent(all_ended_together, None, 2.0) == []
+    noticed_late = [report("a", 140, None), report("b", 99, None), report("c", 139, None)]
+    assert fell_silent(noticed_late, None, 2.0) == ["b"], "Slurm ended the others when it noticed"
+    assert fell_silent([report("a", 99, None)], 100.0, 2.0) == [], "the only node is this one"

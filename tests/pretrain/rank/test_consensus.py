@@ -1,0 +1,41 @@
+"""What differs from machine to machine is asked of each, and said once."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+from configs.errors import Problem
+from pretrain.rank.consensus import ask_machines, by_problem
+from tests.ranks import run_ranks
+
+LACKS = Problem("zero.nvme_path", "/local", "must be a folder that can be written", "make it")
+OTHER = Problem("cluster.device", "cuda", "training on a GPU needs Transformer Engine", "install it")
+
+
+def test_one_problem_for_all_machines_that_have_it() -> None:
+    found = [("node0", []), ("node1", [LACKS]), ("node2", [OTHER, LACKS])]
+    assert [(problem.path, problem.rule) for problem in by_problem(found)] == [
+        (LACKS.path, f"{LACKS.rule}; so on 2 of 3 machines, the first is node1"),
+        (OTHER.path, f"{OTHER.rule}; so on 1 of 3 machines, the first is node2"),
+    ]
+    assert by_problem([("here", [LACKS])]) == [LACKS]
+
+
+def ask() -> tuple[int, list[str]]:
+    """Two machines of two ranks, the second of which lacks something. Out: (times asked, rules told)."""
+    rank, asked = dist.get_rank(), 0
+
+    def check() -> list[Problem]:
+        nonlocal asked
+        asked += 1
+        return [LACKS] if rank >= 2 else []
+
+    told = [problem.rule for problem in ask_machines(rank % 2, check)]
+    return asked, told
+
+
+def test_the_first_rank_of_each_machine_is_asked_and_rank_0_told() -> None:
+    told = [f"{LACKS.rule}; so on 1 of 2 machines, the first is {os.uname().nodename}"]
+    assert run_ranks(4, ask) == [(1, told), (0, []), (1, []), (0, [])]

@@ -1,0 +1,283 @@
+"""Every family: Hugging Face -> Phalanx -> Hugging Face bit for bit, and the same logits in Megatron-Core and transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from configs.errors import ConfigError
+from configs.model_schema import Model
+from parallel.flops import count_parameters
+from tests.tools.convert.tiny import MODELS, make
+from tools.convert.exporting import export_model
+from tools.convert.families import FAMILIES, family_for, family_of
+from tools.convert.hf_config.preset import read_config, understand
+from tools.convert.hf_config.resolved import differences
+from tools.convert.importing import import_model
+from tools.convert.output import Share
+from tools.convert.tensors.canonical import tensor_shapes
+from tools.convert.verify import verify
+
+
+def bring_in(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": "keep", "share": Share(), "workers": 2, "force": False} | options
+    return import_model(folder, out, **values)
+
+
+def bring_out(checkpoint: Path, out: Path, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": "keep", "share": Share(), "workers": 2, "force": False} | options
+    return export_model(checkpoint, out, **values)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    one, two = tensors(first), tensors(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].dtype == two[name].dtype and torch.equal(one[name].view(torch.uint8), two[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_and_logits(name: str, tmp_path: Path) -> None:
+    make(name, tmp_path / "hf")
+    done = bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    assert done["finished"] and not done["notes"]
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-4)
+    assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4 and verdict["argmax_agreement"] == 1.0 and not verdict["notes"]
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
+    again, info = loaded
+    assert not any(info.values()), info
+    ids = torch.arange(24)[None] % 90
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, original(ids).logits)
+
+
+def test_a_slice_of_layers_is_verified_too(tmp_path: Path) -> None:
+    make("qwen3_moe", tmp_path / "hf")
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", 1, 1, 32, 1e-4)
+    assert verdict["ok"] and verdict["layers"] == 1 and verdict["layers_total"] == 3
+
+
+def change(folder: Path, copy: Path, edit: Any) -> Path:
+    """A copy of a folder whose tensors went through `edit(dict)`."""
+    shutil.copytree(folder, copy)
+    file = copy / "model.safetensors"
+    held = load_file(file)
+    edit(held)
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, file, metadata={"format": "pt"})
+    return copy
+
+
+def transpose(held: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert held[name].shape[0] == held[name].shape[1], "no shape tells"
+    held[name] = held[name].T
+
+
+def swap(held: dict[str, torch.Tensor]) -> None:
+    head = "model.layers.1.mlp.experts.0."
+    held[head + "gate_proj.weight"], held[head + "up_proj.weight"] = (
+        held[head + "up_proj.weight"],
+        held[head + "gate_proj.weight"],
+    )
+
+
+def drop(held: dict[str, torch.Tensor]) -> None:
+    held["model.layers.1.mlp.gate.e_score_correction_bias"].zero_()
+
+
+def exchange_experts(held: dict[str, torch.Tensor]) -> None:
+    for part in ("gate", "up", "down"):
+        one, two = (f"model.layers.1.mlp.experts.{e}.{part}_proj.weight" for e in (0, 1))
+        held[one], held[two] = held[two], held[one]
+
+
+FAULTS = [("llama", transpose), ("qwen3_moe", swap), ("deepseek_v3", drop), ("glm4_moe", drop), ("glm4_moe", exchange_experts)]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_planted_faults_are_caught(name: str, fault: Any, tmp_path: Path) -> None:
+    layers: dict[str, Any] = {"mlp_only_layers": []} if name == "qwen3_moe" else {}
+    make(name, tmp_path / "hf", **layers)
+    bring_in(change(tmp_path / "hf", tmp_path / "faulty", fault), tmp_path / "checkpoint")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-3)
+    assert not verdict["ok"] and verdict["max_abs_diff"] > 0.05
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_a_wrong_setting_is_caught(key: str, tmp_path: Path) -> None:
+    make("qwen3_moe", tmp_path / "hf")
+    shutil.copytree(tmp_path / "hf", tmp_path / "faulty")
+    config = read_config(tmp_path / "hf")
+    if key == "rope_theta":
+        config["rope_parameters"]["rope_theta"] = 1e4
+    else:
+        config[key] = 1e-2
+    (tmp_path / "faulty" / "config.json").write_text(json.dumps(config))
+    bring_in(tmp_path / "faulty", tmp_path / "checkpoint")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-3)
+    assert not verdict["ok"] and verdict["notes"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_stacked_experts_are_read_too(name: str, tmp_path: Path) -> None:
+    """transformers 5 also writes experts as it holds them: [E, 2I, H] and [E, H, I]."""
+    model = make(name, tmp_path / "hf")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    bring_in(tmp_path / "stacked", tmp_path / "checkpoint")
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+
+
+def with_prediction_depth(folder: Path, name: str) -> None:
+    """Give a tiny model the layer that transformers drops: its decoder layer and what stands around it."""
+    config = read_config(folder)
+    layer, hidden = config["num_hidden_layers"], config["hidden_size"]
+    config["num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    held = tensors(folder)
+    last = f"model.layers.{layer - 1}."
+    extra = {n.replace(last, f"model.layers.{layer}."): t.flip(0).clone() for n, t in held.items() if n.startswith(last)}
+    head = f"model.layers.{layer}."
+    generator = torch.Generator().manual_seed(3)
+    extra |= {head + f"{norm}.weight": torch.rand(hidden, generator=generator) for norm in ("enorm", "hnorm", "shared_head.norm")}
+    extra[head + "eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator)
+    extra[head + "embed_tokens.weight"] = held["model.embed_tokens.weight"].clone()
+    extra[head + "shared_head.head.weight"] = held["lm_head.weight"].clone()
+    save_file(held | extra, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
+    make(name, tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", name)
+    assert not bring_in(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)
+    (note,) = verdict["notes"]
+    assert verdict["ok"] and verdict["mtp_layers_not_compared"] == 1 and "not compared" in note
+
+
+def test_prediction_depths_that_are_missing_are_said(tmp_path: Path) -> None:
+    make("glm4_moe", tmp_path / "hf", num_nextn_predict_layers=1)
+    (note,) = bring_in(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
+    assert "prediction depths" in note
+
+
+def test_a_repeated_table_that_differs_is_refused(tmp_path: Path) -> None:
+    make("glm4_moe", tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", "glm4_moe")
+    edited = change(tmp_path / "hf", tmp_path / "other", lambda held: held["model.layers.2.embed_tokens.weight"][3].add_(1))
+    with pytest.raises(ConfigError, match=r"must equal model\.embed_tokens\.weight"):
+        bring_in(edited, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_json_both_ways(name: str, tmp_path: Path) -> None:
+    model_type, values = MODELS[name]
+    config_class: Any = CONFIG_MAPPING[model_type]
+    config_class(**values, pad_token_id=0).save_pretrained(tmp_path)
+    family, model, problems, notes = understand(read_config(tmp_path))
+    assert not problems and not notes
+    theirs = family.to_theirs(model)
+    again, problems = family.to_model(theirs)
+    assert not problems and not differences(model, again)
+    # Readers older than transformers 5 know the legacy keys only.
+    legacy = {key: value for key, value in theirs.items() if key != "rope_parameters"}
+    again, problems = family.to_model(legacy)
+    assert not problems and not differences(model, again)
+    assert family_for(model) is family
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "llama4"], ids=lambda family: family.name)
+def test_absent_keys_mean_what_transformers_takes(family: Any) -> None:
+    """A config.json with nothing but its required keys reads like the config class with its defaults."""
+    full = CONFIG_MAPPING[family.model_types[0]]().to_dict()
+    model, _ = family.to_model({**full, "num_experts_per_tok": full.get("num_experts_per_tok") or 2})
+    for setting in family.settings:
+        default = getattr(setting, "default", None)
+        names = setting.names()
+        if not names or type(default) not in (int, float, bool):
+            continue
+        stated = next((full[name] for name in names if name in full), default)
+        assert default == stated, names
+    assert isinstance(model, Model)
+
+
+def test_shapes_count_like_the_arithmetic() -> None:
+    for family in FAMILIES:
+        if family.planning_only:
+            continue
+        full = CONFIG_MAPPING[family.model_types[0]]().to_dict()
+        full |= {"num_hidden_layers": 2, "num_experts_per_tok": full.get("num_experts_per_tok") or 2, "moe_intermediate_size": 64}
+        full.pop("layer_types", None)
+        model, _ = family.to_model(full)
+        model.vocab_multiple = 1
+        shapes = {name: shape for name, shape in tensor_shapes(model).items() if not name.endswith("expert_bias")}
+        counted = count_parameters(model, model.vocab_size or 0)
+        assert sum(int(np.prod(shape)) for shape in shapes.values()) == counted.total + counted.mtp, family.name
+
+
+REFUSED = [
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}, "best expert"),
+    ("deepseek_v3", {"num_experts_per_tok": 8}, "best two experts"),
+    ("deepseek_v3", {"norm_topk_prob": False}, "always normalises"),
+    ("deepseek_v3", {"rope_interleave": False}, "neighbouring pairs"),
+    ("deepseek_v3", {"head_dim": 4}, "qk_rope_head_dim = 6"),
+    ("glm4_moe", {"n_group": 0}, "at least 1"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}}, "fixes it at 8192"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}}, "has no other"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type"),
+    ("mixtral", {"rope_scaling": {"rope_type": "default"}}, "rope_scaling too"),
+    ("llama", {"attention_bias": True}, "one switch"),
+    ("llama", {"hidden_act": "gelu"}, "SwiGLU"),
+    ("llama", {"num_key_value_heads": 0}, "at least 1"),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "Ministral"),
+    ("qwen2_moe", {"use_sliding_window": True}, "which layers have the window"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window on"),
+    ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 1}, "which layers have the window"),
+    ("qwen3_moe", {"num_experts": 6, "num_local_experts": 4}, "must agree"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "clamp"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "each of the 2 layers"),
+    ("gpt_oss", {"rope_parameters": None}, "must be stated"),
+    ("gpt_oss", {"experts_per_token": 3}, "must repeat"),
+    ("qwen3_yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "attention_factor": 0.5}},
+     "at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changed", "words"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_would_be_silently_wrong_is_refused(name: str, changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model_type, values = MODELS[name]
+    tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": model_type, **values, **changed}))
+    with pytest.raises(ConfigError, match=words):
+        bring_in(tmp_path, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_olmoe_is_for_planning_only(tmp_path: Path) -> None:
+    tmp_path.joinpath("config.json").write_text(json.dumps(CONFIG_MAPPING["olmoe"]().to_dict()))
+    with pytest.raises(ConfigError, match="span all heads"):
+        bring_in(tmp_path, tmp_path / "checkpoint")
+
+
+def test_an_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean qwen3_moe"):
+        family_of({"model_type": "qwen3_mo"})

@@ -1,0 +1,99 @@
+"""Legal configs that few models have, each as silently wrong when misread: bit for bit both ways, and the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM
+
+from configs.errors import ConfigError
+from tests.tools.convert.test_families import assert_same_bits, bring_in, bring_out, tensors, with_prediction_depth
+from tests.tools.convert.tiny import YARN, make
+from tools.convert.hf_config.preset import read_config
+from tools.convert.verify import verify
+from tools.inference.exported import generate_exported, load_exported
+from tools.inference.generate import generate
+
+WINDOW, FULL = "sliding_attention", "full_attention"
+# 400 tokens: with the tiny models' 16 YaRN's correction range is empty.
+LONG = YARN | {"original_max_position_embeddings": 400}
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "yarn over half a head": ("glm4_moe", {"rope_parameters": LONG | {"partial_rotary_factor": 0.5}, "head_dim": 16}),
+    "attention_factor": ("qwen3", {"rope_parameters": LONG | {"attention_factor": 1.3}}),
+    "mscale_all_dim alone": ("deepseek_v3", {"rope_parameters": LONG | {"mscale_all_dim": 0.7}}),
+    "attention_factor over mscale": (
+        "deepseek_v2", {"rope_parameters": LONG | {"mscale": 0.7, "mscale_all_dim": 0.4, "attention_factor": 1.1}},
+    ),
+    "windows in some layers": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 9, "num_hidden_layers": 4,
+                  "layer_types": [WINDOW, FULL, FULL, WINDOW]},
+    ),
+    "windows in the last layers": ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "windows in all layers": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}),
+    "windows in even layers": ("gpt_oss", {"layer_types": None, "num_hidden_layers": 3}),
+    "no windows": ("gpt_oss", {"layer_types": [FULL, FULL]}),
+    "biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "every group": ("deepseek_v3", {"n_routed_experts": 12, "n_group": 4, "topk_group": 4, "num_experts_per_tok": 3}),
+    "jitter": ("mixtral", {"router_jitter_noise": 0.1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_models_come_back_the_same(kind: str, tmp_path: Path) -> None:
+    name, changes = ODD[kind]
+    make(name, tmp_path / "hf", **changes)
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-4)
+    assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4 and not verdict["notes"]
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        one, two = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")(ids).logits
+            for folder in ("hf", "out")
+        )
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:
+    """transformers has no model of the depths and finds their tensors unexpected; they are not what is wrong with a folder."""
+    make("deepseek_v3", tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", "deepseek_v3")
+    with pytest.raises(ConfigError, match="must hold a tokenizer"):
+        load_exported(tmp_path / "hf")
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 90)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    native = generate(tmp_path / "checkpoint", ["w5 w9"], 4, 0.0, None, 0, None)["texts"]
+    exported = generate_exported(tmp_path / "out", ["w5 w9"], 4, 0.0, None, 0)["texts"]
+    assert native[0]["token_ids"] == exported[0]["token_ids"]
+    held = tensors(tmp_path / "out") | {"model.layers.5.surprise": torch.ones(2)}
+    save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="surprise"):
+        load_exported(tmp_path / "out")
+
+
+def test_a_name_that_transformers_has_no_code_for(tmp_path: Path) -> None:
+    """Kimi-K2's files name code of their own, which is never run."""
+    make("kimi", tmp_path / "hf")
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.X"}
+    config = read_config(tmp_path / "hf") | {"model_type": "kimi_k2", "auto_map": code}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    assert verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)["ok"]
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert read_config(tmp_path / "out")["model_type"] == "deepseek_v3"

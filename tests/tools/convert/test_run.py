@@ -1,0 +1,175 @@
+"""A run's checkpoint goes to Hugging Face; an imported one starts a run; both generate text and are evaluated."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.errors import ConfigError
+from configs.load import to_yaml
+from configs.schema import BlendPart, Config
+from pretrain.main import main
+from pretrain.rank.stop_signals import StopSignals
+from tests.pretrain.world import small_config
+from tests.ranks import run_ranks
+from tests.tools.convert.test_families import assert_same_bits, bring_in, bring_out, tensors
+from tests.tools.convert.tiny import MODELS, make
+from tools.convert.hf_config.preset import preset_yaml, read_config, understand
+from tools.convert.verify import verify
+from tools.inference.evaluate import evaluate
+from tools.inference.exported import generate_exported
+from tools.inference.generate import generate
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def one_rank(words: list[str]) -> int:
+    try:
+        return main(words, StopSignals())
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+
+
+def run(config: Config, path: Path, *overrides: str, world: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(to_yaml(config))
+    words = ["--config", str(path), f"run.dir={path.parent / 'run'}", f"launch.processes_per_node={world}", *overrides]
+    assert run_ranks(world, one_rank, words) == [0] * world
+
+
+def with_data(config: Config, folder: Path, steps: int) -> Config:
+    config.data.tokenizer.path = str(folder / "tok.model")
+    config.data.train = [BlendPart(str(folder / "embedded"))]
+    config.batch.global_batch_seqs, config.batch.seq_length_tokens = 8, 32
+    config.run.steps, config.run.eval_batches, config.metrics.sinks = steps, 1, ["jsonl"]
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: 3 steps on 4 ranks, two stages, two expert ranks."""
+    place = tmp_path_factory.mktemp("trained") / "work"
+    config = with_data(small_config(model__vocab_size=None, schedule__horizon_steps=3), folder, 3)
+    run(config, place / "config.yaml", "parallel.pipeline=2", "parallel.expert=2", world=4)
+    return place / "run"
+
+
+def test_a_run_is_exported_and_generates_in_transformers(trained: Path, tmp_path: Path) -> None:
+    done = bring_out(trained, tmp_path / "hf")
+    assert done["family"] == "qwen3_moe" and not done["notes"]
+    assert verify(trained, tmp_path / "hf", None, 2, 32, 1e-4)["ok"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, info = loaded
+    assert not any(info.values()), info
+    ids = tokenizer("def main(argv", return_tensors="pt")
+    theirs = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    ours = generate(trained, ["def main(argv"], 12, 0.0, None, 0, None)["texts"][0]
+    # Ids, since an untrained model writes bytes that are no UTF-8, which every decoder mends in its own way.
+    assert theirs[0, ids["input_ids"].shape[1] :].tolist() == ours["token_ids"]
+    exported = generate_exported(tmp_path / "hf", ["def main(argv", ""], 12, 0.0, None, 0)["texts"]
+    assert exported[0]["token_ids"] == ours["token_ids"] and exported[1]["token_ids"]
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="transformers loads"):
+        generate_exported(tmp_path / "hf", [""], 1, 0.0, None, 0)
+
+
+def test_dtypes_of_an_export(trained: Path, tmp_path: Path) -> None:
+    bring_out(trained, tmp_path / "hf", dtype="bf16")
+    bring_out(trained, tmp_path / "exact")
+    exact = tensors(tmp_path / "exact")
+    for name, tensor in tensors(tmp_path / "hf").items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, exact[name].to(torch.bfloat16)), name
+    assert read_config(tmp_path / "hf")["torch_dtype"] == "bfloat16"
+
+
+def test_evaluate_counts_what_is_held_out(trained: Path, folder: Path) -> None:
+    held = evaluate(trained, None, 2000, None, 4)
+    assert 0 < held["loss"] < math.log(700) + 1 and held["perplexity"] == pytest.approx(math.exp(held["loss"]))
+    assert held["tokens"] % 32 == 0 and held["tokens"] <= 2000
+    one, four = (evaluate(trained, [str(folder / "embedded")], 640, 64, batch) for batch in (1, 4))
+    assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
+
+
+def test_generate_is_repeatable_and_draws(trained: Path) -> None:
+    first, again = (generate(trained, ["import", ""], 8, 1.0, 20, 5, None)["texts"] for _ in range(2))
+    assert first == again
+    assert generate(trained, ["import"], 8, 1.0, 20, 6, None)["texts"][0]["text"] != first[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        pytest.param(2, ["parallel.expert=2"], marks=pytest.mark.prove, id="ep2"),
+        pytest.param(4, ["parallel.tensor=2", "parallel.pipeline=2"], id="tp2-pp2"),
+    ],
+)
+def test_an_import_is_trained_on_and_goes_back(world: int, words: list[str], folder: Path, tmp_path: Path) -> None:
+    config = with_data(Config(), folder, 1)
+    # In a process of its own, since transformers starts threads, which the ranks' fork would not survive.
+    script = "import sys; from pathlib import Path; from tests.tools.convert.tiny import make; "
+    script += f"make('qwen3_moe', Path({str(tmp_path / 'hf')!r}), vocab_size=704, num_hidden_layers=2, mlp_only_layers=[], "
+    script += "num_attention_heads=4)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=200)
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    config.model = understand(read_config(tmp_path / "hf"))[1]
+    config.precision.params = "fp32"
+    config.schedule.horizon_steps, config.optimizer.lr = 2, 1e-3
+    run(config, tmp_path / "work" / "config.yaml", f"checkpoint.load={tmp_path / 'checkpoint'}", *words, world=world)
+    bring_out(tmp_path / "work" / "run", tmp_path / "out")
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in before:
+        moved = (before[name] - after[name]).abs().max()
+        assert 0 < moved < 0.01 or "norm" in name, (name, moved)
+    assert verify(tmp_path / "work" / "run", tmp_path / "out", None, 2, 32, 1e-4)["ok"]
+
+
+def test_a_preset_made_from_config_json_is_the_checkpoints_model(tmp_path: Path) -> None:
+    make("deepseek_v3", tmp_path / "hf")
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    model = understand(read_config(tmp_path / "hf"))[1]
+    model.name, model.source = "hf", "imported from a Hugging Face folder of type deepseek_v3"
+    text = (tmp_path / "checkpoint" / "model.yaml").read_text()
+    assert text.split("\n", 1)[1] == preset_yaml(model)
+
+
+def test_what_no_family_can_say_is_refused(tmp_path: Path) -> None:
+    make("qwen3_moe", tmp_path / "hf")
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    manifest: dict[str, Any] = json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())
+    manifest["config"]["model"]["moe"]["router"]["score"] = "sigmoid"
+    (tmp_path / "checkpoint" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="softmax"):
+        bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_adapter_trains_on_an_export(tmp_path: Path) -> None:
+    import peft  # noqa: PLC0415  (seconds)
+
+    make("qwen3_moe", tmp_path / "hf")
+    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    ids = torch.arange(16)[None] % MODELS["qwen3_moe"][1]["vocab_size"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(6):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]

@@ -1,0 +1,211 @@
+"""Rows of others: what is compared, what is left out, and how far the predictions are off."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parallel.flops import training_flops
+from parallel.memory.job import Job
+from tools.planner.published.fit import fit
+from tools.planner.published.rows import runs_of
+from tools.planner.published.validate import ROWS, shipped_runs, unseen_errors, validate
+from tools.planner.search import TIE
+from tools.planner.timing import fitted
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return json.loads(ROWS.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return validate(rows)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row as anyone might write it."""
+    model = {"name": "M", "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_heads": 32, "num_kv_heads": 8,
+             "vocab_size": 128256}  # fmt: skip
+    base = {"id": "x", "source": "someone", "gpu": "H100", "n_gpus": 8, "model": model, "seq_len": 8192, "micro_batch": 1,
+            "global_batch": 128, "measured": {"tokens_per_s_per_gpu": 10000}}  # fmt: skip
+    return base | changes
+
+
+def test_shipped_factors_are_the_fit_of_the_shipped_rows() -> None:
+    assert np.allclose(fitted(), fit(shipped_runs()), rtol=0.01)
+
+
+def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
+    """A guard against regressions; the figures themselves are printed by plan-validate."""
+    speed, memory = document["tokens_per_s"], document["memory"]
+    assert speed["median_abs_rel_err"] <= 0.10 and speed["dense"]["median_abs_rel_err"] <= 0.095
+    assert speed["moe"]["median_abs_rel_err"] <= 0.16 and speed["p90_abs_rel_err"] <= 0.28
+    assert document["tokens_per_s_calibrated"]["median_abs_rel_err"] <= 0.08
+    assert speed["median_abs_rel_err"] < 0.5 * document["tokens_per_s_constant_mfu"]["median_abs_rel_err"]
+    assert memory["median_abs_rel_err"] <= 0.05 and memory["p90_abs_rel_err"] <= 0.20
+    fits = document["fits"]
+    assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] == 0
+    assert fits["ran_with_recompute_not_stated_some_fits"] >= 0.95 * fits["ran_with_recompute_not_stated"]
+    assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
+
+
+def test_a_tie_is_what_errors_between_layouts_of_one_machine_are() -> None:
+    """Two published layouts of one model, machine and batch: by so much their errors differ, the model and machine unseen."""
+    runs = shipped_runs()
+    alike: dict[tuple[object, ...], list[tuple[tuple[int, ...], float]]] = defaultdict(list)
+    for run, error in zip(runs, unseen_errors(runs, lambda run: run.group)):
+        job, layout = run.job, run.job.layout
+        degrees = (layout.tensor, layout.pipeline, layout.context, layout.expert)
+        alike[run.group, job.compute, layout.world_size, job.seq_length, job.global_batch].append((degrees, error))
+    pairs = (pair for same in alike.values() for pair in combinations(same, 2))
+    differences = [abs(one[1] - other[1]) for one, other in pairs if one[0] != other[0]]
+    assert len(differences) > 200
+    assert median(differences) == pytest.approx(TIE, abs=0.01)
+
+
+def test_every_row_is_counted(document: dict[str, Any]) -> None:
+    apart = sum(part["rows"] for part in document["apart"].values())
+    assert document["rows"] == document["tokens_per_s"]["rows"] + apart + sum(document["skipped"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "lora"}, "LoRA"),
+        ({"notes": "token drop CF=1"}, "drops tokens"),
+        ({"id": "mlm-golden-x"}, "CI timing"),
+        ({"micro_batch": None}, "micro-batch not stated"),
+        ({"global_batch": None}, "global batch not stated"),
+        ({"n_gpus": None}, "number of GPUs not stated"),
+        ({"gpu": "abacus"}, "GPU not in the table"),
+        ({"n_gpus": 8, "tp": 3}, "layout does not fill the GPUs"),
+        ({"model": {"name": "only a name"}}, "architecture incomplete"),
+        ({"measured": {}}, "no speed measured"),
+        ({"seq_len": "long"}, "a field is not what its name says"),
+        ({"model": "a name"}, "architecture incomplete"),
+        ({"zero": "zero-3 offload_optimizer=cpu"}, "offloads to the host"),
+        ({"tp": 0, "micro_batch": -1}, "a field is not what its name says"),
+    ],
+)
+def test_rows_that_cant_be_compared(changes: dict[str, Any], reason: str) -> None:
+    runs, skipped = runs_of([row(**changes)], "time")
+    assert not runs and dict(skipped) == {reason: 1}
+
+
+def job(**changes: Any) -> Job:
+    runs, _ = runs_of([row(**changes)], "time")
+    return runs[0].job
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu"),
+    [
+        ("NVIDIA H100 SXM5 80GB", "H100-SXM-80GB"),
+        ("H100 PCIe", "H100-PCIe-80GB"),
+        ("A100-SXM4-40GB", "A100-SXM-40GB"),
+        ("8 x A100 80GB", "A100-SXM-80GB"),
+        ("GB200 NVL72", "GB200-NVL72"),
+        ("AMD Instinct MI300X", "MI300X-192GB"),
+    ],
+)
+def test_gpus_by_many_names(words: str, gpu: str) -> None:
+    assert job(gpu=words).machine.gpu.name == gpu
+
+
+@pytest.mark.parametrize(
+    ("words", "mode", "modules"),
+    [
+        ("full activation checkpointing", "full", set()),
+        ("yes", "full", set()),
+        (True, "full", set()),
+        ("selective", "selective", {"core_attn"}),
+        ("selective: moe_act, layernorm", "selective", {"moe_act", "layernorm"}),
+        ("off", "none", set()),
+        (False, "none", set()),
+    ],
+)
+def test_recomputation_by_many_words(words: object, mode: str, modules: set[str]) -> None:
+    recompute = job(recompute=words).recompute
+    assert recompute.mode == mode and recompute.modules == modules
+
+
+@pytest.mark.parametrize(
+    ("words", "engine", "stage"),
+    [("fsdp", "fsdp", 3), ("HSDP within 8", "fsdp", 3), ("Megatron-FSDP (zero-3 style)", "megatron", 3), (1, "megatron", 1),
+     ("ZeRO-2 (DeepSpeed)", "deepspeed", 2), ("DDP", "megatron", 0), (None, "megatron", 1)],
+)  # fmt: skip
+def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
+    zero = job(zero=words).zero
+    assert (zero.engine, zero.stage) == (engine, stage)
+
+
+@pytest.mark.parametrize(
+    ("words", "once"),
+    [({}, True), ({"dispatcher": "alltoall"}, False), ({"dispatcher": "flex"}, True), ({"notes": "all-to-all tokens"}, False),
+     ({"notes": "HybridEP; forced balance"}, True),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "B300"}, False),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "GB300"}, True)],
+)  # fmt: skip
+def test_dispatchers_by_many_words(words: dict[str, Any], once: bool) -> None:
+    assert job(**({"model": "Qwen3-30B-A3B"} | words)).sends_once == once
+
+
+def test_numbers_as_text_and_speeds_of_every_kind() -> None:
+    assert job(seq_len="8,192", n_gpus="8", precision="bf16-mixed").seq_length == 8192
+    step_tokens, per_token = 128 * 8192, training_flops(job().model, 128256, 8192)
+    measured = {
+        10000.0: {"tokens_per_s": 80000},
+        step_tokens / 2 / 8: {"step_time_s": 2},
+        4e14 / per_token.per_token: {"tflops_per_gpu": 400},
+    }
+    for speed, how in measured.items():
+        runs, _ = runs_of([row(measured=how, flops_convention="causal")], "time")
+        assert runs[0].tokens_per_s == pytest.approx(speed)
+    full = runs_of([row(measured={"tflops_per_gpu": 400}, flops_convention="full attention, no recompute")], "time")[0][0]
+    assert full.tokens_per_s == pytest.approx(4e14 / (per_token.per_token + per_token.attention_scores))
+    assert runs_of([row(source=None, id=None)], "time")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("Llama-3 70B", "llama3_70b"), ("LLAMA3.1_405B", "llama3_405b"), ("DeepSeek-V3 (671B-A37B)", "deepseek_v3"),
+     ("Qwen3-235B", "qwen3_235b_a22b"), ("Mixtral 8x7B", "mixtral_8x7b")],
+)  # fmt: skip
+def test_a_known_name_brings_its_architecture_and_is_counted(name: str, preset: str) -> None:
+    runs, _ = runs_of([row(model=name, n_gpus=256)], "time")
+    assert runs[0].job.model.name == preset
+    assert validate([row(model={"name": name}, n_gpus=256)])["assumed"]["architecture: of the preset of that name"] == 1
+
+
+def test_a_known_name_with_another_size_is_not_the_preset() -> None:
+    assert not runs_of([row(model={"name": "Llama-3 70B", "num_layers": 16})], "time")[0]
+
+
+def test_unseen_row_is_predicted_and_duplicates_count_once() -> None:
+    document = validate([row(), row()])
+    assert document["tokens_per_s"]["rows"] == 1 and document["skipped"] == {"exact duplicate": 1}
+    assert document["tokens_per_s"]["median_abs_rel_err"] < 0.3
+
+
+def test_no_rows() -> None:
+    document = validate([])
+    assert document["rows"] == 0 and document["tokens_per_s"]["median_abs_rel_err"] is None
+    json.dumps(document)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "x", [], {"a": 1}, True, 1e308, 10**12, float("nan")])
+def test_a_wrong_field_is_counted_never_a_traceback(value: Any) -> None:
+    names = ("n_gpus", "tp", "seq_len", "gpu", "precision", "recompute", "notes", "source", "model", "measured")
+    changed = [row(**{name: value}) for name in names]
+    changed += [row(model=row()["model"] | {name: value}) for name in row()["model"]]
+    document = validate(changed)
+    assert document["rows"] == len(changed)
+    json.dumps(document)

@@ -1,0 +1,46 @@
+"""attention_bias and mlp_bias of config.json. Megatron-Core has one switch for the biases of all products.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from tools.convert.hf_config.family import Refusal, get, put
+
+BIASES = ("attention.qkv_bias", "attention.output_bias", "mlp_bias")
+"""Keys of the `model` section that the setting decides."""
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Biases in all products, or none; `mlp`: whether the family has mlp_bias, else its MLPs and experts have none."""
+
+    mlp: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        return ("attention_bias", "mlp_bias")[: 2 if self.mlp else 1]
+
+    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        attention, mlp = theirs.get("attention_bias") or False, (self.mlp and theirs.get("mlp_bias")) or False
+        for name, value in (("attention_bias", attention), ("mlp_bias", mlp)):
+            if not isinstance(value, bool):
+                yield Problem(f"config.json: {name}", value, "must be of type bool", "mend the config.json")
+                return
+        # Also where they differ: such a model can't be built, but is counted right.
+        for key, value in zip(BIASES, (attention, attention, mlp)):
+            put(model, key, value)
+        if attention != mlp:
+            inner = f"mlp_bias = {mlp}" if self.mlp else "False, as its MLPs have none"
+            rule = f"must equal {inner}: megatron-core has one switch for the biases of all products"
+            yield Refusal("config.json: attention_bias", attention, rule, "convert another model")
+
+    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+        theirs |= dict.fromkeys(self.names(), model.mlp_bias)
+        if len({get(model, key) for key in BIASES}) > 1 or (model.mlp_bias and not self.mlp):
+            yield "its products all have biases, or none" if self.mlp else "it has no biases"

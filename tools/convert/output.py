@@ -1,0 +1,267 @@
+"""Writing many tensor files: planned to the byte, filled by threads, each complete or absent, gone on with after a kill.
+
+In: planned files (header, units with their place) and what fills a unit. Out: a folder OUT.partial that becomes OUT.
+A file is written under another name, synced, renamed, and only then noted in FILE.done (its sums): a conversion that is
+started again skips the noted ones. Several processes share the work: each takes the files of its share and says when it
+is through; the last one finishes, also where there are fewer files than shares.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import ConfigError, Problem
+from pretrain.run.files import read_json, storage_problem, sync_folder, write_atomically
+from pretrain.run.folder import COMPLETE
+from tools.convert.file_plan import OutFile, Unit
+from tools.convert.tensors.dtypes import FLOATS, Array
+
+_OURS = (COMPLETE, "config.json")
+Fill = Callable[[Unit, Array], None]
+"""Puts a unit's (or a block's) rows into an array [rows, columns] of its type."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process takes the files whose number is `index` modulo `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+def check_out(out: Path, source: Path, force: bool) -> Path:
+    """OUT as an absolute path. Raises ConfigError: it exists, or writing it would change or replace what is read."""
+    # Links are followed: what is replaced is the folder itself. realpath, since resolve() fails on loops.
+    place, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    fix = "name a new folder elsewhere"
+    if place == read or place in read.parents:
+        raise ConfigError(Problem("OUT", str(out), f"must be another place than what is read: {source}", fix))
+    if read in place.parents:
+        raise ConfigError(Problem("OUT", str(out), f"must lie outside of what is read: {source}", fix))
+    if not os.path.lexists(place):
+        return place
+    if not force:
+        rule = "must not exist: nothing is overwritten without a word"
+        raise ConfigError(Problem("OUT", str(out), rule, "name another folder, or add --force"))
+    # --force in the wrong place must not cost a person's files.
+    if not place.is_dir() or (any(place.iterdir()) and not any((place / name).is_file() for name in _OURS)):
+        rule = f"--force replaces a converted model only: an empty folder, or one with {' or '.join(_OURS)}"
+        raise ConfigError(Problem("OUT", str(out), rule, fix))
+    return place
+
+
+class Workplace:
+    """The folder OUT.partial of one conversion."""
+
+    def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool, summed: bool = True) -> None:
+        """`out`: as `check_out` gave it; `summed`: each unit's CRC-32 is wanted.
+
+        Raises ConfigError: another conversion was begun there, no room.
+        """
+        self.out, self.files, self.summed = out, files, summed
+        self.partial = out.with_name(out.name + ".partial")
+        self.force = force
+        headers = [hashlib.sha256(file.header).hexdigest() for file in files]
+        self.plan = hashlib.sha256(json.dumps([identity, headers], sort_keys=True, default=str).encode()).hexdigest()
+        is_new = False
+        try:
+            is_new = not self.partial.exists()
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except OSError as error:
+            raise ConfigError(storage_problem("OUT", self.partial, error)) from error
+        except ConfigError:
+            if is_new:
+                shutil.rmtree(self.partial)
+            raise
+
+    def _open(self) -> None:
+        with self._locked():
+            begun = read_json(self.partial / "plan.json")
+            if begun is not None and begun != {"plan": self.plan}:
+                if not self.force:
+                    rule = "holds another conversion that was begun and not finished (other source, options or version)"
+                    raise ConfigError(Problem("OUT", str(self.partial), rule, "delete that folder, or add --force"))
+                for path in self.partial.iterdir():
+                    if path.name != ".lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                begun = None
+            if begun is None:
+                write_atomically(self.partial / "plan.json", json.dumps({"plan": self.plan}))
+        missing = sum(file.num_bytes for file in self.files if self.sums_of(file) is None)
+        free = shutil.disk_usage(self.partial).free
+        if missing > free:
+            rule = f"the disk must have room: {missing / 2**30:.2f} GiB are to be written, {free / 2**30:.2f} GiB are free"
+            raise ConfigError(Problem("OUT", str(self.out), rule, "free some space, or name another folder"))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.partial / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def sums_of(self, file: OutFile) -> dict[str, int] | None:
+        """CRC-32 by key of a file that is complete, else None."""
+        done = read_json(self.partial / f"{file.name}.done")
+        path = self.partial / file.name
+        whole = isinstance(done, dict) and path.exists() and path.stat().st_size == file.num_bytes
+        return done if whole else None
+
+    def write(self, share: Share, workers: int, fill: Fill, settle: Callable[[], None] = lambda: None) -> int:
+        """Write this share's files; returns the number of bytes written. Raises ConfigError when the disk refuses.
+
+        `settle` is called when a file is filled and before it counts: it raises when what was read turns out to be damaged.
+        """
+        written = 0
+        mine = [file for number, file in enumerate(self.files) if number % share.count == share.index]
+        # A file goes to the disk while the next one is filled.
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as sealer:
+            sealing: list[Future[None]] = []
+            for number, file in enumerate(mine):
+                try:
+                    if self.sums_of(file) is None:
+                        sums = self._write_file(file, pool, fill, settle)
+                        _wait(sealing)
+                        sealing = [sealer.submit(self._seal, file, sums)]
+                        written += file.num_bytes
+                    if number + 1 == len(mine):
+                        _wait(sealing)
+                except OSError as error:
+                    problem = storage_problem("OUT", self.partial / file.name, error)
+                    fix = f"{problem.fix}; the same command then goes on: complete files are kept in {self.partial}"
+                    raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
+                print(f"{number + 1} of {len(mine)} files: {file.name} ({file.num_bytes / 2**20:.0f} MiB)", file=sys.stderr)
+        try:
+            write_atomically(self._through(share.index, share.count), "")
+        except FileNotFoundError:
+            # Another process with the same share was faster, and the folder has its name already.
+            if not self.out.exists():
+                raise
+        except OSError as error:
+            raise ConfigError(storage_problem("OUT", self.partial, error)) from error
+        return written
+
+    def _through(self, index: int, count: int) -> Path:
+        """The file that says: this share is written."""
+        return self.partial / f"share_{index}_of_{count}.through"
+
+    def _beside(self, file: OutFile) -> Path:
+        return self.partial / f".{file.name}.{os.getpid()}.tmp"
+
+    def _write_file(self, file: OutFile, pool: ThreadPoolExecutor, fill: Fill, settle: Callable[[], None]) -> dict[str, int]:
+        """Fill the file under another name; CRC-32 by key."""
+        beside, buffers = self._beside(file), threading.local()
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+        def work(unit: Unit) -> tuple[str, int]:
+            total = 0
+            for block in unit.blocks():
+                # One buffer a thread: fresh memory costs more than the copy, page by page.
+                values = _buffer(buffers, block.rows * block.row_bytes)
+                fill(block, values.view(FLOATS[block.dtype]).reshape(block.rows, -1))
+                _write_at(descriptor, values.data, block.offset)
+                total = zlib.crc32(values.data, total) if self.summed else 0
+            return unit.key, total
+
+        try:
+            os.truncate(descriptor, file.num_bytes)
+            _write_at(descriptor, memoryview(file.header), 0)
+            # A tensor of several units has no sum of its own; only whole pieces are looked up later.
+            sums = dict(pool.map(work, file.units))
+            settle()
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return sums
+
+    def _seal(self, file: OutFile, sums: dict[str, int]) -> None:
+        """Make a filled file last, give it its name, and note it."""
+        beside = self._beside(file)
+        descriptor = os.open(beside, os.O_WRONLY)
+        try:
+            os.fsync(descriptor)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        os.replace(beside, self.partial / file.name)
+        sync_folder(self.partial)
+        write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
+
+    def finish(self, share: Share, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
+        """When every share is through, `complete(folder, sums by file)` adds the rest and the folder gets its name.
+
+        False: others still write.
+        """
+        if self.out.exists() and not self.partial.exists():
+            return True
+        try:
+            with self._locked():
+                sums = {file.name: self.sums_of(file) for file in self.files}
+                through = all(self._through(index, share.count).exists() for index in range(share.count))
+                if not through or any(value is None for value in sums.values()):
+                    return self.out.exists() and not self.partial.exists()
+                complete(self.partial, {name: value for name, value in sums.items() if value is not None})
+                marks = [path for kind in ("*.done", "*.through", ".*.tmp") for path in self.partial.glob(kind)]
+                for path in [*marks, self.partial / "plan.json"]:
+                    path.unlink(missing_ok=True)
+                sync_folder(self.partial)
+                self._publish()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.out.exists() and not self.partial.exists():
+                return True
+            raise ConfigError(storage_problem("OUT", self.out, error)) from error
+        return True
+
+    def _publish(self) -> None:
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        if self.out.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            self.out.rename(replaced)
+        self.partial.rename(self.out)
+        # Not before: a process that comes now would make it anew.
+        (self.out / ".lock").unlink(missing_ok=True)
+        sync_folder(self.out.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _buffer(buffers: threading.local, num_bytes: int) -> NDArray[np.uint8]:
+    """The first bytes of this thread's memory, which grows to the largest block."""
+    held: NDArray[np.uint8] | None = getattr(buffers, "held", None)
+    if held is None or len(held) < num_bytes:
+        held = buffers.held = np.empty(num_bytes, dtype=np.uint8)
+    return held[:num_bytes]
+
+
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
+    position = 0
+    while position < len(view):
+        position += os.pwrite(descriptor, view[position:], offset + position)

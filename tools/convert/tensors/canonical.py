@@ -1,0 +1,112 @@
+"""Every tensor of a model by its canonical name and shape, from the `model` section alone.
+
+In: Model (with its vocabulary). Out: name -> shape, as checkpoints hold them (pretrain/model/shards.py gives the same names from
+the built model; a test holds the two against each other). Legend: h hidden, d head, f inner width, E experts.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.model_schema import Model
+from parallel import architecture as arch
+
+Shape = tuple[int, ...]
+
+
+def tensor_shapes(model: Model) -> dict[str, Shape]:
+    """Canonical name -> shape, in the order of the model."""
+    assert model.vocab_size, "a converted model states its vocabulary"
+    h = model.hidden_size
+    table = (arch.padded_vocab(model, model.vocab_size), h)
+    shapes: dict[str, Shape] = {"embedding.word_embeddings.weight": table}
+    if model.position.kind == "learned":
+        assert model.max_position_tokens, "learned positions state how many there are"
+        shapes["embedding.position_embeddings.weight"] = (model.max_position_tokens, h)
+    for layer, is_moe in enumerate(arch.moe_layers(model)):
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in layer_shapes(model, is_moe)}
+    shapes |= dict(_norm(model, "decoder.final_layernorm", h))
+    for depth in range(model.mtp.num_layers):
+        head = f"mtp.layers.{depth}."
+        for norm in ("enorm", "hnorm", "final_layernorm"):
+            shapes |= dict(_norm(model, head + norm, h))
+        shapes[f"{head}eh_proj.weight"] = (h, 2 * h)
+        inner = layer_shapes(model, arch.mtp_is_moe(model))
+        shapes |= {f"{head}transformer_layer.{name}": shape for name, shape in inner}
+    if not model.tie_embeddings:
+        shapes["output_layer.weight"] = table
+    return shapes
+
+
+def layer_shapes(model: Model, is_moe: bool) -> Iterator[tuple[str, Shape]]:
+    """One transformer layer, names without their prefix."""
+    yield from _norm(model, "input_layernorm", model.hidden_size)
+    yield from _latent(model) if arch.is_mla(model) else _attention(model)
+    yield from _norm(model, "pre_mlp_layernorm", model.hidden_size)
+    yield from _moe(model) if is_moe else _mlp(model, "mlp", arch.ffn(model), model.mlp_bias)
+
+
+def _norm(model: Model, name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    if model.norm == "layernorm":
+        yield f"{name}.bias", (width,)
+
+
+def _attention(model: Model) -> Iterator[tuple[str, Shape]]:
+    h, d, attention = model.hidden_size, arch.head_dim(model), model.attention
+    rows = (attention.num_heads + 2 * arch.num_query_groups(model)) * d
+    yield "self_attention.linear_qkv.weight", (rows, h)
+    if attention.qkv_bias:
+        yield "self_attention.linear_qkv.bias", (rows,)
+    if attention.qk_norm:
+        yield from _norm(model, "self_attention.q_layernorm", d)
+        yield from _norm(model, "self_attention.k_layernorm", d)
+    if attention.sinks:
+        yield "self_attention.core_attention.softmax_offset", (attention.num_heads,)
+    yield "self_attention.linear_proj.weight", (h, attention.num_heads * d)
+    if attention.output_bias:
+        yield "self_attention.linear_proj.bias", (h,)
+
+
+def _latent(model: Model) -> Iterator[tuple[str, Shape]]:
+    h, mla, heads = model.hidden_size, model.mla, model.attention.num_heads
+    assert mla.kv_lora_rank, "latent attention is on"
+    query = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    if mla.q_lora_rank:
+        yield "self_attention.linear_q_down_proj.weight", (mla.q_lora_rank, h)
+        yield from _norm(model, "self_attention.q_layernorm", mla.q_lora_rank)
+        yield "self_attention.linear_q_up_proj.weight", (query, mla.q_lora_rank)
+    else:
+        yield "self_attention.linear_q_proj.weight", (query, h)
+    yield "self_attention.linear_kv_down_proj.weight", (mla.kv_lora_rank + mla.qk_rope_head_dim, h)
+    yield from _norm(model, "self_attention.kv_layernorm", mla.kv_lora_rank)
+    yield "self_attention.linear_kv_up_proj.weight", (heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    yield "self_attention.linear_proj.weight", (h, heads * mla.v_head_dim)
+    if model.attention.output_bias:
+        yield "self_attention.linear_proj.bias", (h,)
+
+
+def _mlp(model: Model, prefix: str, width: int, bias: bool, experts: Shape = ()) -> Iterator[tuple[str, Shape]]:
+    rows = (2 if arch.is_gated(model) else 1) * width
+    yield f"{prefix}.linear_fc1.weight", (*experts, rows, model.hidden_size)
+    if bias:
+        yield f"{prefix}.linear_fc1.bias", (*experts, rows)
+    yield f"{prefix}.linear_fc2.weight", (*experts, model.hidden_size, width)
+    if bias:
+        yield f"{prefix}.linear_fc2.bias", (*experts, model.hidden_size)
+
+
+def _moe(model: Model) -> Iterator[tuple[str, Shape]]:
+    moe = model.moe
+    yield "mlp.router.weight", (moe.num_experts, model.hidden_size)
+    if moe.router.bias:
+        yield "mlp.router.bias", (moe.num_experts,)
+    if moe.router.expert_bias:
+        yield "mlp.router.expert_bias", (moe.num_experts,)
+    yield from _mlp(model, "mlp.experts", arch.expert_ffn(model), model.mlp_bias, (moe.num_experts,))
+    if moe.shared_ffn_hidden_size:
+        yield from _mlp(model, "mlp.shared_experts", moe.shared_ffn_hidden_size, False)
+        if moe.shared_gate:
+            yield "mlp.shared_experts.gate_weight", (1, model.hidden_size)

@@ -1,0 +1,102 @@
+"""Which rows of a canonical tensor are which rows of a Hugging Face tensor: every conversion is a list of such spans.
+
+In: a canonical tensor (or one expert of it), the names that hold it, how they are joined. Out: `Span`s.
+A tensor is seen as [lead…, rows, columns]: `lead` is the expert of a stacked tensor, a vector has rows only. All joins are
+moves of whole rows (queries, keys and values interleaved by group; gate above up), so that tensors of any size stream;
+only gpt-oss transposes and interleaves, expert by expert.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from configs.model_schema import Model
+from parallel import architecture as arch
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [row, row + rows) of `name`[lead] are the rows hf_row, hf_row + hf_step, … of `hf`[hf_lead].
+
+    `transposed`: hf holds [columns, rows], so rows are counted in its last dim.
+    """
+
+    name: str
+    lead: tuple[int, ...]
+    row: int
+    rows: int
+    hf: str
+    hf_lead: tuple[int, ...] = ()
+    hf_row: int = 0
+    hf_step: int = 1
+    transposed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whole rows in the same order: any part of it can be moved by itself."""
+        return self.hf_step == 1 and not self.transposed
+
+    @property
+    def hf_end(self) -> int:
+        """One past the last row of hf that it needs."""
+        return self.hf_row + (self.rows - 1) * self.hf_step + 1
+
+
+Join = Callable[[Model, str, tuple[int, ...], int, Sequence[str]], Iterator[Span]]
+"""(model, canonical name, lead, rows, their names) -> spans."""
+
+
+def same(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """The tensor itself."""
+    yield Span(name, lead, 0, rows, theirs[0])
+
+
+def stacked(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """The tensor itself, in a file that stacks the experts too."""
+    yield Span(name, lead, 0, rows, theirs[0], hf_lead=lead)
+
+
+def vocab(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """The real tokens; the padding below them is zero."""
+    assert model.vocab_size, "a converted model states its vocabulary"
+    yield Span(name, lead, 0, model.vocab_size, theirs[0])
+
+
+def gate_up(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """[gate; up] from the two."""
+    half = rows // 2
+    yield Span(name, lead, 0, half, theirs[0])
+    yield Span(name, lead, half, half, theirs[1])
+
+
+def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """Per query group: its queries, its key, its value."""
+    groups, width = arch.num_query_groups(model), arch.head_dim(model)
+    queries = model.attention.num_heads // groups * width
+    for group in range(groups):
+        first = group * (queries + 2 * width)
+        yield Span(name, lead, first, queries, theirs[0], hf_row=group * queries)
+        yield Span(name, lead, first + queries, width, theirs[1], hf_row=group * width)
+        yield Span(name, lead, first + queries + width, width, theirs[2], hf_row=group * width)
+
+
+def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """[gate; up] from a stacked tensor with gate and up row by row (gpt-oss's biases and packed weights)."""
+    half = rows // 2
+    yield Span(name, lead, 0, half, theirs[0], lead, 0, 2)
+    yield Span(name, lead, half, half, theirs[0], lead, 1, 2)
+
+
+def interleaved_columns(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """[gate; up] from a stacked, transposed tensor with gate and up column by column (gpt-oss)."""
+    half = rows // 2
+    yield Span(name, lead, 0, half, theirs[0], lead, 0, 2, True)
+    yield Span(name, lead, half, half, theirs[0], lead, 1, 2, True)
+
+
+def stacked_columns(model: Model, name: str, lead: tuple[int, ...], rows: int, theirs: Sequence[str]) -> Iterator[Span]:
+    """The tensor from a stacked, transposed one (gpt-oss)."""
+    yield Span(name, lead, 0, rows, theirs[0], hf_lead=lead, transposed=True)

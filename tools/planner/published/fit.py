@@ -1,0 +1,183 @@
+"""Fits the factors of timing.py on published rows, and measures errors on rows that the fit did not see.
+
+In: runs with measured speed. Out: factors, predictions. `python -m tools.planner.published.fit ROWS.json` writes data/fit.json.
+Method: least squares of log(predicted / measured step time) over log(factor), softened for outliers (soft L1), rows
+weighted so that a group (source, model, GPU) counts as n^0.75 of its n rows, drawn to the physical prior where the rows
+say little. numpy only; a fit takes about a second.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.planner.published.rows import Run, runs_of
+from tools.planner.step_cost import INDEX, KINDS, Vector
+from tools.planner.timing import EXTRAS, FIT, NAMES, applies, combine, kind_weights, shares, step_vector
+
+# Seconds taken over seconds at full speed that one expects before looking: the largest products are the unit.
+PRIOR: dict[str, float] = {
+    "gemm": 1.1,
+    "experts": 1.3,
+    "attention": 1.6,
+    "memory": 1.3,
+    "casts": 1.3,
+    "scores": 1.3,
+    "tensor": 1.3,
+    "expert_near": 1.5,
+    "expert_far": 1.5,
+    "context": 0.5,
+    "pipeline": 1.0,
+    "passes": 2e-04,
+    "data": 0.5,
+    "shards": 1.4,
+    "optimizer": 1.5,
+    "kernels": 4e-06,
+    # A Transformer Engine linear in fp8 keeps the host for about 1 ms a forward and backward pass (its issues 445, 761); an
+    # expert has two, and shares much of it with the others of its group.
+    "expert_kernels": 0.0005,
+    "steps": 0.02,
+    "gemm_fp8": 1.1,
+    "experts_fp8": 1.3,
+    "gemm_fp4": 1.3,
+    "data_not_overlapped": 1.3,
+    "tensor_not_overlapped": 1.3,
+    "expert_far_overlapped": 0.5,
+    "memory_eager": 1.5,
+    "attention_eager": 1.5,
+}
+# Standard deviation of a log factor around its prior, and of a row's log error.
+PRIOR_WIDTH, ROW_WIDTH = 0.7, 0.1
+# Known better than the rows can tell: flash attention's efficiency from the products', and what is left of the tokens' way over
+# the NIC where it is overlapped: dispatchers made for it reach the NIC's speed (DeepEP's README: 43 to 58 of 50 GB/s) and about
+# half of it is hidden (Megatron-Bridge's Qwen3-30B on 16 H100: 24.7 s without, 21.0 s with; 3.7 s of some 5).
+WIDTHS: dict[str, float] = {"attention": 0.4, "expert_far_overlapped": 0.15}
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Design:
+    """Rows as arrays: work [row, kind], which extra factors apply [row, extra], and measured step seconds."""
+
+    work: NDArray[np.float64]
+    extras: NDArray[np.bool_]
+    measured_s: Vector
+
+    def part(self, rows: NDArray[np.bool_]) -> Design:
+        """Some of the rows."""
+        return Design(self.work[rows], self.extras[rows], self.measured_s[rows])
+
+    def log_error(self, factors: Vector) -> tuple[Vector, NDArray[np.float64]]:
+        """log(predicted / measured), and its derivative by each log factor, [row, name]."""
+        seconds = self.work * kind_weights(self.extras, factors)
+        by_kind = shares(seconds)
+        slope = np.zeros((len(seconds), len(NAMES)))
+        for number, extra in enumerate(EXTRAS):
+            columns = [INDEX[kind] for kind in extra.kinds]
+            taken = self.extras[:, number]
+            slope[:, len(KINDS) + number] = by_kind[:, columns].sum(axis=1) * taken
+            if extra.replaces:
+                by_kind[:, columns] *= ~taken[:, None]
+        slope[:, : len(KINDS)] = by_kind
+        return np.log(combine(seconds) / self.measured_s), slope
+
+
+def step_seconds(run: Run) -> float:
+    """The measured step time."""
+    assert run.tokens_per_s, f"{run.id} has no speed: runs_of leaves it out"
+    return run.job.step_tokens / run.tokens_per_s / run.job.layout.world_size
+
+
+def make_design(runs: Sequence[Run], factors: Vector) -> Design:
+    """The rows under the stages that are slowest with `factors`."""
+    return Design(
+        work=np.array([step_vector(run.job, factors)[0] for run in runs]),
+        extras=np.array([applies(run.job) for run in runs]),
+        measured_s=np.array([step_seconds(run) for run in runs]),
+    )
+
+
+def row_weights(runs: Sequence[Run]) -> Vector:
+    """A group of n rows counts as n^0.75 rows: more than one, less than its size."""
+    sizes: dict[str, int] = {}
+    for run in runs:
+        sizes[run.group] = sizes.get(run.group, 0) + 1
+    return np.array([sizes[run.group] ** -0.25 for run in runs])
+
+
+def prior() -> Vector:
+    return np.array([PRIOR[name] for name in NAMES])
+
+
+def solve(design: Design, weights: Vector) -> Vector:
+    """Factors by Gauss-Newton with the soft-L1 loss, started from the prior."""
+    center = np.log(prior())
+    widths = np.array([WIDTHS.get(name, PRIOR_WIDTH) for name in NAMES])
+    logs = center.copy()
+    for _ in range(STEPS):
+        error, slope = design.log_error(np.exp(logs))
+        soft = weights / np.sqrt(1 + (error / ROW_WIDTH) ** 2) / ROW_WIDTH**2
+        left = slope.T @ (soft[:, None] * slope) + np.diag(widths**-2)
+        right = -slope.T @ (soft * error) - (logs - center) / widths**2
+        logs = logs + np.clip(np.linalg.solve(left, right), -0.5, 0.5)
+    return np.exp(logs)
+
+
+def fit(runs: Sequence[Run]) -> Vector:
+    """Factors of these runs. The slowest stage depends on the factors, so the work is made again once."""
+    factors = prior()
+    for _ in range(2):
+        factors = solve(make_design(runs, factors), row_weights(runs))
+    return factors
+
+
+def held_out_errors(runs: Sequence[Run], key: Callable[[Run], str], folds: int | None = None) -> Vector:
+    """log(predicted / measured step time) of each run by a fit that saw none of its group.
+
+    `key` names the group; `folds`: groups are dealt into so many folds (largest first, in turn); None: one at a time.
+    """
+    names: dict[str, int] = {}
+    for run in runs:
+        names[key(run)] = names.get(key(run), 0) + 1
+    order = sorted(names, key=lambda name: (-names[name], name))
+    fold = {name: position % (folds or len(order)) for position, name in enumerate(order)}
+    chosen = np.array([fold[key(run)] for run in runs])
+    design, weights = make_design(runs, fit(runs)), row_weights(runs)
+    errors = np.zeros(len(runs))
+    for number in range(max(fold.values()) + 1):
+        seen, unseen = chosen != number, chosen == number
+        errors[unseen] = design.part(unseen).log_error(solve(design.part(seen), weights[seen]))[0]
+    return errors
+
+
+def write(path: Path, factors: Vector, num_rows: int) -> None:
+    """fit.json, written beside and renamed."""
+    note = "seconds taken over seconds at full speed, by kind of work (step_cost.py); made by published/fit.py"
+    document = {"note": note, "rows": num_rows, "factors": {name: float(f"{value:.4g}") for name, value in zip(NAMES, factors)}}
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def main(argv: list[str]) -> int:
+    """Fit on every comparable row of the files named and write data/fit.json."""
+    rows = [row for name in argv for row in json.loads(Path(name).read_text(encoding="utf-8"))]
+    runs = [run for run in runs_of(rows, "time")[0] if run.apart is None]
+    write(FIT, fit(runs), len(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

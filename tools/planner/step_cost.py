@@ -1,0 +1,303 @@
+"""What one rank must do in a step, as seconds at the machine's full speed, by kind of work.
+
+In: a Job. Out: a vector over `KINDS` (seconds that the work would take at peak compute, memory or network speed; kernels
+and steps are counts). How far real machines stay below those speeds is timing.py's business. Forward and backward and
+recomputation are in. Legend: t tokens of a micro-batch on a rank, h hidden, k experts of a token.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel import architecture as arch
+from parallel.flops import mean_context
+from parallel.memory import layers as facts
+from parallel.memory.activations import element_bytes
+from parallel.memory.job import Job
+from parallel.memory.weights import stage_held
+from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
+
+KINDS = (
+    "gemm",  # dense products
+    "experts",  # products of the routed experts
+    "attention",  # scores and their sum over values
+    "memory",  # norms, activations, rotations, permutation, casts, loss, and the products' own traffic
+    "casts",  # inputs and gradients of products turned into fp8 or fp4
+    "scores",  # the score matrix of attention without flash, written and read
+    "tensor",  # all-gather and reduce-scatter between tensor parallel ranks
+    "expert_near",  # tokens to experts inside the scale-up domain
+    "expert_far",  # tokens to experts over the NIC
+    "context",  # keys and values around the ring
+    "pipeline",  # activations to the next stage
+    "passes",  # one micro-batch through one chunk and on to the next stage and back, a count: latency, and the schedule's host
+    "data",  # gradients reduced and weights gathered once a step
+    "shards",  # weights gathered and gradients reduced for every pass (ZeRO-3)
+    "optimizer",  # the update, at memory speed
+    "kernels",  # kernel launches, a count
+    "expert_kernels",  # products, casts and permutations launched expert by expert: local experts, a count
+    "steps",  # 1: what a step costs whatever its size
+)
+# What they are called, for people.
+WORDS = {
+    "gemm": "dense products", "experts": "expert products", "attention": "attention scores", "memory": "memory traffic",
+    "casts": "casts to fp8", "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
+    "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "passes": "chunk passes",
+    "data": "gradients, weights",
+    "shards": "ZeRO-3 shards", "optimizer": "optimizer", "kernels": "kernel launches", "expert_kernels": "experts' launches",
+    "steps": "per step", "bubble": "pipeline bubble",
+}  # fmt: skip
+INDEX = {name: position for position, name in enumerate(KINDS)}
+Vector = NDArray[np.float64]
+# Kernels of a layer's forward and backward pass; a MoE layer routes, permutes and talks besides.
+KERNELS_DENSE, KERNELS_MOE = 60, 200
+# Bytes of an element of the score matrix written and read, forward and backward, without flash attention.
+SCORE_BYTES = 30.0
+# Backward over forward: flash attention makes the scores again (2.5), products twice (2).
+FLASH_BACKWARD, GEMM_BACKWARD = 2.5, 2.0
+
+
+def cast_bytes(job: Job) -> float:
+    """Read and written to quantise one element for a product: it is read for its largest value and read again, written as it
+    is and transposed; with block scales (GPUs that have fp4) it is read once."""
+    gpu = job.machine.gpu
+    return 4.0 if gpu.fp4_tflops > gpu.fp8_tflops else 6.0
+
+
+class _Tally:
+    """Adds work into a vector of one layer pass, forward plus backward."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.vector = job, np.zeros(len(KINDS))
+        gpu = job.machine.gpu
+        self.flop_s = gpu.peak_tflops(job.compute) * 1e12 * gpu.largest_gemm(job.compute)
+        self.attention_flop_s = gpu.bf16_tflops * 1e12 * gpu.gemm_bf16
+        self.byte_s = gpu.memory_gb_s * 1e9
+
+    def add(self, kind: str, seconds: float) -> None:
+        self.vector[INDEX[kind]] += seconds
+
+    def gemms(self, kind: str, gemms: list[Gemm], passes: float) -> None:
+        """`passes`: 3 without recomputation (forward, input's and weight's gradient)."""
+        job = self.job
+        for gemm in gemms:
+            self.add(kind, passes * gemm.flops / self.flop_s)
+            # The weight's gradient is added to what other micro-batches left.
+            gradient = 2.0 * job.states.gradients * gemm.inner * gemm.columns * gemm.count
+            if job.compute in ("fp8", "fp4"):
+                self.add("casts", cast_bytes(job) * gemm.count * gemm.rows * (gemm.inner + gemm.columns) / self.byte_s)
+            self.memory(passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job)) + gradient)
+
+    def memory(self, num_bytes: float) -> None:
+        self.add("memory", num_bytes / self.byte_s)
+
+
+def _attention(tally: _Tally, window: int | None, again: float) -> None:
+    """Scores of one layer. `again`: forward passes made once more (recomputation)."""
+    job, model = tally.job, tally.job.model
+    per_key = 2.0 * model.attention.num_heads / job.layout.tensor * (arch.query_dim(model) + arch.value_dim(model))
+    if job.flash:
+        flops = job.micro_tokens * per_key * mean_context(job.seq_length, window)
+        tally.add("attention", flops * (1 + again + FLASH_BACKWARD) / tally.attention_flop_s)
+        return
+    # Without flash attention the masked half is computed too.
+    flops = job.micro_tokens * per_key * job.seq_length
+    redo = again + ("core_attn" in job.recompute.dropped)
+    tally.add("attention", flops * (1 + redo + GEMM_BACKWARD) / tally.attention_flop_s)
+    elements = job.micro_tokens * job.seq_length * model.attention.num_heads / job.layout.tensor
+    tally.add("scores", SCORE_BYTES * (1 + redo / 3) * elements / tally.byte_s)
+
+
+def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
+    """Tensor and context parallel traffic of one layer."""
+    job, layout, machine, model = tally.job, tally.job.layout, tally.job.machine, tally.job.model
+    size = element_bytes(job)
+    if layout.tensor > 1:
+        blocks = 1 if is_moe and not model.moe.shared_ffn_hidden_size else 2
+        # Forward one gather and one scatter a block; backward the same and the input gathered again.
+        rounds = blocks * ((5 if layout.sequence else 4) + 2 * again)
+        num_bytes = rounds * job.micro_tokens * model.hidden_size * size * (layout.tensor - 1) / layout.tensor
+        tally.add("tensor", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor)))
+    if layout.context > 1:
+        width = 2 * arch.num_query_groups(model) * arch.head_dim(model) / layout.tensor
+        if arch.is_mla(model):
+            width = model.attention.num_heads * (arch.query_dim(model) + arch.value_dim(model)) / layout.tensor
+        num_bytes = (3 + again) * job.micro_tokens * width * size * (layout.context - 1)
+        tally.add("context", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor * layout.context)))
+
+
+def remote_copies(job: Job) -> tuple[float, float]:
+    """Copies of a token that travel to its experts: (inside the domain, over the NIC).
+
+    The all-to-all dispatcher sends one for each expert. Those made for it (`Job.sends_once`) send one over the NIC to each
+    other domain that the token has an expert in, and inside a domain one to each such rank.
+    """
+    layout, top_k, domain = job.layout, job.model.moe.top_k, job.machine.domain
+    span = layout.expert * layout.expert_tensor
+    domains = max(1.0, span / domain)
+    if not job.sends_once:
+        return top_k * (1 / domains - 1 / layout.expert), top_k * (1 - 1 / domains)
+    to_ranks, to_domains = (parts * (1 - _missed(job, parts)) for parts in (layout.expert, domains))
+    return to_ranks * (1 - domains / layout.expert), to_domains * (1 - 1 / domains)
+
+
+def _missed(job: Job, parts: float) -> float:
+    """Probability that none of a token's experts lies in a given one of `parts` equal parts of them. With group-limited routing
+    (DeepSeek-V3) its groups are drawn first, then experts from them."""
+    moe, router = job.model.moe, job.model.moe.router
+    groups, kept = router.num_groups, router.group_top_k
+    if not groups or not kept:
+        return (1 - 1 / parts) ** moe.top_k
+    inside = groups / parts
+    if inside <= 1:
+        # The part's group isn't chosen, or is and none of its experts here is.
+        return 1 - kept / groups * (1 - (1 - inside / kept) ** moe.top_k)
+    # No group of the part is among those chosen.
+    return float(np.prod([max(0.0, 1 - inside / (groups - drawn)) for drawn in range(kept)]))
+
+
+def _experts(tally: _Tally, again: float) -> None:
+    """Routed experts of one layer: products, permutation and the way of the tokens."""
+    job, model, layout = tally.job, tally.job.model, tally.job.layout
+    h, moe, size = model.hidden_size, model.moe, element_bytes(job)
+    rows, width = routed_rows(job), arch.expert_ffn(model)
+    local = moe.num_experts / layout.expert
+    redo = 1.0 if again or "moe" in job.recompute.dropped else 0.0
+    tally.gemms("experts", mlp_gemms(job, width, rows, layout.expert_tensor, local), 3 + redo)
+    gate = 2 if arch.is_gated(model) else 1
+    # Permuted, sorted by expert, and back: four moves forward, four backward; the activation reads and writes its widths.
+    moves = (8 + 4 * redo) * 2 * rows / layout.expert_tensor * h
+    activation = (3 * gate + 2 + ("moe_act" in job.recompute.dropped) * (gate + 1)) * rows * width / layout.expert_tensor
+    tally.memory(size * (moves + activation))
+    tokens = job.micro_tokens / (layout.tensor if layout.sequence else 1)
+    near, far = remote_copies(job)
+    ways = (4 + 2 * redo) * tokens * h * size / 1e9
+    tally.add("expert_kernels", local * (1 + redo / 3))
+    inside, outside = ways * near / job.machine.gpu.scaleup_gb_s, ways * far / job.machine.nic_gb_s
+    # Spread inside the domain while the next tokens come over the NIC.
+    tally.add("expert_near", max(0.0, inside - outside))
+    tally.add("expert_far", outside)
+    if layout.expert_tensor > 1:
+        rounds = (4 + redo) * rows * h * size * (layout.expert_tensor - 1) / layout.expert_tensor
+        tally.add("tensor", rounds / (1e9 * job.machine.bandwidth_gb_s(layout.expert_tensor)))
+
+
+def layer_work(job: Job, is_moe: bool, window: int | None, recomputed: bool) -> Vector:
+    """One micro-batch through one layer on a rank, forward and backward. `recomputed`: the whole layer once more."""
+    model, layout, dropped = job.model, job.layout, job.recompute.dropped
+    tally, again = _Tally(job), float(recomputed)
+    size, t, h = element_bytes(job), job.micro_tokens, model.hidden_size
+    redo_up = 0.5 if "mla_up_proj" in dropped else 0.0
+    tally.gemms("gemm", attention_gemms(job), 3 + again + redo_up)
+    _attention(tally, window, again)
+    _between_ranks(tally, is_moe, again)
+    split = layout.tensor if layout.sequence else 1
+    # Two norms with their residual sums, forward (5 moves of h each) and backward (twice that); once more if made again.
+    norms = 10 * h / split * (3 + again + 0.5 * ("layernorm" in dropped))
+    rotation = 8 * (model.attention.num_heads + arch.num_query_groups(model)) * arch.query_dim(model) / layout.tensor
+    tally.memory(size * t * (norms + rotation))
+    gate = 2 if arch.is_gated(model) else 1
+    width = (model.moe.shared_ffn_hidden_size or 0) if is_moe else arch.ffn(model)
+    if width:
+        redo = again or float(bool({"moe" if is_moe else "mlp", "shared_experts" if is_moe else "mlp"} & dropped))
+        tally.gemms("gemm", mlp_gemms(job, width, t, layout.tensor), 3 + redo)
+        tally.memory(size * t * (3 * gate + 2 + (gate + 1) * redo) * width / layout.tensor)
+    if is_moe:
+        _experts(tally, again)
+    tally.add("kernels", (KERNELS_MOE if is_moe else KERNELS_DENSE) * (1 + again / 3))
+    return tally.vector
+
+
+def head_work(job: Job) -> Vector:
+    """Output layer and loss of one micro-batch."""
+    tally, columns = _Tally(replace(job, compute="bf16") if job.compute != "fp32" else job), job.padded_vocab / job.layout.tensor
+    tally.gemms("gemm", [Gemm(job.micro_tokens, job.model.hidden_size, columns)], 3)
+    # fp32 logits through maximum, exponentials, sum and gradient.
+    tally.memory(24.0 * job.micro_tokens * columns)
+    tally.add("kernels", 20)
+    return tally.vector
+
+
+def stage_micro_work(job: Job) -> NDArray[np.float64]:
+    """One micro-batch through all chunks of each stage, [stage, kind]."""
+    cache: dict[tuple[bool, int | None, bool], Vector] = {}
+    alike: list[Counter[tuple[bool, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
+    stages = np.zeros((job.layout.pipeline, len(KINDS)))
+    recompute, windows = job.recompute, facts.windows(job.model)
+
+    def layer(is_moe: bool, window: int | None, recomputed: bool) -> Vector:
+        key = (is_moe, window, recomputed)
+        if key not in cache:
+            cache[key] = layer_work(job, *key)
+        return cache[key]
+
+    for chunk in job.chunks:
+        for position, index in enumerate(chunk.layers):
+            again = recompute.mode == "full" and (recompute.method == "uniform" or position < recompute.num_layers)
+            alike[chunk.stage][job.moe_layers[index], windows[index], again] += 1
+        if chunk.head:
+            stages[chunk.stage] += head_work(job)
+        if chunk.mtp:
+            depth = layer(job.moe_layers[-1], None, recompute.mode == "full") + head_work(job)
+            joint = _Tally(job)
+            joint.gemms("gemm", [Gemm(job.micro_tokens, 2 * job.model.hidden_size, job.model.hidden_size / job.layout.tensor)], 3)
+            stages[chunk.stage] += chunk.mtp * (depth + joint.vector)
+    for stage, layers in enumerate(alike):
+        for kind, number in layers.items():
+            stages[stage] += number * layer(*kind)
+    if job.layout.pipeline > 1:
+        size = job.micro_tokens * job.model.hidden_size * element_bytes(job)
+        size /= job.layout.tensor if job.layout.sequence else 1
+        span = job.layout.world_size // job.layout.pipeline + 1
+        seconds = 2 * job.layout.virtual_pipeline * size / (1e9 * job.machine.bandwidth_gb_s(span))
+        stages[:, INDEX["pipeline"]] += seconds
+        stages[:, INDEX["passes"]] += job.layout.virtual_pipeline
+    return stages
+
+
+def group_bandwidth_gb_s(job: Job, members: int, stride: int) -> float:
+    """Ring bandwidth of a rank in a group of `members` ranks `stride` apart: in the domain, or over the NICs of those of
+    its members that share a domain."""
+    domain, gpu = job.machine.domain, job.machine.gpu
+    if members * stride <= domain:
+        return gpu.scaleup_gb_s
+    together = max(1, domain // stride)
+    return min(gpu.scaleup_gb_s, together * job.machine.nic_gb_s)
+
+
+def data_bytes(job: Job) -> float:
+    """Sent of each parameter in a step below ZeRO-3: gradients scattered and bf16 weights gathered; without sharded state, and in
+    DeepSpeed's own stage 1 with bf16 (BLOOM's), gradients are reduced to all, which is twice as much."""
+    zero, gradients = job.zero, float(job.states.gradients)
+    if not zero.stage:
+        return 2 * gradients
+    if zero.each_pass:
+        return job.num_micro_batches * gradients + 2
+    return (2 * gradients if zero.engine == "deepspeed" else gradients) + 2
+
+
+def step_work(job: Job) -> NDArray[np.float64]:
+    """What each stage does once a step: gradients, weights, the update, [stage, kind]; ZeRO-3 does it for every pass."""
+    layout, states = job.layout, job.states
+    stages = np.zeros((layout.pipeline, len(KINDS)))
+    groups = (layout.data * layout.context, layout.tensor), (layout.expert_data, layout.expert * layout.expert_tensor)
+    for stage, held in enumerate(stage_held(job)):
+        for number, (members, stride) in zip((held.dense, held.routed), groups):
+            if members > 1 and number:
+                bandwidth = 1e9 * group_bandwidth_gb_s(job, members, stride)
+                part = (members - 1) / members
+                if job.shards_weights:
+                    # Gathered forward and backward, gradients scattered, for every micro-batch.
+                    passes = 3 * job.num_micro_batches
+                    stages[stage, INDEX["shards"]] += passes * 2 * number * part / bandwidth
+                else:
+                    stages[stage, INDEX["data"]] += number * part * data_bytes(job) / bandwidth
+        kept = held.dense / job.shard(layout.data * layout.context) + held.routed / job.shard(layout.expert_data)
+        stages[stage, INDEX["optimizer"]] = kept * 2 * (states.optimizer + states.gradients) / (job.machine.gpu.memory_gb_s * 1e9)
+    stages[:, INDEX["steps"]] = 1.0
+    return stages

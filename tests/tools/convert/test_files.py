@@ -164,10 +164,10 @@ def test_a_full_disk_is_one_report_and_the_rest_goes_on(hf: Path, tmp_path: Path
 def test_a_killed_import_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL between two files: what was complete is kept, the rest is written, the result is the same."""
     script = (
-        "import sys, time; from tools.convert import importing, work; importing.FILE_BYTES = 20_000;"
-        "write = work.Workplace._write_file\n"
+        "import sys, time; from tools.convert import importing, output; importing.FILE_BYTES = 20_000;"
+        "write = output.Workplace._write_file\n"
         "def slow(self, *args): made = write(self, *args); time.sleep(0.2); return made\n"
-        "work.Workplace._write_file = slow\n"
+        "output.Workplace._write_file = slow\n"
         "from tools.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     words = ["convert", "import", str(hf), str(tmp_path / "checkpoint")]

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
 from parallel.compat.megatron_guards import mark_expert_parameters
+from parallel.compat.router_losses import weigh_router_losses
 from parallel.layout import Layout
 from parallel.stages import Chunk
 from pretrain.checkpoint.restore import Position
@@ -53,6 +54,7 @@ def make_model(
         for name, tensor in local_tensors(chunk):
             fill(tensor, shards[name], config.model, config.run.seed)
     mark_expert_parameters(model, groups)
+    weigh_router_losses(model)
     return model
 
 

@@ -17,7 +17,7 @@ with importing():
     from tests import keep_groups
     from tools.data.corpus import expand
     from tools.data.tokenize import tokenize
-    from tools.data.tokenizer import train
+    from tools.data.train_tokenizer import train
 
 keep_groups.install()
 # A shell's background and nohup have tests ignore these, and so would the commands that they interrupt.

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroupGloo, distributed_c10d
 
-from tools.convert import native
+from tools.convert import megatron_model
 
 _KEPT: list[Any] = []
 _DEVICES: list[Any] = []
 
 
 def install() -> None:
-    """Keep every group that `native` makes, once a process."""
-    original = native.make_groups
+    """Keep every group that tools.convert.megatron_model makes. A second call in a process does nothing."""
+    original = megatron_model.make_groups
     if original.__module__ == __name__:
         return
 
@@ -33,7 +33,7 @@ def install() -> None:
         _KEPT.append((groups, dict(vars(parallel_state)), dist.group.WORLD))
         return groups
 
-    native.make_groups = make_groups
+    megatron_model.make_groups = make_groups
 
 
 @contextmanager

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tools.rehearse.ranks import RankFailed, run_ranks
+from tools.rehearse.local_ranks import RankFailed, run_ranks
 
 __all__ = ["RankFailed", "run_ranks"]

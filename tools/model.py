@@ -21,8 +21,8 @@ from configs.units import count
 from parallel.architecture import padded_vocab
 from parallel.flops import count_parameters, training_flops
 from pretrain.preflight.verdict import known_vocab_size
-from tools.convert.hf_config.family import Refusal
-from tools.convert.hf_config.preset import preset_yaml, read_config, understand
+from tools.convert.hf_config.family import UnsupportedModel
+from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
 
 CONVENTIONS = {
     "all": "everything a token uses",
@@ -64,10 +64,10 @@ def _from_huggingface(name: str, overrides: list[str]) -> tuple[Model, int | Non
     if overrides:
         raise ConfigError(Problem("key=value", overrides[0], "belong to a YAML config", "use --to-yaml and change the preset"))
     path = Path(name).expanduser()
-    family, model, problems, notes = understand(read_config(path))
-    refusals = [problem for problem in problems if isinstance(problem, Refusal)]
+    family, model, problems, notes = interpret_config(read_config(path))
+    refusals = [problem for problem in problems if isinstance(problem, UnsupportedModel)]
     if len(refusals) != len(problems):
-        raise ConfigError([problem for problem in problems if not isinstance(problem, Refusal)])
+        raise ConfigError([problem for problem in problems if not isinstance(problem, UnsupportedModel)])
     model.name = path.parent.name if path.suffix == ".json" and path.name == "config.json" else path.stem
     model.source = f"Hugging Face config.json of type {family.name}"
     if refusals:

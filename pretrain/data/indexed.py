@@ -1,7 +1,7 @@
 """Megatron's token files: PREFIX.bin holds the tokens, PREFIX.idx says where each sequence begins. Numpy only.
 
 In: a prefix. Out: an `Index` (memory-mapped arrays) after cheap checks, or a ConfigError that names what lies; and
-the rules on how documents are split and counted. The writer is tools/data/writer.py.
+the rules on how documents are split and counted. The writer is tools/data/dataset_writer.py.
 
 .idx, little endian: magic `MMIDIDX\\0\\0`, version u64 = 1, dtype code u8, sequences u64, document marks u64, then
 lengths int32 [sequences] in tokens, pointers int64 [sequences] in bytes, documents int64 [documents + 1] in sequences.

@@ -16,7 +16,7 @@ from configs.sources import SHIPPED
 from parallel.flops import count_parameters
 from parallel.legality.verdict import check_config
 from tools.cli import run
-from tools.convert.tensors.canonical import tensor_shapes
+from tools.convert.tensors.canonical_shapes import tensor_shapes
 
 # Totals: without prediction depths and buffers.
 GOLDEN = {
@@ -131,7 +131,7 @@ def test_bad_input(words: list[str], expected: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_v2_lite", "gpt_oss_20b", "qwen3_4b"])
 def test_megatron_core_builds_as_many(name: str) -> None:
     """The real model on the meta device, its tables not padded."""
-    from tools.convert.native import meta_parameters  # noqa: PLC0415  (megatron-core: 5 s that the others need not)
+    from tools.convert.megatron_model import meta_parameters  # noqa: PLC0415  (megatron-core: 5 s that the others need not)
 
     model = preset(name)
     model.vocab_multiple = 1

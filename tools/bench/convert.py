@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from pretrain.run.files import write_json
-from tools.convert.exporting import entries_of
+from tools.convert.exporting import planned_tensors
 from tools.convert.families.qwen3_moe import QWEN3_MOE
-from tools.convert.file_plan import Unit, plan_files
-from tools.convert.output import Share, Workplace
+from tools.convert.file_plan import WriteUnit, plan_files
+from tools.convert.output_folder import OutputFolder, WorkShare
 from tools.convert.tensors.dtypes import FLOATS, Array
-from tools.convert.tensors.links import make_links
+from tools.convert.tensors.weight_map import make_weight_map
 
 CONFIG = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
@@ -57,18 +57,18 @@ def make_source(folder: Path, gib: float) -> int:
     layers = max(1, round((gib - 1.16) / LAYER_GIB))
     config = CONFIG | {"num_hidden_layers": layers}
     model, _ = QWEN3_MOE.to_model(config)
-    links = make_links(QWEN3_MOE, model)
-    dtypes = dict.fromkeys(links.their_shapes, "BF16")
+    weight_map = make_weight_map(QWEN3_MOE, model)
+    dtypes = dict.fromkeys(weight_map.hf_shapes, "BF16")
     count = max(2, round(gib))
-    files = plan_files(list(entries_of(links, dtypes, {})), int(gib * 2**30 / count), _name, {})
+    files = plan_files(list(planned_tensors(weight_map, dtypes, {})), int(gib * 2**30 / count), _name, {})
     generator = np.random.default_rng(0)
 
-    def fill(unit: Unit, out: Array) -> None:
+    def fill(unit: WriteUnit, out: Array) -> None:
         # Small numbers: exponents below 1, any sign and fraction.
         out[...] = generator.integers(0x3800, 0x3F00, out.shape, dtype=FLOATS["BF16"])
 
-    place = Workplace(folder, files, config, force=False)
-    place.write(Share(), 1, fill)
+    place = OutputFolder(folder, files, config, force=False)
+    place.write(WorkShare(), 1, fill)
 
     def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:
         write_json(partial / "config.json", config)
@@ -77,7 +77,7 @@ def make_source(folder: Path, gib: float) -> int:
             {"metadata": {}, "weight_map": {key: name for name, keys in sums.items() for key in keys}},
         )
 
-    place.finish(Share(), complete)
+    place.finish(WorkShare(), complete)
     return sum(file.num_bytes for file in files)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer, section_for
 from tools.data.corpus import expand
 from tools.data.tokenize import tokenize
-from tools.data.tokenizer import train
+from tools.data.train_tokenizer import train
 
 
 def installed_text(max_bytes: float) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from pretrain.run.process import importing
-from tools.convert.output import Share
+from tools.convert.output_folder import WorkShare
 
 EPILOG = """\
 from Hugging Face and back:
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("keep", "bf16", "fp32", "fp16"), default="keep", help="type of the weights (default: as they are)"
     )
     work.add_argument(
-        "--shard", type=_share, default=Share(), metavar="I/N", help="do the I-th of N shares; the last one finishes"
+        "--shard", type=_share, default=WorkShare(), metavar="I/N", help="do the I-th of N shares; the last one finishes"
     )
     work.add_argument(
         "--workers", type=_positive, default=min(4, os.cpu_count() or 1), metavar="N", help="threads (default: %(default)s)"
@@ -102,11 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _share(text: str) -> Share:
+def _share(text: str) -> WorkShare:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError("I/N with I from 0 to N-1, for example 0/4")
-    return Share(int(match[1]), int(match[2]))
+    return WorkShare(int(match[1]), int(match[2]))
 
 
 def _positive(text: str) -> int:

@@ -20,16 +20,16 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.run.files import read_json, write_json
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
 from tools.convert.families import family_for, family_named, family_of
-from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
+from tools.convert.file_plan import PlannedTensor, WriteUnit, cut_rows, plan_files
 from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.model_differences import model_differences
 from tools.convert.hf_config.preset import HARMLESS
-from tools.convert.hf_config.resolved import differences
 from tools.convert.hf_files import INDEX
-from tools.convert.output import Share, Workplace, check_out
+from tools.convert.output_folder import OutputFolder, WorkShare, check_output_path
+from tools.convert.tensors.checkpoint_tensors import CheckpointTensors
 from tools.convert.tensors.dtypes import FLOATS, NAMES, Array, convert, widest
-from tools.convert.tensors.links import Links, make_links, width
-from tools.convert.tensors.source import read_rows
-from tools.convert.tensors.stored import CheckpointTensors
+from tools.convert.tensors.import_source import read_rows
+from tools.convert.tensors.weight_map import WeightMap, make_weight_map, width
 from tools.convert.tokenizer_files import COMPANIONS, find_tokenizer, special_ids, write_tokenizer
 
 FILE_BYTES = 5 << 30
@@ -45,8 +45,8 @@ def choose_family(model: Model, folder: Path, named: str | None) -> Family:
         family = family_of(original)
     else:
         return family_for(model)
-    again, problems = family.to_model(family.to_theirs(model))
-    different = differences(model, again)
+    again, problems = family.to_model(family.to_hf_config(model))
+    different = model_differences(model, again)
     if problems or different:
         rule = f"can't be said in {family.name}'s config.json: " + "; ".join([*different, *(p.rule for p in problems)])
         raise ConfigError(Problem("model", model.name, rule, "export it as another family (--family)"))
@@ -56,7 +56,7 @@ def choose_family(model: Model, folder: Path, named: str | None) -> Family:
 def hf_config(family: Family, model: Model, folder: Path, tokenizer: Tokenizer | None, dtypes: set[str]) -> dict[str, Any]:
     """config.json: the architecture, and of an imported model's own file what says nothing about it."""
     original = read_json(folder / COMPANIONS / "config.json")
-    theirs = family.to_theirs(model)
+    theirs = family.to_hf_config(model)
     kept: dict[str, Any] = {}
     if isinstance(original, dict):
         dropped = {"quantization_config", "auto_map", "torch_dtype", "dtype", "architectures", "model_type"}
@@ -66,59 +66,59 @@ def hf_config(family: Family, model: Model, folder: Path, tokenizer: Tokenizer |
     return {**theirs, **kept, **special_ids(folder, tokenizer), "dtype": dtype, "torch_dtype": dtype}
 
 
-def _dtypes(links: Links, checkpoint: CheckpointTensors, wanted: str) -> dict[str, str]:
+def _dtypes(weight_map: WeightMap, checkpoint: CheckpointTensors, wanted: str) -> dict[str, str]:
     """Element type of each tensor of the files. The router's selection bias is never rounded."""
     found: dict[str, set[str]] = {}
     exact: set[str] = set()
-    for (name, _), spans in links.theirs.items():
-        found.setdefault(name, set()).update(checkpoint.dtype(span.name) for span in spans)
-        if spans[0].name.endswith("expert_bias"):
+    for (name, _), mappings in weight_map.by_hf.items():
+        found.setdefault(name, set()).update(checkpoint.dtype(mapping.name) for mapping in mappings)
+        if mappings[0].name.endswith("expert_bias"):
             exact.add(name)
     keep = wanted == "keep"
     return {name: widest(types) if keep or name in exact else NAMES[wanted] for name, types in found.items()}
 
 
-def entries_of(links: Links, dtypes: dict[str, str], copies: dict[str, str]) -> Iterator[Entry]:
+def planned_tensors(weight_map: WeightMap, dtypes: dict[str, str], copies: dict[str, str]) -> Iterator[PlannedTensor]:
     """The files' tensors, with the tables that they repeat."""
     leads: dict[str, list[tuple[int, ...]]] = {}
-    for name, lead in links.theirs:
+    for name, lead in weight_map.by_hf:
         leads.setdefault(name, []).append(lead)
     for key, name in [*((name, name) for name in leads), *copies.items()]:
-        shape, dtype = links.their_shapes[name], dtypes[name]
+        shape, dtype = weight_map.hf_shapes[name], dtypes[name]
         parts: list[tuple[tuple[int, ...], int, int]] = []
-        plain = all(span.is_plain for lead in leads[name] for span in links.theirs[(name, lead)])
+        plain = all(mapping.is_plain for lead in leads[name] for mapping in weight_map.by_hf[(name, lead)])
         for lead in sorted(leads[name]):
             rows = shape[len(lead)]
             cuts = cut_rows(rows, width(shape, lead) * FLOATS[dtype].itemsize) if plain else [(0, rows)]
             parts += [(lead, first, count) for first, count in cuts]
-        yield Entry(key, dtype, shape, name, tuple(parts), not plain)
+        yield PlannedTensor(key, dtype, shape, name, tuple(parts), not plain)
 
 
-def fill_theirs(unit: Unit, out: Array, links: Links, checkpoint: CheckpointTensors) -> None:
+def fill_hf_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, checkpoint: CheckpointTensors) -> None:
     """The rows of a tensor of the files that a unit names, from the checkpoint."""
-    for span in links.theirs[(unit.name, unit.lead)]:
-        dtype = checkpoint.dtype(span.name)
-        if not span.is_plain:
-            values = convert(read_rows(checkpoint, span.name, span.lead, span.row, span.rows), dtype, unit.dtype)
-            matrix = out.T if span.transposed else out
-            matrix[span.hf_row : span.hf_end : span.hf_step] = values
+    for mapping in weight_map.by_hf[(unit.name, unit.lead)]:
+        dtype = checkpoint.dtype(mapping.name)
+        if not mapping.is_plain:
+            values = convert(read_rows(checkpoint, mapping.name, mapping.lead, mapping.row, mapping.rows), dtype, unit.dtype)
+            matrix = out.T if mapping.transposed else out
+            matrix[mapping.hf_row : mapping.hf_end : mapping.hf_step] = values
             continue
-        low, high = max(unit.first, span.hf_row), min(unit.first + unit.rows, span.hf_end)
+        low, high = max(unit.first, mapping.hf_row), min(unit.first + unit.rows, mapping.hf_end)
         if low >= high:
             continue
-        rows, row = out[low - unit.first : high - unit.first], span.row + low - span.hf_row
+        rows, row = out[low - unit.first : high - unit.first], mapping.row + low - mapping.hf_row
         if dtype == unit.dtype:
-            checkpoint.read_into(span.name, span.lead, row, rows)
+            checkpoint.read_into(mapping.name, mapping.lead, row, rows)
         else:
-            rows[...] = convert(read_rows(checkpoint, span.name, span.lead, row, high - low), dtype, unit.dtype)
+            rows[...] = convert(read_rows(checkpoint, mapping.name, mapping.lead, row, high - low), dtype, unit.dtype)
 
 
-def _check_tensors(links: Links, checkpoint: CheckpointTensors) -> None:
+def _check_tensors(weight_map: WeightMap, checkpoint: CheckpointTensors) -> None:
     """The checkpoint holds exactly the model's tensors. Raises ConfigError."""
     held = {name: tuple(value["shape"]) for name, value in checkpoint.manifest.tensors.items()}
-    wrong = sorted(name for name in held.keys() | links.shapes.keys() if held.get(name) != links.shapes.get(name))
+    wrong = sorted(name for name in held.keys() | weight_map.shapes.keys() if held.get(name) != weight_map.shapes.get(name))
     if wrong:
-        shown = {name: [held.get(name), links.shapes.get(name)] for name in wrong[:6]}
+        shown = {name: [held.get(name), weight_map.shapes.get(name)] for name in wrong[:6]}
         rule = f"must hold the tensors of its model; {len(wrong)} differ (held, needed)"
         raise ConfigError(Problem("manifest.json: tensors", shown, rule, "name another checkpoint"))
 
@@ -127,7 +127,7 @@ def export_model(
     path: Path,
     out: Path,
     dtype: str,
-    share: Share,
+    share: WorkShare,
     workers: int,
     force: bool,
     family_name: str | None = None,
@@ -135,25 +135,27 @@ def export_model(
 ) -> dict[str, Any]:
     """Convert; returns what was done. Raises ConfigError."""
     folder = find_checkpoint(path)
-    place = check_out(out, folder, force)
+    place = check_output_path(out, folder, force)
     manifest = open_manifest(folder)
     model = model_of(manifest)
     if model.max_position_tokens is None:
         model.max_position_tokens = manifest.config["batch"]["seq_length_tokens"]
     family = choose_family(model, folder, family_name)
     tokenizer = find_tokenizer(manifest, folder, tokenizer_path)
-    links = make_links(family, model)
+    weight_map = make_weight_map(family, model)
     notes: list[str] = []
     try:
         checkpoint = CheckpointTensors(folder)
-        _check_tensors(links, checkpoint)
-        dtypes = _dtypes(links, checkpoint, dtype)
-        copies = {name: original for name, original in family.copies(model).items() if original in links.their_shapes}
-        entries = list(entries_of(links, dtypes, copies))
+        _check_tensors(weight_map, checkpoint)
+        dtypes = _dtypes(weight_map, checkpoint, dtype)
+        copies = {name: original for name, original in family.copies(model).items() if original in weight_map.hf_shapes}
+        entries = list(planned_tensors(weight_map, dtypes, copies))
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
-        workplace = Workplace(place, files, [manifest.as_json(), config], force, summed=False)
-        written = workplace.write(share, workers, lambda unit, out: fill_theirs(unit, out, links, checkpoint), checkpoint.settle)
+        output = OutputFolder(place, files, [manifest.as_json(), config], force, summed=False)
+        written = output.write(
+            share, workers, lambda unit, out: fill_hf_tensor(unit, out, weight_map, checkpoint), checkpoint.verify_pending
+        )
 
         def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:
             write_json(partial / "config.json", config)
@@ -163,7 +165,7 @@ def export_model(
                 write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             notes.extend(write_tokenizer(partial, folder, tokenizer))
 
-        finished = workplace.finish(share, complete)
+        finished = output.finish(share, complete)
         checkpoint.close()
     except DamagedFile as error:
         raise ConfigError(damage(folder, error)) from error
@@ -172,7 +174,7 @@ def export_model(
         "checkpoint": str(folder),
         "family": family.name,
         "finished": finished,
-        "tensors_read": len(links.shapes),
+        "tensors_read": len(weight_map.shapes),
         "tensors_written": len(entries),
         "bytes_written": written,
         "notes": notes,

@@ -1,6 +1,6 @@
 """Tensor files planned to the byte: what lies where, and in which parts it is written.
 
-In: tensors to be written. Out: `OutFile`s: header, and `Unit`s with their place. Format: safetensors.
+In: tensors to be written. Out: `PlannedFile`s: header, and `WriteUnit`s with their place. Format: safetensors.
 
 Torch-free.
 """
@@ -24,7 +24,7 @@ SMALL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Unit:
+class WriteUnit:
     """Rows [first, first + rows) of tensor[lead], written at byte `offset` of its file. `key`: its name in the file's sums.
 
     `whole`: its rows are made together (transposed or interleaved ones); others are filled block by block, in order.
@@ -40,7 +40,7 @@ class Unit:
     row_bytes: int
     whole: bool
 
-    def blocks(self) -> Iterator[Unit]:
+    def blocks(self) -> Iterator[WriteUnit]:
         """The unit in parts of about BLOCK_BYTES."""
         step = self.rows if self.whole else max(1, BLOCK_BYTES // self.row_bytes)
         for skip in range(0, self.rows, step):
@@ -49,17 +49,17 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class OutFile:
+class PlannedFile:
     """One file: its header and what follows it."""
 
     name: str
     header: bytes
-    units: tuple[Unit, ...]
+    units: tuple[WriteUnit, ...]
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedTensor:
     """A tensor to be written under `key`, in one piece or, with `cut` rows at a time, in several units."""
 
     key: str
@@ -72,10 +72,10 @@ class Entry:
 
 
 def plan_files(
-    entries: Sequence[Entry], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
-) -> list[OutFile]:
+    entries: Sequence[PlannedTensor], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
+) -> list[PlannedFile]:
     """Entries in order, files of about `file_bytes` (a larger tensor has its own). `name_of`: (number, count) -> name."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in entries:
         own = prod(entry.shape) * FLOATS[entry.dtype].itemsize
@@ -87,7 +87,7 @@ def plan_files(
     return [_plan_file(group, name_of(number, len(groups)), metadata) for number, group in enumerate(groups)]
 
 
-def _plan_file(entries: list[Entry], name: str, metadata: dict[str, str]) -> OutFile:
+def _plan_file(entries: list[PlannedTensor], name: str, metadata: dict[str, str]) -> PlannedFile:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     places, position = [], 0
     for entry in entries:
@@ -103,9 +103,11 @@ def _plan_file(entries: list[Entry], name: str, metadata: dict[str, str]) -> Out
         rows = sum(rows for _, _, rows in entry.parts)
         row_bytes = prod(entry.shape) * FLOATS[entry.dtype].itemsize // rows
         for lead, first, count in entry.parts:
-            units.append(Unit(entry.name, lead, first, count, entry.dtype, len(raw) + place, entry.key, row_bytes, entry.whole))
+            units.append(
+                WriteUnit(entry.name, lead, first, count, entry.dtype, len(raw) + place, entry.key, row_bytes, entry.whole)
+            )
             place += count * row_bytes
-    return OutFile(name, raw, tuple(units), len(raw) + position)
+    return PlannedFile(name, raw, tuple(units), len(raw) + position)
 
 
 def cut_rows(rows: int, row_bytes: int, edges: Iterable[int] = ()) -> Iterator[tuple[int, int]]:

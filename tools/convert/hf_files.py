@@ -35,7 +35,7 @@ _PROBLEMS = 16
 
 
 @dataclass(frozen=True)
-class Stored:
+class HfTensor:
     """One tensor as callers see it. `file`, `entry`: its bytes; `packing`: none, fp8 or mxfp4; `with_name`: its factors."""
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class HfFiles:
         self.raw, problems = _inventory(folder)
         self.block, odd = _block_size(config)
         problems += odd
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, HfTensor] = {}
         self.factors: dict[str, str] = {}
         for name, (file, entry) in self.raw.items():
             if _REPEATED.search(name):
@@ -68,7 +68,7 @@ class HfFiles:
         self._opened: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
+    def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> HfTensor | None:
         packed = name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
         # Factors beside a tensor that isn't packed would change it: such ones are left over, and refused.
         if name.endswith((_SCALE, _SCALES)) and packed in self.raw and self.raw[packed][1].dtype in _PACKED:
@@ -83,15 +83,15 @@ class HfFiles:
                     _problem(name, list(entry.shape), f"MXFP4 needs U8 {with_name} of shape {[experts, rows, groups]}")
                 )
                 return None
-            return Stored((experts, rows, groups * 32), "BF16", file, entry, "mxfp4", with_name)
+            return HfTensor((experts, rows, groups * 32), "BF16", file, entry, "mxfp4", with_name)
         if entry.dtype == "F8_E4M3":
             return self._fp8(name, file, entry, problems)
         if entry.dtype not in FLOATS:
             problems.append(_problem(name, entry.dtype, "must be of type " + ", ".join([*FLOATS, "F8_E4M3 with its factors"])))
             return None
-        return Stored(entry.shape, entry.dtype, file, entry)
+        return HfTensor(entry.shape, entry.dtype, file, entry)
 
-    def _fp8(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> Stored | None:
+    def _fp8(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> HfTensor | None:
         factors = self.raw.get(name + _SCALE)
         expected = tuple(-(-size // block) for size, block in zip(entry.shape, self.block))
         if len(entry.shape) != 2 or factors is None or factors[1].shape != expected or factors[1].dtype not in _FACTORS:
@@ -100,7 +100,7 @@ class HfFiles:
             rule = f"fp8 needs {name}{_SCALE}: {kinds} of shape {list(expected)}, a factor for each block of {list(self.block)}"
             problems.append(_problem(name, got, rule))
             return None
-        return Stored(entry.shape, "BF16", file, entry, "fp8", name + _SCALE)
+        return HfTensor(entry.shape, "BF16", file, entry, "fp8", name + _SCALE)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape

@@ -29,26 +29,26 @@ from pretrain.data.tokenizer import load_tokenizer
 from pretrain.model.tensor_slice import Box
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import COMPLETE
-from tools.convert.file_plan import Entry, Unit, cut_rows, plan_files
+from tools.convert.file_plan import PlannedTensor, WriteUnit, cut_rows, plan_files
 from tools.convert.hf_config.family import Family
-from tools.convert.hf_config.preset import preset_yaml, read_config, understand
+from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
 from tools.convert.hf_files import HfFiles, first_of
-from tools.convert.megatron_lm.opening import is_megatron, open_megatron
-from tools.convert.output import Share, Workplace, check_out
+from tools.convert.megatron_lm.open_checkpoint import is_megatron, open_megatron
+from tools.convert.output_folder import OutputFolder, WorkShare, check_output_path
 from tools.convert.tensors.dtypes import NAMES, RAW, Array, convert, widest
-from tools.convert.tensors.links import Links, Part, make_links, width
-from tools.convert.tensors.source import Source, Tensors, check_model, read_rows
-from tools.convert.tensors.spans import Span
+from tools.convert.tensors.import_source import ImportSource, TensorReader, check_model, read_rows
+from tools.convert.tensors.row_mappings import RowMapping
+from tools.convert.tensors.weight_map import TensorPart, WeightMap, make_weight_map, width
 from tools.convert.tokenizer_files import COMPANIONS, KEPT
 
 FILE_BYTES = 2 << 30
 _SHOWN = 8
 
 
-def open_huggingface(folder: Path) -> Source:
+def open_huggingface(folder: Path) -> ImportSource:
     """Read and check everything but the numbers. Raises ConfigError with all problems."""
     config = read_config(folder)
-    family, model, problems, notes = understand(config)
+    family, model, problems, notes = interpret_config(config)
     if not problems:
         problems = check_model(model)
     if problems:
@@ -60,18 +60,18 @@ def open_huggingface(folder: Path) -> Source:
         )
         model.mtp.num_layers = 0
     model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
-    links = make_links(family, model, files.tensors.__contains__)
-    problems = _hold_against(links, files, family, model)
+    weight_map = make_weight_map(family, model, files.tensors.__contains__)
+    problems = _hold_against(weight_map, files, family, model)
     if problems:
         raise ConfigError(first_of(problems))
-    if not links.theirs:
+    if not weight_map.by_hf:
         raise ConfigError(Problem(str(folder), 0, "must hold tensors", "name a model's folder"))
     heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in files.raw.items()}
-    num_tensors = len(links.their_shapes) + len(files.factors)
-    return Source(folder, family.name, model, files, links, [config, heads], num_tensors, True, notes)
+    num_tensors = len(weight_map.hf_shapes) + len(files.factors)
+    return ImportSource(folder, family.name, model, files, weight_map, [config, heads], num_tensors, True, notes)
 
 
-def open_source(folder: Path, preset: str | None = None) -> Source:
+def open_source(folder: Path, preset: str | None = None) -> ImportSource:
     """What an import reads from. `preset`: the model, where a Megatron-LM checkpoint doesn't say it. Raises ConfigError."""
     if is_megatron(folder) and not (folder / "config.json").is_file():
         return open_megatron(folder, preset)
@@ -86,21 +86,21 @@ def _is_mtp(name: str, model: Model) -> bool:
     return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= model.num_layers
 
 
-def _hold_against(links: Links, files: HfFiles, family: Family, model: Model) -> list[Problem]:
+def _hold_against(weight_map: WeightMap, files: HfFiles, family: Family, model: Model) -> list[Problem]:
     """Missing tensors, tensors left over, tensors of another shape, repeated tables that differ."""
     problems, fix = [], "convert the files that belong to this config.json"
-    missing = [name for name in links.their_shapes if name not in files.tensors]
+    missing = [name for name in weight_map.hf_shapes if name not in files.tensors]
     if missing:
         rule = f"config.json needs {len(missing)} tensors that the files don't hold"
         problems.append(Problem(str(files.folder), missing[:_SHOWN], rule, fix))
-    for name, shape in links.their_shapes.items():
+    for name, shape in weight_map.hf_shapes.items():
         if name in files.tensors and files.shape(name) != shape:
             problems.append(Problem(name, list(files.shape(name)), f"must be of shape {list(shape)} by config.json", fix))
     copies = family.copies(model)
     if model.tie_embeddings:
         copies = {name: original for name, original in copies.items() if original != "lm_head.weight"}
         copies |= {"lm_head.weight": "model.embed_tokens.weight"}
-    left = [name for name in files.tensors if name not in links.their_shapes and name not in copies]
+    left = [name for name in files.tensors if name not in weight_map.hf_shapes and name not in copies]
     if left:
         rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
         problems.append(Problem(str(files.folder), left[:_SHOWN], rule, fix))
@@ -127,74 +127,76 @@ def _bits(values: Array) -> Array:
     return np.ascontiguousarray(values).view(np.uint8)
 
 
-def _dtypes(source: Source, wanted: str) -> dict[str, str]:
+def _dtypes(source: ImportSource, wanted: str) -> dict[str, str]:
     """Element type of each canonical tensor. The router's selection bias is never rounded."""
     found: dict[str, set[str]] = {}
-    for (name, _), spans in source.links.ours.items():
-        found.setdefault(name, set()).update(source.files.dtype(span.hf) for span in spans)
+    for (name, _), mappings in source.weight_map.by_canonical.items():
+        found.setdefault(name, set()).update(source.files.dtype(mapping.hf_name) for mapping in mappings)
     keep = wanted == "keep"
     return {name: widest(types) if keep or name.endswith("expert_bias") else NAMES[wanted] for name, types in found.items()}
 
 
-def _entries(links: Links, dtypes: dict[str, str]) -> Iterator[Entry]:
+def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedTensor]:
     """Pieces of the checkpoint: whole tensors, cut by rows where they are large."""
-    for name, lead in links.ours:
-        shape, dtype = links.shapes[name], dtypes[name]
+    for name, lead in weight_map.by_canonical:
+        shape, dtype = weight_map.shapes[name], dtypes[name]
         inner = shape[len(lead) + 1 :]
-        spans, rows = links.ours[(name, lead)], shape[len(lead)]
-        plain = all(span.is_plain for span in spans)
+        mappings, rows = weight_map.by_canonical[(name, lead)], shape[len(lead)]
+        plain = all(mapping.is_plain for mapping in mappings)
         # Pieces end where the files' tensors do: an export then reads whole pieces, which it sums on the way.
-        edges = (span.row for span in spans if span.row)
+        edges = (mapping.row for mapping in mappings if mapping.row)
         cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
         for first, count in cuts:
             box = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
             parts = ((lead, first, count),)
-            yield Entry(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, parts, not plain)
+            yield PlannedTensor(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, parts, not plain)
 
 
-def fill_ours(unit: Unit, out: Array, links: Links, files: Tensors) -> None:
+def fill_canonical_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, files: TensorReader) -> None:
     """The rows of a canonical tensor that a unit names, from the files; vocabulary padding is zero."""
     last, edge = unit.first + unit.rows, unit.first
-    whole: dict[Part, Array] = {}
-    for span in links.ours[(unit.name, unit.lead)]:
-        low, high = max(unit.first, span.row), min(last, span.row + span.rows)
+    whole: dict[TensorPart, Array] = {}
+    for mapping in weight_map.by_canonical[(unit.name, unit.lead)]:
+        low, high = max(unit.first, mapping.row), min(last, mapping.row + mapping.rows)
         if low >= high:
             continue
-        rows, dtype = out[low - unit.first : high - unit.first], files.dtype(span.hf)
-        if span.is_plain and dtype == unit.dtype:
-            files.read_into(span.hf, span.hf_lead, span.hf_row + low - span.row, rows)
+        rows, dtype = out[low - unit.first : high - unit.first], files.dtype(mapping.hf_name)
+        if mapping.is_plain and dtype == unit.dtype:
+            files.read_into(mapping.hf_name, mapping.hf_lead, mapping.hf_row + low - mapping.row, rows)
         else:
-            rows[...] = convert(_their_rows(span, low - span.row, high - low, files, whole), dtype, unit.dtype)
+            rows[...] = convert(_hf_rows(mapping, low - mapping.row, high - low, files, whole), dtype, unit.dtype)
         edge = max(edge, high)
     out[edge - unit.first :] = 0
 
 
-def _their_rows(span: Span, skip: int, rows: int, files: Tensors, whole: dict[Part, Array]) -> Array:
-    """`rows` rows of a span, from its row `skip` on, as the canonical tensor has them."""
-    if span.is_plain:
-        return read_rows(files, span.hf, span.hf_lead, span.hf_row + skip, rows)
-    key = (span.hf, span.hf_lead)
+def _hf_rows(mapping: RowMapping, skip: int, rows: int, files: TensorReader, whole: dict[TensorPart, Array]) -> Array:
+    """`rows` rows of a mapping, from its row `skip` on, as the canonical tensor has them."""
+    if mapping.is_plain:
+        return read_rows(files, mapping.hf_name, mapping.hf_lead, mapping.hf_row + skip, rows)
+    key = (mapping.hf_name, mapping.hf_lead)
     if key not in whole:
-        whole[key] = read_rows(files, span.hf, span.hf_lead, 0, files.shape(span.hf)[len(span.hf_lead)])
-    matrix = whole[key].T if span.transposed else whole[key]
-    return matrix[span.hf_row : span.hf_end : span.hf_step][skip : skip + rows]
+        whole[key] = read_rows(files, mapping.hf_name, mapping.hf_lead, 0, files.shape(mapping.hf_name)[len(mapping.hf_lead)])
+    matrix = whole[key].T if mapping.transposed else whole[key]
+    return matrix[mapping.hf_row : mapping.hf_end : mapping.hf_step][skip : skip + rows]
 
 
 def import_model(
-    folder: Path, out: Path, dtype: str, share: Share, workers: int, force: bool, preset: str | None = None
+    folder: Path, out: Path, dtype: str, share: WorkShare, workers: int, force: bool, preset: str | None = None
 ) -> dict[str, Any]:
     """Convert; returns what was done. Raises ConfigError."""
     source = open_source(folder, preset)
-    place = check_out(out, folder, force)
+    place = check_output_path(out, folder, force)
     dtypes = _dtypes(source, dtype)
-    entries = list(_entries(source.links, dtypes))
+    entries = list(_entries(source.weight_map, dtypes))
     files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
-    workplace = Workplace(place, files, [source.identity, dtype], force)
+    output = OutputFolder(place, files, [source.identity, dtype], force)
     try:
-        written = workplace.write(share, workers, lambda unit, out: fill_ours(unit, out, source.links, source.files))
+        written = output.write(
+            share, workers, lambda unit, out: fill_canonical_tensor(unit, out, source.weight_map, source.files)
+        )
     except DamagedFile as error:
         raise ConfigError(Problem(str(source.folder), "damaged", str(error), "copy or download the folder again")) from error
-    finished = workplace.finish(
+    finished = output.finish(
         share, lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
     )
     source.files.close()
@@ -203,14 +205,14 @@ def import_model(
         "family": source.kind,
         "finished": finished,
         "tensors_read": source.num_tensors,
-        "tensors_written": len(source.links.shapes),
+        "tensors_written": len(source.weight_map.shapes),
         "bytes_written": written,
         "notes": source.notes,
     }
 
 
 def _complete(
-    partial: Path, sums: dict[str, dict[str, int]], source: Source, dtypes: dict[str, str], sizes: dict[str, int]
+    partial: Path, sums: dict[str, dict[str, int]], source: ImportSource, dtypes: dict[str, str], sizes: dict[str, int]
 ) -> None:
     """index.json, manifest.json, the companions, and last the marker."""
     if source.companions:
@@ -222,7 +224,7 @@ def _complete(
     model = source.model
     write_atomically(partial / "model.yaml", preset_yaml(model, f"{model.name}: {model.source}"))
     write_atomically(partial / "index.json", json.dumps(sums))
-    tensors = {name: {"shape": list(shape), "dtype": dtypes[name]} for name, shape in source.links.shapes.items()}
+    tensors = {name: {"shape": list(shape), "dtype": dtypes[name]} for name, shape in source.weight_map.shapes.items()}
     manifest = weights_manifest(model, tensors, sizes, _tokenizer(source.folder))
     write_atomically(partial / "manifest.json", manifest.as_json())
     write_atomically(partial / COMPLETE, "")

@@ -16,7 +16,7 @@ from pretrain.run.files import read_json
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
 from tools.convert.hf_files import HfFiles
 from tools.convert.importing import open_huggingface
-from tools.convert.tensors.stored import CheckpointTensors
+from tools.convert.tensors.checkpoint_tensors import CheckpointTensors
 
 
 def inspect(path: Path) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ from configs.errors import ConfigError, Problem
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
 from pretrain.run.files import write_json
-from tools.data.export import to_huggingface
+from tools.data.tokenizer_json import to_huggingface
 
 COMPANIONS = "huggingface"
 KEPT = (

@@ -21,9 +21,9 @@ from configs.model_schema import Model
 from pretrain.run.process import importing
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
 from tools.convert.families import family_of, text_part
-from tools.convert.hf_config.preset import read_config, understand
-from tools.convert.hf_config.resolved import differences
-from tools.convert.native import loaded_model, logits_of
+from tools.convert.hf_config.model_differences import model_differences
+from tools.convert.hf_config.preset import interpret_config, read_config
+from tools.convert.megatron_model import loaded_model, logits_of
 
 AGREEMENT = 0.99
 """Least share of tokens whose most likely successor must be the same; ties and last bits may differ."""
@@ -34,7 +34,7 @@ def verify(path: Path, hf: Path, layers: int | None, sequences: int, length_toke
     folder = find_checkpoint(path)
     model = model_of(open_manifest(folder))
     config = read_config(hf)
-    _, theirs, problems, _ = understand(config)
+    _, theirs, problems, _ = interpret_config(config)
     fix = "name the folder it came from"
     if theirs.vocab_size != model.vocab_size:
         rule = f"must have the checkpoint's {model.vocab_size} tokens"
@@ -54,7 +54,7 @@ def verify(path: Path, hf: Path, layers: int | None, sequences: int, length_toke
     largest, scale = float(difference.max()), float(expected.abs().max())
     agreement = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     within = largest <= tolerance * max(1.0, scale / 10)
-    notes = [f"the configs differ: {text}" for text in differences(_without_depths(model), _without_depths(theirs))]
+    notes = [f"the configs differ: {text}" for text in model_differences(_without_depths(model), _without_depths(theirs))]
     if model.mtp.num_layers:
         notes.append(
             f"not compared: the {model.mtp.num_layers} prediction depths of the checkpoint; transformers has no model of them. "

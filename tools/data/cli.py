@@ -107,10 +107,10 @@ def _size(text: str) -> float:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from tools.data import corpus, tokenizer  # noqa: PLC0415
+    from tools.data import corpus, train_tokenizer  # noqa: PLC0415
 
     sources = corpus.expand(arguments.corpus, arguments.split_blank_lines)
-    found = tokenizer.train(
+    found = train_tokenizer.train(
         sources,
         arguments.out,
         vocab_size=arguments.vocab_size,

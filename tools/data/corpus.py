@@ -1,8 +1,8 @@
 """Names given by --corpus to batches of raw documents, in order and in bounded memory.
 
 In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; .gz or .zst behind) and folders
-of such files. Out: `Source`s, and from each its `Batch`es of about a MiB. Nothing is parsed here but Parquet and JSON
-arrays: batches go to the workers, where tools/data/parse.py makes texts of them.
+of such files. Out: `CorpusSource`s, and from each its `DocumentBatch`es of about a MiB. Only Parquet and JSON arrays are
+parsed here. The workers parse the other batches (tools/data/parse_documents.py).
 
 Torch-free.
 """
@@ -18,15 +18,15 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import file_problem
-from tools.data import embedded
-from tools.data.reading import BATCH_BYTES, bounded, chunks, line_blocks
+from tools.data import embedded_corpus
+from tools.data.file_blocks import BATCH_BYTES, check_document_size, chunks, line_blocks
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusSource:
     """One file, or the embedded corpus. form: embedded, text, blocks, lines, array or parquet."""
 
     name: str
@@ -36,7 +36,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DocumentBatch:
     """Raw documents. Either `lines` (a block of JSON lines; line numbers count from 1) or `documents` (name, offset, text).
 
     `read_bytes`: how far this batch advances through its source's size.
@@ -54,13 +54,13 @@ class Batch:
         return len(self.lines) + sum(len(text) for _, _, text in self.documents)
 
 
-def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[Source]:
+def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[CorpusSource]:
     """The sources in the order named, folders in the order of their paths. Raises ConfigError with every bad name."""
     sources, problems = [], []
     for name in names:
         path = Path(name)
         if name == "embedded":
-            sources.append(Source(name, "embedded", "", sum(len(text) for _, text in embedded.documents())))
+            sources.append(CorpusSource(name, "embedded", "", sum(len(text) for _, text in embedded_corpus.documents())))
         elif path.is_dir():
             found = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffixes(file)[0] in SUFFIXES]
             sources += [_source(file, split_blank_lines) for file in found if file.stat().st_size]
@@ -84,17 +84,17 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return Path(path.name.removesuffix(compression)).suffix.lower(), compression
 
 
-def _source(path: Path, split_blank_lines: bool) -> Source:
+def _source(path: Path, split_blank_lines: bool) -> CorpusSource:
     suffix, compression = _suffixes(path)
     forms = {".jsonl": "lines", ".ndjson": "lines", ".json": "array", ".parquet": "parquet"}
     form = forms.get(suffix, "blocks" if split_blank_lines else "text")
-    return Source(str(path), form, compression, path.stat().st_size)
+    return CorpusSource(str(path), form, compression, path.stat().st_size)
 
 
-def batches(source: Source, text_key: str, max_bytes: float | None = None) -> Iterator[Batch]:
+def batches(source: CorpusSource, text_key: str, max_bytes: float | None = None) -> Iterator[DocumentBatch]:
     """The source's batches; with `max_bytes` only a head of about that many bytes. Raises ConfigError at the first fault."""
     left = float("inf") if max_bytes is None else max_bytes
-    readers: dict[str, Callable[[Source, str], Iterator[Batch]]] = {
+    readers: dict[str, Callable[[CorpusSource, str], Iterator[DocumentBatch]]] = {
         "embedded": _embedded,
         "text": _text,
         "blocks": _blocks,
@@ -114,20 +114,20 @@ def batches(source: Source, text_key: str, max_bytes: float | None = None) -> It
         raise ConfigError(file_problem(error, source.name, "--corpus")) from error
 
 
-def _head(batch: Batch, size_bytes: int) -> Batch:
+def _head(batch: DocumentBatch, size_bytes: int) -> DocumentBatch:
     """The first lines or documents of a batch, at least one, until `size_bytes` are reached."""
     if batch.lines:
         end = batch.lines.find(b"\n", size_bytes)
         lines = batch.lines if end < 0 else batch.lines[: end + 1]
-        return Batch(batch.source, batch.read_bytes, lines, batch.first_line, batch.first_offset_bytes)
+        return DocumentBatch(batch.source, batch.read_bytes, lines, batch.first_line, batch.first_offset_bytes)
     kept, size = 0, 0
     while kept < len(batch.documents) and size < size_bytes:
         size += len(batch.documents[kept][2])
         kept += 1
-    return Batch(batch.source, batch.read_bytes, documents=batch.documents[: max(kept, 1)])
+    return DocumentBatch(batch.source, batch.read_bytes, documents=batch.documents[: max(kept, 1)])
 
 
-def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iterator[Batch]:
+def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iterator[DocumentBatch]:
     """Batches of about BATCH_BYTES from (name, offset, text, bytes read)."""
     held: list[tuple[str, int, bytes]] = []
     size = read = 0
@@ -135,27 +135,27 @@ def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iter
         held.append((label, offset, text))
         size, read = size + len(text), read + read_bytes
         if size >= BATCH_BYTES:
-            yield Batch(name, read, documents=tuple(held))
+            yield DocumentBatch(name, read, documents=tuple(held))
             held, size, read = [], 0, 0
     if held:
-        yield Batch(name, read, documents=tuple(held))
+        yield DocumentBatch(name, read, documents=tuple(held))
 
 
-def _embedded(source: Source, text_key: str) -> Iterator[Batch]:
-    return _gather(source.name, ((name, 0, text, len(text)) for name, text in embedded.documents()))
+def _embedded(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
+    return _gather(source.name, ((name, 0, text, len(text)) for name, text in embedded_corpus.documents()))
 
 
-def _text(source: Source, text_key: str) -> Iterator[Batch]:
+def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     """A file is a document."""
     parts, size, read = [], 0, 0
     for chunk, read_bytes in chunks(source.name, source.compression):
         parts.append(chunk)
         size, read = size + len(chunk), read + read_bytes
-        bounded(source.name, size, "cut the file, use JSON lines, or --split-blank-lines")
-    yield Batch(source.name, read, documents=((source.name, 0, b"".join(parts)),))
+        check_document_size(source.name, size, "cut the file, use JSON lines, or --split-blank-lines")
+    yield DocumentBatch(source.name, read, documents=((source.name, 0, b"".join(parts)),))
 
 
-def _blocks(source: Source, text_key: str) -> Iterator[Batch]:
+def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     """Lines up to a blank one are a document."""
 
     def blocks() -> Iterator[tuple[str, int, bytes, int]]:
@@ -172,19 +172,19 @@ def _blocks(source: Source, text_key: str) -> Iterator[Batch]:
                     yield source.name, start, b"".join(held), read
                     held, size, read = [], 0, 0
                 offset += len(line)
-            bounded(source.name, size, "the text has no blank lines: cut it, or use JSON lines")
+            check_document_size(source.name, size, "the text has no blank lines: cut it, or use JSON lines")
         if held:
             yield source.name, start, b"".join(held), 0
 
     return _gather(source.name, blocks())
 
 
-def _lines(source: Source, text_key: str) -> Iterator[Batch]:
+def _lines(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     for block, read_bytes, line, offset in line_blocks(source.name, source.compression):
-        yield Batch(source.name, read_bytes, block, line, offset)
+        yield DocumentBatch(source.name, read_bytes, block, line, offset)
 
 
-def _array(source: Source, text_key: str) -> Iterator[Batch]:
+def _array(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     """A JSON array of objects or texts; a file that doesn't begin with [ is taken for JSON lines."""
     parts_of_file = chunks(source.name, source.compression)
     first = next(parts_of_file, (b"", 0))
@@ -195,7 +195,7 @@ def _array(source: Source, text_key: str) -> Iterator[Batch]:
     for chunk, _ in chain([first], parts_of_file):
         parts.append(chunk)
         size += len(chunk)
-        bounded(source.name, size, "make JSON lines of the array: they are read one by one")
+        check_document_size(source.name, size, "make JSON lines of the array: they are read one by one")
     try:
         items: list[Any] = json.loads(b"".join(parts).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -204,10 +204,10 @@ def _array(source: Source, text_key: str) -> Iterator[Batch]:
         raise ConfigError(Problem("--corpus", source.name, f"the file must be JSON: {error}", "mend the file")) from error
     # One object a line, as if the file had been JSON lines: messages then count array items.
     lines = b"".join(json.dumps(item if isinstance(item, dict) else {text_key: item}).encode() + b"\n" for item in items)
-    yield Batch(source.name, source.size_bytes, lines)
+    yield DocumentBatch(source.name, source.size_bytes, lines)
 
 
-def _parquet(source: Source, text_key: str) -> Iterator[Batch]:
+def _parquet(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     import pyarrow as pa  # noqa: PLC0415  (0.3 s, for Parquet only)
     from pyarrow import parquet  # noqa: PLC0415
 
@@ -225,7 +225,7 @@ def _parquet(source: Source, text_key: str) -> Iterator[Batch]:
                 rule = f"row {row + texts.index(None)} (counted from 0) has no text"
                 raise ConfigError(Problem("--corpus", source.name, rule, "leave such rows out"))
             documents = tuple((f"{source.name} row {row + k}", 0, text) for k, text in enumerate(texts))
-            yield Batch(source.name, source.size_bytes * len(texts) // max(rows, 1), documents=documents)
+            yield DocumentBatch(source.name, source.size_bytes * len(texts) // max(rows, 1), documents=documents)
             row += len(texts)
     except pa.ArrowException as error:
         rule = f"the file must be Parquet with a column {text_key!r} of texts: {str(error)[:200]}"

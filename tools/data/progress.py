@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 LINE_INTERVAL_S = 5.0
 
 
-class Meter:
+class ProgressMeter:
     """`update(read_bytes, tokens)` adds; the rate is over the whole run. A context manager."""
 
     def __init__(self, total_bytes: int) -> None:
@@ -41,7 +41,7 @@ class Meter:
             self.line_s = time.monotonic()
             print(self.rate(), file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressMeter:
         if self.bar:
             self.bar.start()
         return self

@@ -22,10 +22,10 @@ import numpy as np
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import Tokenizer
-from tools.data.corpus import Batch, Source, batches
-from tools.data.progress import Meter
-from tools.data.work import Encoded, Job, encode_batch, follow_parent
-from tools.data.writer import PairWriter
+from tools.data.corpus import CorpusSource, DocumentBatch, batches
+from tools.data.dataset_writer import DatasetWriter
+from tools.data.encode_worker import EncodedBatch, EncodingSettings, encode_batch, exit_with_parent
+from tools.data.progress import ProgressMeter
 
 IN_FLIGHT = 3
 MOST_PROBLEMS = 20
@@ -33,7 +33,7 @@ META_FORMAT = 1
 
 
 def tokenize(
-    sources: list[Source],
+    sources: list[CorpusSource],
     tokenizer: Tokenizer,
     prefix: str,
     *,
@@ -44,13 +44,13 @@ def tokenize(
     eod: str | None = None,
 ) -> dict[str, Any]:
     """Write the files and return the .meta.json's content with `elapsed_s`. Raises ConfigError with all problems found."""
-    job = Job(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
+    job = EncodingSettings(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     problems: list[Problem] = []
     text_bytes, start_s = 0, time.monotonic()
     total_bytes = sum(source.size_bytes for source in sources)
-    with PairWriter(prefix, dtype) as writer, Meter(total_bytes) as meter:
+    with DatasetWriter(prefix, dtype) as writer, ProgressMeter(total_bytes) as meter:
         feed = _feed(sources, text_key, max_bytes, problems)
         for done in _in_order(job, feed, workers, problems):
             problems += done.problems
@@ -88,7 +88,9 @@ def entropy_nats(counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _feed(sources: list[Source], text_key: str, max_bytes: float | None, problems: list[Problem]) -> Iterator[Batch]:
+def _feed(
+    sources: list[CorpusSource], text_key: str, max_bytes: float | None, problems: list[Problem]
+) -> Iterator[DocumentBatch]:
     """All batches of all sources; a source that can't be read adds its problem, and the next one goes on."""
     left = max_bytes
     for source in sources:
@@ -102,15 +104,17 @@ def _feed(sources: list[Source], text_key: str, max_bytes: float | None, problem
             return
 
 
-def _in_order(job: Job, feed: Iterator[Batch], workers: int, problems: list[Problem]) -> Iterator[Encoded]:
-    """Encoded batches in the feed's order. `problems` is read: once there is one, batches are only checked."""
+def _in_order(
+    job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int, problems: list[Problem]
+) -> Iterator[EncodedBatch]:
+    """Encoded batches in the order of `feed`. Once `problems` has an entry, the remaining batches are only checked."""
     if workers == 1:
         yield from (encode_batch(job, batch, bool(problems)) for batch in feed)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
-    waiting: deque[Future[Encoded]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
+    waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in feed:
             waiting.append(pool.submit(encode_batch, job, batch, bool(problems)))

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if argv[0] == "generate" and (args.checkpoint / "config.json").is_file():
         with importing():
-            from tools.inference.exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
+            from tools.inference.generate_exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
 
         prompts = args.prompt or [""]
         result = generate_exported(args.checkpoint, prompts, args.max_new_tokens, args.temperature, args.top_k, args.seed)

@@ -20,7 +20,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.data.indexed import Index, held_out, open_index
 from pretrain.model.gpt import PaddedVocabGPT
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
-from tools.convert.native import loaded_model, logits_of
+from tools.convert.megatron_model import loaded_model, logits_of
 
 
 def evaluate(path: Path, prefixes: list[str] | None, max_tokens: int, seq_length: int | None, batch_seqs: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from configs.errors import ConfigError, Problem
 from pretrain.model.gpt import PaddedVocabGPT
 from tools.convert.checkpoints import find_checkpoint, model_of, open_manifest
-from tools.convert.native import loaded_model, logits_of
+from tools.convert.megatron_model import loaded_model, logits_of
 from tools.convert.tokenizer_files import find_tokenizer
 
 

@@ -34,6 +34,6 @@ def main(argv: list[str]) -> int:
         # Megatron-Core is prepared for the CPU, when it is imported, where no GPU is in sight.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing():
-        from tools.rehearse.run import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
+        from tools.rehearse.rehearse import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
 
     return rehearse(args)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.model.tensor_slice import Box
-from tools.rehearse.rank import Key, Trained
+from tools.rehearse.train_rank import RankResult, SliceKey
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -37,7 +37,7 @@ class Comparison:
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "ok": self.ok}
 
 
-def assemble(slices: Sequence[dict[Key, NDArray[np.float32]]]) -> Tensors:
+def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
     """The whole tensors by name. Raises ValueError when an element is on no rank or on two."""
     whole: Tensors = {}
     count: Tensors = {}
@@ -55,7 +55,7 @@ def assemble(slices: Sequence[dict[Key, NDArray[np.float32]]]) -> Tensors:
     return whole
 
 
-def compare(ranks: Sequence[Trained], reference: Trained) -> Comparison:
+def compare(ranks: Sequence[RankResult], reference: RankResult) -> Comparison:
     """What the ranks of a layout did against what one process did."""
     got, want = ranks[0], reference
     loss = _largest(got.losses, want.losses)
@@ -75,7 +75,7 @@ def _largest(got: Sequence[float], want: Sequence[float]) -> float:
 
 
 def _tensors(
-    slices: Sequence[dict[Key, NDArray[np.float32]]], reference: dict[Key, NDArray[np.float32]], tolerance: float
+    slices: Sequence[dict[SliceKey, NDArray[np.float32]]], reference: dict[SliceKey, NDArray[np.float32]], tolerance: float
 ) -> tuple[float, str | None, bool]:
     """(largest relative difference, first tensor in model order above the tolerance, are all bits equal)."""
     got, want = assemble(slices), assemble([reference])

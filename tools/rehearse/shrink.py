@@ -23,7 +23,7 @@ VOCAB_SIZE = 300
 
 
 @dataclass(frozen=True)
-class Common:
+class CommonDivisors:
     """What every layout of one rehearsal must divide, so that all of them train the same model on the same batches."""
 
     tensor: int
@@ -71,9 +71,9 @@ def _smallest_world(config: Config, data: bool, expert_data: bool) -> int:
     return step
 
 
-def common_divisors(layouts: Sequence[Layout]) -> Common:
+def common_divisors(layouts: Sequence[Layout]) -> CommonDivisors:
     """The least that fits all layouts."""
-    return Common(
+    return CommonDivisors(
         tensor=lcm(*(layout.tensor for layout in layouts)),
         expert=lcm(*(layout.expert for layout in layouts)),
         expert_tensor=lcm(*(layout.expert_tensor for layout in layouts)),
@@ -83,7 +83,7 @@ def common_divisors(layouts: Sequence[Layout]) -> Common:
     )
 
 
-def shrink(config: Config, common: Common) -> Config:
+def shrink(config: Config, common: CommonDivisors) -> Config:
     """The small model on the degrees of `config`; random parts of training are off, for they follow the layout by nature."""
     small = deepcopy(config)
     small.model = shrink_model(config.model, common)
@@ -102,7 +102,7 @@ def shrink(config: Config, common: Common) -> Config:
     return small
 
 
-def left_out(model: Model) -> list[str]:
+def omitted_features(model: Model) -> list[str]:
     """Keys of what depends on the layout by nature, on which tokens share a rank or come first: `shrink` does without."""
     router = model.moe.router
     has_experts = model.moe.num_experts > 0
@@ -116,7 +116,7 @@ def left_out(model: Model) -> list[str]:
     return [path for path, value in used.items() if value]
 
 
-def shrink_model(model: Model, common: Common) -> Model:
+def shrink_model(model: Model, common: CommonDivisors) -> Model:
     """Small widths, all different; the pattern of layers, the router and every switch stay."""
     small = deepcopy(model)
     tensor = common.tensor
@@ -159,7 +159,7 @@ def _shrink_attention(small: Model, model: Model, tensor: int) -> None:
         mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim = 12, 8, 10
 
 
-def _shrink_experts(small: Model, model: Model, common: Common) -> None:
+def _shrink_experts(small: Model, model: Model, common: CommonDivisors) -> None:
     moe = small.moe
     if not model.moe.num_experts:
         return

@@ -10,7 +10,7 @@ import pytest
 
 from configs import schema
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
-from tools.data.writer import PairWriter
+from tools.data.dataset_writer import DatasetWriter
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 def write_pair(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> str:
     """Token files with these documents."""
-    with PairWriter(str(prefix), np.dtype(dtype)) as writer:
+    with DatasetWriter(str(prefix), np.dtype(dtype)) as writer:
         for document in documents:
             writer.add(np.array(document, dtype).tobytes(), np.array([len(document)], np.int32).tobytes())
         writer.finish({"tokenizer": {}})

@@ -19,21 +19,21 @@ from parallel.flops import count_parameters
 from tests.tools.convert.tiny import MODELS, make
 from tools.convert.exporting import export_model
 from tools.convert.families import FAMILIES, family_for, family_of
-from tools.convert.hf_config.preset import read_config, understand
-from tools.convert.hf_config.resolved import differences
+from tools.convert.hf_config.model_differences import model_differences
+from tools.convert.hf_config.preset import interpret_config, read_config
 from tools.convert.importing import import_model
-from tools.convert.output import Share
-from tools.convert.tensors.canonical import tensor_shapes
+from tools.convert.output_folder import WorkShare
+from tools.convert.tensors.canonical_shapes import tensor_shapes
 from tools.convert.verify import verify
 
 
-def bring_in(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {"dtype": "keep", "share": Share(), "workers": 2, "force": False} | options
+def run_import(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": "keep", "share": WorkShare(), "workers": 2, "force": False} | options
     return import_model(folder, out, **values)
 
 
-def bring_out(checkpoint: Path, out: Path, **options: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {"dtype": "keep", "share": Share(), "workers": 2, "force": False} | options
+def run_export(checkpoint: Path, out: Path, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"dtype": "keep", "share": WorkShare(), "workers": 2, "force": False} | options
     return export_model(checkpoint, out, **values)
 
 
@@ -51,11 +51,11 @@ def assert_same_bits(first: Path, second: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_and_logits(name: str, tmp_path: Path) -> None:
     make(name, tmp_path / "hf")
-    done = bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    done = run_import(tmp_path / "hf", tmp_path / "checkpoint")
     assert done["finished"] and not done["notes"]
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-4)
     assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4 and verdict["argmax_agreement"] == 1.0 and not verdict["notes"]
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
     again, info = loaded
@@ -68,7 +68,7 @@ def test_round_trip_and_logits(name: str, tmp_path: Path) -> None:
 
 def test_a_slice_of_layers_is_verified_too(tmp_path: Path) -> None:
     make("qwen3_moe", tmp_path / "hf")
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", 1, 1, 32, 1e-4)
     assert verdict["ok"] and verdict["layers"] == 1 and verdict["layers_total"] == 3
 
@@ -114,7 +114,7 @@ FAULTS = [("llama", transpose), ("qwen3_moe", swap), ("deepseek_v3", drop), ("gl
 def test_planted_faults_are_caught(name: str, fault: Any, tmp_path: Path) -> None:
     layers: dict[str, Any] = {"mlp_only_layers": []} if name == "qwen3_moe" else {}
     make(name, tmp_path / "hf", **layers)
-    bring_in(change(tmp_path / "hf", tmp_path / "faulty", fault), tmp_path / "checkpoint")
+    run_import(change(tmp_path / "hf", tmp_path / "faulty", fault), tmp_path / "checkpoint")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-3)
     assert not verdict["ok"] and verdict["max_abs_diff"] > 0.05
 
@@ -129,7 +129,7 @@ def test_a_wrong_setting_is_caught(key: str, tmp_path: Path) -> None:
     else:
         config[key] = 1e-2
     (tmp_path / "faulty" / "config.json").write_text(json.dumps(config))
-    bring_in(tmp_path / "faulty", tmp_path / "checkpoint")
+    run_import(tmp_path / "faulty", tmp_path / "checkpoint")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-3)
     assert not verdict["ok"] and verdict["notes"]
 
@@ -139,8 +139,8 @@ def test_stacked_experts_are_read_too(name: str, tmp_path: Path) -> None:
     """transformers 5 also writes experts as it holds them: [E, 2I, H] and [E, H, I]."""
     model = make(name, tmp_path / "hf")
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
-    bring_in(tmp_path / "stacked", tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(tmp_path / "stacked", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
 
 
@@ -166,8 +166,8 @@ def with_prediction_depth(folder: Path, name: str) -> None:
 def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
     make(name, tmp_path / "hf")
     with_prediction_depth(tmp_path / "hf", name)
-    assert not bring_in(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    assert not run_import(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)
     (note,) = verdict["notes"]
@@ -176,7 +176,7 @@ def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
 
 def test_prediction_depths_that_are_missing_are_said(tmp_path: Path) -> None:
     make("glm4_moe", tmp_path / "hf", num_nextn_predict_layers=1)
-    (note,) = bring_in(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
+    (note,) = run_import(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
     assert "prediction depths" in note
 
 
@@ -185,7 +185,7 @@ def test_a_repeated_table_that_differs_is_refused(tmp_path: Path) -> None:
     with_prediction_depth(tmp_path / "hf", "glm4_moe")
     edited = change(tmp_path / "hf", tmp_path / "other", lambda held: held["model.layers.2.embed_tokens.weight"][3].add_(1))
     with pytest.raises(ConfigError, match=r"must equal model\.embed_tokens\.weight"):
-        bring_in(edited, tmp_path / "checkpoint")
+        run_import(edited, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -193,15 +193,15 @@ def test_config_json_both_ways(name: str, tmp_path: Path) -> None:
     model_type, values = MODELS[name]
     config_class: Any = CONFIG_MAPPING[model_type]
     config_class(**values, pad_token_id=0).save_pretrained(tmp_path)
-    family, model, problems, notes = understand(read_config(tmp_path))
+    family, model, problems, notes = interpret_config(read_config(tmp_path))
     assert not problems and not notes
-    theirs = family.to_theirs(model)
+    theirs = family.to_hf_config(model)
     again, problems = family.to_model(theirs)
-    assert not problems and not differences(model, again)
+    assert not problems and not model_differences(model, again)
     # Readers older than transformers 5 know the legacy keys only.
     legacy = {key: value for key, value in theirs.items() if key != "rope_parameters"}
     again, problems = family.to_model(legacy)
-    assert not problems and not differences(model, again)
+    assert not problems and not model_differences(model, again)
     assert family_for(model) is family
 
 
@@ -268,14 +268,14 @@ def test_what_would_be_silently_wrong_is_refused(name: str, changed: dict[str, A
     model_type, values = MODELS[name]
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": model_type, **values, **changed}))
     with pytest.raises(ConfigError, match=words):
-        bring_in(tmp_path, tmp_path / "checkpoint")
+        run_import(tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_olmoe_is_for_planning_only(tmp_path: Path) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps(CONFIG_MAPPING["olmoe"]().to_dict()))
     with pytest.raises(ConfigError, match="span all heads"):
-        bring_in(tmp_path, tmp_path / "checkpoint")
+        run_import(tmp_path, tmp_path / "checkpoint")
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:

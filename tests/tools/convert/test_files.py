@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import ConfigError
 from pretrain.checkpoint.tensor_file import read_header
-from tests.tools.convert.test_families import assert_same_bits, bring_in, bring_out, tensors
+from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors
 from tests.tools.convert.tiny import make
 from tools.cli import run
 from tools.convert import file_plan, importing
 from tools.convert.hf_config.preset import read_config
-from tools.convert.output import Share
+from tools.convert.output_folder import WorkShare
 from tools.convert.tensors.dtypes import E4M3, dequantize_fp8, dequantize_mxfp4, from_float32, to_float32
 from tools.convert.verify import verify
 
@@ -64,14 +64,14 @@ def edit(folder: Path, change: Any) -> None:
 
 def refused(hf: Path, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        bring_in(hf, hf.parent / "out")
+        run_import(hf, hf.parent / "out")
     assert not list(hf.parent.glob("out*")), "nothing is written for input that is refused"
 
 
 def test_shards_and_their_index(hf: Path, model: Path, tmp_path: Path) -> None:
     split(hf)
-    bring_in(hf, tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(hf, tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(model, tmp_path / "out")
 
 
@@ -112,7 +112,7 @@ def test_a_missing_an_extra_and_an_odd_tensor_are_said_at_once(hf: Path) -> None
 
     edit(hf, change)
     with pytest.raises(ConfigError) as caught:
-        bring_in(hf, hf.parent / "out")
+        run_import(hf, hf.parent / "out")
     text = str(caught.value)
     assert len(caught.value.problems) == 3
     assert "experts.5.up_proj" in text and "surprise" in text and "[40]" in text
@@ -141,12 +141,12 @@ def test_a_config_that_is_none(hf: Path, text: str) -> None:
 
 
 def test_output_is_not_overwritten_without_a_word(hf: Path, tmp_path: Path) -> None:
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     before = (tmp_path / "checkpoint" / "manifest.json").stat().st_mtime_ns
     with pytest.raises(ConfigError, match="--force"):
-        bring_in(hf, tmp_path / "checkpoint")
+        run_import(hf, tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "manifest.json").stat().st_mtime_ns == before
-    assert bring_in(hf, tmp_path / "checkpoint", force=True)["finished"]
+    assert run_import(hf, tmp_path / "checkpoint", force=True)["finished"]
 
 
 def test_a_full_disk_is_one_report_and_the_rest_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,10 +164,10 @@ def test_a_full_disk_is_one_report_and_the_rest_goes_on(hf: Path, tmp_path: Path
 def test_a_killed_import_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL between two files: what was complete is kept, the rest is written, the result is the same."""
     script = (
-        "import sys, time; from tools.convert import importing, output; importing.FILE_BYTES = 20_000;"
-        "write = output.Workplace._write_file\n"
+        "import sys, time; from tools.convert import importing, output_folder; importing.FILE_BYTES = 20_000;"
+        "write = output_folder.OutputFolder._write_file\n"
         "def slow(self, *args): made = write(self, *args); time.sleep(0.2); return made\n"
-        "output.Workplace._write_file = slow\n"
+        "output_folder.OutputFolder._write_file = slow\n"
         "from tools.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     words = ["convert", "import", str(hf), str(tmp_path / "checkpoint")]
@@ -180,35 +180,35 @@ def test_a_killed_import_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.M
     process.wait()
     kept = {file.name: file.stat().st_mtime_ns for file in partial.glob("part_*.safetensors")}
     monkeypatch.setattr(importing, "FILE_BYTES", 20_000)
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     again = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "checkpoint").glob("part_*.safetensors")}
     assert len(again) > len(kept) >= 3 and all(again[name] == kept[name] for name in list(kept)[:2])
     assert not partial.exists() and not list((tmp_path / "checkpoint").glob(".*"))
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
 
 
 def test_a_partial_of_another_source_is_not_mixed(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "FILE_BYTES", 20_000)
-    bring_in(hf, tmp_path / "checkpoint", share=Share(0, 2))
+    run_import(hf, tmp_path / "checkpoint", share=WorkShare(0, 2))
     with pytest.raises(ConfigError, match="another conversion"):
-        bring_in(hf, tmp_path / "checkpoint", dtype="bf16")
-    assert bring_in(hf, tmp_path / "checkpoint", dtype="bf16", force=True)["finished"]
+        run_import(hf, tmp_path / "checkpoint", dtype="bf16")
+    assert run_import(hf, tmp_path / "checkpoint", dtype="bf16", force=True)["finished"]
 
 
 def test_shares_of_several_processes(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "FILE_BYTES", 20_000)
-    done = [bring_in(hf, tmp_path / "checkpoint", share=Share(index, 3))["finished"] for index in (2, 0, 1)]
+    done = [run_import(hf, tmp_path / "checkpoint", share=WorkShare(index, 3))["finished"] for index in (2, 0, 1)]
     assert done == [False, False, True]
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
 
 
 def test_more_shares_than_files(hf: Path, tmp_path: Path) -> None:
     """One small file: the share that has it waits for the others, so that none of them meets a finished OUT."""
-    done = [bring_in(hf, tmp_path / "checkpoint", share=Share(index, 3))["finished"] for index in range(3)]
+    done = [run_import(hf, tmp_path / "checkpoint", share=WorkShare(index, 3))["finished"] for index in range(3)]
     assert done == [False, False, True] and not list((tmp_path / "checkpoint").glob("*.through"))
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
 
 
@@ -217,7 +217,7 @@ def test_shares_at_once(hf: Path, tmp_path: Path) -> None:
     shares = [subprocess.Popen([*words, f"{i}/3"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for i in range(3)]
     results = [json.loads(share.communicate()[0]) for share in shares]
     assert [share.returncode for share in shares] == [0, 0, 0] and any(result["finished"] for result in results)
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
 
 
@@ -225,7 +225,7 @@ def test_what_is_read_is_never_replaced(hf: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in hf.iterdir())
     for out in (hf, hf.parent, hf / "inside", hf / ".." / "hf"):
         with pytest.raises(ConfigError, match="what is read"):
-            bring_in(hf, out, force=True)
+            run_import(hf, out, force=True)
     assert sorted(path.name for path in hf.iterdir()) == before
 
 
@@ -235,9 +235,9 @@ def test_force_replaces_converted_models_only(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("years of work")
     for name in ("home", "file"):
         with pytest.raises(ConfigError, match="converted model only"):
-            bring_in(hf, tmp_path / name, force=True)
+            run_import(hf, tmp_path / name, force=True)
     (tmp_path / "home" / "thesis.txt").unlink()
-    assert bring_in(hf, tmp_path / "home", force=True)["finished"]
+    assert run_import(hf, tmp_path / "home", force=True)["finished"]
 
 
 def test_a_disk_without_room_is_left_as_it_was(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_a_header_that_is_none(header: Any, hf: Path) -> None:
 def test_a_folder_that_is_wrong_throughout_is_a_short_report(hf: Path) -> None:
     (hf / "config.json").write_text(json.dumps(read_config(hf) | {"hidden_size": 44}))
     with pytest.raises(ConfigError, match="46 more") as caught:
-        bring_in(hf, hf.parent / "out")
+        run_import(hf, hf.parent / "out")
     assert len(caught.value.problems) == 17
 
 
@@ -272,7 +272,7 @@ def test_odd_blocks(block: Any, hf: Path) -> None:
 
 
 def test_verify_wants_the_same_number_of_layers(hf: Path, tmp_path: Path) -> None:
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     make("qwen3_moe", tmp_path / "deeper", num_hidden_layers=4)
     with pytest.raises(ConfigError, match="3 layers"):
         verify(tmp_path / "checkpoint", tmp_path / "deeper", None, 1, 8, 1e-3)
@@ -292,7 +292,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("place", ["first", "padding", "last"])
 def test_damage_is_found_wherever_it_is(place: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices are summed while they are read, by several threads, some of them in part; vocabulary padding isn't read at all."""
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     (file,) = (tmp_path / "checkpoint").glob("part_*.safetensors")
     header = read_header(file)
     (table,) = (entry for key, entry in header.items() if "word_embeddings" in key)
@@ -303,25 +303,25 @@ def test_damage_is_found_wherever_it_is(place: str, hf: Path, tmp_path: Path, mo
     small_units(monkeypatch)
     for workers in (1, 3):
         with pytest.raises(ConfigError, match="other bytes than were written"):
-            bring_out(tmp_path / "checkpoint", tmp_path / "out", workers=workers)
+            run_export(tmp_path / "checkpoint", tmp_path / "out", workers=workers)
         assert not (tmp_path / "out").exists() and not list((tmp_path / "out.partial").glob("*.done"))
 
 
 def test_large_tensors_are_cut_into_units(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_units(monkeypatch)
-    bring_in(hf, tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(hf, tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
 
 
 def test_a_damaged_checkpoint_is_refused(hf: Path, tmp_path: Path) -> None:
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     (file,) = (tmp_path / "checkpoint").glob("part_*.safetensors")
     raw = bytearray(file.read_bytes())
     raw[-7] ^= 1
     file.write_bytes(raw)
     with pytest.raises(ConfigError, match="other bytes than were written"):
-        bring_out(tmp_path / "checkpoint", tmp_path / "out")
+        run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert run(["convert", "inspect", str(tmp_path / "checkpoint")]) == 2
 
@@ -342,7 +342,7 @@ def test_the_commands(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_verify_ends_with_1_when_the_models_differ(hf: Path, tmp_path: Path) -> None:
-    bring_in(hf, tmp_path / "checkpoint")
+    run_import(hf, tmp_path / "checkpoint")
     edit(hf, lambda held: held["model.layers.0.self_attn.o_proj.weight"].mul_(0.9))
     assert run(["convert", "verify", str(tmp_path / "checkpoint"), str(hf)]) == 1
 
@@ -405,8 +405,8 @@ def test_an_fp8_model_is_read_as_its_dequantised_self(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         save_file(values, tmp_path / folder / "model.safetensors")
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
-    bring_in(tmp_path / "packed", tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(tmp_path / "packed", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "plain", tmp_path / "out")
     assert "quantization_config" not in read_config(tmp_path / "out")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "packed", None, 2, 24, 1e-3)
@@ -414,7 +414,7 @@ def test_an_fp8_model_is_read_as_its_dequantised_self(tmp_path: Path) -> None:
     del packed[next(name for name in packed if name.endswith("_scale_inv"))]
     save_file(packed, tmp_path / "packed" / "model.safetensors")
     with pytest.raises(ConfigError, match="fp8 needs"):
-        bring_in(tmp_path / "packed", tmp_path / "checkpoint", force=True)
+        run_import(tmp_path / "packed", tmp_path / "checkpoint", force=True)
 
 
 def test_a_packed_gpt_oss_is_read_as_its_dequantised_self(tmp_path: Path) -> None:
@@ -438,6 +438,6 @@ def test_a_packed_gpt_oss_is_read_as_its_dequantised_self(tmp_path: Path) -> Non
         (tmp_path / folder).mkdir()
         save_file(values, tmp_path / folder / "model.safetensors")
         shutil.copy(tmp_path / "hf" / "config.json", tmp_path / folder)
-    bring_in(tmp_path / "packed", tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(tmp_path / "packed", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "plain", tmp_path / "out")

@@ -19,10 +19,10 @@ from parallel.stages import make_chunks
 from pretrain.build import make_model
 from pretrain.checkpoint.read import CheckpointReader
 from tests.ranks import run_ranks
-from tests.tools.convert.test_families import bring_in
+from tests.tools.convert.test_families import run_import
 from tests.tools.convert.tiny import MODELS, make
 from tools.convert.checkpoints import model_of, open_manifest
-from tools.convert.native import inference_config, weight_pieces
+from tools.convert.megatron_model import inference_config, weight_pieces
 from tools.convert.verify import transformers_logits
 
 LENGTH = 24
@@ -71,7 +71,7 @@ def test_logits_on_four_ranks(name: str, tmp_path: Path) -> None:
     more: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4} if name == "qwen2_moe" else {}
     more |= {"num_hidden_layers": 2, "mlp_only_layers": [0]} if name == "qwen3_moe" else {}
     made = make(name, tmp_path / "hf", **more)
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
     found = [logits for logits in run_ranks(4, parallel_logits, tmp_path / "checkpoint") if logits is not None]
     expected = transformers_logits(tmp_path / "hf", {}, fixed_tokens(90), made.config.num_hidden_layers)
     assert len(found) == 2

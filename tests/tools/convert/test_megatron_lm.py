@@ -23,8 +23,8 @@ from tools.convert.checkpoints import model_of, open_manifest
 from tools.convert.hf_config.preset import preset_yaml
 from tools.convert.importing import import_model
 from tools.convert.megatron_lm.arguments import read_args
-from tools.convert.native import loaded_model, logits_of
-from tools.convert.output import Share
+from tools.convert.megatron_model import loaded_model, logits_of
+from tools.convert.output_folder import WorkShare
 
 TWO: dict[str, Any] = {"processes_per_node": 2}
 CASES = [
@@ -37,8 +37,8 @@ CASES = [
 ]
 
 
-def bring_in(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return import_model(folder, out, **{"dtype": "keep", "share": Share(), "workers": 2, "force": False} | options)
+def run_import(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return import_model(folder, out, **{"dtype": "keep", "share": WorkShare(), "workers": 2, "force": False} | options)
 
 
 def our_logits(checkpoint: Path) -> torch.Tensor:
@@ -50,7 +50,7 @@ def our_logits(checkpoint: Path) -> torch.Tensor:
 @pytest.mark.parametrize(("kind", "layout", "metadata"), CASES, ids=lambda value: getattr(value, "describe", lambda: value)())
 def test_logits_are_those_of_the_model_that_was_saved(kind: str, layout: Layout, metadata: Any, tmp_path: Path) -> None:
     expected = run_ranks(layout.world_size, save, tmp_path / "mlm", kind, layout, metadata)
-    done = bring_in(tmp_path / "mlm", tmp_path / "checkpoint")
+    done = run_import(tmp_path / "mlm", tmp_path / "checkpoint")
     assert done["finished"] and done["family"] == "megatron-lm" and not done["notes"]
     ours = our_logits(tmp_path / "checkpoint")
     assert ours.shape[-1] == 90 < PADDED
@@ -76,7 +76,7 @@ def set_args(folder: Path, **changes: Any) -> None:
 
 def refused(folder: Path, words: str, **options: Any) -> None:
     with pytest.raises(ConfigError, match=words):
-        bring_in(folder, folder.parent / "out", **options)
+        run_import(folder, folder.parent / "out", **options)
     assert not list(folder.parent.glob("out*")), "nothing is written for input that is refused"
 
 
@@ -174,12 +174,12 @@ def test_other_formats_are_named(saved: Path) -> None:
 
 
 def test_a_preset_states_the_model_where_the_checkpoint_does_not(saved: Path, tmp_path: Path) -> None:
-    bring_in(saved, tmp_path / "first")
+    run_import(saved, tmp_path / "first")
     torch.save({"iteration": 7}, saved / "common.pt")
     refused(saved, "--model")
     model = read_args(KINDS["moe"])[0]
     (tmp_path / "preset.yaml").write_text(preset_yaml(model))
-    bring_in(saved, tmp_path / "second", preset=str(tmp_path / "preset.yaml"))
+    run_import(saved, tmp_path / "second", preset=str(tmp_path / "preset.yaml"))
     assert torch.equal(our_logits(tmp_path / "first"), our_logits(tmp_path / "second"))
     (tmp_path / "preset.yaml").write_text("model: {hidden_size: 48, vocab_size: 90}")
     refused(saved, "by the model|doesn't hold", preset=str(tmp_path / "preset.yaml"))

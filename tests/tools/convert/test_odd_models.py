@@ -15,12 +15,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
-from tests.tools.convert.test_families import assert_same_bits, bring_in, bring_out, tensors, with_prediction_depth
+from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors, with_prediction_depth
 from tests.tools.convert.tiny import YARN, make
 from tools.convert.hf_config.preset import read_config
 from tools.convert.verify import verify
-from tools.inference.exported import generate_exported, load_exported
 from tools.inference.generate import generate
+from tools.inference.generate_exported import generate_exported, load_exported
 
 WINDOW, FULL = "sliding_attention", "full_attention"
 # 400 tokens: with the tiny models' 16 YaRN's correction range is empty.
@@ -50,10 +50,10 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 def test_odd_models_come_back_the_same(kind: str, tmp_path: Path) -> None:
     name, changes = ODD[kind]
     make(name, tmp_path / "hf", **changes)
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 2, 48, 1e-4)
     assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4 and not verdict["notes"]
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -76,8 +76,8 @@ def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     native = generate(tmp_path / "checkpoint", ["w5 w9"], 4, 0.0, None, 0, None)["texts"]
     exported = generate_exported(tmp_path / "out", ["w5 w9"], 4, 0.0, None, 0)["texts"]
     assert native[0]["token_ids"] == exported[0]["token_ids"]
@@ -93,7 +93,7 @@ def test_a_name_that_transformers_has_no_code_for(tmp_path: Path) -> None:
     code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.X"}
     config = read_config(tmp_path / "hf") | {"model_type": "kimi_k2", "auto_map": code}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
     assert verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)["ok"]
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert read_config(tmp_path / "out")["model_type"] == "deepseek_v3"

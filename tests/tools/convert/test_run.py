@@ -20,13 +20,13 @@ from pretrain.main import main
 from pretrain.rank.stop_signals import StopSignals
 from tests.pretrain.world import small_config
 from tests.ranks import run_ranks
-from tests.tools.convert.test_families import assert_same_bits, bring_in, bring_out, tensors
+from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors
 from tests.tools.convert.tiny import MODELS, make
-from tools.convert.hf_config.preset import preset_yaml, read_config, understand
+from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
 from tools.convert.verify import verify
 from tools.inference.evaluate import evaluate
-from tools.inference.exported import generate_exported
 from tools.inference.generate import generate
+from tools.inference.generate_exported import generate_exported
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,7 +64,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_exported_and_generates_in_transformers(trained: Path, tmp_path: Path) -> None:
-    done = bring_out(trained, tmp_path / "hf")
+    done = run_export(trained, tmp_path / "hf")
     assert done["family"] == "qwen3_moe" and not done["notes"]
     assert verify(trained, tmp_path / "hf", None, 2, 32, 1e-4)["ok"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -84,8 +84,8 @@ def test_a_run_is_exported_and_generates_in_transformers(trained: Path, tmp_path
 
 
 def test_dtypes_of_an_export(trained: Path, tmp_path: Path) -> None:
-    bring_out(trained, tmp_path / "hf", dtype="bf16")
-    bring_out(trained, tmp_path / "exact")
+    run_export(trained, tmp_path / "hf", dtype="bf16")
+    run_export(trained, tmp_path / "exact")
     exact = tensors(tmp_path / "exact")
     for name, tensor in tensors(tmp_path / "hf").items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, exact[name].to(torch.bfloat16)), name
@@ -120,12 +120,12 @@ def test_an_import_is_trained_on_and_goes_back(world: int, words: list[str], fol
     script += f"make('qwen3_moe', Path({str(tmp_path / 'hf')!r}), vocab_size=704, num_hidden_layers=2, mlp_only_layers=[], "
     script += "num_attention_heads=4)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=200)
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
-    config.model = understand(read_config(tmp_path / "hf"))[1]
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    config.model = interpret_config(read_config(tmp_path / "hf"))[1]
     config.precision.params = "fp32"
     config.schedule.horizon_steps, config.optimizer.lr = 2, 1e-3
     run(config, tmp_path / "work" / "config.yaml", f"checkpoint.load={tmp_path / 'checkpoint'}", *words, world=world)
-    bring_out(tmp_path / "work" / "run", tmp_path / "out")
+    run_export(tmp_path / "work" / "run", tmp_path / "out")
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name in before:
@@ -136,8 +136,8 @@ def test_an_import_is_trained_on_and_goes_back(world: int, words: list[str], fol
 
 def test_a_preset_made_from_config_json_is_the_checkpoints_model(tmp_path: Path) -> None:
     make("deepseek_v3", tmp_path / "hf")
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
-    model = understand(read_config(tmp_path / "hf"))[1]
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    model = interpret_config(read_config(tmp_path / "hf"))[1]
     model.name, model.source = "hf", "imported from a Hugging Face folder of type deepseek_v3"
     text = (tmp_path / "checkpoint" / "model.yaml").read_text()
     assert text.split("\n", 1)[1] == preset_yaml(model)
@@ -145,12 +145,12 @@ def test_a_preset_made_from_config_json_is_the_checkpoints_model(tmp_path: Path)
 
 def test_what_no_family_can_say_is_refused(tmp_path: Path) -> None:
     make("qwen3_moe", tmp_path / "hf")
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
     manifest: dict[str, Any] = json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())
     manifest["config"]["model"]["moe"]["router"]["score"] = "sigmoid"
     (tmp_path / "checkpoint" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="softmax"):
-        bring_out(tmp_path / "checkpoint", tmp_path / "out")
+        run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -158,8 +158,8 @@ def test_a_lora_adapter_trains_on_an_export(tmp_path: Path) -> None:
     import peft  # noqa: PLC0415  (seconds)
 
     make("qwen3_moe", tmp_path / "hf")
-    bring_in(tmp_path / "hf", tmp_path / "checkpoint")
-    bring_out(tmp_path / "checkpoint", tmp_path / "out")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))

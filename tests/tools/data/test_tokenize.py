@@ -28,10 +28,10 @@ from pretrain.data.indexed import open_index
 from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
 from tools.data import corpus as corpus_module
 from tools.data.corpus import expand
-from tools.data.embedded import documents
+from tools.data.dataset_writer import DatasetWriter
+from tools.data.embedded_corpus import documents
 from tools.data.encode import Encoder, words_are_independent
 from tools.data.tokenize import tokenize
-from tools.data.writer import PairWriter
 
 TEXTS = ["first text\nwith lines\n", "zweiter Text: äöü 日本語", "3rd"]
 
@@ -164,7 +164,7 @@ def test_every_form_gives_the_same_documents(name: str, form: str, tokenizer: To
 
 def test_blocks_of_lines_are_put_together_again(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small reads: lines and their numbers survive."""
-    monkeypatch.setattr("tools.data.reading.BATCH_BYTES", 37)
+    monkeypatch.setattr("tools.data.file_blocks.BATCH_BYTES", 37)
     texts = [f"text number {k} " * (k % 7 + 1) for k in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenize(expand([str(tmp_path / "a.jsonl")]), tokenizer, str(tmp_path / "a"))
@@ -266,7 +266,7 @@ def test_a_full_disk_is_a_report_and_leaves_nothing(folder: Path, tmp_path: Path
 
 def test_one_writer_a_prefix(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with PairWriter(str(tmp_path / "out"), np.dtype(np.uint16)), pytest.raises(ConfigError, match="another process"):
+    with DatasetWriter(str(tmp_path / "out"), np.dtype(np.uint16)), pytest.raises(ConfigError, match="another process"):
         tokenize(expand([str(tmp_path / "a.txt")]), tokenizer, str(tmp_path / "out"))
 
 
@@ -277,7 +277,7 @@ def test_an_interrupted_run_leaves_no_final_file(number: signal.Signals, folder:
     (tmp_path / "a.txt").write_text("some text " * 1000)
     code = (
         "import sys; from tools.data import corpus, cli\n"
-        "corpus.expand = lambda *_: [corpus.Source(p, 'lines' if 'end' in p else 'text', '', 1) for p in sys.argv[1:3]]\n"
+        "corpus.expand = lambda *_: [corpus.CorpusSource(p, 'lines' if 'end' in p else 'text', '', 1) for p in sys.argv[1:3]]\n"
         "sys.exit(cli.main(sys.argv[3:]))"
     )
     arguments = [

@@ -14,8 +14,8 @@ from configs.errors import ConfigError
 from configs.schema import Tokenizer as Section
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
 from tools.data.corpus import expand
-from tools.data.embedded import documents
-from tools.data.tokenizer import train
+from tools.data.embedded_corpus import documents
+from tools.data.train_tokenizer import train
 
 HARD = [
     "def f(x):\n\tif  x == 12345:\r\n\t    return 'é'   \n\n\n",

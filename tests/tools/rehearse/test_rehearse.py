@@ -16,8 +16,8 @@ from configs.sources import shipped_names
 from parallel.layout import make_layout
 from parallel.legality.verdict import check_config
 from tools.rehearse import cli
-from tools.rehearse.cover import cover, legal_layouts
-from tools.rehearse.ranks import RankFailed
+from tools.rehearse.covering_layouts import covering_subset, legal_layouts
+from tools.rehearse.local_ranks import RankFailed
 from tools.rehearse.shrink import MAX_RANKS, common_divisors, fit_degrees, shrink
 
 COMPOSED = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4"]
@@ -68,7 +68,7 @@ def test_a_model_that_does_not_run_at_all(monkeypatch: pytest.MonkeyPatch, capsy
     def fail(*args: object) -> None:
         raise RankFailed("rank 0: no")
 
-    monkeypatch.setattr("tools.rehearse.run.run_ranks", fail)
+    monkeypatch.setattr("tools.rehearse.rehearse.run_ranks", fail)
     assert cli.main(QUICK) == 1
     assert "the one process that layouts are compared with FAILED\nrank 0: no" in capsys.readouterr().err
 
@@ -122,14 +122,14 @@ def candidates() -> list[tuple[Any, Config]]:
 
 @pytest.mark.parametrize("strength", [1, 2, 3])
 def test_the_covering_set_covers_every_legal_combination(strength: int, candidates: list[tuple[Any, Config]]) -> None:
-    chosen = cover(candidates, strength)
+    chosen = covering_subset(candidates, strength)
 
     def held(layouts: list[Any]) -> set[Any]:
         return {group for values, _ in layouts for group in combinations(values, strength)}
 
     assert held(chosen) == held(candidates)
     assert len(chosen) < len(candidates) / 4
-    assert chosen == cover(candidates, strength), "the same layouts every time"
+    assert chosen == covering_subset(candidates, strength), "the same layouts every time"
 
 
 @pytest.fixture

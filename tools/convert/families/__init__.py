@@ -20,7 +20,7 @@ from tools.convert.families.qwen2_moe import QWEN2_MOE
 from tools.convert.families.qwen3 import QWEN3
 from tools.convert.families.qwen3_moe import QWEN3_MOE
 from tools.convert.hf_config.family import Family
-from tools.convert.hf_config.resolved import differences
+from tools.convert.hf_config.model_differences import model_differences
 
 FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
@@ -59,12 +59,12 @@ def family_for(model: Model) -> Family:
         if family.planning_only:
             continue
         try:
-            theirs = family.to_theirs(model)
+            hf_config = family.to_hf_config(model)
         except ConfigError as error:
             reasons.append(error.problems[0].rule.removeprefix("must be a model of the family "))
             continue
-        again, problems = family.to_model(theirs)
-        different = differences(model, again)
+        again, problems = family.to_model(hf_config)
+        different = model_differences(model, again)
         if not problems and not different:
             return family
         reasons.append(f"{family.name}: " + "; ".join([*different, *(problem.rule for problem in problems)]))

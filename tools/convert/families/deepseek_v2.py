@@ -9,10 +9,10 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Family, Key, Only
-from tools.convert.hf_config.latent import latent_attention
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
+from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
@@ -23,22 +23,22 @@ DEEPSEEK_V2 = Family(
         settings.PLAIN_MLP,
         *latent_attention(),
         Rope(),
-        Key("n_routed_experts", "moe.num_experts", 64),
-        Key("num_experts_per_tok", "moe.top_k"),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
-        Key("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
+        ConfigKey("n_routed_experts", "moe.num_experts", 64),
+        ConfigKey("num_experts_per_tok", "moe.top_k"),
+        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
+        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
         settings.SharedExperts(),
         settings.DenseFirst(absent=0),
-        Only(
+        AllowedValues(
             "topk_method", ("greedy",),
             "transformers takes a group's best expert as its score, megatron-core the sum of several: other experts answer",
         ),
-        Only("n_group", (1, None, 0), "with plain top-k there are no groups"),
-        Only("topk_group", (1, None, 0), "with plain top-k there are no groups"),
-        Only("norm_topk_prob", (False, None), "transformers does not normalise the weights of DeepSeek-V2"),
-        Only("moe_layer_freq", (1, None), "its MoE layers follow each other"),
-        Only("scoring_func", ("softmax", None), "the family's scores are softmax"),
-        Only("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
+        AllowedValues("n_group", (1, None, 0), "with plain top-k there are no groups"),
+        AllowedValues("topk_group", (1, None, 0), "with plain top-k there are no groups"),
+        AllowedValues("norm_topk_prob", (False, None), "transformers does not normalise the weights of DeepSeek-V2"),
+        AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
+        AllowedValues("scoring_func", ("softmax", None), "the family's scores are softmax"),
+        AllowedValues("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
         *settings.softmax_router(**{"moe.router.normalize_top_k": False, "moe.router.scaling_factor": settings.REQUIRED,
                                  "moe.shared_gate": False, "mtp.num_layers": 0}),
     ),

@@ -8,18 +8,18 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Family, Key, Only
-from tools.convert.hf_config.latent import latent_attention
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
+from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 SIGMOID_ROUTER = (
-    settings.Always("moe.router.score", "sigmoid"),
-    settings.Always("moe.router.expert_bias", True),
-    settings.Always("moe.router.bias", False),
-    settings.Always("moe.router.normalize_top_k", True),
-    settings.Always("moe.shared_gate", False),
-    Only("norm_topk_prob", (True,), "megatron-core always normalises sigmoid scores"),
+    settings.FixedValue("moe.router.score", "sigmoid"),
+    settings.FixedValue("moe.router.expert_bias", True),
+    settings.FixedValue("moe.router.bias", False),
+    settings.FixedValue("moe.router.normalize_top_k", True),
+    settings.FixedValue("moe.shared_gate", False),
+    AllowedValues("norm_topk_prob", (True,), "megatron-core always normalises sigmoid scores"),
 )
 
 DEEPSEEK_V3 = Family(
@@ -31,19 +31,19 @@ DEEPSEEK_V3 = Family(
         settings.PLAIN_MLP,
         *latent_attention(),
         Rope(),
-        Only("rope_interleave", (True,), "the tensors hold the rotated widths as neighbouring pairs"),
-        Key("n_routed_experts", "moe.num_experts", 256),
-        Key("num_experts_per_tok", "moe.top_k", 8),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
-        Key("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+        AllowedValues("rope_interleave", (True,), "the tensors hold the rotated widths as neighbouring pairs"),
+        ConfigKey("n_routed_experts", "moe.num_experts", 256),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
+        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
+        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
         settings.SharedExperts(),
         settings.DenseFirst(absent=3),
-        settings.Groups(absent=(8, 4)),
+        settings.ExpertGroups(absent=(8, 4)),
         *SIGMOID_ROUTER,
-        Only("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
-        Only("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
-        Only("moe_layer_freq", (1, None), "its MoE layers follow each other"),
-        Key("num_nextn_predict_layers", "mtp.num_layers", 1),
+        AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
+        AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
+        AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
+        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),

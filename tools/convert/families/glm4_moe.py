@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from tools.convert.families.deepseek_v3 import SIGMOID_ROUTER
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Family, Key
+from tools.convert.hf_config.family import ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 GLM4_MOE = Family(
     name="glm4_moe",
@@ -22,18 +22,18 @@ GLM4_MOE = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(fraction=0.5),
-        Key("attention_bias", "attention.qkv_bias", False, bool),
-        Key("use_qk_norm", "attention.qk_norm", False, bool),
+        ConfigKey("attention_bias", "attention.qkv_bias", False, bool),
+        ConfigKey("use_qk_norm", "attention.qk_norm", False, bool),
         *settings.plain_attention("attention.qkv_bias", "attention.qk_norm", "mtp.num_layers"),
-        Key("n_routed_experts", "moe.num_experts", 128),
-        Key("num_experts_per_tok", "moe.top_k", 8),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
-        Key("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
+        ConfigKey("n_routed_experts", "moe.num_experts", 128),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
+        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
+        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
         settings.SharedExperts(),
         settings.DenseFirst(absent=1),
-        settings.Groups(absent=(1, 1)),
+        settings.ExpertGroups(absent=(1, 1)),
         *SIGMOID_ROUTER,
-        Key("num_nextn_predict_layers", "mtp.num_layers", 1),
+        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),

@@ -9,11 +9,11 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Always, Echo, Family, Key, Only, tensor
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, FixedValue, RepeatedKey, tensor_rule
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, alternating
-from tools.convert.tensors import mapping as tensors
-from tools.convert.tensors.spans import interleaved, interleaved_columns, stacked, stacked_columns
+from tools.convert.tensors import shared_rules as tensors
+from tools.convert.tensors.row_mappings import interleaved, interleaved_columns, stacked, stacked_columns
 
 _M = "model.layers.{L}.mlp."
 
@@ -27,22 +27,22 @@ GPT_OSS = Family(
         settings.HeadDim(absent=64),
         Rope(theta=150000.0, stated=True),
         Windows(alternating, size=128, switch=False),
-        Only("hidden_act", ("silu",), "its activation is fixed"),
-        Only("attention_bias", (True,), "the family has biases on all products"),
-        Only("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
-        Only("swiglu_alpha", (1.702,), "megatron-core's quick_gelu has this factor"),
-        Always("mla.kv_lora_rank", None),
-        Always("mtp.num_layers", 0),
-        Always("activation", "gpt_oss_glu"),
-        Always("mlp_bias", True),
-        Always("attention.sinks", True),
-        Always("attention.qkv_bias", True),
-        Always("attention.output_bias", True),
-        Always("attention.qk_norm", False),
-        Key("num_local_experts", "moe.num_experts", 128),
-        Key("num_experts_per_tok", "moe.top_k", 4),
-        Echo("experts_per_token", "moe.top_k"),
-        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
+        AllowedValues("hidden_act", ("silu",), "its activation is fixed"),
+        AllowedValues("attention_bias", (True,), "the family has biases on all products"),
+        AllowedValues("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
+        AllowedValues("swiglu_alpha", (1.702,), "megatron-core's quick_gelu has this factor"),
+        FixedValue("mla.kv_lora_rank", None),
+        FixedValue("mtp.num_layers", 0),
+        FixedValue("activation", "gpt_oss_glu"),
+        FixedValue("mlp_bias", True),
+        FixedValue("attention.sinks", True),
+        FixedValue("attention.qkv_bias", True),
+        FixedValue("attention.output_bias", True),
+        FixedValue("attention.qk_norm", False),
+        ConfigKey("num_local_experts", "moe.num_experts", 128),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 4),
+        RepeatedKey("experts_per_token", "moe.top_k"),
+        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.AllSparse(),
         *settings.softmax_router(
             **{"moe.router.bias": True, "moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}
@@ -51,18 +51,18 @@ GPT_OSS = Family(
     tensors=(
         *tensors.EMBEDDING,
         *tensors.ATTENTION,
-        tensor("moe", "mlp.router.weight", _M + "router.weight"),
-        tensor("moe", "mlp.router.bias", _M + "router.bias"),
-        tensor(
+        tensor_rule("moe", "mlp.router.weight", _M + "router.weight"),
+        tensor_rule("moe", "mlp.router.bias", _M + "router.bias"),
+        tensor_rule(
             "expert", "mlp.experts.linear_fc1.weight", _M + "experts.gate_up_proj", join=interleaved_columns,
             also=(((_M + "experts.gate_up_proj_blocks",), interleaved),),
         ),
-        tensor("expert", "mlp.experts.linear_fc1.bias", _M + "experts.gate_up_proj_bias", join=interleaved),
-        tensor(
+        tensor_rule("expert", "mlp.experts.linear_fc1.bias", _M + "experts.gate_up_proj_bias", join=interleaved),
+        tensor_rule(
             "expert", "mlp.experts.linear_fc2.weight", _M + "experts.down_proj", join=stacked_columns,
             also=(((_M + "experts.down_proj_blocks",), stacked),),
         ),
-        tensor("expert", "mlp.experts.linear_fc2.bias", _M + "experts.down_proj_bias", join=stacked),
+        tensor_rule("expert", "mlp.experts.linear_fc2.bias", _M + "experts.down_proj_bias", join=stacked),
     ),
     ignored=("initial_context_length",),
 )  # fmt: skip

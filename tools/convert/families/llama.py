@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.biases import BIASES, Biases
-from tools.convert.hf_config.family import Always, Family, Key, Only
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, FixedValue
 from tools.convert.hf_config.rope import Rope
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 _TENSORS = (*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP)
 
@@ -24,9 +24,9 @@ LLAMA = Family(
         Rope(),
         Biases(mlp=True),
         settings.WholeHeads(),
-        Only("pretraining_tp", (1, None), "its products are summed in another order"),
+        AllowedValues("pretraining_tp", (1, None), "its products are summed in another order"),
         *settings.plain_attention(*BIASES),
-        settings.Dense(),
+        settings.NoExperts(),
     ),
     tensors=_TENSORS,
 )
@@ -40,11 +40,11 @@ MISTRAL = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Key("sliding_window", "attention.window_size_tokens", 4096),
-        Only("layer_types", (None,), "transformers builds another architecture (Ministral) where it is stated"),
-        Always("attention.window_layers", "all"),
+        ConfigKey("sliding_window", "attention.window_size_tokens", 4096),
+        AllowedValues("layer_types", (None,), "transformers builds another architecture (Ministral) where it is stated"),
+        FixedValue("attention.window_layers", "all"),
         *settings.plain_attention("attention.window_size_tokens"),
-        settings.Dense(),
+        settings.NoExperts(),
     ),
     tensors=_TENSORS,
 )

@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Always, Family, Key
+from tools.convert.hf_config.family import ConfigKey, Family, FixedValue
 from tools.convert.hf_config.rope import Rope
 
 
@@ -23,15 +23,15 @@ class Interleaved:
     def names(self) -> tuple[str, ...]:
         return ("interleave_moe_layer_step", "moe_layers")
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        step = theirs.get("interleave_moe_layer_step", 1)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        step = hf_config.get("interleave_moe_layer_step", 1)
         if not isinstance(step, int) or step < 1:
             yield Problem("config.json: interleave_moe_layer_step", step, "must be a positive int", "mend the config.json")
             return
         model.moe.layer_pattern = None if step == 1 else [int((i + 1) % step == 0) for i in range(model.num_layers)]
         model.moe.shared_ffn_hidden_size = model.moe.ffn_hidden_size
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         yield "it is for planning only"
 
 
@@ -41,15 +41,15 @@ LLAMA4 = Family(
     architecture="Llama4ForCausalLM",
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(8), ffn="moe.ffn_hidden_size"),
-        Key("intermediate_size_mlp", "ffn_hidden_size", 16384),
+        ConfigKey("intermediate_size_mlp", "ffn_hidden_size", 16384),
         settings.HeadDim(absent=128),
         Rope(theta=500000.0),
         *settings.plain_attention(),
-        Key("num_local_experts", "moe.num_experts", 16),
-        Key("num_experts_per_tok", "moe.top_k", 1),
+        ConfigKey("num_local_experts", "moe.num_experts", 16),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 1),
         Interleaved(),
-        Always("moe.router.score", "sigmoid"),
-        Always("moe.router.normalize_top_k", False),
+        FixedValue("moe.router.score", "sigmoid"),
+        FixedValue("moe.router.normalize_top_k", False),
     ),
     planning_only="chunked attention, layers without positions, L2 norms of queries and keys, weights on the experts' input",
     ignored=(

@@ -6,9 +6,9 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Always, Family, Key
+from tools.convert.hf_config.family import ConfigKey, Family, FixedValue
 from tools.convert.hf_config.rope import Rope
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 _L = "model.layers.{L}.block_sparse_moe."
 
@@ -21,13 +21,13 @@ MIXTRAL = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(theta=1e6),
-        Key("sliding_window", "attention.window_size_tokens", None),
-        Always("attention.window_layers", "all"),
+        ConfigKey("sliding_window", "attention.window_size_tokens", None),
+        FixedValue("attention.window_layers", "all"),
         *settings.plain_attention("attention.window_size_tokens"),
-        Key("num_local_experts", "moe.num_experts", 8),
-        Key("num_experts_per_tok", "moe.top_k", 2),
-        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
-        Key("router_jitter_noise", "moe.router.jitter_eps", 0.0, float),
+        ConfigKey("num_local_experts", "moe.num_experts", 8),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 2),
+        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
+        ConfigKey("router_jitter_noise", "moe.router.jitter_eps", 0.0, float),
         settings.AllSparse(),
         *settings.softmax_router(**{"moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}),
     ),

@@ -6,7 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
 
 OLMOE = Family(
@@ -18,14 +18,14 @@ OLMOE = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Only("attention_bias", (False, None), "its output bias has no counterpart here"),
-        Only("clip_qkv", (None,), "clipped queries and keys can't be built"),
+        AllowedValues("attention_bias", (False, None), "its output bias has no counterpart here"),
+        AllowedValues("clip_qkv", (None,), "clipped queries and keys can't be built"),
         *settings.plain_attention(**{"attention.qk_norm": True}),
-        settings.Always("attention.qk_norm_span", "all_heads"),
-        Key("num_experts", "moe.num_experts", 64),
-        Key("num_experts_per_tok", "moe.top_k", 8),
-        Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.01, float),
+        settings.FixedValue("attention.qk_norm_span", "all_heads"),
+        ConfigKey("num_experts", "moe.num_experts", 64),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
+        ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
+        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.01, float),
         settings.AllSparse(),
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),

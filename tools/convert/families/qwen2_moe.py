@@ -6,10 +6,10 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import Family, Key, tensor
+from tools.convert.hf_config.family import ConfigKey, Family, tensor_rule
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, unclear
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -20,15 +20,15 @@ QWEN2_MOE = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Key("qkv_bias", "attention.qkv_bias", True, bool),
+        ConfigKey("qkv_bias", "attention.qkv_bias", True, bool),
         Windows(unclear),
         *settings.plain_attention("attention.qkv_bias", "attention.window_size_tokens"),
-        Key("num_experts", "moe.num_experts", 60),
-        Key("num_experts_per_tok", "moe.top_k", 4),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
-        Key("shared_expert_intermediate_size", "moe.shared_ffn_hidden_size", 5632),
-        Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
+        ConfigKey("num_experts", "moe.num_experts", 60),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 4),
+        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
+        ConfigKey("shared_expert_intermediate_size", "moe.shared_ffn_hidden_size", 5632),
+        ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
+        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.SparsePattern(),
         *settings.softmax_router(**{"moe.shared_gate": True}),
     ),
@@ -38,6 +38,6 @@ QWEN2_MOE = Family(
         *tensors.DENSE_MLP,
         *tensors.experts(),
         *tensors.shared_experts("shared_expert"),
-        tensor("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
+        tensor_rule("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
     ),
 )

@@ -10,7 +10,7 @@ from tools.convert.hf_config.biases import BIASES, Biases
 from tools.convert.hf_config.family import Family
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, last_layers
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 QWEN3 = Family(
     name="qwen3",
@@ -24,7 +24,7 @@ QWEN3 = Family(
         Biases(),
         Windows(last_layers),
         *settings.plain_attention(*BIASES, "attention.window_size_tokens", **{"attention.qk_norm": True}),
-        settings.Dense(),
+        settings.NoExperts(),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP),
 )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.biases import BIASES, Biases
-from tools.convert.hf_config.family import Family, Key, Only
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, every_layer
-from tools.convert.tensors import mapping as tensors
+from tools.convert.tensors import shared_rules as tensors
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -22,14 +22,14 @@ QWEN3_MOE = Family(
         settings.HeadDim(),
         Rope(),
         Biases(),
-        Only("use_qk_norm", (True,), "the family always has these norms"),
+        AllowedValues("use_qk_norm", (True,), "the family always has these norms"),
         Windows(every_layer, uniform=True),
         *settings.plain_attention(*BIASES, "attention.window_size_tokens", **{"attention.qk_norm": True}),
-        Key("num_experts", "moe.num_experts", 128, also=("num_local_experts",)),
-        Key("num_experts_per_tok", "moe.top_k", 8),
-        Key("moe_intermediate_size", "moe.ffn_hidden_size", 768),
-        Key("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        Key("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
+        ConfigKey("num_experts", "moe.num_experts", 128, also=("num_local_experts",)),
+        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
+        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 768),
+        ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
+        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.SparsePattern(),
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),

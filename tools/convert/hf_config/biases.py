@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert.hf_config.family import Refusal, get, put
+from tools.convert.hf_config.family import UnsupportedModel, get, put
 
 BIASES = ("attention.qkv_bias", "attention.output_bias", "mlp_bias")
 """Keys of the `model` section that the setting decides."""
@@ -26,8 +26,8 @@ class Biases:
     def names(self) -> tuple[str, ...]:
         return ("attention_bias", "mlp_bias")[: 2 if self.mlp else 1]
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        attention, mlp = theirs.get("attention_bias") or False, (self.mlp and theirs.get("mlp_bias")) or False
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        attention, mlp = hf_config.get("attention_bias") or False, (self.mlp and hf_config.get("mlp_bias")) or False
         for name, value in (("attention_bias", attention), ("mlp_bias", mlp)):
             if not isinstance(value, bool):
                 yield Problem(f"config.json: {name}", value, "must be of type bool", "mend the config.json")
@@ -38,9 +38,9 @@ class Biases:
         if attention != mlp:
             inner = f"mlp_bias = {mlp}" if self.mlp else "False, as its MLPs have none"
             rule = f"must equal {inner}: megatron-core has one switch for the biases of all products"
-            yield Refusal("config.json: attention_bias", attention, rule, "convert another model")
+            yield UnsupportedModel("config.json: attention_bias", attention, rule, "convert another model")
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs |= dict.fromkeys(self.names(), model.mlp_bias)
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config |= dict.fromkeys(self.names(), model.mlp_bias)
         if len({get(model, key) for key in BIASES}) > 1 or (model.mlp_bias and not self.mlp):
             yield "its products all have biases, or none" if self.mlp else "it has no biases"

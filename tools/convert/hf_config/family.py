@@ -1,7 +1,7 @@
 """What a family of Hugging Face models is made of: a two-way description of its config.json and of its tensors.
 
 A `Setting` ties config.json to the `model` section in both directions; what a family can't express is refused in both.
-A `Tensor` ties one canonical tensor to the tensors of the files that hold the same numbers, in any of several forms.
+A `TensorRule` ties one canonical tensor to the tensors of the files that hold the same numbers, in any of several forms.
 
 Torch-free.
 """
@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from configs.errors import ConfigError, Problem
 from configs.fields import walk
 from configs.model_schema import Model
-from tools.convert.tensors.spans import Join, same
+from tools.convert.tensors.row_mappings import FusionRule, same
 
 REQUIRED = object()
 """Default of a key that config.json must state."""
 
 
 @dataclass(frozen=True)
-class Refusal(Problem):
+class UnsupportedModel(Problem):
     """The model is understood and can be counted, but converting it would silently change its answers."""
 
 
@@ -30,16 +30,16 @@ _RULES = {path: metadata["rule"] for path, _, metadata in walk(Model())}
 _DEFAULTS = {path: value for path, value, _ in walk(Model())}
 
 
-def wrong_value(theirs: str, value: Any, ours: str, kinds: tuple[type, ...] = (int,)) -> Problem | None:
+def wrong_value(hf_key: str, value: Any, model_key: str, kinds: tuple[type, ...] = (int,)) -> Problem | None:
     """What keeps a value of config.json out of `model.ours`: its type (bool is no int, an int is a float), or its range."""
     allowed = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
         rule = "must be of type " + " or ".join(kind.__name__ for kind in kinds)
-    elif broken := _RULES[ours].broken_by(value):
-        rule = f"must be {broken}: it is model.{ours}"
+    elif broken := _RULES[model_key].broken_by(value):
+        rule = f"must be {broken}: it is model.{model_key}"
     else:
         return None
-    return Problem(f"config.json: {theirs}", value, rule, "mend the config.json")
+    return Problem(f"config.json: {hf_key}", value, rule, "mend the config.json")
 
 
 def get(model: Model, path: str) -> Any:
@@ -66,139 +66,142 @@ class Setting(Protocol):
         """The keys of config.json that it reads."""
         ...
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         """Set what config.json says; yields what can't be expressed."""
         ...
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         """State it in config.json; yields why this family can't hold the model."""
         ...
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """The same value under two names. `also`: further names in config.json; the first one present is read, all are written."""
 
-    theirs: str
-    ours: str
+    hf_key: str
+    model_key: str
     default: Any = REQUIRED
     kind: type | tuple[type, ...] = int
     also: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
-        return (self.theirs, *self.also)
+        return (self.hf_key, *self.also)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        stated = {name: theirs[name] for name in self.names() if name in theirs}
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        stated = {name: hf_config[name] for name in self.names() if name in hf_config}
         value = next(iter(stated.values()), self.default)
         if any(other != value for other in stated.values()):
-            rule = f"must agree: {stated} all mean model.{self.ours}"
-            yield Problem(f"config.json: {self.theirs}", value, rule, "mend the config.json")
+            rule = f"must agree: {stated} all mean model.{self.model_key}"
+            yield Problem(f"config.json: {self.hf_key}", value, rule, "mend the config.json")
             return
-        if value is None and _DEFAULTS[self.ours] is not None:
+        if value is None and _DEFAULTS[self.model_key] is not None:
             value = self.default
         if value is REQUIRED or (value is None and self.default is REQUIRED):
-            yield Problem(f"config.json: {self.theirs}", None, f"must be there: it is model.{self.ours}", "mend the config.json")
+            yield Problem(
+                f"config.json: {self.hf_key}", None, f"must be there: it is model.{self.model_key}", "mend the config.json"
+            )
             return
         kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
-        wrong = None if value is None else wrong_value(self.theirs, value, self.ours, kinds)
+        wrong = None if value is None else wrong_value(self.hf_key, value, self.model_key, kinds)
         if wrong:
             yield wrong
             return
-        put(model, self.ours, float(value) if kinds == (float,) and value is not None else value)
+        put(model, self.model_key, float(value) if kinds == (float,) and value is not None else value)
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs.update(dict.fromkeys(self.names(), get(model, self.ours)))
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config.update(dict.fromkeys(self.names(), get(model, self.model_key)))
         return iter(())
 
 
 @dataclass(frozen=True)
-class Echo:
+class RepeatedKey:
     """A key of config.json that repeats another one. It is written, and checked, but transformers does not read it."""
 
-    theirs: str
-    ours: str
+    hf_key: str
+    model_key: str
 
     def names(self) -> tuple[str, ...]:
-        return (self.theirs,)
+        return (self.hf_key,)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value, meant = theirs.get(self.theirs), get(model, self.ours)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value, meant = hf_config.get(self.hf_key), get(model, self.model_key)
         if value is not None and value != meant:
-            rule = f"must repeat model.{self.ours} = {meant}, which transformers takes"
-            yield Problem(f"config.json: {self.theirs}", value, rule, "mend the config.json")
+            rule = f"must repeat model.{self.model_key} = {meant}, which transformers takes"
+            yield Problem(f"config.json: {self.hf_key}", value, rule, "mend the config.json")
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs[self.theirs] = get(model, self.ours)
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config[self.hf_key] = get(model, self.model_key)
         return iter(())
 
 
 @dataclass(frozen=True)
-class Only:
+class AllowedValues:
     """A key of config.json with one meaning that can be kept. An absent key means `absent` (default: the first value)."""
 
-    theirs: str
+    hf_key: str
     values: tuple[Any, ...]
     why: str
     absent: Any = REQUIRED
 
     def names(self) -> tuple[str, ...]:
-        return (self.theirs,)
+        return (self.hf_key,)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         absent = self.values[0] if self.absent is REQUIRED else self.absent
-        value = theirs.get(self.theirs, absent)
+        value = hf_config.get(self.hf_key, absent)
         # 0 == False in Python, and HF files write either.
         if value not in self.values:
             words = " or ".join(repr(item) for item in self.values)
             fix = "this model can't be converted; for planning: phalanx model config.json --to-yaml"
-            yield Refusal(f"config.json: {self.theirs}", value, f"must be {words}: {self.why}", fix)
+            yield UnsupportedModel(f"config.json: {self.hf_key}", value, f"must be {words}: {self.why}", fix)
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs |= {} if self.values[0] is None else {self.theirs: self.values[0]}
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config |= {} if self.values[0] is None else {self.hf_key: self.values[0]}
         return iter(())
 
 
 @dataclass(frozen=True)
-class Always:
+class FixedValue:
     """A key of the `model` section that every model of the family has at this value."""
 
-    ours: str
+    model_key: str
     value: Any
 
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        put(model, self.ours, self.value)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        put(model, self.model_key, self.value)
         return iter(())
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        got = get(model, self.ours)
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        got = get(model, self.model_key)
         if got != self.value:
-            yield f"model.{self.ours} = {got!r}, it has {self.value!r} only"
+            yield f"model.{self.model_key} = {got!r}, it has {self.value!r} only"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorRule:
     """A canonical tensor and the tensors that hold its numbers. `{L}` layer, `{E}` expert in their names.
 
-    `ours` is the name inside the scope (model, layer, dense, moe, expert, mtp); `forms` are the ways in which files hold it,
-    the first is the one written; `when`: whether the model has it at all.
+    `canonical_name`: the name inside the scope (model, layer, dense, moe, expert, mtp). `forms`: the ways in which files hold
+    the tensor; an export writes the first one. `when`: whether a model has the tensor at all.
     """
 
     scope: str
-    ours: str
-    forms: tuple[tuple[tuple[str, ...], Join], ...]
+    canonical_name: str
+    forms: tuple[tuple[tuple[str, ...], FusionRule], ...]
     when: Callable[[Model], bool] = lambda model: True
 
 
-def tensor(
-    scope: str, ours: str, *theirs: str, join: Join = same, also: tuple[tuple[tuple[str, ...], Join], ...] = (),
+def tensor_rule(
+    scope: str, canonical_name: str, *hf_names: str,
+    join: FusionRule = same, also: tuple[tuple[tuple[str, ...], FusionRule], ...] = (),
     when: Callable[[Model], bool] = lambda model: True,
-) -> Tensor:  # fmt: skip
-    """A `Tensor` written as `theirs` and read from `also`, too."""
-    return Tensor(scope, ours, ((theirs, join), *also), when)
+) -> TensorRule:  # fmt: skip
+    """A `TensorRule` written as `hf_names` and read from `also`, too."""
+    return TensorRule(scope, canonical_name, ((hf_names, join), *also), when)
 
 
 @dataclass(frozen=True)
@@ -209,29 +212,29 @@ class Family:
     model_types: tuple[str, ...]
     architecture: str
     settings: tuple[Setting, ...]
-    tensors: tuple[Tensor, ...] = ()
+    tensors: tuple[TensorRule, ...] = ()
     copies: Callable[[Model], dict[str, str]] = lambda model: {}
     """Tensors of the files that must equal another one: name -> name of the original. Read, compared, not kept."""
     planning_only: str | None = None
     ignored: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_model(self, theirs: Mapping[str, Any]) -> tuple[Model, list[Problem]]:
+    def to_model(self, hf_config: Mapping[str, Any]) -> tuple[Model, list[Problem]]:
         """The `model` section of a config.json and everything that it can't say."""
         model = Model(planning_only=self.planning_only or "")
-        problems = [problem for setting in self.settings for problem in setting.read(theirs, model)]
+        problems = [problem for setting in self.settings for problem in setting.read(hf_config, model)]
         return model, problems
 
-    def to_theirs(self, model: Model) -> dict[str, Any]:
+    def to_hf_config(self, model: Model) -> dict[str, Any]:
         """config.json's architecture keys. Raises ConfigError when the family can't hold the model."""
-        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
-        reasons = [reason for setting in self.settings for reason in setting.write(model, theirs)]
+        hf_config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
+        reasons = [reason for setting in self.settings for reason in setting.write(model, hf_config)]
         if self.planning_only:
             reasons.append(self.planning_only)
         if reasons:
             rule = f"must be a model of the family {self.name}: {'; '.join(reasons)}"
             raise ConfigError(Problem("model", model.name, rule, "export it as another family (--family)"))
-        return theirs | dict(self.extra)
+        return hf_config | dict(self.extra)
 
     def known(self) -> set[str]:
         """Keys of config.json that it understands."""

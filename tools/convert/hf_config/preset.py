@@ -51,14 +51,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return value
 
 
-def understand(config: Mapping[str, Any]) -> tuple[Family, Model, list[Problem], list[str]]:
+def interpret_config(config: Mapping[str, Any]) -> tuple[Family, Model, list[Problem], list[str]]:
     """(family, model, problems, notes) of a config.json. Raises ConfigError for a family that isn't known."""
-    family, theirs = family_of(config), text_part(config)
-    model, problems = family.to_model(theirs)
+    family, hf_config = family_of(config), text_part(config)
+    model, problems = family.to_model(hf_config)
     notes = []
-    for name in sorted(set(theirs) - family.known() - HARMLESS):
-        if theirs[name] not in (None, False, 0, 0.0, [], {}):
-            notes.append(f"config.json: {name} = {theirs[name]!r} is not known for {family.name} and was left out")
+    for name in sorted(set(hf_config) - family.known() - HARMLESS):
+        if hf_config[name] not in (None, False, 0, 0.0, [], {}):
+            notes.append(f"config.json: {name} = {hf_config[name]!r} is not known for {family.name} and was left out")
     return family, model, problems, notes
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model, RopeScaling
 from parallel import architecture as arch
-from tools.convert.hf_config.family import Refusal, wrong_value
+from tools.convert.hf_config.family import UnsupportedModel, wrong_value
 
 KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 _DIGITS = 10
@@ -46,19 +46,19 @@ class Rope:
     def names(self) -> tuple[str, ...]:
         return ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        new, old = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
         if not isinstance(new, Mapping) or not isinstance(old, Mapping) or any(isinstance(v, Mapping) for v in new.values()):
             rule = "must be one mapping: other frequencies for other layers can't be built"
             yield Problem("config.json: rope_parameters", new or old, rule, "convert another model")
             return
         if self.stated and not new and not old:
             rule = "must be stated: without it transformers 5 takes this family's yarn, transformers 4 no scaling"
-            yield Refusal("config.json: rope_scaling", None, rule, 'state it, {"rope_type": "default"} for none')
+            yield UnsupportedModel("config.json: rope_scaling", None, rule, 'state it, {"rope_type": "default"} for none')
             return
-        yield from _disagreements(new, old, theirs)
-        values = {name: value for name, value in {**theirs, **old, **new}.items() if value is not None}
-        theta = values.get("rope_theta", None if "rope_theta" in theirs else self.theta)
+        yield from _disagreements(new, old, hf_config)
+        values = {name: value for name, value in {**hf_config, **old, **new}.items() if value is not None}
+        theta = values.get("rope_theta", None if "rope_theta" in hf_config else self.theta)
         fraction = values.get("partial_rotary_factor", self.fraction or 1.0)
         wrong = wrong_value("rope_theta", theta, "position.theta", (float,))
         wrong = wrong or wrong_value("partial_rotary_factor", fraction, "position.rotary_fraction", (float,))
@@ -73,11 +73,11 @@ class Rope:
         kind = _kind(new) or _kind(old) or "default"
         if not isinstance(kind, str) or kind not in KINDS:
             rule = "must be default, linear, llama3 or yarn: megatron-core has no other"
-            yield Refusal("config.json: rope type", kind, rule, "convert another model")
+            yield UnsupportedModel("config.json: rope type", kind, rule, "convert another model")
         elif kind != "default":
             yield from _read_scaling(KINDS[kind], values, model)
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         position = model.position
         if position.kind != "rope" or position.interleaved:
             yield f"model.position.kind = {position.kind}, interleaved = {position.interleaved}: it rotates halves"
@@ -86,21 +86,21 @@ class Rope:
             yield f"model.position.rotary_fraction = {position.rotary_fraction}, it has 1 only"
         inner = _write_scaling(position.scaling)
         partial = {} if self.fraction is None else {"partial_rotary_factor": position.rotary_fraction}
-        theirs["rope_parameters"] = {"rope_theta": position.theta, **inner, **partial}
+        hf_config["rope_parameters"] = {"rope_theta": position.theta, **inner, **partial}
         # Readers older than transformers 5, and vLLM, SGLang, llama.cpp, know these only.
-        theirs["rope_theta"] = position.theta
+        hf_config["rope_theta"] = position.theta
         legacy = {**inner, "type": inner["rope_type"]}
-        theirs["rope_scaling"] = None if position.scaling.kind == "none" else legacy
-        theirs.update(partial)
+        hf_config["rope_scaling"] = None if position.scaling.kind == "none" else legacy
+        hf_config.update(partial)
 
 
 def _kind(scaling: Mapping[str, Any]) -> Any:
     return scaling.get("rope_type") or scaling.get("type")
 
 
-def _disagreements(new: Mapping[str, Any], old: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Problem]:
+def _disagreements(new: Mapping[str, Any], old: Mapping[str, Any], hf_config: Mapping[str, Any]) -> Iterator[Problem]:
     """Values that rope_parameters, rope_scaling and the keys beside them state differently: readers differ in which counts."""
-    beside = {name: theirs[name] for name in ("rope_theta", "partial_rotary_factor", _ORIGINAL) if name in theirs}
+    beside = {name: hf_config[name] for name in ("rope_theta", "partial_rotary_factor", _ORIGINAL) if name in hf_config}
     places = [{**place, "rope type": _kind(place)} for place in (new, old, beside)]
     for name in sorted({name for place in places for name in place} - {"rope_type", "type"}):
         said = [place[name] for place in places if place.get(name) is not None]
@@ -119,15 +119,15 @@ def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterato
         rule = f"must be there: rope type {kind} stretches by it"
         yield Problem("config.json: rope factor", None, rule, "mend the config.json")
         return
-    for theirs, ours in {"factor": "factor", **_NUMBERS[kind]}.items():
-        value = values.get(theirs)
-        wrong = wrong_value(f"rope {theirs}", value, f"position.scaling.{ours}", (float,)) if value else None
+    for hf_key, model_key in {"factor": "factor", **_NUMBERS[kind]}.items():
+        value = values.get(hf_key)
+        wrong = wrong_value(f"rope {hf_key}", value, f"position.scaling.{model_key}", (float,)) if value else None
         if wrong:
             yield wrong
             return
         # transformers takes its default for 0, too.
         if value:
-            setattr(scaling, ours, float(value))
+            setattr(scaling, model_key, float(value))
     if kind == "linear":
         return
     original: Any = values.get(_ORIGINAL) or values.get("max_position_embeddings")
@@ -149,7 +149,7 @@ def _read_yarn(values: Mapping[str, Any], model: Model) -> Iterator[Problem]:
     scaling.truncate = truncate
     if not scaling.truncate and arch.is_mla(model):
         rule = "must be true with latent attention: megatron-core rounds the correction range there"
-        yield Refusal("config.json: rope truncate", False, rule, "convert another model")
+        yield UnsupportedModel("config.json: rope truncate", False, rule, "convert another model")
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, (int, float)) or not math.isfinite(stated)):
         yield Problem("config.json: attention_factor", stated, "must be of type float", "mend the config.json")
         return
@@ -168,7 +168,7 @@ def _read_yarn(values: Mapping[str, Any], model: Model) -> Iterator[Problem]:
     mscale = (factor * over_all - 1.0) / (0.1 * math.log(scaling.factor)) if scaling.factor > 1 else -1.0
     if mscale < 0:
         rule = f"must be at least {1 / over_all:.6g}, and 1 where factor is 1: megatron-core has no other"
-        yield Refusal("config.json: attention_factor", factor, rule, "convert another model")
+        yield UnsupportedModel("config.json: attention_factor", factor, rule, "convert another model")
         return
     scaling.mscale = round(mscale, _DIGITS)
 
@@ -177,7 +177,7 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.kind == "none":
         return {"rope_type": "default"}
     values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    values |= {theirs: getattr(scaling, ours) for theirs, ours in _NUMBERS[scaling.kind].items()}
+    values |= {hf_key: getattr(scaling, model_key) for hf_key, model_key in _NUMBERS[scaling.kind].items()}
     if scaling.kind != "linear":
         values["original_max_position_embeddings"] = scaling.original_max_position
     if scaling.kind == "yarn":

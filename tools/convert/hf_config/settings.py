@@ -12,10 +12,10 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.hf_config.family import REQUIRED, Always, Key, Only, Refusal, Setting, wrong_value
+from tools.convert.hf_config.family import REQUIRED, AllowedValues, ConfigKey, FixedValue, Setting, UnsupportedModel, wrong_value
 
 # Two names of one function.
-PLAIN_MLP = Only("hidden_act", ("silu", "swish"), "its experts and MLPs are SwiGLU")
+PLAIN_MLP = AllowedValues("hidden_act", ("silu", "swish"), "its experts and MLPs are SwiGLU")
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class KeyValueHeads:
     def names(self) -> tuple[str, ...]:
         return ("num_key_value_heads",)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = theirs.get("num_key_value_heads", self.default)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = hf_config.get("num_key_value_heads", self.default)
         wrong = None if value is None else wrong_value("num_key_value_heads", value, "attention.num_query_groups")
         if wrong:
             yield wrong
             return
         model.attention.num_query_groups = value
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["num_key_value_heads"] = arch.num_query_groups(model)
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config["num_key_value_heads"] = arch.num_query_groups(model)
         return iter(())
 
 
@@ -48,19 +48,19 @@ def decoder(
     `kv_heads`: None with latent attention.
     """
     settings: list[Setting] = [
-        Key("vocab_size", "vocab_size"),
-        Key("hidden_size", "hidden_size"),
-        Key("num_hidden_layers", "num_layers"),
-        Key("num_attention_heads", "attention.num_heads"),
-        Key("rms_norm_eps", "norm_eps", eps, float),
-        Key("tie_word_embeddings", "tie_embeddings", tied, bool),
-        Key("max_position_embeddings", "max_position_tokens", None),
-        Key("attention_dropout", "attention.dropout", 0.0, float),
-        Always("norm", "rmsnorm"),
-        Always("hidden_dropout", 0.0),
+        ConfigKey("vocab_size", "vocab_size"),
+        ConfigKey("hidden_size", "hidden_size"),
+        ConfigKey("num_hidden_layers", "num_layers"),
+        ConfigKey("num_attention_heads", "attention.num_heads"),
+        ConfigKey("rms_norm_eps", "norm_eps", eps, float),
+        ConfigKey("tie_word_embeddings", "tie_embeddings", tied, bool),
+        ConfigKey("max_position_embeddings", "max_position_tokens", None),
+        ConfigKey("attention_dropout", "attention.dropout", 0.0, float),
+        FixedValue("norm", "rmsnorm"),
+        FixedValue("hidden_dropout", 0.0),
     ]
     settings += [kv_heads] if kv_heads else []
-    settings += [Key("intermediate_size", ffn)] if ffn else []
+    settings += [ConfigKey("intermediate_size", ffn)] if ffn else []
     return tuple(settings)
 
 
@@ -73,14 +73,14 @@ class HeadDim:
     def names(self) -> tuple[str, ...]:
         return ("head_dim",)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = theirs.get("head_dim", self.absent)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = hf_config.get("head_dim", self.absent)
         wrong = None if value is None else wrong_value("head_dim", value, "attention.head_dim")
         if wrong:
             yield wrong
             return
         # Megatron-Core needs it stated; hidden / heads is what transformers takes.
-        heads, sound = model.attention.num_heads, theirs.get("hidden_size") == model.hidden_size
+        heads, sound = model.attention.num_heads, hf_config.get("hidden_size") == model.hidden_size
         if value is None and model.hidden_size % heads:
             # Where the hidden size itself is wrong, that is the problem.
             rule = f"must be there: {model.hidden_size} / {heads} is no whole number"
@@ -88,8 +88,8 @@ class HeadDim:
             return
         model.attention.head_dim = value or model.hidden_size // heads
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["head_dim"] = arch.head_dim(model)
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config["head_dim"] = arch.head_dim(model)
         return iter(())
 
 
@@ -102,20 +102,20 @@ class DenseFirst:
     def names(self) -> tuple[str, ...]:
         return ("first_k_dense_replace",)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = theirs.get("first_k_dense_replace", self.absent)
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = hf_config.get("first_k_dense_replace", self.absent)
         wrong = wrong_value("first_k_dense_replace", value, "moe.first_dense_layers")
         if wrong:
             yield wrong
             return
         model.moe.first_dense_layers = value
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         kinds = arch.moe_layers(model)
         dense = kinds.index(True) if True in kinds else len(kinds)
         if not all(kinds[dense:]) or not any(kinds):
             yield f"its MoE layers follow the dense ones at the bottom, these are {''.join('x' if k else '.' for k in kinds)}"
-        theirs["first_k_dense_replace"] = dense
+        hf_config["first_k_dense_replace"] = dense
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class SparsePattern:
     def names(self) -> tuple[str, ...]:
         return ("decoder_sparse_step", "mlp_only_layers")
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        step, dense = theirs.get("decoder_sparse_step", 1), theirs.get("mlp_only_layers") or []
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        step, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or []
         wrong = wrong_value("decoder_sparse_step", step, "moe.layer_frequency")
         if wrong:
             yield wrong
@@ -137,9 +137,9 @@ class SparsePattern:
         pattern = [int(i not in dense and (i + 1) % step == 0) for i in range(model.num_layers)]
         model.moe.layer_pattern = None if all(pattern) else pattern
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["decoder_sparse_step"] = 1
-        theirs["mlp_only_layers"] = [i for i, is_moe in enumerate(arch.moe_layers(model)) if not is_moe]
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config["decoder_sparse_step"] = 1
+        hf_config["mlp_only_layers"] = [i for i, is_moe in enumerate(arch.moe_layers(model)) if not is_moe]
         if not arch.is_mla(model) and model.moe.num_experts == 0:
             yield "it has experts"
 
@@ -151,10 +151,10 @@ class AllSparse:
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         return iter(())
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         if model.moe.num_experts == 0 or not all(arch.moe_layers(model)):
             yield "all of its layers have experts"
 
@@ -166,22 +166,22 @@ class SharedExperts:
     def names(self) -> tuple[str, ...]:
         return ("n_shared_experts",)
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        count = theirs.get("n_shared_experts") or 0
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        count = hf_config.get("n_shared_experts") or 0
         if type(count) is not int or count < 0:
             yield Problem("config.json: n_shared_experts", count, "must be an int from 0 on", "mend the config.json")
             return
         model.moe.shared_ffn_hidden_size = count * arch.expert_ffn(model) or None
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         width, one = model.moe.shared_ffn_hidden_size or 0, arch.expert_ffn(model)
         if width == 0 or width % one:
             yield f"model.moe.shared_ffn_hidden_size = {width} must be a multiple of an expert's {one}"
-        theirs["n_shared_experts"] = width // one
+        hf_config["n_shared_experts"] = width // one
 
 
 @dataclass(frozen=True)
-class Groups:
+class ExpertGroups:
     """n_group and topk_group. megatron-core adds the best top_k / topk_group scores of a group, transformers always two.
 
     `absent`: what absent keys mean.
@@ -192,8 +192,8 @@ class Groups:
     def names(self) -> tuple[str, ...]:
         return ("n_group", "topk_group")
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        stated = (theirs.get(name, absent) for name, absent in zip(self.names(), self.absent))
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        stated = (hf_config.get(name, absent) for name, absent in zip(self.names(), self.absent))
         groups, chosen = (1 if value is None else value for value in stated)
         wrong = wrong_value("n_group", groups, "moe.router.num_groups")
         wrong = wrong or wrong_value("topk_group", chosen, "moe.router.group_top_k")
@@ -209,26 +209,26 @@ class Groups:
                 f"must be 2 x topk_group = {2 * chosen}: transformers scores a group by its best two experts, "
                 f"megatron-core by its best num_experts_per_tok / topk_group = {model.moe.top_k // chosen}"
             )
-            yield Refusal("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
+            yield UnsupportedModel("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         router = model.moe.router
-        theirs["n_group"], theirs["topk_group"] = router.num_groups or 1, router.group_top_k or 1
+        hf_config["n_group"], hf_config["topk_group"] = router.num_groups or 1, router.group_top_k or 1
         if router.num_groups != router.group_top_k and model.moe.top_k // (router.group_top_k or 1) != 2:
             yield "it scores a group by its best two experts"
 
 
 @dataclass(frozen=True)
-class Dense:
+class NoExperts:
     """No experts."""
 
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         return iter(())
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         if model.moe.num_experts:
             yield "it has no experts"
 
@@ -240,10 +240,10 @@ class WholeHeads:
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         return iter(())
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         if model.hidden_size % model.attention.num_heads:
             yield f"transformers wants hidden_size = {model.hidden_size} to be a multiple of {model.attention.num_heads} heads"
 
@@ -258,7 +258,7 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
         "mtp.num_layers": 0, "activation": "swiglu", **changed,
     }  # fmt: skip
-    return tuple(Always(name, value) for name, value in values.items() if name not in decided)
+    return tuple(FixedValue(name, value) for name, value in values.items() if name not in decided)
 
 
 def softmax_router(**changed: Any) -> tuple[Setting, ...]:
@@ -267,4 +267,4 @@ def softmax_router(**changed: Any) -> tuple[Setting, ...]:
         "moe.router.score": "softmax", "moe.router.num_groups": None, "moe.router.expert_bias": False,
         "moe.router.bias": False, "moe.router.scaling_factor": 1.0, **changed,
     }  # fmt: skip
-    return tuple(Always(name, value) for name, value in values.items() if value is not REQUIRED)
+    return tuple(FixedValue(name, value) for name, value in values.items() if value is not REQUIRED)

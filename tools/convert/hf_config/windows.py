@@ -14,30 +14,30 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.hf_config.family import Refusal, wrong_value
+from tools.convert.hf_config.family import UnsupportedModel, wrong_value
 
 _TYPES = ("full_attention", "sliding_attention")
 Flags = list[int]
 """1 for each layer with a window."""
 
 
-def alternating(theirs: Mapping[str, Any], layers: int) -> Flags | None:
+def alternating(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     """Even layers (gpt-oss)."""
     return [(layer + 1) % 2 for layer in range(layers)]
 
 
-def last_layers(theirs: Mapping[str, Any], layers: int) -> Flags | None:
+def last_layers(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     """From max_window_layers on (Qwen3)."""
-    first = theirs.get("max_window_layers", 28)
+    first = hf_config.get("max_window_layers", 28)
     return [int(layer >= first) for layer in range(layers)] if type(first) is int else None
 
 
-def every_layer(theirs: Mapping[str, Any], layers: int) -> Flags | None:
+def every_layer(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     """All, where max_window_layers does not say otherwise to readers that know it (Qwen3-MoE)."""
-    return [1] * layers if not theirs.get("max_window_layers") else None
+    return [1] * layers if not hf_config.get("max_window_layers") else None
 
 
-def unclear(theirs: Mapping[str, Any], layers: int) -> Flags | None:
+def unclear(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     """Versions of transformers disagree (Qwen2-MoE)."""
     return None
 
@@ -57,8 +57,8 @@ class Windows:
     def names(self) -> tuple[str, ...]:
         return ("sliding_window", "layer_types", *(("use_sliding_window", "max_window_layers") if self.switch else ()))
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        types, is_on = theirs.get("layer_types"), theirs.get("use_sliding_window") or False
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        types, is_on = hf_config.get("layer_types"), hf_config.get("use_sliding_window") or False
         if not isinstance(is_on, bool):
             yield Problem("config.json: use_sliding_window", is_on, "must be of type bool", "mend the config.json")
             return
@@ -66,23 +66,23 @@ class Windows:
             isinstance(types, list) and len(types) == model.num_layers and all(kind in _TYPES for kind in types)
         ):
             rule = f"must be {' or '.join(_TYPES)} for each of the {model.num_layers} layers"
-            yield Refusal("config.json: layer_types", types, rule, "mend it, or convert another model")
+            yield UnsupportedModel("config.json: layer_types", types, rule, "mend it, or convert another model")
             return
-        size = theirs.get("sliding_window", self.size) if is_on or not self.switch else None
+        size = hf_config.get("sliding_window", self.size) if is_on or not self.switch else None
         stated = None if types is None else [_TYPES.index(kind) for kind in types]
         if size is None:
             if stated and any(stated):
                 rule = "must be set, and use_sliding_window on, where layer_types has sliding_attention"
                 yield Problem("config.json: sliding_window", None, rule, "mend the config.json")
             return
-        yield from self._layers(stated or self.absent(theirs, model.num_layers), size, theirs, model)
+        yield from self._layers(stated or self.absent(hf_config, model.num_layers), size, hf_config, model)
 
-    def _layers(self, flags: Flags | None, size: Any, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def _layers(self, flags: Flags | None, size: Any, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         attention = model.attention
         if flags is None or (self.uniform and len(set(flags)) > 1):
             rule = "must say which layers have the window: versions of transformers differ in what use_sliding_window means"
             fix = "state it, all layers alike" if self.uniform else "state it"
-            yield Refusal("config.json: layer_types", theirs.get("layer_types"), rule, fix)
+            yield UnsupportedModel("config.json: layer_types", hf_config.get("layer_types"), rule, fix)
         elif wrong := wrong_value("sliding_window", size, "attention.window_size_tokens"):
             yield wrong
         elif any(flags):
@@ -92,13 +92,13 @@ class Windows:
             elif not all(flags):
                 attention.window_pattern = flags
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         flags = [int(arch.window_of_layer(model, layer) is not None) for layer in range(model.num_layers)]
         # Where nothing switches it off, transformers wants a size even if no layer has the window.
-        theirs["sliding_window"] = model.attention.window_size_tokens or (None if self.switch else self.size)
+        hf_config["sliding_window"] = model.attention.window_size_tokens or (None if self.switch else self.size)
         if self.switch:
-            theirs["use_sliding_window"] = any(flags)
-            theirs["max_window_layers"] = flags.index(1) if any(flags) else model.num_layers
+            hf_config["use_sliding_window"] = any(flags)
+            hf_config["max_window_layers"] = flags.index(1) if any(flags) else model.num_layers
         if self.uniform and len(set(flags)) > 1:
             yield "its layers all have a window, or none"
-        theirs["layer_types"] = [_TYPES[flag] for flag in flags]
+        hf_config["layer_types"] = [_TYPES[flag] for flag in flags]

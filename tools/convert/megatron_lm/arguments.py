@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.errors import Problem
 from configs.model_schema import Model
-from tools.convert.hf_config.family import Refusal, put
+from tools.convert.hf_config.family import UnsupportedModel, put
 
 _MISSING = object()
 _FIX = "state the model yourself: --model PRESET|YAML"
@@ -25,8 +25,8 @@ _FIX = "state the model yourself: --model PRESET|YAML"
 class Arg:
     """The same value under two names; `absent` is Megatron-LM's own default (None leaves ours). `when`: it counts at all."""
 
-    theirs: str
-    ours: str
+    argument: str
+    model_key: str
     absent: Any = None
     kind: type = int
     when: Callable[[Mapping[str, Any]], bool] = lambda args: True
@@ -110,7 +110,9 @@ def read_args(args: Mapping[str, Any]) -> tuple[Model, list[Problem], list[str]]
             problems += _read(arg, args, model)
     for name, (values, why) in ONLY.items():
         if name in args and args[name] not in values and not (name == "encoder_num_layers" and args[name] == args["num_layers"]):
-            problems.append(Refusal(f"args.{name}", _shown(args[name]), f"must be {values[0]!r}: {why}", "it can't be imported"))
+            problems.append(
+                UnsupportedModel(f"args.{name}", _shown(args[name]), f"must be {values[0]!r}: {why}", "it can't be imported")
+            )
     for read in (_vocabulary, _activation, _norms_and_biases, _positions, _windows, _routing):
         problems += read(args, model, notes)
     return model, problems, notes
@@ -121,19 +123,19 @@ def _shown(value: Any) -> Any:
 
 
 def _read(arg: Arg, args: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-    value = args.get(arg.theirs)
+    value = args.get(arg.argument)
     value = arg.absent if value is None else value
     if value is _MISSING:
-        yield Problem(f"args.{arg.theirs}", None, f"must be there: it is model.{arg.ours}", _FIX)
+        yield Problem(f"args.{arg.argument}", None, f"must be there: it is model.{arg.model_key}", _FIX)
     elif value is not None:
         right = isinstance(value, (int, float) if arg.kind is float else arg.kind) and isinstance(value, bool) == (
             arg.kind is bool
         )
         if right:
-            put(model, arg.ours, arg.kind(value))
+            put(model, arg.model_key, arg.kind(value))
         else:
             yield Problem(
-                f"args.{arg.theirs}", _shown(value), f"must be of type {arg.kind.__name__}: it is model.{arg.ours}", _FIX
+                f"args.{arg.argument}", _shown(value), f"must be of type {arg.kind.__name__}: it is model.{arg.model_key}", _FIX
             )
 
 
@@ -155,7 +157,7 @@ def _activation(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iter
         settings = (args.get("glu_linear_offset", 0.0), args.get("activation_func_clamp_value"))
         if settings != (1.0, 7.0):
             rule = "glu_linear_offset and activation_func_clamp_value must be 1.0 and 7.0 with quick_geglu: those of gpt-oss"
-            yield Refusal("args.quick_geglu", settings, rule, "it can't be imported")
+            yield UnsupportedModel("args.quick_geglu", settings, rule, "it can't be imported")
     elif args.get("squared_relu"):
         model.activation = "relu2"
     else:
@@ -170,20 +172,20 @@ def _norms_and_biases(args: Mapping[str, Any], model: Model, notes: list[str]) -
     norm = args.get("normalization", "LayerNorm")
     model.norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}.get(norm, str(norm))
     if model.norm not in ("rmsnorm", "layernorm"):
-        yield Refusal("args.normalization", norm, "must be RMSNorm or LayerNorm", "it can't be imported")
+        yield UnsupportedModel("args.normalization", norm, "must be RMSNorm or LayerNorm", "it can't be imported")
     biases = bool(args.get("add_bias_linear", True))
     model.mlp_bias = model.attention.output_bias = biases
     model.attention.qkv_bias = biases or bool(args.get("add_qkv_bias", False))
     if _mla(args) and not args.get("qk_layernorm"):
         rule = "must be on with latent attention: compressed queries and keys are normalised here"
-        yield Refusal("args.qk_layernorm", False, rule, "it can't be imported")
+        yield UnsupportedModel("args.qk_layernorm", False, rule, "it can't be imported")
 
 
 def _positions(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
     position, kind = model.position, args.get("position_embedding_type", "learned_absolute")
     kinds = {"rope": "rope", "yarn": "rope", "learned_absolute": "learned", "none": "none"}
     if kind not in kinds:
-        yield Refusal("args.position_embedding_type", kind, f"must be one of {', '.join(kinds)}", "it can't be imported")
+        yield UnsupportedModel("args.position_embedding_type", kind, f"must be one of {', '.join(kinds)}", "it can't be imported")
         return
     position.kind = "rope" if _mla(args) else kinds[kind]
     scaling = position.scaling
@@ -194,12 +196,12 @@ def _positions(args: Mapping[str, Any], model: Model, notes: list[str]) -> Itera
         numbers = {"rotary_scaling_factor": "factor", "original_max_position_embeddings": "original_max_position",
                    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
                    "correction_range_round_to_int": "truncate"}  # fmt: skip
-        for theirs, ours in numbers.items():
-            value = args.get(f"yarn_{theirs}")
+        for argument, model_key in numbers.items():
+            value = args.get(f"yarn_{argument}")
             if value is None:
-                yield Problem(f"args.yarn_{theirs}", None, f"must be there: it is model.position.scaling.{ours}", _FIX)
+                yield Problem(f"args.yarn_{argument}", None, f"must be there: it is model.position.scaling.{model_key}", _FIX)
             else:
-                setattr(scaling, ours, value)
+                setattr(scaling, model_key, value)
     elif args.get("use_rope_scaling"):
         # megatron-core fixes the other numbers: 8192 tokens, 1 and 4.
         scaling.kind, scaling.factor, scaling.original_max_position = "llama3", float(args.get("rope_scaling_factor", 8.0)), 8192
@@ -219,7 +221,7 @@ def _latent_scaling(args: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         scaling.mscale, scaling.mscale_all_dim = float(args.get("mscale", 1.0)), float(args.get("mscale_all_dim", 0.0))
     elif factor != 1.0:
         rule = "must be 1 with rope_type rope: megatron-core scales the softmax by it all the same"
-        yield Refusal("args.rotary_scaling_factor", factor, rule, "it can't be imported")
+        yield UnsupportedModel("args.rotary_scaling_factor", factor, rule, "it can't be imported")
 
 
 def _windows(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
@@ -227,16 +229,16 @@ def _windows(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterato
     if window is not None:
         left, right = (*window, None, None)[:2] if isinstance(window, (tuple, list)) else (None, None)
         if not isinstance(left, int) or right not in (0, -1):
-            yield Refusal("args.window_size", _shown(window), "must be (N, 0): causal", "it can't be imported")
+            yield UnsupportedModel("args.window_size", _shown(window), "must be (N, 0): causal", "it can't be imported")
             return
         attention.window_size_tokens = left + 1
         attention.window_layers = "alternate" if skip == 2 else "all"
         if skip not in (None, 2):
-            yield Refusal("args.window_attn_skip_freq", _shown(skip), "must be 2 or unset", "it can't be imported")
+            yield UnsupportedModel("args.window_attn_skip_freq", _shown(skip), "must be 2 or unset", "it can't be imported")
     kind = args.get("softmax_type", "vanilla")
     attention.sinks = kind == "learnable"
     if kind not in ("vanilla", "learnable"):
-        yield Refusal("args.softmax_type", kind, "must be vanilla or learnable", "it can't be imported")
+        yield UnsupportedModel("args.softmax_type", kind, "must be vanilla or learnable", "it can't be imported")
 
 
 def _routing(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
@@ -251,7 +253,7 @@ def _routing(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterato
         router.balance, router.aux_loss_coeff = balance, float(coefficient or 0.0)
     else:
         rule = "must be one of aux_loss, seq_aux_loss, global_aux_loss, none"
-        yield Refusal("args.moe_router_load_balancing_type", _shown(balance), rule, _FIX)
+        yield UnsupportedModel("args.moe_router_load_balancing_type", _shown(balance), rule, _FIX)
     pattern = _pattern(args.get("moe_layer_freq", 1), model.num_layers)
     if pattern is None or len(pattern) != model.num_layers:
         rule = f"must be a number, or {model.num_layers} zeros and ones"

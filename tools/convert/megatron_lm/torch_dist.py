@@ -32,7 +32,7 @@ _SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A rectangular part of a tensor: its zip is the bytes [start, start + length) of `file`."""
 
     box: Box
@@ -42,16 +42,16 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
+class ShardedTensor:
     """One tensor. `depth`: leading dims along which every chunk is one thick; chunks are found by their place on these."""
 
     shape: tuple[int, ...]
     depth: int
-    chunks: dict[tuple[int, ...], list[Chunk]]
+    chunks: dict[tuple[int, ...], list[TensorChunk]]
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkData:
     """Where a chunk's numbers begin in its file, and their type."""
 
     start: int
@@ -65,7 +65,7 @@ class TorchDist:
         """Raises ConfigError: not of this format, files missing or cut, pickles that name what they should not."""
         self.folder = folder
         self.tensors, self.other = _inventory(folder)
-        self._places: dict[Chunk, Place] = {}
+        self._places: dict[TensorChunk, ChunkData] = {}
         self._opened: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -104,10 +104,10 @@ class TorchDist:
                 continue
             strides = [prod(chunk.box.shape[dim + 1 :]) for dim in range(len(chunk.box.shape))]
             low = sum((a - b) * s for a, b, s in zip(common.offset, chunk.box.offset, strides))
-            span = sum((n - 1) * s for n, s in zip(common.shape, strides)) + 1
+            mapping = sum((n - 1) * s for n, s in zip(common.shape, strides)) + 1
             place = result[common.slices_of(wanted)]
-            direct = span == common.size and place.flags.c_contiguous
-            raw = place if direct else np.empty(span, dtype=out.dtype)
+            direct = mapping == common.size and place.flags.c_contiguous
+            raw = place if direct else np.empty(mapping, dtype=out.dtype)
             start = self._place(chunk).start + low * raw.itemsize
             read_exactly(self._descriptor(chunk.file), raw.reshape(-1).view(np.uint8).data, start, self.folder / chunk.file)
             if not direct:
@@ -116,7 +116,7 @@ class TorchDist:
         if filled != wanted.size:
             raise DamagedFile(f"{self.folder} holds {filled} of {wanted.size} elements of {name}[{first}:{first + len(out)}]")
 
-    def _place(self, chunk: Chunk) -> Place:
+    def _place(self, chunk: TensorChunk) -> ChunkData:
         if chunk not in self._places:
             window = _Window(self._descriptor(chunk.file), self.folder / chunk.file, chunk.start, chunk.length)
             self._places[chunk] = _find_numbers(window, chunk)
@@ -134,7 +134,7 @@ class TorchDist:
         self._opened = {}
 
 
-def _candidates(stored: Stored, wanted: Box) -> list[Chunk]:
+def _candidates(stored: ShardedTensor, wanted: Box) -> list[TensorChunk]:
     """Chunks that may overlap: by their place on the thin dims, where `wanted` is one thick too."""
     if any(size != 1 for size in wanted.shape[: stored.depth]):
         return [chunk for group in stored.chunks.values() for chunk in group]
@@ -169,7 +169,7 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _find_numbers(window: _Window, chunk: Chunk) -> Place:
+def _find_numbers(window: _Window, chunk: TensorChunk) -> ChunkData:
     """Parse a chunk's zip. Raises DamagedFile; ConfigError when its pickle names what it should not."""
     what = f"{window.path}: the chunk at byte {window.start}"
     try:
@@ -198,7 +198,7 @@ def _find_numbers(window: _Window, chunk: Chunk) -> Place:
     start = window.start + numbers.header_offset + 30 + name_length + extra_length + first * itemsize
     if start + prod(size) * itemsize > window.start + window.length:
         raise DamagedFile(f"{what} ends before its numbers")
-    return Place(start, dtype)
+    return ChunkData(start, dtype)
 
 
 def _tensor_args(value: Any, what: str) -> tuple[tuple[Any, ...], int, tuple[int, ...], tuple[int, ...]]:
@@ -222,7 +222,7 @@ def _local_lengths(window: _Window, header_offset: int) -> tuple[int, int]:
     return int.from_bytes(head[26:28], "little"), int.from_bytes(head[28:30], "little")
 
 
-def _inventory(folder: Path) -> tuple[dict[str, Stored], list[str]]:
+def _inventory(folder: Path) -> tuple[dict[str, ShardedTensor], list[str]]:
     """(tensors by name, names of what is no tensor). Raises ConfigError."""
     path = folder / METADATA
     try:
@@ -246,7 +246,7 @@ def _inventory(folder: Path) -> tuple[dict[str, Stored], list[str]]:
     return tensors, other
 
 
-def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]], Any]) -> Stored:
+def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]], Any]) -> ShardedTensor:
     size = tuple(map(int, value.size))  # type: ignore[attr-defined]
     chunks = []
     for part in value.chunks:  # type: ignore[attr-defined]
@@ -258,17 +258,17 @@ def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]],
             raise ValueError(f"{name} is compressed or encrypted ({info.transform_descriptors})")
         if Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"{name} lies outside its folder: {info.relative_path}")
-        chunks.append(Chunk(box, info.relative_path, int(info.offset), int(info.length)))
+        chunks.append(TensorChunk(box, info.relative_path, int(info.offset), int(info.length)))
     depth = 0
     while depth < len(size) - 1 and all(chunk.box.shape[depth] == 1 for chunk in chunks):
         depth += 1
-    groups: dict[tuple[int, ...], list[Chunk]] = {}
+    groups: dict[tuple[int, ...], list[TensorChunk]] = {}
     for chunk in chunks:
         groups.setdefault(chunk.box.offset[:depth], []).append(chunk)
-    return Stored(size, depth, groups)
+    return ShardedTensor(size, depth, groups)
 
 
-def _check_files(folder: Path, tensors: dict[str, Stored]) -> list[Problem]:
+def _check_files(folder: Path, tensors: dict[str, ShardedTensor]) -> list[Problem]:
     """Files that are missing or shorter than their chunks."""
     needed: dict[str, int] = {}
     for stored in tensors.values():

@@ -1,4 +1,4 @@
-"""What a worker process does: raw batches to token bytes. In: a `Job` and a `Batch`. Out: an `Encoded`.
+"""What a worker process does: raw batches to token bytes. In: `EncodingSettings` and a `DocumentBatch`. Out: an `EncodedBatch`.
 
 Its own module, so that a worker starts with these imports only (0.2 s).
 
@@ -19,13 +19,13 @@ from configs import schema
 from configs.errors import Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import load_tokenizer
-from tools.data.corpus import Batch
+from tools.data.corpus import DocumentBatch
 from tools.data.encode import Encoder
-from tools.data.parse import texts_of
+from tools.data.parse_documents import texts_of
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingSettings:
     """What a worker needs to know; hashable, so that each worker loads its tokenizer once."""
 
     kind: str
@@ -36,7 +36,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch's documents as they go into the .bin (tokens) and the .idx (lengths, int32), and the plain text's size."""
 
     read_bytes: int
@@ -47,25 +47,25 @@ class Encoded:
 
 
 @lru_cache(maxsize=1)
-def _encoder(job: Job) -> Encoder:
+def _encoder(job: EncodingSettings) -> Encoder:
     tokenizer = load_tokenizer(schema.Tokenizer(kind=job.kind, path=job.path, eod=job.eod))
     return Encoder(tokenizer, token_dtype(tokenizer.vocab_size), job.append_eod)
 
 
-def encode_batch(job: Job, batch: Batch, check_only: bool) -> Encoded:
+def encode_batch(job: EncodingSettings, batch: DocumentBatch, check_only: bool) -> EncodedBatch:
     """Parse, check and encode one batch; with `check_only` nothing is encoded (another batch has a problem already)."""
     texts, problems = texts_of(batch, job.text_key)
     if problems or check_only:
-        return Encoded(batch.read_bytes, problems=tuple(problems))
+        return EncodedBatch(batch.read_bytes, problems=tuple(problems))
     encoder = _encoder(job)
     documents = [tokens for tokens in encoder.encode(texts) if tokens]
     itemsize = array(encoder.typecode).itemsize
     lengths = array("i", (len(tokens) // itemsize for tokens in documents)).tobytes()
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return Encoded(batch.read_bytes, b"".join(documents), lengths, text_bytes)
+    return EncodedBatch(batch.read_bytes, b"".join(documents), lengths, text_bytes)
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """A worker leaves interrupts to its parent and ends with it, however the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -65,7 +65,7 @@ def _is_legal(config: Config) -> bool:
     return check_config(shrink(config, common_divisors([make_layout(config)]))).ok
 
 
-def cover(candidates: Sequence[tuple[Values, Config]], strength: int) -> list[tuple[Values, Config]]:
+def covering_subset(candidates: Sequence[tuple[Values, Config]], strength: int) -> list[tuple[Values, Config]]:
     """Some of the candidates, such that every combination of `strength` values that one of them has is in one of these."""
     groups = [set(combinations(values, strength)) for values, _ in candidates]
     wanted = set().union(*groups)

@@ -1,4 +1,4 @@
-"""Raw batches to texts, in the workers. In: a `Batch`. Out: its texts in order, and every problem in it.
+"""Raw batches to texts, in the workers. In: a `DocumentBatch`. Out: its texts in order, and every problem in it.
 
 Torch-free.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 
 from configs.errors import Problem
-from tools.data.corpus import Batch, not_utf8
+from tools.data.corpus import DocumentBatch, not_utf8
 
 
-def texts_of(batch: Batch, text_key: str) -> tuple[list[str], list[Problem]]:
+def texts_of(batch: DocumentBatch, text_key: str) -> tuple[list[str], list[Problem]]:
     """Documents without any text are left out. UTF-8 is checked; a byte order mark at the start of a file is dropped."""
     return _from_lines(batch, text_key) if batch.lines else _from_documents(batch)
 
 
-def _from_documents(batch: Batch) -> tuple[list[str], list[Problem]]:
+def _from_documents(batch: DocumentBatch) -> tuple[list[str], list[Problem]]:
     texts: list[str] = []
     problems: list[Problem] = []
     for name, offset, raw in batch.documents:
@@ -32,7 +32,7 @@ def _from_documents(batch: Batch) -> tuple[list[str], list[Problem]]:
     return texts, problems
 
 
-def _from_lines(batch: Batch, text_key: str) -> tuple[list[str], list[Problem]]:
+def _from_lines(batch: DocumentBatch, text_key: str) -> tuple[list[str], list[Problem]]:
     texts: list[str] = []
     problems: list[Problem] = []
     offset = batch.first_offset_bytes

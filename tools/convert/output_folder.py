@@ -31,23 +31,23 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, Problem
 from pretrain.run.files import read_json, storage_problem, sync_folder, write_atomically
 from pretrain.run.folder import COMPLETE
-from tools.convert.file_plan import OutFile, Unit
+from tools.convert.file_plan import PlannedFile, WriteUnit
 from tools.convert.tensors.dtypes import FLOATS, Array
 
 _OURS = (COMPLETE, "config.json")
-Fill = Callable[[Unit, Array], None]
+Fill = Callable[[WriteUnit, Array], None]
 """Puts a unit's (or a block's) rows into an array [rows, columns] of its type."""
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkShare:
     """This process takes the files whose number is `index` modulo `count`."""
 
     index: int = 0
     count: int = 1
 
 
-def check_out(out: Path, source: Path, force: bool) -> Path:
+def check_output_path(out: Path, source: Path, force: bool) -> Path:
     """OUT as an absolute path. Raises ConfigError: it exists, or writing it would change or replace what is read."""
     # Links are followed: what is replaced is the folder itself. realpath, since resolve() fails on loops.
     place, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
@@ -68,11 +68,11 @@ def check_out(out: Path, source: Path, force: bool) -> Path:
     return place
 
 
-class Workplace:
+class OutputFolder:
     """The folder OUT.partial of one conversion."""
 
-    def __init__(self, out: Path, files: Sequence[OutFile], identity: Any, force: bool, summed: bool = True) -> None:
-        """`out`: as `check_out` gave it; `summed`: each unit's CRC-32 is wanted.
+    def __init__(self, out: Path, files: Sequence[PlannedFile], identity: Any, force: bool, summed: bool = True) -> None:
+        """`out`: as `check_output_path` gave it; `summed`: each unit's CRC-32 is wanted.
 
         Raises ConfigError: another conversion was begun there, no room.
         """
@@ -118,17 +118,18 @@ class Workplace:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def sums_of(self, file: OutFile) -> dict[str, int] | None:
+    def sums_of(self, file: PlannedFile) -> dict[str, int] | None:
         """CRC-32 by key of a file that is complete, else None."""
         done = read_json(self.partial / f"{file.name}.done")
         path = self.partial / file.name
         whole = isinstance(done, dict) and path.exists() and path.stat().st_size == file.num_bytes
         return done if whole else None
 
-    def write(self, share: Share, workers: int, fill: Fill, settle: Callable[[], None] = lambda: None) -> int:
+    def write(self, share: WorkShare, workers: int, fill: Fill, verify_pending: Callable[[], None] = lambda: None) -> int:
         """Write this share's files; returns the number of bytes written. Raises ConfigError when the disk refuses.
 
-        `settle` is called when a file is filled and before it counts: it raises when what was read turns out to be damaged.
+        `verify_pending` is called when a file is filled, before the file counts. It raises DamagedFile when what was read is
+        damaged.
         """
         written = 0
         mine = [file for number, file in enumerate(self.files) if number % share.count == share.index]
@@ -138,7 +139,7 @@ class Workplace:
             for number, file in enumerate(mine):
                 try:
                     if self.sums_of(file) is None:
-                        sums = self._write_file(file, pool, fill, settle)
+                        sums = self._write_file(file, pool, fill, verify_pending)
                         _wait(sealing)
                         sealing = [sealer.submit(self._seal, file, sums)]
                         written += file.num_bytes
@@ -163,15 +164,17 @@ class Workplace:
         """The file that says: this share is written."""
         return self.partial / f"share_{index}_of_{count}.through"
 
-    def _beside(self, file: OutFile) -> Path:
+    def _beside(self, file: PlannedFile) -> Path:
         return self.partial / f".{file.name}.{os.getpid()}.tmp"
 
-    def _write_file(self, file: OutFile, pool: ThreadPoolExecutor, fill: Fill, settle: Callable[[], None]) -> dict[str, int]:
+    def _write_file(
+        self, file: PlannedFile, pool: ThreadPoolExecutor, fill: Fill, verify_pending: Callable[[], None]
+    ) -> dict[str, int]:
         """Fill the file under another name; CRC-32 by key."""
         beside, buffers = self._beside(file), threading.local()
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
-        def work(unit: Unit) -> tuple[str, int]:
+        def work(unit: WriteUnit) -> tuple[str, int]:
             total = 0
             for block in unit.blocks():
                 # One buffer a thread: fresh memory costs more than the copy, page by page.
@@ -186,7 +189,7 @@ class Workplace:
             _write_at(descriptor, memoryview(file.header), 0)
             # A tensor of several units has no sum of its own; only whole pieces are looked up later.
             sums = dict(pool.map(work, file.units))
-            settle()
+            verify_pending()
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
@@ -194,7 +197,7 @@ class Workplace:
             os.close(descriptor)
         return sums
 
-    def _seal(self, file: OutFile, sums: dict[str, int]) -> None:
+    def _seal(self, file: PlannedFile, sums: dict[str, int]) -> None:
         """Make a filled file last, give it its name, and note it."""
         beside = self._beside(file)
         descriptor = os.open(beside, os.O_WRONLY)
@@ -209,7 +212,7 @@ class Workplace:
         sync_folder(self.partial)
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
 
-    def finish(self, share: Share, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
+    def finish(self, share: WorkShare, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
         """When every share is through, `complete(folder, sums by file)` adds the rest and the folder gets its name.
 
         False: others still write.

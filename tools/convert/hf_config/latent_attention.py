@@ -12,19 +12,19 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.hf_config.family import Key, Only, Setting
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Setting
 from tools.convert.hf_config.settings import plain_attention
 
 
 def latent_attention() -> tuple[Setting, ...]:
     """DeepSeek's multi-head latent attention."""
     return (
-        Key("kv_lora_rank", "mla.kv_lora_rank"),
-        Key("q_lora_rank", "mla.q_lora_rank", 1536),
-        Key("qk_nope_head_dim", "mla.qk_nope_head_dim"),
-        Key("qk_rope_head_dim", "mla.qk_rope_head_dim"),
-        Key("v_head_dim", "mla.v_head_dim"),
-        Only("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
+        ConfigKey("kv_lora_rank", "mla.kv_lora_rank"),
+        ConfigKey("q_lora_rank", "mla.q_lora_rank", 1536),
+        ConfigKey("qk_nope_head_dim", "mla.qk_nope_head_dim"),
+        ConfigKey("qk_rope_head_dim", "mla.qk_rope_head_dim"),
+        ConfigKey("v_head_dim", "mla.v_head_dim"),
+        AllowedValues("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
         LatentHeads(),
         LatentEps(),
         *plain_attention("mla.kv_lora_rank", "mtp.num_layers"),
@@ -38,21 +38,21 @@ class LatentHeads:
     def names(self) -> tuple[str, ...]:
         return ("num_key_value_heads", "head_dim", "qk_head_dim")
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        heads = theirs.get("num_key_value_heads")
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        heads = hf_config.get("num_key_value_heads")
         if heads not in (None, model.attention.num_heads):
             rule = f"must equal num_attention_heads = {model.attention.num_heads} with latent attention"
             yield Problem("config.json: num_key_value_heads", heads, rule, "mend the config.json")
         rotated, whole = model.mla.qk_rope_head_dim, arch.query_dim(model)
         for name, width, meaning in (("head_dim", rotated, "qk_rope_head_dim"), ("qk_head_dim", whole, "both parts of a key")):
-            if theirs.get(name) not in (None, 0, width):
+            if hf_config.get(name) not in (None, 0, width):
                 rule = f"must equal {meaning} = {width}: transformers rotates and scales by it"
-                yield Problem(f"config.json: {name}", theirs[name], rule, "mend the config.json, or leave it out")
+                yield Problem(f"config.json: {name}", hf_config[name], rule, "mend the config.json, or leave it out")
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
-        theirs["num_key_value_heads"] = model.attention.num_heads
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config["num_key_value_heads"] = model.attention.num_heads
         if arch.is_mla(model):
-            theirs["head_dim"] = model.mla.qk_rope_head_dim
+            hf_config["head_dim"] = model.mla.qk_rope_head_dim
         return iter(())
 
 
@@ -63,10 +63,10 @@ class LatentEps:
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, theirs: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         model.mla.norm_eps = 1e-6
         return iter(())
 
-    def write(self, model: Model, theirs: dict[str, Any]) -> Iterator[str]:
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         if (model.mla.norm_eps or model.norm_eps) != 1e-6:
             yield f"model.mla.norm_eps = {model.mla.norm_eps or model.norm_eps}, it has 1e-6 only"

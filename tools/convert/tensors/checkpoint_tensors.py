@@ -73,7 +73,7 @@ class CheckpointTensors:
     def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
         """Fill `out` [rows, columns] with rows of tensor[lead], in its own type. Raises DamagedFile.
 
-        Until `settle` was called, the sums of slices that were read in part may be open.
+        Until `verify_pending` was called, the sums of slices that were read in part may be open.
         """
         inner = self.shape(name)[len(lead) + 1 :]
         wanted = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
@@ -153,7 +153,7 @@ class CheckpointTensors:
         else:
             self._check(stored, entry, position, total)
 
-    def settle(self) -> None:
+    def verify_pending(self) -> None:
         """Hold every slice that was read in part against its sum. Raises DamagedFile."""
         begun, self._begun = self._begun, {}
         for stored, entry, position, total in begun.values():

@@ -21,9 +21,9 @@ from sentencepiece import sentencepiece_model_pb2
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import file_problem
 from pretrain.data.tokenizer import load_tokenizer, section_for
-from tools.data.corpus import Source, batches
-from tools.data.export import difference, to_huggingface
-from tools.data.parse import texts_of
+from tools.data.corpus import CorpusSource, batches
+from tools.data.parse_documents import texts_of
+from tools.data.tokenizer_json import difference, to_huggingface
 
 EOD = "<|endoftext|>"
 PASSAGE_BYTES = 4096
@@ -35,7 +35,7 @@ SAMPLE_CHARS = 400_000
 
 
 def train(
-    sources: list[Source],
+    sources: list[CorpusSource],
     out: str,
     *,
     vocab_size: int = 32000,
@@ -86,7 +86,7 @@ def _check_out(path: Path, beside: Path) -> None:
         raise ConfigError(problems)
 
 
-def _texts(sources: list[Source], max_bytes: float, text_key: str) -> list[str]:
+def _texts(sources: list[CorpusSource], max_bytes: float, text_key: str) -> list[str]:
     """The training text: each source's head, by its share of all bytes. Held in memory, as the trainer does anyway."""
     total = sum(source.size_bytes for source in sources)
     texts: list[str] = []

@@ -25,10 +25,10 @@ from pretrain.build import import_deepspeed
 from pretrain.preflight.nvme import check_nvme
 from pretrain.run.process import importing
 from tools.rehearse.compare import Comparison, compare
-from tools.rehearse.cover import cover, legal_layouts
-from tools.rehearse.rank import Trained, train
-from tools.rehearse.ranks import RankFailed, run_ranks
-from tools.rehearse.shrink import Common, common_divisors, fit_degrees, left_out, shrink
+from tools.rehearse.covering_layouts import covering_subset, legal_layouts
+from tools.rehearse.local_ranks import RankFailed, run_ranks
+from tools.rehearse.shrink import CommonDivisors, common_divisors, fit_degrees, omitted_features, shrink
+from tools.rehearse.train_rank import RankResult, train
 
 # A rehearsal has its own batches, steps and no data.
 OWN_SECTIONS = ("batch", "run", "data", "schedule", "checkpoint")
@@ -40,7 +40,7 @@ def choose_layouts(source: str, overrides: list[str], wanted: str | None, streng
     if wanted is None:
         return _fitted([config])
     if wanted == "auto":
-        return [layout for _, layout in cover(list(legal_layouts(config, max_ranks)), strength)]
+        return [layout for _, layout in covering_subset(list(legal_layouts(config, max_ranks)), strength)]
     try:
         listed = json.loads(Path(wanted).read_text(encoding="utf-8"))
         words = [[f"{key}={json.dumps(value)}" for key, value in layout.items()] for layout in listed]
@@ -73,7 +73,7 @@ def with_disk(config: Config, folder: str) -> Config:
     return config
 
 
-def reference_of(config: Config, common: Common) -> Config:
+def reference_of(config: Config, common: CommonDivisors) -> Config:
     """The same model and batches on one process, nothing sharded."""
     single = deepcopy(config)
     parallel = single.parallel
@@ -85,7 +85,7 @@ def reference_of(config: Config, common: Common) -> Config:
     return shrink(single, common)
 
 
-def rehearse_one(config: Config, reference: Trained, common: Common, steps: int) -> dict[str, Any]:
+def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, steps: int) -> dict[str, Any]:
     """One layout's line of the report."""
     layout = make_layout(config)
     started_s = time.perf_counter()
@@ -146,7 +146,7 @@ def rehearse(args: argparse.Namespace) -> int:
         lines.append(rehearse_one(config, reference, common, args.steps))
         print(describe(lines[-1]), file=say, flush=True)
     wrong = [line for line in lines if not line["ok"]]
-    if without := left_out(configs[0].model):
+    if without := omitted_features(configs[0].model):
         print(f"rehearsed without what depends on the layout by nature: {', '.join(without)}", file=say)
     if reference.near_ties:
         text = "choices of experts hang on the last digits: another rounding may choose otherwise, and be right"
@@ -159,5 +159,5 @@ def rehearse(args: argparse.Namespace) -> int:
             "steps": args.steps,
             "router_near_ties": reference.near_ties,
         }
-        print(json.dumps({"reference": first, "layouts": lines, "left_out": left_out(configs[0].model)}))
+        print(json.dumps({"reference": first, "layouts": lines, "left_out": omitted_features(configs[0].model)}))
     return 1 if wrong else 0

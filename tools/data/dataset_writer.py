@@ -36,7 +36,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-class PairWriter:
+class DatasetWriter:
     """Use as a context manager; documents are added in order, one sequence each. Raises ConfigError when a file can't be."""
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -112,7 +112,7 @@ class PairWriter:
         for first in range(0, len(lengths) + 1, BLOCK):
             yield np.arange(first, min(first + BLOCK, len(lengths) + 1), dtype=np.int64).tobytes()
 
-    def __enter__(self) -> PairWriter:
+    def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -18,10 +18,10 @@ from configs.model_schema import Model
 from configs.schema import Config
 from parallel.legality.model import RULES
 from tools.convert.tensors.dtypes import FLOATS, Array
-from tools.convert.tensors.links import Links
+from tools.convert.tensors.weight_map import WeightMap
 
 
-class Tensors(Protocol):
+class TensorReader(Protocol):
     """Tensors of files; reads come from any number of threads and raise DamagedFile."""
 
     @property
@@ -38,7 +38,7 @@ class Tensors(Protocol):
     def close(self) -> None: ...
 
 
-def read_rows(files: Tensors, name: str, lead: tuple[int, ...], first: int, rows: int) -> Array:
+def read_rows(files: TensorReader, name: str, lead: tuple[int, ...], first: int, rows: int) -> Array:
     """Rows [first, first + rows) of tensor[lead] as [rows, columns], in its own type; a vector has one column."""
     out = np.empty((rows, prod(files.shape(name)[len(lead) + 1 :])), dtype=FLOATS[files.dtype(name)])
     files.read_into(name, lead, first, out)
@@ -46,15 +46,15 @@ def read_rows(files: Tensors, name: str, lead: tuple[int, ...], first: int, rows
 
 
 @dataclass
-class Source:
+class ImportSource:
     """A folder of weights, understood. `kind`: family or format; `identity`: what tells it from another one (plain values);
     `companions`: whether its config.json and tokenizer files are to be kept."""
 
     folder: Path
     kind: str
     model: Model
-    files: Tensors
-    links: Links
+    files: TensorReader
+    weight_map: WeightMap
     identity: Any
     num_tensors: int
     companions: bool

@@ -37,7 +37,7 @@ def line_blocks(name: str, compression: str) -> Iterator[tuple[bytes, int, int, 
             held.append(chunk[end:])
             size += len(held[-1])
         if not end:
-            bounded(name, size, "is it JSON lines? one document a line")
+            check_document_size(name, size, "is it JSON lines? one document a line")
     if size:
         yield b"".join(held), read, line, offset
 
@@ -81,7 +81,7 @@ def _broken(name: str, compression: str, why: str) -> Problem:
     return Problem("--corpus", name, rule, "copy the file again, or leave it out")
 
 
-def bounded(name: str, size_bytes: int, fix: str) -> None:
+def check_document_size(name: str, size_bytes: int, fix: str) -> None:
     if size_bytes > LARGEST_DOCUMENT_BYTES:
         rule = f"a document has at most {LARGEST_DOCUMENT_BYTES >> 20} MiB"
         raise ConfigError(Problem("--corpus", name, rule, fix))

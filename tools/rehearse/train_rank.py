@@ -33,19 +33,19 @@ from tools.rehearse.shrink import VOCAB_SIZE
 NEAR_TIE = 1e-6
 
 # (name, shape of the whole tensor, box, first and last element of the box)
-Key = tuple[str, tuple[int, ...], Box, int, int]
+SliceKey = tuple[str, tuple[int, ...], Box, int, int]
 
 
 @dataclass
-class Trained:
+class RankResult:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    gradients: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
-    weights: dict[Key, NDArray[np.float32]] = field(default_factory=dict)
+    gradients: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
+    weights: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     near_ties: int = 0
 
 
-def train(config: Config, steps: int) -> Trained:
+def train(config: Config, steps: int) -> RankResult:
     """Collective over the ranks of the layout."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     layout = make_layout(config)
@@ -54,8 +54,8 @@ def train(config: Config, steps: int) -> Trained:
     groups = make_groups(layout, config.run.seed)
     model = make_model(config, VOCAB_SIZE, layout, chunks, groups, runtime.device)
     engine = make_engine(config, model, groups, runtime.device)
-    margins = [watch_margins(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    trained = Trained()
+    margins = [record_router_margins(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    trained = RankResult()
     for step in range(steps):
         result = engine.step(random_batches(config, step, groups.dp.rank(), groups.dp.size()), config.optimizer.lr)
         trained.losses.append(result.loss)
@@ -68,7 +68,7 @@ def train(config: Config, steps: int) -> Trained:
     return trained
 
 
-def watch_margins(router: TopKRouter) -> list[torch.Tensor]:
+def record_router_margins(router: TopKRouter) -> list[torch.Tensor]:
     """Collects, at every forward pass, by how much each token's last chosen expert leads the first one not chosen [tokens]."""
     found: list[torch.Tensor] = []
     routing = router.routing
@@ -92,7 +92,7 @@ def _clipped(config: Config, result: StepResult) -> float:
     return min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
 
 
-def _slices(engine: Engine, kind: str, factor: float) -> dict[Key, NDArray[np.float32]]:
+def _slices(engine: Engine, kind: str, factor: float) -> dict[SliceKey, NDArray[np.float32]]:
     return {
         (piece.name, piece.global_shape, piece.box, piece.start, piece.stop): (piece.data.detach().float() * factor).numpy()
         for piece in engine.owned()

@@ -1,6 +1,6 @@
 """A Megatron-LM checkpoint as the source of an import: which iteration, which model, which tensor is which.
 
-In: a run's folder or one iteration's, optionally a preset that states the model. Out: `Source`. Names: layers are stacked
+In: a run's folder or one iteration's, optionally a preset that states the model. Out: `ImportSource`. Names: layers are stacked
 ("decoder.layers.mlp…", layer first) or numbered; experts are stacked or numbered, too; norms have the names that Transformer
 Engine gives them; a gated product may be two tensors, _w and _v.
 
@@ -23,10 +23,10 @@ from pretrain.run.files import read_json
 from tools.convert.megatron_lm.arguments import read_args
 from tools.convert.megatron_lm.pickles import MALFORMED, load
 from tools.convert.megatron_lm.torch_dist import COMMON, METADATA, TorchDist
-from tools.convert.tensors.canonical import tensor_shapes
-from tools.convert.tensors.links import Links, Part, audit
-from tools.convert.tensors.source import Source, check_model
-from tools.convert.tensors.spans import Span
+from tools.convert.tensors.canonical_shapes import tensor_shapes
+from tools.convert.tensors.import_source import ImportSource, check_model
+from tools.convert.tensors.row_mappings import RowMapping
+from tools.convert.tensors.weight_map import TensorPart, WeightMap, audit
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -48,7 +48,7 @@ def is_megatron(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in marks) or any(folder.glob("mp_rank_*"))
 
 
-def open_megatron(folder: Path, preset: str | None) -> Source:
+def open_megatron(folder: Path, preset: str | None) -> ImportSource:
     """Read and check everything but the numbers. Raises ConfigError with all problems."""
     place = _iteration(folder)
     model, notes = _model(place, preset)
@@ -57,10 +57,10 @@ def open_megatron(folder: Path, preset: str | None) -> Source:
         raise ConfigError(problems)
     model.name, model.source = folder.resolve().name, "imported from a Megatron-LM torch_dist checkpoint"
     files = TorchDist(place)
-    links, problems = _links(model, files)
-    for name in links.their_shapes:
+    weight_map, problems = _weight_map(model, files)
+    for name in weight_map.hf_shapes:
         problems += files.check(name)
-    left = sorted(name for name in files.tensors if name not in links.their_shapes and not name.startswith(_NOT_WEIGHTS))
+    left = sorted(name for name in files.tensors if name not in weight_map.hf_shapes and not name.startswith(_NOT_WEIGHTS))
     if left:
         rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
         problems.append(Problem(str(place), left[:_SHOWN], rule, "state the right model: --model PRESET|YAML"))
@@ -69,7 +69,7 @@ def open_megatron(folder: Path, preset: str | None) -> Source:
     if any(name.startswith(_NOT_WEIGHTS) for name in files.tensors):
         notes.append("its optimizer state stays behind: a run that starts from this import has a fresh optimizer")
     identity = [str(name) for name in files.tensors] + [str(stored) for stored in files.tensors.values()]
-    return Source(place, "megatron-lm", model, files, links, identity, len(links.their_shapes), False, notes)
+    return ImportSource(place, "megatron-lm", model, files, weight_map, identity, len(weight_map.hf_shapes), False, notes)
 
 
 def _iteration(folder: Path) -> Path:
@@ -125,42 +125,42 @@ def _saved_args(place: Path) -> dict[str, Any]:
     return values
 
 
-def _links(model: Model, files: TorchDist) -> tuple[Links, list[Problem]]:
-    """Every canonical tensor's spans, and what is missing or of another shape."""
+def _weight_map(model: Model, files: TorchDist) -> tuple[WeightMap, list[Problem]]:
+    """Every canonical tensor's mappings, and what is missing or of another shape."""
     shapes = tensor_shapes(model)
-    ours: dict[Part, list[Span]] = {}
-    theirs: dict[Part, list[Span]] = {}
+    by_canonical: dict[TensorPart, list[RowMapping]] = {}
+    by_hf: dict[TensorPart, list[RowMapping]] = {}
     missing, problems = [], []
     for name, shape in shapes.items():
         leads = [(index,) for index in range(shape[0])] if ".mlp.experts." in name else [()]
         for lead in leads:
-            spans = _spans(name, lead, shape, files, model)
-            if not spans:
+            mappings = _row_mappings(name, lead, shape, files, model)
+            if not mappings:
                 missing.append(name)
-            for span in spans:
-                problems += _check_shape(span, shape, files)
-                theirs.setdefault((span.hf, span.hf_lead), []).append(span)
-            ours[(name, lead)] = spans
+            for mapping in mappings:
+                problems += _check_shape(mapping, shape, files)
+                by_hf.setdefault((mapping.hf_name, mapping.hf_lead), []).append(mapping)
+            by_canonical[(name, lead)] = mappings
     fix = "state the right model: --model PRESET|YAML"
     if missing:
         names = list(dict.fromkeys(missing))
         rule = f"the model needs {len(names)} tensors that the checkpoint doesn't hold"
         problems.insert(0, Problem(str(files.folder), names[:_SHOWN], rule, fix))
-    links = Links(shapes, ours, theirs, {name: files.shape(name) for name, _ in theirs})
+    weight_map = WeightMap(shapes, by_canonical, by_hf, {name: files.shape(name) for name, _ in by_hf})
     if not problems:
-        audit(links, model)
-    return links, list({(problem.path, problem.rule): problem for problem in problems}.values())
+        audit(weight_map, model)
+    return weight_map, list({(problem.path, problem.rule): problem for problem in problems}.values())
 
 
-def _spans(name: str, lead: tuple[int, ...], shape: tuple[int, ...], files: TorchDist, model: Model) -> list[Span]:
+def _row_mappings(name: str, lead: tuple[int, ...], shape: tuple[int, ...], files: TorchDist, model: Model) -> list[RowMapping]:
     """Where a canonical tensor (or one expert of it) lies; empty: nowhere."""
     rows = shape[len(lead)] if name not in TABLES else model.vocab_size or 0
     for key, place in _candidates(name, lead):
         if key in files.tensors:
-            return [Span(name, lead, 0, rows, key, place)]
+            return [RowMapping(name, lead, 0, rows, key, place)]
         if key + "_w" in files.tensors and key + "_v" in files.tensors:
             half = rows // 2
-            return [Span(name, lead, 0, half, key + "_w", place), Span(name, lead, half, half, key + "_v", place)]
+            return [RowMapping(name, lead, 0, half, key + "_w", place), RowMapping(name, lead, half, half, key + "_v", place)]
     return []
 
 
@@ -189,17 +189,17 @@ def _names(inner: str) -> Iterator[str]:
     """A layer's tensor under its own name and as a fused norm."""
     own = inner.replace("mlp.experts.", "mlp.experts.experts.")
     yield own
-    for ours, fused in _FUSED:
-        if own.startswith(ours):
-            yield own.replace(ours, fused)
+    for unfused, fused in _FUSED:
+        if own.startswith(unfused):
+            yield own.replace(unfused, fused)
 
 
-def _check_shape(span: Span, shape: tuple[int, ...], files: TorchDist) -> Iterator[Problem]:
+def _check_shape(mapping: RowMapping, shape: tuple[int, ...], files: TorchDist) -> Iterator[Problem]:
     """The tensor that is there has the rows and columns that the model needs; a table may have more rows, padding."""
-    got, depth = files.shape(span.hf), len(span.hf_lead)
-    wanted = (span.rows, *shape[len(span.lead) + 1 :])
-    fits = len(got) == depth + len(wanted) and got[depth + 1 :] == wanted[1:] and all(a < b for a, b in zip(span.hf_lead, got))
-    padded = fits and span.name in TABLES and got[depth] >= wanted[0]
+    got, depth = files.shape(mapping.hf_name), len(mapping.hf_lead)
+    wanted = (mapping.rows, *shape[len(mapping.lead) + 1 :])
+    fits = len(got) == depth + len(wanted) and got[depth + 1 :] == wanted[1:] and all(a < b for a, b in zip(mapping.hf_lead, got))
+    padded = fits and mapping.name in TABLES and got[depth] >= wanted[0]
     if not (fits and got[depth] == wanted[0]) and not padded:
         rule = f"must be of shape {[*('layers', 'experts')[:depth], *wanted]} by the model"
-        yield Problem(span.hf, list(got), rule, "state the right model: --model PRESET|YAML")
+        yield Problem(mapping.hf_name, list(got), rule, "state the right model: --model PRESET|YAML")

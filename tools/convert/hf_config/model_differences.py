@@ -13,7 +13,7 @@ from parallel import architecture as arch
 from pretrain.checkpoint.allowed_changes import architecture
 
 
-def resolved(model: Model) -> dict[str, Any]:
+def resolved_model(model: Model) -> dict[str, Any]:
     """Key -> effective value of everything that weights and answers depend on; what has no effect is left out."""
     model = copy.deepcopy(model)
     has_experts = model.moe.num_experts > 0
@@ -62,9 +62,9 @@ def _unused_of_scaling(model: Model) -> set[str]:
     return {prefix + name for name in names}
 
 
-def differences(first: Model, second: Model) -> list[str]:
+def model_differences(first: Model, second: Model) -> list[str]:
     """Each effective key that differs, in words."""
-    one, two = resolved(first), resolved(second)
+    one, two = resolved_model(first), resolved_model(second)
     return [
         f"model.{key}: {one.get(key)!r} and {two.get(key)!r}"
         for key in sorted(one.keys() | two.keys())

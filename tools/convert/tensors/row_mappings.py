@@ -1,0 +1,104 @@
+"""Which rows of a canonical tensor are which rows of a Hugging Face tensor: every conversion is a list of such mappings.
+
+In: a canonical tensor (or one expert of it), the names that hold it, how they are joined. Out: `RowMapping`s.
+A tensor is seen as [lead…, rows, columns]: `lead` is the expert of a stacked tensor, a vector has rows only. All joins are
+moves of whole rows (queries, keys and values interleaved by group; gate above up), so that tensors of any size stream;
+only gpt-oss transposes and interleaves, expert by expert.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from configs.model_schema import Model
+from parallel import architecture as arch
+
+
+@dataclass(frozen=True)
+class RowMapping:
+    """Rows [row, row + rows) of `name`[lead] are the rows hf_row, hf_row + hf_step, … of `hf`[hf_lead].
+
+    `transposed`: hf holds [columns, rows], so rows are counted in its last dim.
+    """
+
+    name: str
+    lead: tuple[int, ...]
+    row: int
+    rows: int
+    hf_name: str
+    hf_lead: tuple[int, ...] = ()
+    hf_row: int = 0
+    hf_step: int = 1
+    transposed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whole rows in the same order: any part of it can be moved by itself."""
+        return self.hf_step == 1 and not self.transposed
+
+    @property
+    def hf_end(self) -> int:
+        """One past the last row of hf that it needs."""
+        return self.hf_row + (self.rows - 1) * self.hf_step + 1
+
+
+FusionRule = Callable[[Model, str, tuple[int, ...], int, Sequence[str]], Iterator[RowMapping]]
+"""(model, canonical name, lead, rows, names in the files) -> mappings."""
+
+
+def same(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The tensor itself."""
+    yield RowMapping(name, lead, 0, rows, hf_names[0])
+
+
+def stacked(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The tensor itself, in a file that stacks the experts too."""
+    yield RowMapping(name, lead, 0, rows, hf_names[0], hf_lead=lead)
+
+
+def vocab(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The real tokens; the padding below them is zero."""
+    assert model.vocab_size, "a converted model states its vocabulary"
+    yield RowMapping(name, lead, 0, model.vocab_size, hf_names[0])
+
+
+def gate_up(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """[gate; up] from the two."""
+    half = rows // 2
+    yield RowMapping(name, lead, 0, half, hf_names[0])
+    yield RowMapping(name, lead, half, half, hf_names[1])
+
+
+def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """Per query group: its queries, its key, its value."""
+    groups, width = arch.num_query_groups(model), arch.head_dim(model)
+    queries = model.attention.num_heads // groups * width
+    for group in range(groups):
+        first = group * (queries + 2 * width)
+        yield RowMapping(name, lead, first, queries, hf_names[0], hf_row=group * queries)
+        yield RowMapping(name, lead, first + queries, width, hf_names[1], hf_row=group * width)
+        yield RowMapping(name, lead, first + queries + width, width, hf_names[2], hf_row=group * width)
+
+
+def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """[gate; up] from a stacked tensor with gate and up row by row (gpt-oss's biases and packed weights)."""
+    half = rows // 2
+    yield RowMapping(name, lead, 0, half, hf_names[0], lead, 0, 2)
+    yield RowMapping(name, lead, half, half, hf_names[0], lead, 1, 2)
+
+
+def interleaved_columns(
+    model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]
+) -> Iterator[RowMapping]:
+    """[gate; up] from a stacked, transposed tensor with gate and up column by column (gpt-oss)."""
+    half = rows // 2
+    yield RowMapping(name, lead, 0, half, hf_names[0], lead, 0, 2, True)
+    yield RowMapping(name, lead, half, half, hf_names[0], lead, 1, 2, True)
+
+
+def stacked_columns(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The tensor from a stacked, transposed one (gpt-oss)."""
+    yield RowMapping(name, lead, 0, rows, hf_names[0], hf_lead=lead, transposed=True)

@@ -1,0 +1,119 @@
+"""Groups of tensors that families share. Names as save_pretrained writes them; `{L}` is the layer, `{E}` the expert.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from configs.model_schema import Model
+from tools.convert.hf_config.family import TensorRule, tensor_rule
+from tools.convert.tensors.row_mappings import gate_up, query_key_value, same, stacked, vocab
+
+EMBEDDING = (
+    tensor_rule("model", "embedding.word_embeddings.weight", "model.embed_tokens.weight", join=vocab),
+    tensor_rule("model", "output_layer.weight", "lm_head.weight", join=vocab, when=lambda model: not model.tie_embeddings),
+    tensor_rule("model", "decoder.final_layernorm.weight", "model.norm.weight"),
+)
+_L = "model.layers.{L}."
+NORMS = (
+    tensor_rule("layer", "input_layernorm.weight", _L + "input_layernorm.weight"),
+    tensor_rule("layer", "pre_mlp_layernorm.weight", _L + "post_attention_layernorm.weight"),
+)
+_A = _L + "self_attn."
+
+
+def _qkv(kind: str) -> tuple[str, ...]:
+    return tuple(f"{_A}{part}_proj.{kind}" for part in "qkv")
+
+
+ATTENTION = (
+    *NORMS,
+    tensor_rule("layer", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
+    tensor_rule(
+        "layer", "self_attention.linear_qkv.bias", *_qkv("bias"), join=query_key_value, when=lambda m: m.attention.qkv_bias
+    ),
+    tensor_rule("layer", "self_attention.q_layernorm.weight", _A + "q_norm.weight", when=lambda m: m.attention.qk_norm),
+    tensor_rule("layer", "self_attention.k_layernorm.weight", _A + "k_norm.weight", when=lambda m: m.attention.qk_norm),
+    tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+    tensor_rule("layer", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
+    tensor_rule("layer", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
+)
+
+
+def _compressed(model: Model) -> bool:
+    return model.mla.q_lora_rank is not None
+
+
+LATENT = (
+    *NORMS,
+    tensor_rule("layer", "self_attention.linear_q_proj.weight", _A + "q_proj.weight", when=lambda m: not _compressed(m)),
+    tensor_rule("layer", "self_attention.linear_q_down_proj.weight", _A + "q_a_proj.weight", when=_compressed),
+    tensor_rule("layer", "self_attention.q_layernorm.weight", _A + "q_a_layernorm.weight", when=_compressed),
+    tensor_rule("layer", "self_attention.linear_q_up_proj.weight", _A + "q_b_proj.weight", when=_compressed),
+    tensor_rule("layer", "self_attention.linear_kv_down_proj.weight", _A + "kv_a_proj_with_mqa.weight"),
+    tensor_rule("layer", "self_attention.kv_layernorm.weight", _A + "kv_a_layernorm.weight"),
+    tensor_rule("layer", "self_attention.linear_kv_up_proj.weight", _A + "kv_b_proj.weight"),
+    tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+)
+_M = _L + "mlp."
+DENSE_MLP = (
+    tensor_rule("dense", "mlp.linear_fc1.weight", _M + "gate_proj.weight", _M + "up_proj.weight", join=gate_up),
+    tensor_rule(
+        "dense", "mlp.linear_fc1.bias", _M + "gate_proj.bias", _M + "up_proj.bias", join=gate_up, when=lambda m: m.mlp_bias
+    ),
+    tensor_rule("dense", "mlp.linear_fc2.weight", _M + "down_proj.weight"),
+    tensor_rule("dense", "mlp.linear_fc2.bias", _M + "down_proj.bias", when=lambda m: m.mlp_bias),
+)
+
+
+def experts(
+    router: str = _M + "gate.weight", one: str = _M + "experts.{E}.", names: tuple[str, str, str] | None = None
+) -> tuple[TensorRule, ...]:
+    """Router and experts, one tensor an expert; also read in transformers 5's stacked form (gate above up)."""
+    gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+    together = _M + "experts."
+    return (
+        tensor_rule("moe", "mlp.router.weight", router, also=(((_M + "gate.weight",), same), ((_M + "router.weight",), same))),
+        tensor_rule(
+            "expert", "mlp.experts.linear_fc1.weight", f"{one}{gate}.weight", f"{one}{up}.weight", join=gate_up,
+            also=(((together + "gate_up_proj",), stacked),),
+        ),
+        tensor_rule(
+            "expert", "mlp.experts.linear_fc2.weight", f"{one}{down}.weight", also=(((together + "down_proj",), stacked),)
+        ),
+    )  # fmt: skip
+
+
+def shared_experts(name: str = "shared_experts") -> tuple[TensorRule, ...]:
+    """The shared experts as one MLP."""
+    head, has = f"{_M}{name}.", lambda model: bool(model.moe.shared_ffn_hidden_size)
+    return (
+        tensor_rule(
+            "moe", "mlp.shared_experts.linear_fc1.weight", head + "gate_proj.weight", head + "up_proj.weight",
+            join=gate_up, when=has,
+        ),
+        tensor_rule("moe", "mlp.shared_experts.linear_fc2.weight", head + "down_proj.weight", when=has),
+    )  # fmt: skip
+
+
+EXPERT_BIAS = (
+    tensor_rule(
+        "moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias
+    ),
+)
+# Depth i stands behind the last layer; its embedding and head are copies of the model's.
+MTP = (
+    tensor_rule("mtp", "enorm.weight", _L + "enorm.weight"),
+    tensor_rule("mtp", "hnorm.weight", _L + "hnorm.weight"),
+    tensor_rule("mtp", "eh_proj.weight", _L + "eh_proj.weight"),
+    tensor_rule("mtp", "final_layernorm.weight", _L + "shared_head.norm.weight"),
+)
+
+
+def mtp_copies(model: Model) -> dict[str, str]:
+    """The tables that a prediction depth's files repeat."""
+    copies = {}
+    for layer in range(model.num_layers, model.num_layers + model.mtp.num_layers):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+    return copies

@@ -1,10 +1,10 @@
-"""How long training stands still for a save: asynchronous against synchronous, the same state, in one run.
+"""How long a save stalls training: asynchronous compared with synchronous, with the same state, in one run.
 
-    phalanx bench checkpoint [--gib 1.0] [--folder .]
+phalanx bench checkpoint [--gib 1.0] [--folder .]
 
-One process with a state of that size in slices of 16 MiB. Synchronous: written, synced and completed before it returns.
-Asynchronous: `start` returns after one copy in memory; the files are written by a thread. The buffer is made ready before,
-as a run does while it starts.
+One process saves a state of that size in slices of 16 MiB. A synchronous save returns after the files are written, synced and
+completed. An asynchronous save returns after one copy in memory; a thread writes the files. The buffer is allocated before, as
+a run does at its start.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ SLICE = 4 << 20
 
 
 def make_state(gib: float) -> list[Piece]:
+    """A state of about `gib` GiB, in slices of SLICE elements."""
     count = max(1, round(gib * 2**30 / 4 / SLICE))
     box = Box((0,), (SLICE,))
     return [Piece(WEIGHT, f"tensor_{i}", (SLICE,), box, 0, SLICE, torch.full((SLICE,), float(i))) for i in range(count)]
 
 
 def manifest(step: int) -> Manifest:
+    """A minimal manifest for this step."""
     return Manifest(FORMAT, step, 0, 0, step, None, "megatron", 1, {}, {}, 1, None, None, {}, (WEIGHT,), {}, {}, 1)
 
 

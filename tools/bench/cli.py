@@ -1,4 +1,6 @@
-"""`phalanx bench [NAME]`: measurements that compare side by side in one run. In: a name and its own words. Out: ratios.
+"""`phalanx bench [NAME]`: measurements that compare two implementations in one run.
+
+In: a name and the measurement's own arguments. Out: ratios.
 
 Torch-free.
 """
@@ -13,29 +15,33 @@ from configs.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Bench:
-    """A measurement's module, whose `main(argv)` runs it, and what stands beside what."""
+    """The module of a measurement, whose `main(argv)` runs it, and a summary of what it compares."""
 
     module: str
     summary: str
 
 
 BENCHES = {
-    "step": Bench("tools.bench.step", "CPU time of a training step beside a bare Megatron-Core loop, same model"),
-    "checkpoint": Bench("tools.bench.checkpoint", "how long a save stalls training: asynchronous beside synchronous"),
-    "tokenize": Bench("tools.bench.tokenize", "`phalanx data tokenize` beside sentencepiece's own threads, same text"),
-    "convert": Bench("tools.bench.convert", "import and export beside a copy of the same files, with peak memory"),
+    "step": Bench("tools.bench.step", "CPU time of a training step, compared with a bare Megatron-Core loop"),
+    "checkpoint": Bench("tools.bench.checkpoint", "how long a save stalls training: asynchronous compared with synchronous"),
+    "tokenize": Bench("tools.bench.tokenize", "`phalanx data tokenize`, compared with sentencepiece's own threads"),
+    "convert": Bench("tools.bench.convert", "speed and peak memory of import and export, compared with a file copy"),
 }
 
 
 def help_text() -> str:
-    """What `phalanx bench` prints."""
+    """The text of `phalanx bench` without a name."""
     width = max(map(len, BENCHES))
-    lines = ["usage: phalanx bench NAME [its own words; NAME --help shows them]", "", "Each compares side by side in one run:"]
+    lines = [
+        "usage: phalanx bench NAME [arguments of NAME; see phalanx bench NAME --help]",
+        "",
+        "Each measurement compares its sides in one run:",
+    ]
     return "\n".join([*lines, *(f"  {name:<{width}}  {bench.summary}" for name, bench in BENCHES.items())])
 
 
 def main(argv: list[str]) -> int:
-    """Run one measurement; without a name list them. Raises ConfigError for a name that isn't there."""
+    """Run one measurement; without a name list them all. Raises ConfigError for an unknown name."""
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0

@@ -1,6 +1,6 @@
-"""Speed and memory of `phalanx convert` beside a copy of the same files on the same disk, all in one run.
+"""Speed and memory of `phalanx convert`, compared with a copy of the same files on the same disk, in one run.
 
-In: how many GiB. Out: MB/s of copy, import and export (each its own process, synced), their ratio, and peak memory.
+In: how many GiB. Out: MB/s of copy, import and export (each in a process of its own, with fsync), their ratio, and peak memory.
     phalanx bench convert --gib 4
 
 Torch-free.
@@ -36,7 +36,7 @@ CONFIG = {
     "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False,
 }  # fmt: skip
 LAYER_GIB = 1.17
-"""One layer of Qwen3-30B-A3B in bf16; its two tables are 1.16 GiB more."""
+"""Size of one layer of Qwen3-30B-A3B in bf16. The two tables take 1.16 GiB more."""
 
 COPY = """
 import os, sys
@@ -53,7 +53,7 @@ for file in sorted(source.iterdir()):
 
 
 def make_source(folder: Path, gib: float) -> int:
-    """A model of about so many GiB with random bits; the number of bytes."""
+    """Write a model of about `gib` GiB with random bits. Returns the number of bytes."""
     layers = max(1, round((gib - 1.16) / LAYER_GIB))
     config = CONFIG | {"num_hidden_layers": layers}
     model, _ = QWEN3_MOE.to_model(config)
@@ -64,7 +64,7 @@ def make_source(folder: Path, gib: float) -> int:
     generator = np.random.default_rng(0)
 
     def fill(unit: WriteUnit, out: Array) -> None:
-        # Small numbers: exponents below 1, any sign and fraction.
+        # Positive numbers below 1.
         out[...] = generator.integers(0x3800, 0x3F00, out.shape, dtype=FLOATS["BF16"])
 
     place = OutputFolder(folder, files, config, force=False)
@@ -86,7 +86,7 @@ def _name(number: int, count: int) -> str:
 
 
 def measure(words: list[str]) -> tuple[float, float, float]:
-    """(seconds, seconds of processors, peak MiB) of a process."""
+    """(elapsed seconds, CPU seconds, peak MiB) of a process."""
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -96,7 +96,9 @@ def measure(words: list[str]) -> tuple[float, float, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="phalanx bench convert", description="Conversion beside a copy of the same files.")
+    parser = argparse.ArgumentParser(
+        prog="phalanx bench convert", description="Compare conversion with a copy of the same files."
+    )
     parser.add_argument("--gib", type=float, default=4.0, help="size of the model (default: 4)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; the best counts (default: 2)")
     parser.add_argument("--dir", type=Path, help="disk to measure (default: the temporary folder)")

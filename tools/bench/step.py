@@ -1,10 +1,10 @@
-"""CPU time of a step of ours against a bare Megatron-Core loop on the same model, in one run.
+"""CPU time of a Phalanx step, compared with a bare Megatron-Core loop on the same model, in one run.
 
-    phalanx bench step [--steps N]
+phalanx bench step [--steps N]
 
-Two processes of pipeline 2, each training the quickstart's model on random tokens. Bare: Megatron-Core's DDP, distributed
-optimizer and schedule, a loss function, nothing else. Ours: the engine, router metrics, the row, the all-reduce of
-agreement and the record. The two alternate step by step, so that a busy machine disturbs both alike.
+Two processes, pipeline 2, train the quickstart's model on random tokens. The bare loop has Megatron-Core's DDP, distributed
+optimizer and schedule, and a loss function. The Phalanx step has the engine, router metrics, the metrics row, the all-reduce
+on which ranks agree, and the record. The two alternate step by step, so that other load on the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ OVERRIDES = ("parallel.expert=1", "launch.processes_per_node=2", f"model.vocab_s
 
 
 def random_batches(config: Config, step: int) -> list[MicroBatch]:
+    """The micro-batches of one step: random tokens, the same for both sides."""
     batch = config.batch
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (batch.global_batch_seqs, batch.seq_length_tokens + 1), generator=generator)
@@ -54,7 +55,7 @@ def random_batches(config: Config, step: int) -> list[MicroBatch]:
 
 
 def bare_step(config: Config, model: Any, groups: Any) -> Callable[[list[MicroBatch]], None]:
-    """Megatron-Core alone, with the settings that the engine gives it."""
+    """A step of Megatron-Core alone, with the settings that the engine gives it."""
     transformer = model[0].config
     transformer.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -91,7 +92,7 @@ def bare_step(config: Config, model: Any, groups: Any) -> Callable[[list[MicroBa
 
 
 def our_step(config: Config, model: Any, groups: Any, device: torch.device, folder: str) -> Callable[[list[MicroBatch]], None]:
-    """The engine and what the loop does around it."""
+    """A step of the engine, and what the training loop does around it."""
     layout = make_layout(config)
     engine = make_engine(config, model, groups, device)
     moe = MoeMetrics(model, config.model, groups)
@@ -114,6 +115,7 @@ def our_step(config: Config, model: Any, groups: Any, device: torch.device, fold
 
 
 def rank_main(rank: int, world: int, folder: str, steps: int) -> None:
+    """One of the two ranks: alternate the two kinds of steps, and write CPU seconds per step to times_RANK.json."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]

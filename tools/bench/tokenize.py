@@ -1,8 +1,8 @@
-"""`phalanx data tokenize` against sentencepiece's own threaded encode, on the same text, in one run.
+"""Speed of `phalanx data tokenize`, compared with sentencepiece's own threaded encode on the same text, in one run.
 
-In: how much text. Out: MB/s of both and their ratio, for BPE and unigram. Ours is the whole job: starting the workers,
-reading JSON lines, checking, encoding, writing and syncing. sentencepiece's is `encode(texts, num_threads)` alone, with
-the texts in memory. The text is source code of the installed packages: real, and without repeated files.
+In: how much text. Out: MB/s of both and their ratio, for BPE and unigram. The Phalanx side is the whole command: starting
+workers, reading JSON lines, checking, encoding, writing and syncing. The sentencepiece side is `encode(texts, num_threads)`
+with the texts in memory. The text is source code of the installed packages: real text without repeated files.
 
 Torch-free.
 """
@@ -26,7 +26,7 @@ from tools.data.train_tokenizer import train
 
 
 def installed_text(max_bytes: float) -> Iterator[str]:
-    """Documents of different content, until `max_bytes`."""
+    """Different documents, together about `max_bytes`."""
     seen: set[str] = set()
     size = 0
     for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
@@ -40,12 +40,12 @@ def installed_text(max_bytes: float) -> Iterator[str]:
 
 
 def _cpu_s() -> float:
-    """Processor seconds of this process and of its ended children."""
+    """CPU seconds of this process and of its ended children."""
     return sum(os.times()[:4])
 
 
 def measure(kind: str, folder: Path, corpus: Path, texts: list[str], workers: int, vocab_size: int) -> dict[str, Any]:
-    """One row. The processor's share is the measure to trust on a busy machine."""
+    """One row of the result. On a busy machine, trust the ratio of CPU seconds."""
     model = str(folder / kind / "tokenizer.model")
     train(expand([str(corpus)]), model, vocab_size=vocab_size, kind=kind, max_bytes=4e6)
     tokenizer = load_tokenizer(section_for(model))

@@ -18,7 +18,10 @@ from pretrain.run.folder import COMPLETE, complete_checkpoints
 
 
 def find_checkpoint(path: Path, key: str = "CHECKPOINT") -> Path:
-    """The folder itself, or the newest complete checkpoint of a run folder. Raises ConfigError."""
+    """`path` itself when it is a checkpoint, else the newest complete checkpoint of the run folder `path`.
+
+    Raises ConfigError, with `key` as the key of the problem, when there is no complete checkpoint.
+    """
     if (path / COMPLETE).exists():
         return path
     for place in (path / "checkpoints", path):
@@ -31,7 +34,7 @@ def find_checkpoint(path: Path, key: str = "CHECKPOINT") -> Path:
 
 
 def open_manifest(folder: Path, key: str = "CHECKPOINT") -> Manifest:
-    """Raises ConfigError when the checkpoint is damaged or of another format."""
+    """The manifest of a checkpoint. Raises ConfigError when the checkpoint is damaged or has an unknown format."""
     try:
         return read_manifest(folder)
     except DamagedFile as error:
@@ -39,12 +42,12 @@ def open_manifest(folder: Path, key: str = "CHECKPOINT") -> Manifest:
 
 
 def damage(folder: Path, error: DamagedFile, key: str = "CHECKPOINT") -> Problem:
-    """What a damaged checkpoint means for the user."""
+    """The problem that reports a damaged checkpoint to the user."""
     return Problem(key, str(folder), f"must be whole: {error}", "name another checkpoint, or convert it again")
 
 
 def model_of(manifest: Manifest) -> Model:
-    """The `model` section that the checkpoint was written with, its vocabulary stated. Raises ConfigError."""
+    """The `model` section that the checkpoint was written with, its vocabulary size filled in. Raises ConfigError."""
     try:
         model = from_plain(Model, manifest.config["model"])
     except (KeyError, TypeError) as error:
@@ -55,7 +58,7 @@ def model_of(manifest: Manifest) -> Model:
 
 
 def from_plain(kind: Any, values: dict[str, Any]) -> Any:
-    """A dataclass from what `asdict` made of it; keys that it doesn't know are left out, missing ones have their defaults."""
+    """A dataclass of type `kind` from the dict that `asdict` made. Unknown keys are ignored; missing keys keep their defaults."""
     hints = get_type_hints(kind)
     result = kind()
     for item in fields(kind):

@@ -1,4 +1,4 @@
-"""`phalanx convert …`: Hugging Face models in and out, a look into either, and proof by logits.
+"""`phalanx convert`: import and export of Hugging Face models, inspection of either format, verification by logits.
 
 In: arguments. Out: an exit code. Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
 
@@ -25,13 +25,14 @@ from Hugging Face and back:
   phalanx convert verify checkpoints/qwen3 ~/models/Qwen3-30B-A3B
   phalanx convert export runs/quickstart exported
 
-Weights only: a run that starts from an import (checkpoint.load=PATH) has a fresh optimizer.
-Killed or out of disk: the same command goes on. Several processes: --shard 0/4 … --shard 3/4, in any order.
+An import holds weights only: a run that starts from it (checkpoint.load=PATH) has a fresh optimizer.
+After a kill or a full disk, the same command continues where the conversion stopped.
+Several processes can share one conversion: --shard 0/4 … --shard 3/4, in any order.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Run one subcommand."""
+    """Run one subcommand. Returns the exit code: 0, or 1 when `verify` finds a difference. Raises ConfigError for bad input."""
     args = _parser().parse_args(argv)
     result, text = args.run(args)
     for note in result.get("notes", []):
@@ -43,42 +44,55 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="phalanx convert", description="Checkpoints from and to Hugging Face.", epilog=EPILOG, formatter_class=raw
+        prog="phalanx convert", description="Convert checkpoints from and to Hugging Face.", epilog=EPILOG, formatter_class=raw
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="one JSON document on stdout")
     work = argparse.ArgumentParser(add_help=False, parents=[shared])
     work.add_argument(
-        "--dtype", choices=("keep", "bf16", "fp32", "fp16"), default="keep", help="type of the weights (default: as they are)"
+        "--dtype",
+        choices=("keep", "bf16", "fp32", "fp16"),
+        default="keep",
+        help="element type of the weights (default: keep, the type in the source)",
     )
     work.add_argument(
-        "--shard", type=_share, default=WorkShare(), metavar="I/N", help="do the I-th of N shares; the last one finishes"
+        "--shard",
+        type=_share,
+        default=WorkShare(),
+        metavar="I/N",
+        help="write the I-th of N shares of the files; the share that ends last completes OUT",
     )
     work.add_argument(
-        "--workers", type=_positive, default=min(4, os.cpu_count() or 1), metavar="N", help="threads (default: %(default)s)"
+        "--workers",
+        type=_positive,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="number of threads (default: %(default)s)",
     )
-    work.add_argument("--force", action="store_true", help="replace OUT")
+    work.add_argument("--force", action="store_true", help="replace OUT when it exists")
 
     get = commands.add_parser(
         "import",
         parents=[work],
-        help="a Hugging Face folder, or a Megatron-LM torch_dist one, becomes a checkpoint: weights only",
+        help="make a checkpoint (weights only) from a Hugging Face or Megatron-LM torch_dist folder",
     )
     get.add_argument("source", type=Path, metavar="HF_DIR|MEGATRON_DIR")
     get.add_argument("out", type=Path, metavar="OUT")
-    get.add_argument("--model", metavar="PRESET|YAML", help="the model, where a Megatron-LM checkpoint doesn't say it")
+    get.add_argument("--model", metavar="PRESET|YAML", help="the model, when a Megatron-LM checkpoint does not state it")
     get.set_defaults(run=_import)
 
-    put = commands.add_parser("export", parents=[work], help="a checkpoint becomes a Hugging Face folder")
-    put.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest one")
+    put = commands.add_parser("export", parents=[work], help="make a Hugging Face folder from a checkpoint")
+    put.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder (its newest checkpoint)")
     put.add_argument("out", type=Path, metavar="HF_DIR")
-    put.add_argument("--family", metavar="NAME", help="the kind of model to write (default: the one that fits)")
-    put.add_argument("--tokenizer", metavar="PATH", help="its tokenizer, where the run's is gone")
+    put.add_argument(
+        "--family", metavar="NAME", help="model family to write (default: the first family that can express the model)"
+    )
+    put.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the model, when the run's own file is gone")
     put.set_defaults(run=_export)
 
     look = commands.add_parser(
-        "inspect", parents=[shared], help="what a folder holds: model, tensors, types; and whether it is whole"
+        "inspect", parents=[shared], help="list the model, tensors and types of a folder, and check that it is complete"
     )
     look.add_argument("path", type=Path, metavar="PATH")
     look.set_defaults(run=_inspect)
@@ -87,16 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     prove.add_argument("hf", type=Path, metavar="HF_DIR")
     prove.add_argument(
-        "--layers", type=_positive, metavar="N", help="only the first N layers of both (a model that does not fit)"
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="compare only the first N layers (for a model that does not fit into memory)",
     )
-    prove.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens of a sequence (default: 64)")
-    prove.add_argument("--sequences", type=_positive, default=2, metavar="N", help="sequences (default: 2)")
+    prove.add_argument("--tokens", type=_positive, default=64, metavar="N", help="tokens per sequence (default: 64)")
+    prove.add_argument("--sequences", type=_positive, default=2, metavar="N", help="number of sequences (default: 2)")
     prove.add_argument(
         "--tolerance",
         type=float,
         default=1e-3,
         metavar="X",
-        help="largest |difference| of a logit, times max |logit| / 10 where that is more than 1 (default: 1e-3)",
+        help="largest allowed |difference| of a logit; multiplied by max |logit| / 10 when that exceeds 1 (default: 1e-3)",
     )
     prove.set_defaults(run=_verify)
     return parser
@@ -105,13 +122,13 @@ def _parser() -> argparse.ArgumentParser:
 def _share(text: str) -> WorkShare:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
-        raise argparse.ArgumentTypeError("I/N with I from 0 to N-1, for example 0/4")
+        raise argparse.ArgumentTypeError("must be I/N with I from 0 to N-1, for example 0/4")
     return WorkShare(int(match[1]), int(match[2]))
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("a whole number from 1 on")
+        raise argparse.ArgumentTypeError("must be an integer of at least 1")
     return int(text)
 
 
@@ -128,10 +145,10 @@ def _import(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = import_model(folder, args.out, args.dtype, args.shard, args.workers, args.force, args.model)
     text = f"{result['tensors_read']} tensors of {result['family']} read, {result['tensors_written']} written: {args.out}"
     if not result["finished"]:
-        return result, f"{text}\nthe other shares still write; the last one finishes"
+        return result, f"{text}\nother shares are still being written; the share that ends last completes the folder"
     return (
         result,
-        f"{text}\nweights only: checkpoint.load={args.out} starts a run with a fresh optimizer; its model: {args.out}/model.yaml",
+        f"{text}\nweights only: checkpoint.load={args.out} starts a run with a fresh optimizer; model: {args.out}/model.yaml",
     )
 
 
@@ -142,7 +159,9 @@ def _export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         args.checkpoint, args.out, args.dtype, args.shard, args.workers, args.force, args.family, args.tokenizer
     )
     text = f"{result['tensors_written']} tensors of {result['family']} from {result['checkpoint']}: {args.out}"
-    return result, text if result["finished"] else f"{text}\nthe other shares still write; the last one finishes"
+    return result, text if result[
+        "finished"
+    ] else f"{text}\nother shares are still being written; the share that ends last completes the folder"
 
 
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

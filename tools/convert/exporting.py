@@ -1,7 +1,7 @@
-"""Phalanx checkpoint -> Hugging Face folder: the same weights under their names, that transformers loads without a warning.
+"""Phalanx checkpoint -> Hugging Face folder, which transformers loads without a warning.
 
 In: a checkpoint, imported or trained under any layout. Out: a folder with config.json, generation_config.json, tokenizer
-files, model-*.safetensors and their index. Vocabulary padding is cut off.
+files, model-*.safetensors and their index. The padding of the vocabulary is cut off.
 
 Torch-free.
 """
@@ -37,7 +37,10 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F64": "
 
 
 def choose_family(model: Model, folder: Path, named: str | None) -> Family:
-    """The family named, or the one it was imported from, or the first that can say all of it. Raises ConfigError."""
+    """The family of an export: `named`, else the family the model was imported from, else the first that can express the model.
+
+    Raises ConfigError when that family can't express every key of the model.
+    """
     original = read_json(folder / COMPANIONS / "config.json")
     if named:
         family = family_named(named)
@@ -48,26 +51,30 @@ def choose_family(model: Model, folder: Path, named: str | None) -> Family:
     again, problems = family.to_model(family.to_hf_config(model))
     different = model_differences(model, again)
     if problems or different:
-        rule = f"can't be said in {family.name}'s config.json: " + "; ".join([*different, *(p.rule for p in problems)])
+        rule = f"can't be expressed in the config.json of {family.name}: " + "; ".join([*different, *(p.rule for p in problems)])
         raise ConfigError(Problem("model", model.name, rule, "export it as another family (--family)"))
     return family
 
 
 def hf_config(family: Family, model: Model, folder: Path, tokenizer: Tokenizer | None, dtypes: set[str]) -> dict[str, Any]:
-    """config.json: the architecture, and of an imported model's own file what says nothing about it."""
+    """The content of config.json.
+
+    The architecture keys come from `model`. Keys of an imported model's own config.json that don't describe the architecture
+    are kept.
+    """
     original = read_json(folder / COMPANIONS / "config.json")
-    theirs = family.to_hf_config(model)
+    architecture_keys = family.to_hf_config(model)
     kept: dict[str, Any] = {}
     if isinstance(original, dict):
         dropped = {"quantization_config", "auto_map", "torch_dtype", "dtype", "architectures", "model_type"}
-        kept = {k: v for k, v in original.items() if k in HARMLESS - dropped and k not in theirs}
+        kept = {k: v for k, v in original.items() if k in HARMLESS - dropped and k not in architecture_keys}
     dtype = _TORCH_NAMES["F32" if "F32" in dtypes and len(dtypes) == 1 else next(iter(sorted(dtypes - {"F32"})), "F32")]
-    # Both words: transformers 5 reads dtype, everything older torch_dtype.
-    return {**theirs, **kept, **special_ids(folder, tokenizer), "dtype": dtype, "torch_dtype": dtype}
+    # transformers 5 reads dtype, older versions read torch_dtype.
+    return {**architecture_keys, **kept, **special_ids(folder, tokenizer), "dtype": dtype, "torch_dtype": dtype}
 
 
 def _dtypes(weight_map: WeightMap, checkpoint: CheckpointTensors, wanted: str) -> dict[str, str]:
-    """Element type of each tensor of the files. The router's selection bias is never rounded."""
+    """Element type of each exported tensor. The router's selection bias keeps its type, whatever type is wanted."""
     found: dict[str, set[str]] = {}
     exact: set[str] = set()
     for (name, _), mappings in weight_map.by_hf.items():
@@ -79,7 +86,7 @@ def _dtypes(weight_map: WeightMap, checkpoint: CheckpointTensors, wanted: str) -
 
 
 def planned_tensors(weight_map: WeightMap, dtypes: dict[str, str], copies: dict[str, str]) -> Iterator[PlannedTensor]:
-    """The files' tensors, with the tables that they repeat."""
+    """The tensors of the files, with the tables that the family stores a second time (`copies`: name -> original)."""
     leads: dict[str, list[tuple[int, ...]]] = {}
     for name, lead in weight_map.by_hf:
         leads.setdefault(name, []).append(lead)
@@ -95,7 +102,7 @@ def planned_tensors(weight_map: WeightMap, dtypes: dict[str, str], copies: dict[
 
 
 def fill_hf_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, checkpoint: CheckpointTensors) -> None:
-    """The rows of a tensor of the files that a unit names, from the checkpoint."""
+    """Fill `out` with the rows of an exported tensor that `unit` names. The rows come from the checkpoint."""
     for mapping in weight_map.by_hf[(unit.name, unit.lead)]:
         dtype = checkpoint.dtype(mapping.name)
         if not mapping.is_plain:
@@ -114,7 +121,7 @@ def fill_hf_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, checkpoin
 
 
 def _check_tensors(weight_map: WeightMap, checkpoint: CheckpointTensors) -> None:
-    """The checkpoint holds exactly the model's tensors. Raises ConfigError."""
+    """Raises ConfigError unless the checkpoint holds exactly the tensors of its model."""
     held = {name: tuple(value["shape"]) for name, value in checkpoint.manifest.tensors.items()}
     wrong = sorted(name for name in held.keys() | weight_map.shapes.keys() if held.get(name) != weight_map.shapes.get(name))
     if wrong:
@@ -133,7 +140,10 @@ def export_model(
     family_name: str | None = None,
     tokenizer_path: str | None = None,
 ) -> dict[str, Any]:
-    """Convert; returns what was done. Raises ConfigError."""
+    """Export a checkpoint to a Hugging Face folder.
+
+    Returns the JSON document of `phalanx convert export`. Raises ConfigError.
+    """
     folder = find_checkpoint(path)
     place = check_output_path(out, folder, force)
     manifest = open_manifest(folder)

@@ -1,6 +1,6 @@
-"""Tensor files planned to the byte: what lies where, and in which parts it is written.
+"""Layout of tensor files to the byte: where each tensor lies, and in which units it is written.
 
-In: tensors to be written. Out: `PlannedFile`s: header, and `WriteUnit`s with their place. Format: safetensors.
+In: tensors to be written. Out: `PlannedFile`s with a header and `WriteUnit`s. Format: safetensors.
 
 Torch-free.
 """
@@ -16,18 +16,19 @@ from typing import Any
 from tools.convert.tensors.dtypes import FLOATS
 
 UNIT_BYTES = 32 << 20
-"""Largest part of a tensor that one thread writes, where rows can be cut."""
+"""Largest part of a tensor that one thread writes, when its rows can be written separately."""
 BLOCK_BYTES = 1 << 20
-"""What is read, summed and written at once: it stays in a core's cache, so that only the files cost memory traffic."""
+"""Bytes that are read, checksummed and written at once. A block stays in the cache of a core, which saves memory traffic."""
 SMALL_BYTES = 1 << 18
-"""A cut that is not needed for size makes no piece smaller than this."""
+"""An edge that is not needed for size makes no unit smaller than this."""
 
 
 @dataclass(frozen=True)
 class WriteUnit:
-    """Rows [first, first + rows) of tensor[lead], written at byte `offset` of its file. `key`: its name in the file's sums.
+    """Rows [first, first + rows) of tensor[lead], written at byte `offset` of the file.
 
-    `whole`: its rows are made together (transposed or interleaved ones); others are filled block by block, in order.
+    `key`: the tensor's name among the file's checksums. `whole`: all rows are made together (transposed or interleaved
+    tensors). Other units are filled block by block, in order.
     """
 
     name: str
@@ -41,7 +42,7 @@ class WriteUnit:
     whole: bool
 
     def blocks(self) -> Iterator[WriteUnit]:
-        """The unit in parts of about BLOCK_BYTES."""
+        """The unit in blocks of about BLOCK_BYTES."""
         step = self.rows if self.whole else max(1, BLOCK_BYTES // self.row_bytes)
         for skip in range(0, self.rows, step):
             rows, offset = min(step, self.rows - skip), self.offset + skip * self.row_bytes
@@ -50,7 +51,7 @@ class WriteUnit:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file: its header and what follows it."""
+    """One file: its header, and the units that follow the header."""
 
     name: str
     header: bytes
@@ -60,7 +61,7 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written under `key`, in one piece or, with `cut` rows at a time, in several units."""
+    """A tensor to be written under `key`, in the units that `parts` lists."""
 
     key: str
     dtype: str
@@ -74,7 +75,10 @@ class PlannedTensor:
 def plan_files(
     entries: Sequence[PlannedTensor], file_bytes: int, name_of: Callable[[int, int], str], metadata: dict[str, str]
 ) -> list[PlannedFile]:
-    """Entries in order, files of about `file_bytes` (a larger tensor has its own). `name_of`: (number, count) -> name."""
+    """Tensors in order, in files of about `file_bytes`. A tensor larger than that has a file of its own.
+
+    `name_of`: (file number, number of files) -> file name.
+    """
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for entry in entries:
@@ -111,7 +115,10 @@ def _plan_file(entries: list[PlannedTensor], name: str, metadata: dict[str, str]
 
 
 def cut_rows(rows: int, row_bytes: int, edges: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
-    """(first, rows) of the units of a tensor that may be cut; at `edges` too, where the parts don't become small."""
+    """(first row, rows) of the units of a tensor whose rows can be written separately.
+
+    Units hold at most UNIT_BYTES. A unit also ends at each of `edges`, unless that would make a unit smaller than SMALL_BYTES.
+    """
     step = max(1, UNIT_BYTES // max(1, row_bytes))
     least = SMALL_BYTES // max(1, row_bytes)
     start = 0

@@ -1,7 +1,8 @@
-"""A Hugging Face folder as tensors by name: headers read at once, numbers by rows. Nothing is ever unpickled.
+"""The tensors of a Hugging Face folder: headers are read at once, numbers by rows. Nothing is ever unpickled.
 
-In: a folder. Out: `HfFiles`: shapes and types of all tensors (fp8 and MXFP4 ones as the bf16 that they stand for), rows of
-any. What is wrong with the folder (missing shards, an index that lies, truncated files, pickles) is collected first.
+In: a folder. Out: `HfFiles`, with the shapes and types of all tensors (fp8 and MXFP4 tensors as the bf16 values that they
+encode) and the rows of any. All problems of the folder are collected first: missing shards, a wrong index, truncated files,
+pickles.
 
 Torch-free.
 """
@@ -36,7 +37,11 @@ _PROBLEMS = 16
 
 @dataclass(frozen=True)
 class HfTensor:
-    """One tensor as callers see it. `file`, `entry`: its bytes; `packing`: none, fp8 or mxfp4; `with_name`: its factors."""
+    """One tensor as an import sees it, with the place of its bytes.
+
+    `packing`: None, fp8 or mxfp4; packed tensors appear as the bf16 values that they encode. `with_name`: the tensor of their
+    scale factors.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -47,7 +52,7 @@ class HfTensor:
 
 
 class HfFiles:
-    """Reads from any number of threads; open files are shared."""
+    """The tensors of a folder. Any number of threads may read at once; they share the open files."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Raises ConfigError with every problem of the folder."""
@@ -70,7 +75,7 @@ class HfFiles:
 
     def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> HfTensor | None:
         packed = name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
-        # Factors beside a tensor that isn't packed would change it: such ones are left over, and refused.
+        # Factors of a tensor that isn't packed would change its values. They count as tensors without a place, which are refused.
         if name.endswith((_SCALE, _SCALES)) and packed in self.raw and self.raw[packed][1].dtype in _PACKED:
             self.factors[name] = packed
             return None
@@ -109,7 +114,9 @@ class HfFiles:
         return self.tensors[name].dtype
 
     def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
-        """Fill `out` [rows, columns] with rows of tensor[lead], in its own type; packed ones are dequantised on the way."""
+        """Fill `out` [rows, columns] with the rows of tensor[lead] from `first` on, in the tensor's type. Packed tensors are
+        dequantized.
+        """
         stored = self.tensors[name]
         if stored.packing is None:
             self._read(stored.file, stored.entry, lead, first, out)
@@ -131,7 +138,7 @@ class HfFiles:
         out[...] = dequantize_mxfp4(blocks, exponents)
 
     def _read(self, file: Path, entry: Entry, lead: tuple[int, ...], first: int, out: Array) -> None:
-        """Raw elements from row `first` of tensor[lead] on, one read. Raises DamagedFile."""
+        """Fill `out` with stored elements of tensor[lead] from row `first` on, in one read. Raises DamagedFile."""
         width = prod(entry.shape[len(lead) + 1 :])
         index = sum(at * prod(entry.shape[dim + 1 :]) for dim, at in enumerate(lead))
         start = entry.start + (index + first * width) * RAW[entry.dtype].itemsize
@@ -150,7 +157,7 @@ class HfFiles:
 
 
 def read_exactly(descriptor: int, view: memoryview, start: int, file: Path) -> None:
-    """Fill `view` from byte `start` on. Raises DamagedFile when the file ends before."""
+    """Fill `view` with the bytes from `start` on. Raises DamagedFile when the file ends earlier."""
     position = 0
     while position < len(view):
         count = os.preadv(descriptor, [view[position:]], start + position)
@@ -164,7 +171,7 @@ def _problem(name: str, got: Any, rule: str, fix: str = "download the files agai
 
 
 def _block_size(config: Mapping[str, Any]) -> tuple[tuple[int, int], list[Problem]]:
-    """Rows and columns of an fp8 block."""
+    """(rows, columns) of an fp8 block, with the problem of a wrong value."""
     quantization = config.get("quantization_config")
     block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
     if block is None:
@@ -176,15 +183,17 @@ def _block_size(config: Mapping[str, Any]) -> tuple[tuple[int, int], list[Proble
 
 
 def first_of(problems: list[Problem]) -> list[Problem]:
-    """So many that a person reads them; a folder that is wrong throughout has as many as tensors."""
+    """The first problems, as many as a person reads. A folder that is wrong throughout has one for every tensor."""
     if len(problems) <= _PROBLEMS:
         return problems
-    more = _problem("…", f"{len(problems) - _PROBLEMS} more", "the first ones are shown", "mend them first")
+    more = _problem("…", f"{len(problems) - _PROBLEMS} more", "only the first problems are shown", "fix these first")
     return [*problems[:_PROBLEMS], more]
 
 
 def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Problem]]:
-    """Every tensor of the folder's safetensors files by name."""
+    """(file, entry) of every tensor in the folder's safetensors files, by name, and the problems of the files. Raises
+    ConfigError.
+    """
     index = folder / INDEX
     listed: dict[str, str] | None = None
     if index.exists():
@@ -207,11 +216,13 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Proble
     if listed is not None and not problems:
         absent = sorted(name for name, file in listed.items() if name not in tensors or tensors[name][0].name != file)
         if absent:
-            problems.append(_problem(str(index), absent[:_SHOWN], f"names {len(absent)} tensors that its files don't hold"))
+            problems.append(
+                _problem(str(index), absent[:_SHOWN], f"must name only tensors that the files hold; {len(absent)} are missing")
+            )
         extra = sorted(set(tensors) - set(listed))
         if extra:
             problems.append(
-                _problem(str(index), extra[:_SHOWN], f"the files hold {len(extra)} tensors that the index doesn't name")
+                _problem(str(index), extra[:_SHOWN], f"must name every tensor of the files; {len(extra)} are not named")
             )
     return tensors, problems
 
@@ -226,16 +237,18 @@ def _add_file(path: Path, tensors: dict[str, tuple[Path, Entry]]) -> list[Proble
         size = RAW[entry.dtype].itemsize if entry.dtype in RAW else None
         if size is not None and entry.stop - entry.start != prod(entry.shape) * size:
             problems.append(
-                _problem(name, entry.stop - entry.start, f"{path.name}: {entry.dtype}{list(entry.shape)} has other bytes")
+                _problem(
+                    name, entry.stop - entry.start, f"{path.name}: {entry.dtype}{list(entry.shape)} has another number of bytes"
+                )
             )
         if name in tensors:
-            problems.append(_problem(name, path.name, f"is in {tensors[name][0].name} too: which one counts?"))
+            problems.append(_problem(name, path.name, f"must be in one file only: {tensors[name][0].name} holds it, too"))
         tensors[name] = (path, entry)
     return problems
 
 
 def _unlisted(folder: Path) -> list[str]:
-    """Files of a folder without an index."""
+    """Names of the safetensors files in a folder without an index. Raises ConfigError when there are none."""
     found = sorted(path.name for path in folder.glob("model*.safetensors")) or sorted(
         p.name for p in folder.glob("*.safetensors")
     )

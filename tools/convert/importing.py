@@ -1,8 +1,8 @@
-"""Hugging Face or Megatron-LM -> Phalanx checkpoint: weights by canonical name, no optimizer, no process group, no torch.
+"""Hugging Face or Megatron-LM folder -> Phalanx checkpoint: weights by canonical name, without an optimizer.
 
-In: a model folder (Hugging Face), or a torch_dist checkpoint (megatron_lm/). Out: a checkpoint folder that `checkpoint.load`,
-`phalanx generate` and `convert export` read, with model.yaml (the preset) and, of a Hugging Face folder, huggingface/
-(config.json, tokenizer and generation files, as they came).
+In: a Hugging Face folder, or a torch_dist checkpoint (megatron_lm/). Out: a checkpoint folder that `checkpoint.load`, `phalanx
+generate` and `convert export` read. It also holds model.yaml, the preset of the model, and the config.json, tokenizer and
+generation files of a Hugging Face folder, unchanged, in huggingface/. No process group is needed.
 
 Torch-free.
 """
@@ -46,7 +46,7 @@ _SHOWN = 8
 
 
 def open_huggingface(folder: Path) -> ImportSource:
-    """Read and check everything but the numbers. Raises ConfigError with all problems."""
+    """Read and check everything of a Hugging Face folder except the numbers. Raises ConfigError with all problems."""
     config = read_config(folder)
     family, model, problems, notes = interpret_config(config)
     if not problems:
@@ -56,7 +56,7 @@ def open_huggingface(folder: Path) -> ImportSource:
     files = HfFiles(folder, config)
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
         notes.append(
-            f"the files hold none of the {model.mtp.num_layers} prediction depths that config.json names: imported without"
+            f"config.json names {model.mtp.num_layers} MTP layers, the files hold none: the model was imported without MTP"
         )
         model.mtp.num_layers = 0
     model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
@@ -72,11 +72,14 @@ def open_huggingface(folder: Path) -> ImportSource:
 
 
 def open_source(folder: Path, preset: str | None = None) -> ImportSource:
-    """What an import reads from. `preset`: the model, where a Megatron-LM checkpoint doesn't say it. Raises ConfigError."""
+    """The folder of an import, of either format. `preset`: the model, when a Megatron-LM checkpoint doesn't state it.
+
+    Raises ConfigError.
+    """
     if is_megatron(folder) and not (folder / "config.json").is_file():
         return open_megatron(folder, preset)
     if preset is not None:
-        rule = "is for Megatron-LM checkpoints: config.json states the model here"
+        rule = "must be absent for a Hugging Face folder: its config.json states the model"
         raise ConfigError(Problem("--model", preset, rule, "leave it out"))
     return open_huggingface(folder)
 
@@ -87,11 +90,11 @@ def _is_mtp(name: str, model: Model) -> bool:
 
 
 def _hold_against(weight_map: WeightMap, files: HfFiles, family: Family, model: Model) -> list[Problem]:
-    """Missing tensors, tensors left over, tensors of another shape, repeated tables that differ."""
+    """Problems between config.json and the files: missing tensors, unused tensors, wrong shapes, repeated tables that differ."""
     problems, fix = [], "convert the files that belong to this config.json"
     missing = [name for name in weight_map.hf_shapes if name not in files.tensors]
     if missing:
-        rule = f"config.json needs {len(missing)} tensors that the files don't hold"
+        rule = f"must hold every tensor of config.json's model; {len(missing)} are missing"
         problems.append(Problem(str(files.folder), missing[:_SHOWN], rule, fix))
     for name, shape in weight_map.hf_shapes.items():
         if name in files.tensors and files.shape(name) != shape:
@@ -102,7 +105,7 @@ def _hold_against(weight_map: WeightMap, files: HfFiles, family: Family, model: 
         copies |= {"lm_head.weight": "model.embed_tokens.weight"}
     left = [name for name in files.tensors if name not in weight_map.hf_shapes and name not in copies]
     if left:
-        rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
+        rule = f"must hold only tensors of the model; these {len(left)} have no place in it and would be lost"
         problems.append(Problem(str(files.folder), left[:_SHOWN], rule, fix))
     if not problems:
         for name, original in copies.items():
@@ -128,7 +131,7 @@ def _bits(values: Array) -> Array:
 
 
 def _dtypes(source: ImportSource, wanted: str) -> dict[str, str]:
-    """Element type of each canonical tensor. The router's selection bias is never rounded."""
+    """Element type of each canonical tensor. The router's selection bias keeps its type, whatever type is wanted."""
     found: dict[str, set[str]] = {}
     for (name, _), mappings in source.weight_map.by_canonical.items():
         found.setdefault(name, set()).update(source.files.dtype(mapping.hf_name) for mapping in mappings)
@@ -137,13 +140,13 @@ def _dtypes(source: ImportSource, wanted: str) -> dict[str, str]:
 
 
 def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedTensor]:
-    """Pieces of the checkpoint: whole tensors, cut by rows where they are large."""
+    """The slices of the checkpoint: whole tensors, cut by rows when they are large."""
     for name, lead in weight_map.by_canonical:
         shape, dtype = weight_map.shapes[name], dtypes[name]
         inner = shape[len(lead) + 1 :]
         mappings, rows = weight_map.by_canonical[(name, lead)], shape[len(lead)]
         plain = all(mapping.is_plain for mapping in mappings)
-        # Pieces end where the files' tensors do: an export then reads whole pieces, which it sums on the way.
+        # Slices end where the files' tensors end: an export then reads whole slices and checks their sums on the way.
         edges = (mapping.row for mapping in mappings if mapping.row)
         cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
         for first, count in cuts:
@@ -153,7 +156,7 @@ def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedT
 
 
 def fill_canonical_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, files: TensorReader) -> None:
-    """The rows of a canonical tensor that a unit names, from the files; vocabulary padding is zero."""
+    """Fill `out` with the rows of a canonical tensor that `unit` names. The padding of the vocabulary is zero."""
     last, edge = unit.first + unit.rows, unit.first
     whole: dict[TensorPart, Array] = {}
     for mapping in weight_map.by_canonical[(unit.name, unit.lead)]:
@@ -170,7 +173,7 @@ def fill_canonical_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, fi
 
 
 def _hf_rows(mapping: RowMapping, skip: int, rows: int, files: TensorReader, whole: dict[TensorPart, Array]) -> Array:
-    """`rows` rows of a mapping, from its row `skip` on, as the canonical tensor has them."""
+    """`rows` rows of a mapping, from its row `skip` on, in the canonical order."""
     if mapping.is_plain:
         return read_rows(files, mapping.hf_name, mapping.hf_lead, mapping.hf_row + skip, rows)
     key = (mapping.hf_name, mapping.hf_lead)
@@ -183,7 +186,10 @@ def _hf_rows(mapping: RowMapping, skip: int, rows: int, files: TensorReader, who
 def import_model(
     folder: Path, out: Path, dtype: str, share: WorkShare, workers: int, force: bool, preset: str | None = None
 ) -> dict[str, Any]:
-    """Convert; returns what was done. Raises ConfigError."""
+    """Import a folder as a checkpoint.
+
+    Returns the JSON document of `phalanx convert import`. Raises ConfigError.
+    """
     source = open_source(folder, preset)
     place = check_output_path(out, folder, force)
     dtypes = _dtypes(source, dtype)
@@ -214,7 +220,7 @@ def import_model(
 def _complete(
     partial: Path, sums: dict[str, dict[str, int]], source: ImportSource, dtypes: dict[str, str], sizes: dict[str, int]
 ) -> None:
-    """index.json, manifest.json, the companions, and last the marker."""
+    """Write index.json, manifest.json, the folder's own config and tokenizer files, and last the COMPLETE marker."""
     if source.companions:
         companions = partial / COMPANIONS
         companions.mkdir(exist_ok=True)
@@ -233,7 +239,7 @@ def _complete(
 def weights_manifest(
     model: Model, tensors: dict[str, dict[str, Any]], sizes: dict[str, int], tokenizer: dict[str, Any] | None
 ) -> Manifest:
-    """A checkpoint of weights alone: step 0, no optimizer."""
+    """The manifest of a checkpoint that holds weights only: step 0, no optimizer."""
     assert model.vocab_size, "a converted model states its vocabulary"
     return Manifest(
         format=FORMAT, step=0, consumed_samples=0, tokens=0, optimizer_steps=None, horizon_steps=None, engine="megatron",
@@ -244,12 +250,12 @@ def weights_manifest(
 
 
 def _tokenizer(folder: Path) -> dict[str, Any] | None:
-    """Identity of the folder's tokenizer.json; None when there is none that can be read."""
+    """Identity of the folder's tokenizer.json; None when there is none, or when it can't be read."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     try:
         return load_tokenizer(Tokenizer(kind="huggingface", path=str(path))).identity()
     except ConfigError:
-        # Without an end-of-document token it can't train here; the weights are no worse for it.
+        # A tokenizer without an end-of-document token can't be used for training here. The weights can.
         return None

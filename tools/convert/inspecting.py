@@ -1,4 +1,6 @@
-"""What a folder of weights holds, and whether it is whole. In: a checkpoint, run or Hugging Face folder. Out: facts.
+"""What a folder of weights holds, and whether it is complete.
+
+In: a checkpoint, a run folder, or a Hugging Face folder. Out: a JSON document, and the same facts as text.
 
 Torch-free.
 """
@@ -20,7 +22,7 @@ from tools.convert.tensors.checkpoint_tensors import CheckpointTensors
 
 
 def inspect(path: Path) -> tuple[dict[str, Any], str]:
-    """(facts, text). Raises ConfigError when it is neither, or not whole."""
+    """(JSON document, text) about a folder. Raises ConfigError when it has neither format, or is incomplete or damaged."""
     if not path.exists():
         raise ConfigError(Problem("PATH", str(path), "must be a folder of weights", "check the path"))
     if path.is_dir() and isinstance(read_json(path / "config.json"), dict):
@@ -44,7 +46,7 @@ def _huggingface(path: Path) -> tuple[dict[str, Any], str]:
     }  # fmt: skip
     text = (
         f"{path}: a {source.kind} model of {total:,} parameters, {len(source.files.raw)} tensors "
-        f"({_words(dtypes)}) in {result['files']} files, {size / 2**30:.2f} GiB; every tensor has its place"
+        f"({_words(dtypes)}) in {result['files']} files, {size / 2**30:.2f} GiB; every tensor has its place in the model"
     )
     return result, text
 
@@ -71,7 +73,7 @@ def _checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
         f"{folder}: {model.name}, {total:,} parameters, step {manifest.step} ({manifest.tokens:,} tokens), "
         f"engine {manifest.engine}\n"
         f"{len(manifest.tensors)} tensors ({_words(dtypes)}) in {slices} slices of {len(manifest.files)} files, "
-        f"{result['bytes'] / 2**30:.2f} GiB; holds {', '.join(manifest.kinds)}; every sum of the weights is right"
+        f"{result['bytes'] / 2**30:.2f} GiB; holds {', '.join(manifest.kinds)}; all checksums of the weights are correct"
     )
     return result, text
 

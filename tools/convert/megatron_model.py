@@ -1,6 +1,6 @@
-"""A checkpoint as a Megatron-Core model in this one process, on the CPU, in fp32: for verify, generate and evaluate.
+"""A checkpoint as a Megatron-Core model in this process, on the CPU, in fp32: for verify, generate and evaluate.
 
-In: a checkpoint's folder and Model. Out: a GPT chunk whose call is tokens [b, s] -> logits [b, s, vocab].
+In: a checkpoint's folder and Model. Out: a GPT model that maps tokens [b, s] to logits [b, s, vocab].
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from pretrain.model.shards import local_tensors, map_shards
 from tools.convert.checkpoints import damage
 
 if TYPE_CHECKING:
-    # At run time `parallel` must come before anything of megatron (parallel/compat/megatron_cpu.py).
+    # At run time `parallel` must be imported before megatron (parallel/compat/megatron_cpu.py).
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def inference_config(model: Model, seq_length_tokens: int, layers: int | None = None) -> Config:
-    """One rank, fp32, no dropout, no prediction depths (they only help training); the first `layers` layers."""
+    """The config of a model for inference: one rank, fp32, no dropout, no MTP, the first `layers` layers."""
     model = copy.deepcopy(model)
     model.mtp.num_layers = 0
     model.hidden_dropout = model.attention.dropout = 0.0
-    # megatron-core's jitter does not ask whether the model is training.
+    # Megatron-Core applies jitter in evaluation, too.
     model.moe.router.jitter_eps = 0.0
-    # Tokens are dropped and travel in training only.
+    # Token dropping and token exchange between ranks are for training only.
     model.moe.capacity_factor, model.moe.pad_to_capacity, model.moe.shared_overlap = None, False, False
     model.moe.dispatcher, model.moe.grouped_gemm = "alltoall", "off"
     if layers is not None and layers < model.num_layers:
@@ -53,7 +53,7 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
         model.num_layers = layers
         if not any(arch.moe_layers(model)):
             model.moe.num_experts, model.moe.layer_pattern = 0, None
-    # Positions are not limited by what training took.
+    # Inference may use more positions than training did.
     model.max_position_tokens = max(model.max_position_tokens or 0, seq_length_tokens)
     return Config(
         model=model, precision=Precision(params="fp32"), batch=Batch(seq_length_tokens=seq_length_tokens, global_batch_seqs=1)
@@ -62,7 +62,10 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
 
 @contextmanager
 def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int | None = None) -> Iterator[PaddedVocabGPT]:
-    """The model with the checkpoint's weights. Raises ConfigError when the checkpoint is damaged. Not twice at a time."""
+    """The model with the checkpoint's weights, until the context ends.
+
+    Raises ConfigError when the checkpoint is damaged. A process can hold one such model at a time.
+    """
     with _built(inference_config(model, seq_length_tokens, layers)) as (chunk, groups):
         try:
             CheckpointReader(folder).fill(weight_pieces(chunk, groups))
@@ -73,7 +76,7 @@ def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int
 
 @contextmanager
 def _built(config: Config) -> Iterator[tuple[PaddedVocabGPT, ProcessGroupCollection]]:
-    """The chunk without its weights, in a world of one rank that ends with the context."""
+    """The model without its weights, in a process group of one rank that ends with the context."""
     start({})
     vocab_size = config.model.vocab_size
     assert vocab_size, "a checkpoint's model states its vocabulary"
@@ -91,14 +94,14 @@ def _built(config: Config) -> Iterator[tuple[PaddedVocabGPT, ProcessGroupCollect
 
 
 def meta_parameters(model: Model) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> whole shape of every parameter that Megatron-Core builds; nothing is allocated."""
+    """Canonical name -> global shape of every parameter that Megatron-Core builds. No memory is allocated."""
     with torch.device("meta"), _built(inference_config(model, 32)) as (chunk, groups):
         names = dict(chunk.named_parameters())
         return {shard.name: shard.global_shape for name, shard in map_shards(chunk, groups).items() if name in names}
 
 
 def weight_pieces(chunk: PaddedVocabGPT, groups: ProcessGroupCollection) -> Iterator[Piece]:
-    """Every tensor of the chunk as pieces to be filled in place."""
+    """Every tensor of the model as pieces that a reader fills in place."""
     shards = map_shards(chunk, groups)
     with torch.no_grad():
         for name, tensor in local_tensors(chunk):
@@ -108,7 +111,7 @@ def weight_pieces(chunk: PaddedVocabGPT, groups: ProcessGroupCollection) -> Iter
 
 
 def logits_of(chunk: PaddedVocabGPT, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens [b, s] -> logits [b, s, vocab], fp32, padding cut off."""
+    """tokens [b, s] -> logits [b, s, vocab] in fp32, without the padding of the vocabulary."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         logits = chunk(tokens, positions, None)

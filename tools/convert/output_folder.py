@@ -1,9 +1,9 @@
-"""Writing many tensor files: planned to the byte, filled by threads, each complete or absent, gone on with after a kill.
+"""The output of a conversion: many tensor files, planned to the byte, filled by threads, each complete or absent.
 
-In: planned files (header, units with their place) and what fills a unit. Out: a folder OUT.partial that becomes OUT.
-A file is written under another name, synced, renamed, and only then noted in FILE.done (its sums): a conversion that is
-started again skips the noted ones. Several processes share the work: each takes the files of its share and says when it
-is through; the last one finishes, also where there are fewer files than shares.
+In: planned files (header, units with their place), and a function that fills a unit. Out: a folder OUT.partial that becomes
+OUT. A file is written under a temporary name, synced, renamed, and then recorded in FILE.done with its checksums. A conversion
+that is started again skips the recorded files. Several processes can share the work: each writes the files of its share and
+marks the share as written; the last one completes the folder.
 
 Torch-free.
 """
@@ -36,32 +36,32 @@ from tools.convert.tensors.dtypes import FLOATS, Array
 
 _OURS = (COMPLETE, "config.json")
 Fill = Callable[[WriteUnit, Array], None]
-"""Puts a unit's (or a block's) rows into an array [rows, columns] of its type."""
+"""Puts the rows of a unit (or of a block of one) into an array [rows, columns] of the unit's type."""
 
 
 @dataclass(frozen=True)
 class WorkShare:
-    """This process takes the files whose number is `index` modulo `count`."""
+    """The share of one process: the files whose number modulo `count` is `index`."""
 
     index: int = 0
     count: int = 1
 
 
 def check_output_path(out: Path, source: Path, force: bool) -> Path:
-    """OUT as an absolute path. Raises ConfigError: it exists, or writing it would change or replace what is read."""
-    # Links are followed: what is replaced is the folder itself. realpath, since resolve() fails on loops.
+    """`out` as an absolute path. Raises ConfigError when it exists, or when writing it would change the source."""
+    # Symbolic links are followed: the folder itself is replaced, not the link. realpath, since resolve() fails on loops.
     place, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     fix = "name a new folder elsewhere"
     if place == read or place in read.parents:
-        raise ConfigError(Problem("OUT", str(out), f"must be another place than what is read: {source}", fix))
+        raise ConfigError(Problem("OUT", str(out), f"must differ from the source {source}", fix))
     if read in place.parents:
-        raise ConfigError(Problem("OUT", str(out), f"must lie outside of what is read: {source}", fix))
+        raise ConfigError(Problem("OUT", str(out), f"must lie outside of the source {source}", fix))
     if not os.path.lexists(place):
         return place
     if not force:
-        rule = "must not exist: nothing is overwritten without a word"
+        rule = "must not exist: existing files are replaced only with --force"
         raise ConfigError(Problem("OUT", str(out), rule, "name another folder, or add --force"))
-    # --force in the wrong place must not cost a person's files.
+    # --force on a wrong path must not delete a person's files.
     if not place.is_dir() or (any(place.iterdir()) and not any((place / name).is_file() for name in _OURS)):
         rule = f"--force replaces a converted model only: an empty folder, or one with {' or '.join(_OURS)}"
         raise ConfigError(Problem("OUT", str(out), rule, fix))
@@ -69,12 +69,12 @@ def check_output_path(out: Path, source: Path, force: bool) -> Path:
 
 
 class OutputFolder:
-    """The folder OUT.partial of one conversion."""
+    """The folder OUT.partial of one conversion, which becomes OUT."""
 
     def __init__(self, out: Path, files: Sequence[PlannedFile], identity: Any, force: bool, summed: bool = True) -> None:
-        """`out`: as `check_output_path` gave it; `summed`: each unit's CRC-32 is wanted.
+        """`out`: from `check_output_path`. `summed`: compute the CRC-32 of each unit.
 
-        Raises ConfigError: another conversion was begun there, no room.
+        Raises ConfigError when another conversion was begun there, or when the disk lacks the space.
         """
         self.out, self.files, self.summed = out, files, summed
         self.partial = out.with_name(out.name + ".partial")
@@ -98,7 +98,7 @@ class OutputFolder:
             begun = read_json(self.partial / "plan.json")
             if begun is not None and begun != {"plan": self.plan}:
                 if not self.force:
-                    rule = "holds another conversion that was begun and not finished (other source, options or version)"
+                    rule = "must not hold another unfinished conversion (other source, options or version)"
                     raise ConfigError(Problem("OUT", str(self.partial), rule, "delete that folder, or add --force"))
                 for path in self.partial.iterdir():
                     if path.name != ".lock":
@@ -109,7 +109,7 @@ class OutputFolder:
         missing = sum(file.num_bytes for file in self.files if self.sums_of(file) is None)
         free = shutil.disk_usage(self.partial).free
         if missing > free:
-            rule = f"the disk must have room: {missing / 2**30:.2f} GiB are to be written, {free / 2**30:.2f} GiB are free"
+            rule = f"the disk must have {missing / 2**30:.2f} GiB free, it has {free / 2**30:.2f} GiB"
             raise ConfigError(Problem("OUT", str(self.out), rule, "free some space, or name another folder"))
 
     @contextmanager
@@ -119,7 +119,7 @@ class OutputFolder:
             yield
 
     def sums_of(self, file: PlannedFile) -> dict[str, int] | None:
-        """CRC-32 by key of a file that is complete, else None."""
+        """CRC-32 by key of a complete file, else None."""
         done = read_json(self.partial / f"{file.name}.done")
         path = self.partial / file.name
         whole = isinstance(done, dict) and path.exists() and path.stat().st_size == file.num_bytes
@@ -133,7 +133,7 @@ class OutputFolder:
         """
         written = 0
         mine = [file for number, file in enumerate(self.files) if number % share.count == share.index]
-        # A file goes to the disk while the next one is filled.
+        # One file is synced while the next one is filled.
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as sealer:
             sealing: list[Future[None]] = []
             for number, file in enumerate(mine):
@@ -147,13 +147,13 @@ class OutputFolder:
                         _wait(sealing)
                 except OSError as error:
                     problem = storage_problem("OUT", self.partial / file.name, error)
-                    fix = f"{problem.fix}; the same command then goes on: complete files are kept in {self.partial}"
+                    fix = f"{problem.fix}; the same command then continues: complete files are kept in {self.partial}"
                     raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
                 print(f"{number + 1} of {len(mine)} files: {file.name} ({file.num_bytes / 2**20:.0f} MiB)", file=sys.stderr)
         try:
             write_atomically(self._through(share.index, share.count), "")
         except FileNotFoundError:
-            # Another process with the same share was faster, and the folder has its name already.
+            # Another process with the same share was faster and has already renamed the folder.
             if not self.out.exists():
                 raise
         except OSError as error:
@@ -161,7 +161,7 @@ class OutputFolder:
         return written
 
     def _through(self, index: int, count: int) -> Path:
-        """The file that says: this share is written."""
+        """The marker file of a share that is written."""
         return self.partial / f"share_{index}_of_{count}.through"
 
     def _beside(self, file: PlannedFile) -> Path:
@@ -170,14 +170,14 @@ class OutputFolder:
     def _write_file(
         self, file: PlannedFile, pool: ThreadPoolExecutor, fill: Fill, verify_pending: Callable[[], None]
     ) -> dict[str, int]:
-        """Fill the file under another name; CRC-32 by key."""
+        """Fill the file under a temporary name. Returns CRC-32 by key."""
         beside, buffers = self._beside(file), threading.local()
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
         def work(unit: WriteUnit) -> tuple[str, int]:
             total = 0
             for block in unit.blocks():
-                # One buffer a thread: fresh memory costs more than the copy, page by page.
+                # One buffer per thread: the page faults of fresh memory would cost more than the copy.
                 values = _buffer(buffers, block.rows * block.row_bytes)
                 fill(block, values.view(FLOATS[block.dtype]).reshape(block.rows, -1))
                 _write_at(descriptor, values.data, block.offset)
@@ -187,7 +187,7 @@ class OutputFolder:
         try:
             os.truncate(descriptor, file.num_bytes)
             _write_at(descriptor, memoryview(file.header), 0)
-            # A tensor of several units has no sum of its own; only whole pieces are looked up later.
+            # A tensor of several units has no checksum. Only slices of one unit are looked up later.
             sums = dict(pool.map(work, file.units))
             verify_pending()
         except BaseException:
@@ -198,7 +198,7 @@ class OutputFolder:
         return sums
 
     def _seal(self, file: PlannedFile, sums: dict[str, int]) -> None:
-        """Make a filled file last, give it its name, and note it."""
+        """Sync a filled file, give it its final name, and record its checksums."""
         beside = self._beside(file)
         descriptor = os.open(beside, os.O_WRONLY)
         try:
@@ -213,9 +213,9 @@ class OutputFolder:
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
 
     def finish(self, share: WorkShare, complete: Callable[[Path, dict[str, dict[str, int]]], None]) -> bool:
-        """When every share is through, `complete(folder, sums by file)` adds the rest and the folder gets its name.
+        """Complete the folder when every share is written: call `complete(folder, sums by file)`, then rename the folder.
 
-        False: others still write.
+        Returns False while other shares are still being written.
         """
         if self.out.exists() and not self.partial.exists():
             return True
@@ -244,7 +244,7 @@ class OutputFolder:
                 shutil.rmtree(replaced)
             self.out.rename(replaced)
         self.partial.rename(self.out)
-        # Not before: a process that comes now would make it anew.
+        # Not before the rename: another process would create the lock file again.
         (self.out / ".lock").unlink(missing_ok=True)
         sync_folder(self.out.parent)
         if replaced.exists():
@@ -257,7 +257,7 @@ def _wait(futures: list[Future[None]]) -> None:
 
 
 def _buffer(buffers: threading.local, num_bytes: int) -> NDArray[np.uint8]:
-    """The first bytes of this thread's memory, which grows to the largest block."""
+    """The first `num_bytes` bytes of this thread's buffer, which grows to the largest block."""
     held: NDArray[np.uint8] | None = getattr(buffers, "held", None)
     if held is None or len(held) < num_bytes:
         held = buffers.held = np.empty(num_bytes, dtype=np.uint8)

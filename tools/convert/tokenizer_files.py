@@ -1,6 +1,6 @@
-"""Tokenizer and generation files for an exported model, so that transformers generates text from it.
+"""Tokenizer and generation files of an exported model, with which transformers generates text.
 
-In: a checkpoint's manifest, its folder, an optional tokenizer. Out: files in a folder, and the ids of special tokens.
+In: a checkpoint's manifest and folder, an optional tokenizer. Out: files in a folder, and the ids of special tokens.
 
 Torch-free.
 """
@@ -27,7 +27,10 @@ KEPT = (
 
 
 def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Tokenizer | None:
-    """The tokenizer named, or the run's, or the one that came with an import; None when there is none. Raises ConfigError."""
+    """The tokenizer that is named, else the run's, else the one that was imported with the model; None without any of them.
+
+    Raises ConfigError.
+    """
     if named:
         tokenizer = load_tokenizer(section_for(named), "--tokenizer")
         _same(tokenizer, manifest, named)
@@ -42,7 +45,7 @@ def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Token
         try:
             return load_tokenizer(schema.Tokenizer(kind="huggingface", path=str(own)))
         except ConfigError:
-            # It has no end-of-document token: still copied, though it can't be used here.
+            # A tokenizer without an end-of-document token can't be used here. Its files are still copied.
             return None
     return None
 
@@ -58,7 +61,7 @@ def _same(tokenizer: Tokenizer, manifest: Manifest, path: str) -> None:
 
 
 def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None) -> list[str]:
-    """Put what there is into `folder`; returns notes."""
+    """Write the tokenizer's files into `folder`. Returns notes."""
     companions = checkpoint / COMPANIONS
     if companions.is_dir():
         for name in KEPT:
@@ -81,7 +84,7 @@ def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None)
 
 
 def _write_rest(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """tokenizer_config.json and generation_config.json where they did not come along."""
+    """Write tokenizer_config.json and generation_config.json unless they exist."""
     eos = tokenizer.token(tokenizer.eod_id)
     if not (folder / "tokenizer_config.json").exists():
         config: dict[str, Any] = {
@@ -96,7 +99,10 @@ def _write_rest(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def special_ids(checkpoint: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """bos, eos and pad ids for config.json: as imported, else the end-of-document token. Absent ones are null, not defaults."""
+    """bos, eos and pad ids for config.json: those of the import, else the end-of-document token.
+
+    Absent ids are null: transformers would replace a missing key by its default.
+    """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = checkpoint / COMPANIONS / "config.json"
     if own.is_file():

@@ -1,7 +1,7 @@
-"""Proof of a conversion: logits of the Megatron-Core model against transformers' on the same tokens, both fp32 on the CPU.
+"""Verification of a conversion: logits of the Megatron-Core model and of transformers' model on the same tokens, in fp32 on CPU.
 
-In: a checkpoint, a Hugging Face folder. Out: {"ok", "max_abs_diff", "argmax_agreement", …}. The two sides share no code
-of ours: transformers reads the folder by itself, Megatron-Core the checkpoint.
+In: a checkpoint, a Hugging Face folder. Out: {"ok", "max_abs_diff", "argmax_agreement", …}. The two sides share no code of
+Phalanx: transformers reads the folder, Megatron-Core reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from tools.convert.hf_config.preset import interpret_config, read_config
 from tools.convert.megatron_model import loaded_model, logits_of
 
 AGREEMENT = 0.99
-"""Least share of tokens whose most likely successor must be the same; ties and last bits may differ."""
+"""Smallest share of tokens whose most likely next token must agree. Ties and rounding may change a few."""
 
 
 def verify(path: Path, hf: Path, layers: int | None, sequences: int, length_tokens: int, tolerance: float) -> dict[str, Any]:
-    """Compare; `ok` when the largest difference is within `tolerance` (scaled up for logits beyond 10). Raises ConfigError."""
+    """Compare the logits of the two models on random tokens.
+
+    `ok`: the largest difference is within `tolerance`, which is scaled up for logits beyond 10, and AGREEMENT is reached.
+    Raises ConfigError.
+    """
     folder = find_checkpoint(path)
     model = model_of(open_manifest(folder))
     config = read_config(hf)
@@ -80,7 +84,7 @@ def _without_depths(model: Model) -> Model:
 
 
 def dequantized(hf: Path, block: list[int], layers: int) -> dict[str, torch.Tensor]:
-    """The first `layers` layers of an fp8 folder in bf16, by torch's own types: no code of the import (dtypes.py) is used."""
+    """The first `layers` layers of an fp8 folder in bf16, by torch's own types. It uses no code of the import (dtypes.py)."""
     files = {}
     for path in sorted(hf.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -107,7 +111,7 @@ def _not_loaded(hf: Path, error: Exception) -> ConfigError:
 
 
 def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, layers: int) -> torch.Tensor:
-    """Logits [b, s, vocab] of the folder's model, its first `layers` layers. Raises ConfigError when it can't be loaded."""
+    """Logits [b, s, vocab] of the folder's model, of its first `layers` layers. Raises ConfigError when it can't be loaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with importing():
         from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
@@ -122,7 +126,7 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
     logging.disable_progress_bar()
     try:
         if "model_type" in config and config["model_type"] not in CONFIG_MAPPING:
-            # Another name (kimi_k2) of a type that transformers has; the folder's own code is not run.
+            # The type is another name (kimi_k2) of one that transformers has. The folder's own code is not run.
             values = {name: value for name, value in text_part(config).items() if name not in ("model_type", "auto_map")}
             settings = AutoConfig.for_model(family_of(config).model_types[0], **values)
         else:
@@ -139,7 +143,7 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
     }
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict) and quantized.get("quant_method") == "fp8":
-        # transformers computes with fp8 on GPUs only; the numbers that it stands for are loaded instead.
+        # transformers computes with fp8 on GPUs only. The dequantized values are loaded instead.
         delattr(settings, "quantization_config")
         state = dequantized(hf, quantized.get("weight_block_size") or [128, 128], layers)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
@@ -151,7 +155,7 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(hf, error) from error
     if found["missing_keys"]:
-        # transformers would draw them at random.
+        # transformers would initialize missing tensors at random.
         raise _not_loaded(hf, ValueError(f"the files lack {sorted(map(str, found['missing_keys']))[:6]}"))
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`phalanx data …`: make a tokenizer, tokenise a corpus, look into either. In: arguments. Out: an exit code.
+"""`phalanx data`: train a tokenizer, tokenize a corpus, inspect either. In: arguments. Out: an exit code.
 
 Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
 
@@ -19,11 +19,11 @@ from configs.errors import ConfigError, Problem
 
 EPILOG = """\
 sources (--corpus, one or more):
-  embedded        real text that every Python carries: the language reference and the standard library
-  FILE            .txt (one document), .jsonl, .json, .parquet; .gz or .zst behind them is read too
+  embedded        text of the running Python: the language reference and the standard library
+  FILE            .txt (one document), .jsonl, .json, .parquet; also compressed: .gz, .zst
   FOLDER          all such files in it, in the order of their paths
 
-from nothing to training data:
+example, from no data to training data:
   phalanx data tokenizer --corpus embedded --vocab-size 2048 --out data/tokenizer.model
   phalanx data tokenize --corpus embedded --tokenizer data/tokenizer.model --out data/train
   phalanx data inspect data/train --tokenizer data/tokenizer.model
@@ -31,7 +31,7 @@ from nothing to training data:
 
 
 def main(argv: list[str]) -> int:
-    """Run one subcommand. 0: done, 1: interrupted."""
+    """Run one subcommand. Returns the exit code: 0, or 1 when it was interrupted. Raises ConfigError for bad input."""
     arguments = _parser().parse_args(argv)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -52,7 +52,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="phalanx data", description="Tokenizers and token files.", epilog=EPILOG, formatter_class=raw
+        prog="phalanx data", description="Make and inspect tokenizers and token files.", epilog=EPILOG, formatter_class=raw
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     source = argparse.ArgumentParser(add_help=False)
@@ -63,27 +63,27 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece tokenizer")
     train.add_argument("--out", required=True, metavar="PATH.model", help="file to write; tokenizer.json goes beside it")
-    train.add_argument("--vocab-size", type=_positive, default=32000, metavar="N", help="tokens (default: 32000)")
-    train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="kind of model (default: bpe)")
-    train.add_argument("--max-mb", type=_size, default=64.0, metavar="MB", help="text to learn from (default: 64)")
+    train.add_argument("--vocab-size", type=_positive, default=32000, metavar="N", help="number of tokens (default: 32000)")
+    train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: bpe)")
+    train.add_argument("--max-mb", type=_size, default=64.0, metavar="MB", help="amount of training text (default: 64)")
     train.set_defaults(run=_tokenizer)
 
     encode = commands.add_parser("tokenize", parents=[source], help="encode a corpus to PREFIX.bin and PREFIX.idx")
     encode.add_argument("--tokenizer", required=True, metavar="PATH", help="sentencepiece .model or Hugging Face tokenizer.json")
     encode.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json")
-    encode.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
-    encode.add_argument("--max-mb", type=_size, metavar="MB", help="only the first MB of text")
+    encode.add_argument("--workers", type=_positive, metavar="N", help="number of processes (default: one per core)")
+    encode.add_argument("--max-mb", type=_size, metavar="MB", help="tokenize only the first MB megabytes of text")
     eod = argparse.BooleanOptionalAction
     encode.add_argument("--append-eod", action=eod, default=True, help="end each document with the end-of-document token")
     encode.add_argument(
-        "--eod", metavar="TEXT", help="the end-of-document token, as data.tokenizer.eod; default: its usual names"
+        "--eod", metavar="TEXT", help="the end-of-document token, as data.tokenizer.eod (default: the first of the usual names)"
     )
     encode.set_defaults(run=_tokenize)
 
-    inspect = commands.add_parser("inspect", help="what token files or a tokenizer hold")
+    inspect = commands.add_parser("inspect", help="show what token files or a tokenizer hold")
     inspect.add_argument("path", metavar="PREFIX|TOKENIZER")
-    inspect.add_argument("--tokenizer", metavar="PATH", help="shows documents as text, and checks that they belong together")
-    inspect.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    inspect.add_argument("--tokenizer", metavar="PATH", help="show documents as text, and check that data and tokenizer match")
+    inspect.add_argument("--documents", type=int, default=3, metavar="N", help="number of documents to show (default: 3)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     inspect.set_defaults(run=_inspect)
     return parser
@@ -103,7 +103,7 @@ def _size(text: str) -> float:
     return number
 
 
-# Each command imports its own module: sentencepiece's trainer, rich and numpy cost 0.3 s, and --help is asked often.
+# Each command imports its own modules: sentencepiece's trainer, rich and numpy take 0.3 s, which --help must not.
 
 
 def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -120,7 +120,7 @@ def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     text = f"{found['path']}: {found['vocab_size']:,} tokens from {found['text_bytes'] / 1e6:.1f} MB of text"
     if found["tokenizer_json"]:
-        return found, f"{text}\n{found['tokenizer_json']}: the same for Hugging Face"
+        return found, f"{text}\n{found['tokenizer_json']}: the same tokenizer for Hugging Face"
     print(f"WARNING: no tokenizer.json was written: {found['not_exported_because']}", file=sys.stderr)
     return found, text
 

@@ -1,8 +1,8 @@
-"""Names given by --corpus to batches of raw documents, in order and in bounded memory.
+"""The names given by --corpus -> batches of raw documents, in order and in bounded memory.
 
-In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; .gz or .zst behind) and folders
-of such files. Out: `CorpusSource`s, and from each its `DocumentBatch`es of about a MiB. Only Parquet and JSON arrays are
-parsed here. The workers parse the other batches (tools/data/parse_documents.py).
+In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; also compressed: .gz, .zst) and
+folders of such files. Out: `CorpusSource`s, and the `DocumentBatch`es of each, of about a MiB. Only Parquet and JSON arrays
+are parsed here. The workers parse the other batches (tools/data/parse_documents.py).
 
 Torch-free.
 """
@@ -27,7 +27,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """One file, or the embedded corpus. form: embedded, text, blocks, lines, array or parquet."""
+    """One file, or the embedded corpus. `form`: embedded, text, blocks, lines, array or parquet."""
 
     name: str
     form: str
@@ -37,9 +37,9 @@ class CorpusSource:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Raw documents. Either `lines` (a block of JSON lines; line numbers count from 1) or `documents` (name, offset, text).
+    """Raw documents: either `lines`, a block of JSON lines, or `documents`, tuples (name, offset, text).
 
-    `read_bytes`: how far this batch advances through its source's size.
+    Line numbers count from 1. `read_bytes`: how many bytes of its source the batch used up.
     """
 
     source: str
@@ -55,7 +55,10 @@ class DocumentBatch:
 
 
 def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[CorpusSource]:
-    """The sources in the order named, folders in the order of their paths. Raises ConfigError with every bad name."""
+    """The sources in the order named, the files of a folder in the order of their paths.
+
+    Raises ConfigError with every bad name.
+    """
     sources, problems = [], []
     for name in names:
         path = Path(name)
@@ -79,7 +82,7 @@ def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[Corpus
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """(form suffix, compression suffix): a.jsonl.gz → .jsonl, .gz"""
+    """(suffix of the form, suffix of the compression): a.jsonl.gz -> .jsonl, .gz"""
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return Path(path.name.removesuffix(compression)).suffix.lower(), compression
 
@@ -92,7 +95,9 @@ def _source(path: Path, split_blank_lines: bool) -> CorpusSource:
 
 
 def batches(source: CorpusSource, text_key: str, max_bytes: float | None = None) -> Iterator[DocumentBatch]:
-    """The source's batches; with `max_bytes` only a head of about that many bytes. Raises ConfigError at the first fault."""
+    """The batches of a source; with `max_bytes` only the first ones, about that many bytes. Raises ConfigError at the first
+    fault.
+    """
     left = float("inf") if max_bytes is None else max_bytes
     readers: dict[str, Callable[[CorpusSource, str], Iterator[DocumentBatch]]] = {
         "embedded": _embedded,
@@ -146,7 +151,7 @@ def _embedded(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
 
 
 def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
-    """A file is a document."""
+    """The whole file is one document."""
     parts, size, read = [], 0, 0
     for chunk, read_bytes in chunks(source.name, source.compression):
         parts.append(chunk)
@@ -156,7 +161,7 @@ def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
 
 
 def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
-    """Lines up to a blank one are a document."""
+    """Every run of lines without a blank line is one document."""
 
     def blocks() -> Iterator[tuple[str, int, bytes, int]]:
         held: list[bytes] = []
@@ -185,7 +190,7 @@ def _lines(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
 
 
 def _array(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
-    """A JSON array of objects or texts; a file that doesn't begin with [ is taken for JSON lines."""
+    """A JSON array of objects or texts. A file that doesn't begin with [ is read as JSON lines."""
     parts_of_file = chunks(source.name, source.compression)
     first = next(parts_of_file, (b"", 0))
     if not first[0].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -202,7 +207,7 @@ def _array(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
         raise ConfigError(not_utf8(source.name, 0, error)) from error
     except ValueError as error:
         raise ConfigError(Problem("--corpus", source.name, f"the file must be JSON: {error}", "mend the file")) from error
-    # One object a line, as if the file had been JSON lines: messages then count array items.
+    # One object per line, as in a file of JSON lines, so that messages count array items.
     lines = b"".join(json.dumps(item if isinstance(item, dict) else {text_key: item}).encode() + b"\n" for item in items)
     yield DocumentBatch(source.name, source.size_bytes, lines)
 
@@ -233,6 +238,6 @@ def _parquet(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
 
 
 def not_utf8(name: str, offset_bytes: int, error: UnicodeDecodeError) -> Problem:
-    """Text that isn't UTF-8, with the offset in the plain (decompressed) file."""
+    """The problem of text that isn't UTF-8, with the offset in the uncompressed file."""
     rule = f"text must be UTF-8; byte {offset_bytes + error.start} is 0x{error.object[error.start]:02x} ({error.reason})"
     return Problem("--corpus", name, rule, "convert it, e.g.: iconv -f LATIN1 -t UTF-8")

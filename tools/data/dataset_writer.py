@@ -1,7 +1,7 @@
-"""Writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json, byte for byte as Megatron's IndexedDatasetBuilder writes the pair.
+"""Writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json. The pair has the bytes that Megatron's IndexedDatasetBuilder writes.
 
-Everything goes to `.partial` files in the same folder; `finish` syncs and renames them, so that a run that is
-interrupted, or fails, leaves no final file and keeps the former ones. Memory: 4 bytes a document.
+Everything goes to `.partial` files in the same folder, which `finish` syncs and renames. An interrupted or failed conversion
+leaves no final file and keeps the former ones. Memory: 4 bytes per document.
 
 Torch-free.
 """
@@ -27,7 +27,7 @@ BLOCK = 1 << 20
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write beside, sync, rename. Raises OSError."""
+    """Write to a temporary file, sync it, rename it. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -37,7 +37,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 class DatasetWriter:
-    """Use as a context manager; documents are added in order, one sequence each. Raises ConfigError when a file can't be."""
+    """A context manager. Documents are added in order, one sequence each. Raises ConfigError when a file can't be written."""
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.prefix, self.dtype = prefix, dtype
@@ -57,7 +57,7 @@ class DatasetWriter:
         self._lock()
 
     def _lock(self) -> None:
-        """One writer a prefix. The lock goes with its process, whatever ends it."""
+        """Allow one writer per prefix. The lock ends with its process, however the process ends."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The former holder may have renamed this very file into place between our open and our lock.
@@ -71,7 +71,7 @@ class DatasetWriter:
         self.file.truncate(0)
 
     def add(self, tokens: bytes, lengths: bytes) -> None:
-        """Documents: tokens in the writer's dtype, lengths int32 in tokens; together they must agree."""
+        """Add documents: tokens in the writer's dtype, lengths in tokens as int32. The lengths must sum to the tokens."""
         self.lengths.frombytes(lengths)
         self.num_tokens += len(tokens) // self.dtype.itemsize
         try:
@@ -80,7 +80,7 @@ class DatasetWriter:
             raise ConfigError(file_problem(error, self.partial, "--out")) from error
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Sync and put the three files in place. A reader never finds a new .idx beside an old .bin."""
+        """Sync and rename the three files. A reader never finds a new .idx beside an old .bin."""
         stated = int(np.frombuffer(self.lengths, np.int32).sum(dtype=np.int64)) if self.lengths else 0
         assert stated == self.num_tokens, f"lengths add up to {stated}, {self.num_tokens} tokens were written"
         try:
@@ -116,9 +116,9 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self.finished:  # afterwards the names may be another writer's; until then our lock keeps others off
+        if not self.finished:  # afterwards the names may belong to another writer; until then the lock excludes others
             self.partial_idx.unlink(missing_ok=True)
             self.partial.unlink(missing_ok=True)
-        # Closing flushes again: after a failed write it fails too, and the first error is on its way already.
+        # Closing flushes again. After a failed write it would fail, too, and hide the first error.
         with contextlib.suppress(*([OSError] if error else [])):
             self.file.close()

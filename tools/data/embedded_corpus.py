@@ -1,7 +1,7 @@
-"""The corpus that every Python carries: the language reference's topics and the standard library's sources.
+"""The corpus that every Python contains: the topics of the language reference and the sources of the standard library.
 
-In: the running Python. Out: documents (name, UTF-8 text), some 11 MB, in an order that depends on their names only, and
-in which every part is like the whole (so that a bounded head, or a held-out tail, is a fair sample).
+In: the running Python. Out: documents (name, UTF-8 text), some 11 MB. Their order depends only on their names and mixes topics
+and modules evenly, so that any part (a bounded head, a held-out tail) is a fair sample.
 
 Torch-free.
 """
@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "encodings", "pydoc_data"}
-"""Folders without prose of their own: installed packages, tests, character tables; pydoc_data comes as topics."""
+"""Folders that are left out: installed packages, tests, character tables. pydoc_data is read as topics."""
 LARGEST_BYTES = 1 << 18
-"""Longer modules are generated tables."""
+"""Larger modules are generated tables and are left out."""
 
 
 def documents() -> Iterator[tuple[str, bytes]]:
-    """(name, text) in the order of the names' hashes. A venv's Python finds the library of the Python it was made from."""
+    """(name, text) in the order of the hashes of the names. A venv uses the library of the Python that it was made from."""
     library = Path(sysconfig.get_path("stdlib"))
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     modules = {f"module/{name}": library / name for name in _modules(library)}
@@ -44,7 +44,7 @@ def _rank(name: str) -> str:
 
 
 def _is_utf8(text: bytes) -> bool:
-    """Two or three old modules are Latin-1 by declaration."""
+    """Whether the text is UTF-8. Two or three old modules declare Latin-1."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:

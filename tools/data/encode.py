@@ -1,9 +1,9 @@
-"""Documents to token bytes, as fast as the tokenizer allows and exactly as it encodes each document whole.
+"""Documents -> token bytes, as fast as the tokenizer allows, with exactly the ids of the whole document.
 
-In: texts. Out: for each the bytes of its ids in the dtype of the .bin. Memory: one document, and a bounded cache.
+In: texts. Out: for each text the bytes of its ids in the dtype of the .bin. Memory: one document, and a bounded cache.
 
-Sentencepiece BPE costs 0.2 µs a byte. When no piece reaches over the beginning of a word, merges cannot either, so a
-document's ids are its words' ids in a row, and words repeat: they are looked up. `words_are_independent` says when.
+Sentencepiece BPE costs 0.2 µs per byte. When no piece crosses the beginning of a word, no merge does either. The ids of a
+document are then the ids of its words, which repeat and can be looked up. `words_are_independent` tells when.
 
 Torch-free.
 """
@@ -21,17 +21,17 @@ from pretrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 WORD = re.compile(r" *[^ ]+| +")
 CACHED_WORDS = 1 << 18
 LONGEST_CACHED = 64
-"""Words of up to this many characters are kept; at some 150 bytes each the full cache takes about 40 MB."""
+"""Longest cached word in characters. At some 150 bytes per word the full cache takes about 40 MB."""
 SPACE = "▁"
 BPE, NORMAL, USER_DEFINED, UNUSED = 2, 1, 4, 5
 """Numbers of sentencepiece_model.proto."""
 
 
 def words_are_independent(proto: bytes) -> bool:
-    """Whether a sentencepiece model encodes a text as the words ` *[^ ]+` one after another, for certain.
+    """Whether a sentencepiece model is certain to encode a text as its words ` *[^ ]+`, one after another.
 
-    BPE only (a unigram's sums are rounded along the whole text), texts taken as they are, unknown characters as bytes,
-    and no piece with a space behind another character.
+    True only for BPE (unigram scores are rounded along the whole text) without normalization, with byte fallback, and without
+    a piece that has a space after another character.
     """
     from sentencepiece import sentencepiece_model_pb2  # noqa: PLC0415  (protobuf: 40 ms, for this question only)
 
@@ -57,7 +57,7 @@ def words_are_independent(proto: bytes) -> bool:
 
 
 class _WordCache(dict[str, bytes]):
-    """Word → bytes of its ids. Emptied when full: cheaper than any order of use, and natural text refills it at once."""
+    """Word -> bytes of its ids. A full cache is emptied: that is cheaper than tracking use, and text refills it at once."""
 
     def __init__(self, encode: Callable[[str], bytes]) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class _WordCache(dict[str, bytes]):
 
 
 class Encoder:
-    """`encode(texts)`: the bytes of each document's ids, with the end-of-document id behind it when asked."""
+    """`encode(texts)`: the bytes of each document's ids, followed by the end-of-document id when that is wanted."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, append_eod: bool) -> None:
         self.tokenizer = tokenizer
-        self.typecode = dtype.char  # array's letters are numpy's; array turns a short list into bytes three times as fast
+        self.typecode = dtype.char  # same letters as numpy's; array makes bytes of a short list three times as fast
         self.end = array(self.typecode, [tokenizer.eod_id]).tobytes() if append_eod else b""
         self.words: _WordCache | None = None
         if isinstance(tokenizer, SentencePieceTokenizer) and words_are_independent(tokenizer.proto):
@@ -90,7 +90,7 @@ class Encoder:
         return [self._document(text) + self.end for text in texts]
 
     def _document(self, text: str) -> bytes:
-        if self.words is None or SPACE in text:  # a literal ▁ is a space to sentencepiece, not to WORD
+        if self.words is None or SPACE in text:  # sentencepiece reads a literal ▁ as a space, WORD doesn't
             return self._whole(text)
         return b"".join(map(self.words.__getitem__, WORD.findall(text)))
 

@@ -1,6 +1,6 @@
-"""What a worker process does: raw batches to token bytes. In: `EncodingSettings` and a `DocumentBatch`. Out: an `EncodedBatch`.
+"""The work of a worker process: raw batches -> token bytes. In: `EncodingSettings` and a `DocumentBatch`. Out: an `EncodedBatch`.
 
-Its own module, so that a worker starts with these imports only (0.2 s).
+A module of its own, so that a worker starts with few imports (0.2 s).
 
 Torch-free.
 """
@@ -26,7 +26,7 @@ from tools.data.parse_documents import texts_of
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What a worker needs to know; hashable, so that each worker loads its tokenizer once."""
+    """What a worker needs to know. Hashable, so that each worker loads its tokenizer once."""
 
     kind: str
     path: str
@@ -37,7 +37,7 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch's documents as they go into the .bin (tokens) and the .idx (lengths, int32), and the plain text's size."""
+    """The documents of a batch as the .bin (tokens) and .idx (lengths, int32) hold them, and the size of their text."""
 
     read_bytes: int
     tokens: bytes = b""
@@ -53,7 +53,7 @@ def _encoder(job: EncodingSettings) -> Encoder:
 
 
 def encode_batch(job: EncodingSettings, batch: DocumentBatch, check_only: bool) -> EncodedBatch:
-    """Parse, check and encode one batch; with `check_only` nothing is encoded (another batch has a problem already)."""
+    """Parse, check and encode one batch. With `check_only` nothing is encoded: another batch already has a problem."""
     texts, problems = texts_of(batch, job.text_key)
     if problems or check_only:
         return EncodedBatch(batch.read_bytes, problems=tuple(problems))
@@ -66,7 +66,7 @@ def encode_batch(job: EncodingSettings, batch: DocumentBatch, check_only: bool) 
 
 
 def exit_with_parent() -> None:
-    """A worker leaves interrupts to its parent and ends with it, however the parent ends."""
+    """Make this worker ignore interrupts, which its parent handles, and exit when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"

@@ -1,6 +1,6 @@
-"""A file's plain bytes, whatever its compression, and its whole lines: in blocks of about a MiB, never the whole file.
+"""The bytes of a file, uncompressed, and its whole lines, in blocks of about a MiB. The whole file is never held.
 
-In: a name, and `.gz`, `.zst` or "". Out: iterators. Raises ConfigError on a broken or cut compression.
+In: a name, and `.gz`, `.zst` or "". Out: iterators. Raises ConfigError when the compressed data is broken or truncated.
 
 Torch-free.
 """
@@ -15,11 +15,11 @@ from configs.errors import ConfigError, Problem
 
 BATCH_BYTES = 1 << 20
 LARGEST_DOCUMENT_BYTES = 256 << 20
-"""A document is held in memory, several times over while it is encoded."""
+"""Size limit of one document, which is held in memory several times while it is encoded."""
 
 
 def line_blocks(name: str, compression: str) -> Iterator[tuple[bytes, int, int, int]]:
-    """(whole lines of about BATCH_BYTES, bytes read, number of the first line, its offset in the plain text)."""
+    """(whole lines of about BATCH_BYTES, bytes read, number of the first line, its offset in the uncompressed text)."""
     held: list[bytes] = []
     size = read = offset = 0
     line = 1
@@ -43,7 +43,7 @@ def line_blocks(name: str, compression: str) -> Iterator[tuple[bytes, int, int, 
 
 
 def chunks(name: str, compression: str) -> Iterator[tuple[bytes, int]]:
-    """(plain bytes, bytes of the file that were read for them). Raises ConfigError on a broken or cut compression."""
+    """(uncompressed bytes, bytes of the file read for them). Raises ConfigError for broken or truncated data."""
     with open(name, "rb", buffering=0) as file:
         if not compression:
             while chunk := file.read(BATCH_BYTES):
@@ -52,12 +52,12 @@ def chunks(name: str, compression: str) -> Iterator[tuple[bytes, int]]:
         fresh, faults = _decompression(compression)
         stream, begun = fresh(), False
         try:
-            while raw := file.read(1 << 16):  # small: a chunk may grow a thousandfold
+            while raw := file.read(1 << 16):  # small, since a chunk may grow a thousandfold
                 read = len(raw)
                 while raw:
                     plain, begun = stream.decompress(raw), True
                     raw = b""
-                    if stream.eof:  # the next member or frame; zeros behind the last one are padding
+                    if stream.eof:  # next member or frame; zeros after the last one are padding
                         raw, stream, begun = stream.unused_data.lstrip(b"\0"), fresh(), False
                     yield plain, read
                     read = 0
@@ -68,7 +68,7 @@ def chunks(name: str, compression: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _decompression(suffix: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """(maker of a decompressor, its errors). Both libraries share decompress, eof and unused_data."""
+    """(function that makes a decompressor, its exceptions). Both libraries have decompress, eof and unused_data."""
     if suffix == ".gz":
         return (lambda: zlib.decompressobj(wbits=31)), (zlib.error,)
     import zstandard  # noqa: PLC0415  (for .zst only)
@@ -82,6 +82,7 @@ def _broken(name: str, compression: str, why: str) -> Problem:
 
 
 def check_document_size(name: str, size_bytes: int, fix: str) -> None:
+    """Raises ConfigError when a document exceeds LARGEST_DOCUMENT_BYTES."""
     if size_bytes > LARGEST_DOCUMENT_BYTES:
         rule = f"a document has at most {LARGEST_DOCUMENT_BYTES >> 20} MiB"
         raise ConfigError(Problem("--corpus", name, rule, fix))

@@ -1,7 +1,7 @@
-"""What a tokenised corpus or a tokenizer holds, for people (text) and scripts (JSON).
+"""What a tokenized corpus or a tokenizer holds, as text and as JSON.
 
-In: a prefix or a tokenizer file. Out: a dict; `render` makes text of it. The whole index is checked and the whole .bin
-is read once, in blocks of 64 MiB.
+In: a prefix or a tokenizer file. Out: a dict; `render` makes text of it. The whole index is checked, and the whole .bin is
+read once, in blocks of 64 MiB.
 
 Torch-free.
 """
@@ -25,7 +25,7 @@ ROUND_TRIP = "def f(x):\n\treturn  x + 12   # naïve 日本語 🎉\n\n"
 
 
 def inspect_tokenizer(path: str) -> dict[str, Any]:
-    """Identity, end-of-document token, and whether a hard text survives. Raises ConfigError."""
+    """Identity, end-of-document token, and whether a difficult text survives encoding and decoding. Raises ConfigError."""
     tokenizer = load_tokenizer(section_for(path))
     ids = tokenizer.encode(ROUND_TRIP)
     return {
@@ -40,7 +40,7 @@ def inspect_tokenizer(path: str) -> dict[str, Any]:
 
 
 def inspect_data(prefix: str, tokenizer_path: str | None, num_documents: int) -> dict[str, Any]:
-    """Counts, lengths, entropy and the first documents. Raises ConfigError with every problem found: no verdict, no numbers."""
+    """Counts, lengths, entropy and the first documents. Raises ConfigError with all problems instead."""
     index = open_index(prefix, "PREFIX")
     tokenizer = load_tokenizer(section_for(tokenizer_path)) if tokenizer_path else None
     meta, problems = read_meta(prefix, "PREFIX")
@@ -78,7 +78,7 @@ def inspect_data(prefix: str, tokenizer_path: str | None, num_documents: int) ->
 
 
 def _counts(index: Index) -> np.ndarray:
-    """Frequency of each id: int64 [largest id + 1]. Raises ConfigError on a negative id."""
+    """Frequency of each id: int64 [largest id + 1]. Raises ConfigError for a negative id."""
     tokens, counts = index.tokens(), np.zeros(0, np.int64)
     for first in range(0, len(tokens), BLOCK_TOKENS):
         block = np.asarray(tokens[first : first + BLOCK_TOKENS])
@@ -92,7 +92,7 @@ def _counts(index: Index) -> np.ndarray:
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents by length, in bins that double: {from, below, documents}."""
+    """Number of documents by length, in bins that double: {from, below, documents}."""
     powers = np.frexp(np.maximum(lengths, 0).astype(np.float64))[1]  # 0 → 0, 1 → 1, 2..3 → 2, 4..7 → 3
     return [
         {"from": 0 if power == 0 else 1 << (power - 1), "below": 1 << power, "documents": int(count)}
@@ -109,7 +109,7 @@ def _document(index: Index, number: int, tokenizer: Tokenizer | None) -> dict[st
 
 
 def render(found: dict[str, Any]) -> str:
-    """The dict as lines for people."""
+    """The JSON document as text."""
     plain = [(name, value) for name, value in found.items() if name not in ("length_histogram", "documents", "meta")]
     width = max(len(name) for name, _ in plain)
     lines = [f"{name:<{width}}  {_show(value)}" for name, value in plain]

@@ -1,4 +1,4 @@
-"""Raw batches to texts, in the workers. In: a `DocumentBatch`. Out: its texts in order, and every problem in it.
+"""Raw batches -> texts, in the workers. In: a `DocumentBatch`. Out: its texts in order, and all of its problems.
 
 Torch-free.
 """
@@ -12,7 +12,10 @@ from tools.data.corpus import DocumentBatch, not_utf8
 
 
 def texts_of(batch: DocumentBatch, text_key: str) -> tuple[list[str], list[Problem]]:
-    """Documents without any text are left out. UTF-8 is checked; a byte order mark at the start of a file is dropped."""
+    """(texts, problems) of a batch.
+
+    Empty documents are left out. UTF-8 is checked. A byte order mark at the start of a file is dropped.
+    """
     return _from_lines(batch, text_key) if batch.lines else _from_documents(batch)
 
 
@@ -48,7 +51,7 @@ def _from_lines(batch: DocumentBatch, text_key: str) -> tuple[list[str], list[Pr
 
 
 def _from_line(raw: bytes, place: str, offset_bytes: int, text_key: str) -> str | Problem:
-    """The text of one JSON line, or what is wrong with it."""
+    """The text of one JSON line, or its problem."""
     try:
         line = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr: a bar on a terminal, else a plain line every few seconds.
+"""Progress of a long command on stderr: a bar on a terminal, else a line every few seconds.
 
 Torch-free.
 """
@@ -16,7 +16,7 @@ LINE_INTERVAL_S = 5.0
 
 
 class ProgressMeter:
-    """`update(read_bytes, tokens)` adds; the rate is over the whole run. A context manager."""
+    """A context manager. `update(read_bytes, tokens)` adds to the totals; rates are averages over the whole run."""
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes, self.read_bytes, self.tokens = total_bytes, 0, 0

@@ -1,8 +1,8 @@
-"""A corpus to PREFIX.bin/.idx/.meta.json, in parallel and in bounded memory.
+"""A corpus -> PREFIX.bin, PREFIX.idx and PREFIX.meta.json, in parallel and in bounded memory.
 
-In: sources, a tokenizer. Out: the three files and what they hold. Documents keep their order and the files are byte for
-byte the same whatever the number of workers: batches are handed out and taken back in order, at most three a worker
-in flight. Workers are spawned processes that read, check and encode; this process reads files and writes tokens.
+In: sources, a tokenizer. Out: the three files, and what they hold. Documents keep their order, and the files have the same
+bytes for any number of workers: batches are handed out and taken back in order, at most three per worker at a time. Workers
+are spawned processes that parse, check and encode. This process reads files and writes tokens.
 
 Torch-free.
 """
@@ -43,7 +43,7 @@ def tokenize(
     max_bytes: float | None = None,
     eod: str | None = None,
 ) -> dict[str, Any]:
-    """Write the files and return the .meta.json's content with `elapsed_s`. Raises ConfigError with all problems found."""
+    """Write the three files. Returns the content of .meta.json, and `elapsed_s`. Raises ConfigError with all problems."""
     job = EncodingSettings(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -83,7 +83,7 @@ def tokenize(
 
 
 def entropy_nats(counts: np.ndarray) -> float:
-    """-Σ p ln p of the ids' frequencies: the loss of the best model that ignores the context."""
+    """-Σ p ln p over the frequencies of the ids: the loss of the best model that ignores the context."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
@@ -91,7 +91,7 @@ def entropy_nats(counts: np.ndarray) -> float:
 def _feed(
     sources: list[CorpusSource], text_key: str, max_bytes: float | None, problems: list[Problem]
 ) -> Iterator[DocumentBatch]:
-    """All batches of all sources; a source that can't be read adds its problem, and the next one goes on."""
+    """All batches of all sources. A source that can't be read adds its problem; the next source follows."""
     left = max_bytes
     for source in sources:
         try:

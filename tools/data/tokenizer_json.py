@@ -1,7 +1,8 @@
-"""A sentencepiece model as Hugging Face's tokenizer.json. In: the model. Out: a `tokenizers.Tokenizer`, or why there is none.
+"""A sentencepiece model as Hugging Face's tokenizer.json.
 
-Only models that take text as it is are exported; whether both give the same ids is then tried, never assumed. No token
-is declared special, so that a text that holds the characters <|endoftext|> is encoded as these, as sentencepiece does.
+In: the model. Out: a `tokenizers.Tokenizer`, or the reason why there is none. Only models that don't normalize text are
+exported. Equal ids are never assumed: `difference` compares both on samples. No token is declared special, so that a text with
+the characters <|endoftext|> is encoded as these characters, as sentencepiece does.
 
 Torch-free.
 """
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 UNIGRAM, BPE = 1, 2
 NORMAL = 1
 UNREACHABLE = -1e6
-"""Score of what no text may become: Hugging Face's unigram would match <unk> and <0x0A> when a text spells them."""
+"""Score of pieces that no text may become. Hugging Face's unigram would match <unk> and <0x0A> in a text that spells them."""
 
 
 def to_huggingface(proto: bytes) -> tuple[Tokenizer | None, str | None]:
-    """(tokenizer, None), or (None, the reason)."""
+    """(tokenizer, None), or (None, why the model can't be exported)."""
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(proto)
     normalizer = model.normalizer_spec
@@ -38,7 +39,7 @@ def to_huggingface(proto: bytes) -> tuple[Tokenizer | None, str | None]:
 
 
 def _bpe(model: Any) -> models.Model:
-    """Every way to put a piece together from two pieces is a merge; better pieces merge first."""
+    """A merge for every way to make a piece of two others. Pieces with better scores merge first."""
     vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     merges = []
@@ -58,7 +59,7 @@ def _unigram(model: Any) -> models.Model:
 
 
 def difference(original: sentencepiece.SentencePieceProcessor, exported: Tokenizer, samples: list[str]) -> str | None:
-    """The first sample that the two encode or decode differently, in words, or None."""
+    """The first sample that the two tokenizers encode or decode differently, as a sentence; None without one."""
     for text in samples:
         ids = original.encode(text)
         other = exported.encode(text, add_special_tokens=False).ids

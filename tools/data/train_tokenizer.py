@@ -1,8 +1,7 @@
-"""Trains a sentencepiece tokenizer. In: sources. Out: PATH.model, and tokenizer.json beside it when it is the same tokenizer.
+"""Trains a sentencepiece tokenizer. In: sources. Out: PATH.model, and an equal tokenizer.json beside it where there is one.
 
-Text is taken as it is (identity normalisation, no dummy prefix), characters outside the vocabulary become bytes, digits
-stay single. Ids: 0 <unk> (never produced), 1 <|endoftext|>, 2 to 257 the bytes, then the pieces. The same sources give
-the same file.
+Text is not normalized and gets no dummy prefix. Characters outside the vocabulary become bytes; digits stay single. Ids: 0
+<unk> (never produced), 1 <|endoftext|>, 2 to 257 the bytes, then the pieces. The same sources give the same file.
 
 Torch-free.
 """
@@ -27,10 +26,10 @@ from tools.data.tokenizer_json import difference, to_huggingface
 
 EOD = "<|endoftext|>"
 PASSAGE_BYTES = 4096
-"""The trainer reads passages: whole lines, so that pieces learn line breaks, up to this size; it refuses longer ones."""
+"""Size of the passages that the trainer reads. They are whole lines, so that pieces may hold line breaks."""
 SCORE_STEP = 2.0**-5
 THREADS = 4
-"""Fixed: a unigram's expectation sums depend on the number of threads."""
+"""Fixed, since the expectation sums of a unigram model depend on the number of threads."""
 SAMPLE_CHARS = 400_000
 
 
@@ -43,7 +42,10 @@ def train(
     max_bytes: float = 64e6,
     text_key: str = "text",
 ) -> dict[str, Any]:
-    """Train, write and export. `max_bytes`: text read, from every source in proportion to its size. Raises ConfigError."""
+    """Train a tokenizer, write it, and export it.
+
+    `max_bytes`: amount of text, taken from every source in proportion to its size. Raises ConfigError.
+    """
     path, beside = Path(out), Path(out).with_name("tokenizer.json")
     _check_out(path, beside)
     texts = _texts(sources, max_bytes, text_key)
@@ -87,7 +89,7 @@ def _check_out(path: Path, beside: Path) -> None:
 
 
 def _texts(sources: list[CorpusSource], max_bytes: float, text_key: str) -> list[str]:
-    """The training text: each source's head, by its share of all bytes. Held in memory, as the trainer does anyway."""
+    """The training text: the head of each source, in proportion to its size. Held in memory, as the trainer does anyway."""
     total = sum(source.size_bytes for source in sources)
     texts: list[str] = []
     problems: list[Problem] = []
@@ -109,7 +111,7 @@ def _texts(sources: list[CorpusSource], max_bytes: float, text_key: str) -> list
 
 
 def _passages(texts: list[str]) -> Iterator[str]:
-    """Whole lines of together at most PASSAGE_BYTES; longer lines are cut."""
+    """Whole lines, together at most PASSAGE_BYTES. Longer lines are cut."""
     for text in texts:
         held, size = [], 0
         for line in text.splitlines(keepends=True):
@@ -126,7 +128,7 @@ def _passages(texts: list[str]) -> Iterator[str]:
 
 
 def _train(texts: list[str], vocab_size: int, kind: str) -> bytes:
-    """The serialised model."""
+    """The serialized model. Raises ConfigError."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -156,8 +158,11 @@ def _train(texts: list[str], vocab_size: int, kind: str) -> bytes:
 
 
 def _round_scores(proto: bytes) -> bytes:
-    """Unigram scores as multiples of 1/32 nat: their sums are then exact in float32 over some 80,000 tokens, so that
-    equally good splits tie in every implementation, and sentencepiece and tokenizer.json choose alike."""
+    """Unigram scores as multiples of 1/32 nat.
+
+    Their sums are then exact in float32 over some 80,000 tokens. Equally good segmentations tie in every implementation, so
+    that sentencepiece and tokenizer.json choose the same one.
+    """
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(proto)
     for piece in model.pieces:
@@ -166,7 +171,7 @@ def _round_scores(proto: bytes) -> bytes:
 
 
 def _samples(texts: list[str]) -> list[str]:
-    """Texts on which the export is compared: some of the corpus, and what tokenizers differ on."""
+    """Texts on which the export is compared: parts of the corpus, and texts on which tokenizers tend to differ."""
     words = ["", " ", "\n", "\t x", "a  b   c\r\n", "naïve café ﬁ ①", "\0\u200b\ufeff", "▁ ▁▁", EOD, "<unk> <0x0A>"]
     hard = [*words, "🎉👩‍👩‍👧 日本語", "한국어 العربية"]
     runs = [char * count for char in " \n-=*a#" for count in (1, 2, 3, 5, 8, 13, 33, 100)]
@@ -179,7 +184,7 @@ def _samples(texts: list[str]) -> list[str]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Beside, synced, renamed."""
+    """Write to a temporary file, sync it, rename it."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:

@@ -17,9 +17,9 @@ from pretrain.run.process import importing
 
 
 def main(argv: list[str]) -> int:
-    """argv[0] is generate or evaluate."""
+    """Run the command argv[0], generate or evaluate, with the arguments after it. Returns the exit code. Raises ConfigError."""
     args = {"generate": _generate_parser, "evaluate": _evaluate_parser}[argv[0]]().parse_args(argv[1:])
-    # Megatron-Core's CPU parts are chosen when it is imported: a GPU that may be training must not be seen.
+    # Megatron-Core chooses its CPU parts when it is imported. A GPU, which may be busy with training, must stay hidden.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if argv[0] == "generate" and (args.checkpoint / "config.json").is_file():
         with importing():
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 def _generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="phalanx generate",
-        description="Text from a checkpoint. For a look: every token costs a pass over the whole text; serve exports elsewhere.",
+        description="Generate text from a checkpoint. Meant for a first look: every token costs a pass over the whole text.",
     )
     parser.add_argument(
         "checkpoint",
@@ -67,31 +67,33 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0: the most likely token (default)")
     parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="its tokenizer, where the run's is gone")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the model, when the run's own file is gone")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="phalanx evaluate", description="Loss and perplexity of a checkpoint on tokenised data."
+        prog="phalanx evaluate", description="Measure loss and perplexity of a checkpoint on tokenized data."
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest one), or a checkpoint"
+        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest checkpoint), or a checkpoint"
     )
-    parser.add_argument("--data", nargs="+", metavar="PREFIX", help="PREFIX.bin and .idx (default: what the run holds out)")
     parser.add_argument(
-        "--max-tokens", type=_positive, default=65536, metavar="N", help="predicted tokens a part (default: 65536)"
+        "--data", nargs="+", metavar="PREFIX", help="PREFIX.bin and PREFIX.idx (default: the validation data of the run)"
     )
-    parser.add_argument("--seq-length", type=_positive, metavar="TOKENS", help="of one pass (default: the run's, or 512)")
-    parser.add_argument("--batch-seqs", type=_positive, default=4, metavar="N", help="sequences of one pass (default: 4)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=65536, metavar="N", help="predicted tokens per prefix (default: 65536)"
+    )
+    parser.add_argument("--seq-length", type=_positive, metavar="TOKENS", help="sequence length (default: the run's, else 512)")
+    parser.add_argument("--batch-seqs", type=_positive, default=4, metavar="N", help="sequences per pass (default: 4)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("a whole number from 1 on")
+        raise argparse.ArgumentTypeError("must be an integer of at least 1")
     return int(text)
 
 
@@ -101,5 +103,5 @@ def _number(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0.0 <= value < 1e6:
-        raise argparse.ArgumentTypeError("a number from 0 on")
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1e6")
     return value

@@ -1,7 +1,8 @@
-"""Loss of a checkpoint on tokenised data. In: a checkpoint, prefixes (or what the run holds out). Out: nats, perplexity.
+"""Loss of a checkpoint on tokenized data.
 
-Each part is read in order in windows of seq_length tokens, every window predicting its own tokens but the first; so the
-number depends on the data, the window and the weights only.
+In: a checkpoint, prefixes (default: the run's validation data). Out: loss in nats per token, perplexity. Each part is read in
+order, in windows of seq_length tokens. A window predicts all of its tokens but the first, so that the result depends only on
+the data, the window length and the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tools.convert.megatron_model import loaded_model, logits_of
 
 
 def evaluate(path: Path, prefixes: list[str] | None, max_tokens: int, seq_length: int | None, batch_seqs: int) -> dict[str, Any]:
-    """{"loss", "perplexity", "tokens", "parts": {prefix: {…}}, …}, in nats a token. Raises ConfigError."""
+    """{"loss", "perplexity", "tokens", "parts": {prefix: {…}}, …}. Losses are in nats per token. Raises ConfigError."""
     folder = find_checkpoint(path)
     manifest = open_manifest(folder)
     model = model_of(manifest)
@@ -58,7 +59,7 @@ def evaluate(path: Path, prefixes: list[str] | None, max_tokens: int, seq_length
 
 
 def losses(chunk: PaddedVocabGPT, windows: torch.Tensor, batch_seqs: int) -> Iterator[float]:
-    """Summed loss of each batch of windows [n, s + 1]."""
+    """The summed loss of each batch of windows [n, s + 1]."""
     for batch in windows.split(batch_seqs):
         logits = logits_of(chunk, batch[:, :-1].contiguous())
         yield float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
@@ -69,7 +70,9 @@ def _perplexity(loss: float) -> float:
 
 
 def _parts(manifest: Manifest, prefixes: list[str] | None) -> list[tuple[str, Index, range]]:
-    """(name, index, sequences): the prefixes named, else the run's validation data, else what it splits off its training data."""
+    """(name, index, sequences) of each part: the prefixes that are named, else the run's validation data, else the part that the
+    run holds out of its training data. Raises ConfigError.
+    """
     if prefixes:
         named = [
             (
@@ -91,7 +94,7 @@ def _parts(manifest: Manifest, prefixes: list[str] | None) -> list[tuple[str, In
 
 
 def _windows(index: Index, sequences: range, length: int, max_tokens: int, vocab_size: int) -> torch.Tensor:
-    """int64 [windows, length + 1], neighbours share one token. Raises ConfigError for tokens that the model hasn't."""
+    """int64 [windows, length + 1]; neighbours share one token. Raises ConfigError for tokens outside of the vocabulary."""
     first = index.tokens_before(sequences.start)
     count = min(index.tokens_before(sequences.stop) - first - 1, max(max_tokens, length)) // length
     if count < 1:

@@ -1,6 +1,6 @@
-"""Text from a Hugging Face folder by transformers alone: what an export is worth to everybody else. On the CPU, fp32.
+"""Text from a Hugging Face folder by transformers alone, on the CPU in fp32. It shows what an export gives to its users.
 
-In: a folder (an export, or a download), prompts. Out: what the model goes on with. No code of the folder is run.
+In: a folder (an export, or a download), prompts. Out: the continuation of each prompt. No code of the folder is run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def generate_exported(
         ends = set(end) if isinstance(end, list) else {end}
         if ids.shape[1] == 0:
             ids = torch.tensor([[tokenizer.eos_token_id]])
-        # Each prompt has its own draws, so that its answer does not depend on the others.
+        # Each prompt has its own random numbers, so that its continuation does not depend on the other prompts.
         torch.manual_seed(seed)
         drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature else {"do_sample": False}
         with torch.no_grad():
@@ -45,7 +45,10 @@ def generate_exported(
 
 
 def load_exported(folder: Path) -> tuple[Any, Any]:
-    """(tokenizer, model) as transformers loads them. Raises ConfigError, also when it misses or finds too many tensors."""
+    """(tokenizer, model) as transformers loads them.
+
+    Raises ConfigError, also when transformers misses tensors or finds tensors that the model doesn't have.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     with importing():
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
@@ -53,13 +56,13 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
 
     config = read_config(folder)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        # transformers would make an empty one.
+        # Without these files transformers would make an empty tokenizer.
         rule = f"must hold a tokenizer: one of {', '.join(_TOKENIZERS)}"
         raise ConfigError(Problem("HF_DIR", str(folder), rule, "add its tokenizer's files"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # Not False, transformers would ask a person whether to run the folder's code.
+        # Without False, transformers would ask on the terminal whether to run the folder's code.
         only_data = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, **only_data)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,7 +74,7 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
             Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR")
         ) from error
     model, found = loaded
-    # transformers has no model of prediction depths; it passes over those of the published models only.
+    # transformers has no model of MTP layers. It ignores only those of the published models.
     depths = _prediction_depths(config)
     kept = {
         kind: sorted(name for name in map(str, names) if kind != "unexpected_keys" or not name.startswith(depths))
@@ -86,7 +89,7 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
 
 
 def _prediction_depths(config: dict[str, Any]) -> tuple[str, ...]:
-    """How the names of their tensors begin."""
+    """The beginnings of the names of all MTP tensors."""
     layers, depths = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
     if not isinstance(layers, int) or not isinstance(depths, int):
         return ()

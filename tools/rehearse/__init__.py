@@ -1,1 +1,1 @@
-"""`phalanx rehearse`: a layout on CPU ranks against one process, with a small model of the same kind."""
+"""`phalanx rehearse`: compares a layout on CPU ranks with one process, on a small model of the same kind."""

@@ -1,7 +1,8 @@
-"""`phalanx rehearse CONFIG`: is this layout's answer the one that a single process gives?
+"""`phalanx rehearse CONFIG`: does this layout compute what a single process computes?
 
-The real engines on at most 16 local gloo ranks, a small model of the same kind with the same initial weights by name, the
-same batches. Compared: loss and gradient norm of every step, every gradient of the first, every weight after the last.
+The real engines run on at most 16 local gloo ranks, with a small model of the same kind, the same initial weights by name and
+the same batches. Compared are loss and gradient norm of every step, every gradient of the first step, and every weight after
+the last.
 
 Torch-free.
 """
@@ -15,23 +16,31 @@ from pretrain.run.process import importing
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phalanx rehearse", description="A layout on CPU ranks against one process.")
+    parser = argparse.ArgumentParser(prog="phalanx rehearse", description="Compare a layout on CPU ranks with one process.")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
-    parser.add_argument("--layouts", metavar="FILE|auto", help="a JSON list of overrides; auto: every legal pair of axis values")
-    parser.add_argument("--strength", type=int, default=2, choices=(1, 2, 3), help="auto: values, pairs or triples")
-    parser.add_argument("--max-ranks", type=int, default=8, help="auto: ranks of a layout at most")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: Transformer Engine's path, a GPU a rank")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the file")
+    parser.add_argument(
+        "--layouts",
+        metavar="FILE|auto",
+        help="a JSON list of overrides; auto: layouts that cover every legal pair of axis values",
+    )
+    parser.add_argument(
+        "--strength", type=int, default=2, choices=(1, 2, 3), help="auto: cover single values, pairs or triples (default: 2)"
+    )
+    parser.add_argument("--max-ranks", type=int, default=8, help="auto: largest number of ranks (default: 8)")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default: 3)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="cuda: with Transformer Engine, one GPU per rank (default: cpu)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """0: every layout gives the same answer; 1: one does not; 2: bad input."""
+    """Returns the exit code. 0: every layout agrees with one process; 1: a layout differs. Raises ConfigError for bad input."""
     args = _parser().parse_intermixed_args(argv)
     if args.device == "cpu":
-        # Megatron-Core is prepared for the CPU, when it is imported, where no GPU is in sight.
+        # Megatron-Core is set up for the CPU, when it is imported, if no GPU is visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing():
         from tools.rehearse.rehearse import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)

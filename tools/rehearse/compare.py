@@ -1,4 +1,7 @@
-"""Two trainings of the same model, tensor by tensor. In: what their ranks held. Out: the largest differences, and where."""
+"""Comparison of two trainings of the same model, tensor by tensor.
+
+In: the results of their ranks. Out: the largest differences, and the first tensor that differs.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from tools.rehearse.train_rank import RankResult, SliceKey
 
 Tensors = dict[str, NDArray[np.float32]]
 
-# fp32: relative difference of losses and norms; of tensors |difference| / |reference| in 2-norms.
+# For fp32. Relative difference of losses and norms; for tensors |difference| / |reference| in 2-norms.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4, 1e-4
-# A tensor smaller than this part of all of them together is measured against that part.
+# Smallest reference norm, as a fraction of the norm of all tensors together: rounding dominates smaller tensors.
 FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """The largest relative differences, and the first quantity that exceeds its tolerance."""
+
     loss_max_rel: float
     grad_norm_max_rel: float
     grad_max_rel: float
@@ -56,7 +61,7 @@ def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
 
 
 def compare(ranks: Sequence[RankResult], reference: RankResult) -> Comparison:
-    """What the ranks of a layout did against what one process did."""
+    """The differences between the ranks of a layout and one process."""
     got, want = ranks[0], reference
     loss = _largest(got.losses, want.losses)
     norm = _largest(got.grad_norms, want.grad_norms)
@@ -77,7 +82,7 @@ def _largest(got: Sequence[float], want: Sequence[float]) -> float:
 def _tensors(
     slices: Sequence[dict[SliceKey, NDArray[np.float32]]], reference: dict[SliceKey, NDArray[np.float32]], tolerance: float
 ) -> tuple[float, str | None, bool]:
-    """(largest relative difference, first tensor in model order above the tolerance, are all bits equal)."""
+    """(largest relative difference, first tensor in model order above the tolerance, whether all bits are equal)."""
     got, want = assemble(slices), assemble([reference])
     if got.keys() != want.keys():
         return float("inf"), f"{sorted(got.keys() ^ want.keys())[0]} (missing)", False

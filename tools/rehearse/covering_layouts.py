@@ -1,6 +1,6 @@
-"""`--layouts auto`: few layouts that hold every legal pair (or triple) of values of the axes.
+"""`--layouts auto`: few layouts that cover every legal pair (or triple) of axis values.
 
-In: the config. Out: overrides, chosen greedily and always in the same order. What is legal is asked of the verdict.
+In: the config. Out: configs, chosen greedily and always in the same order. The verdict decides what is legal.
 
 Torch-free.
 """
@@ -34,7 +34,7 @@ _AXES: dict[str, tuple[Any, ...]] = {
 
 
 def apply(config: Config, values: Values) -> Config:
-    """The config with these values of the axes, on as many ranks as they need."""
+    """The config with these axis values, on as many ranks as they need."""
     chosen = dict(values)
     config = deepcopy(config)
     parallel = config.parallel
@@ -49,7 +49,7 @@ def apply(config: Config, values: Values) -> Config:
 
 
 def legal_layouts(config: Config, max_ranks: int) -> Iterator[tuple[Values, Config]]:
-    """(values of the axes, config) of every layout of at most `max_ranks` that this kind of model may have."""
+    """(axis values, config) of every legal layout of at most `max_ranks` ranks."""
     for values in product(*_AXES.values()):
         named = tuple(zip(_AXES, values, strict=True))
         candidate = apply(config, named)
@@ -66,7 +66,7 @@ def _is_legal(config: Config) -> bool:
 
 
 def covering_subset(candidates: Sequence[tuple[Values, Config]], strength: int) -> list[tuple[Values, Config]]:
-    """Some of the candidates, such that every combination of `strength` values that one of them has is in one of these."""
+    """A few candidates that cover every combination of `strength` values that occurs in any candidate. Chosen greedily."""
     groups = [set(combinations(values, strength)) for values, _ in candidates]
     wanted = set().union(*groups)
     chosen = []

@@ -1,4 +1,4 @@
-"""Local gloo ranks: forked from this process, so that megatron is imported once (4 ranks start in 0.1 s, spawn takes 9 s)."""
+"""Local gloo ranks, forked from this process: megatron is imported once. 4 ranks start in 0.1 s; with spawn it takes 9 s."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch._dynamo  # What torch's optimizers import when the first is made: 0.9 s that every rank would take again.
+import torch._dynamo  # torch imports it with the first optimizer: 0.9 s that every rank would spend again.
 import torch.distributed as dist
 
 
 class RankFailed(AssertionError):
-    """A rank raised; the message is its traceback."""
+    """A rank raised an exception. The message is its traceback."""
 
 
 def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
-    """`program(*args)` on every rank of a fresh gloo world; what each returns, by rank (pickled, so no big tensors).
+    """Run `program(*args)` on every rank of a new gloo world. Returns the result of each rank, by rank.
 
-    Raises RankFailed with the first failing rank's traceback; the other ranks are ended.
+    Results are pickled: large tensors are slow. Raises RankFailed with the traceback of the first rank that fails, and ends
+    the other ranks.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
-        # A rank that looks for garbage in what it inherits copies all of it.
+        # Garbage collection in a rank would touch, and so copy, all inherited memory.
         gc.freeze()
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
@@ -81,5 +82,5 @@ def _main(
     except BaseException:
         sender.send((False, traceback.format_exc()))
     sender.close()
-    # The parent's atexit handlers and threads are not ours.
+    # Exit without the atexit handlers and threads that were inherited from the parent.
     os._exit(0)

@@ -1,7 +1,8 @@
-"""Rehearsing: is a layout's answer the one that a single process gives?
+"""Rehearsal: does a layout compute what a single process computes?
 
-The real engines on at most 16 local gloo ranks, a small model of the same kind with the same initial weights by name, the
-same batches. Compared: loss and gradient norm of every step, every gradient of the first, every weight after the last.
+The real engines run on at most 16 local gloo ranks, with a small model of the same kind, the same initial weights by name and
+the same batches. Compared are loss and gradient norm of every step, every gradient of the first step, and every weight after
+the last.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from tools.rehearse.local_ranks import RankFailed, run_ranks
 from tools.rehearse.shrink import CommonDivisors, common_divisors, fit_degrees, omitted_features, shrink
 from tools.rehearse.train_rank import RankResult, train
 
-# A rehearsal has its own batches, steps and no data.
+# Sections that a rehearsal replaces: it has its own batches and steps, and no data.
 OWN_SECTIONS = ("batch", "run", "data", "schedule", "checkpoint")
 
 
 def choose_layouts(source: str, overrides: list[str], wanted: str | None, strength: int, max_ranks: int) -> list[Config]:
-    """The configs to rehearse. Raises ConfigError; what is refused for the run itself is refused here."""
+    """The configs to rehearse. Raises ConfigError for what the run itself would be refused for."""
     config = load_config(source, overrides).config
     if wanted is None:
         return _fitted([config])
@@ -67,14 +68,14 @@ def check_layouts(configs: list[Config]) -> list[Problem]:
 
 
 def with_disk(config: Config, folder: str) -> Config:
-    """What the run swaps to its NVMe disk, swapped to a folder here."""
+    """The config with `folder` in place of its NVMe disk."""
     config = deepcopy(config)
     config.zero.nvme_path = config.zero.nvme_path and folder
     return config
 
 
 def reference_of(config: Config, common: CommonDivisors) -> Config:
-    """The same model and batches on one process, nothing sharded."""
+    """The same model and batches on one process, without sharding."""
     single = deepcopy(config)
     parallel = single.parallel
     parallel.tensor = parallel.pipeline = parallel.context = parallel.expert = parallel.expert_tensor = 1
@@ -86,7 +87,7 @@ def reference_of(config: Config, common: CommonDivisors) -> Config:
 
 
 def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, steps: int) -> dict[str, Any]:
-    """One layout's line of the report."""
+    """The row of one layout in the report."""
     layout = make_layout(config)
     started_s = time.perf_counter()
     zero = config.zero
@@ -102,17 +103,19 @@ def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, 
 
 
 def describe(line: dict[str, Any]) -> str:
+    """The row as a line of text."""
     offload = f", {line['offload']} offload" * (line["offload"] != "none")
     name = f"{line['layout']:<24} {line['engine']} ZeRO-{line['zero']}{offload}"
     if "error" in line:
         return f"{name:<60} FAILED\n{line['error']}"
     numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))
-    verdict = "bit-equal" if line["bit_equal"] else "same" if line["ok"] else f"WRONG: {line['first_difference']}"
+    verdict = "same" if line["ok"] else f"WRONG: {line['first_difference']}"
+    verdict = "bit-equal" if line["bit_equal"] else verdict
     return f"{name:<60} {numbers}  {verdict}"
 
 
 def _import_for_ranks(configs: list[Config]) -> None:
-    """What each rank would import or load for itself after it is forked: 3 s of CPU, 5 with DeepSpeed's own Adam."""
+    """Import what each rank would import after its fork: it saves 3 s of CPU per rank, 5 s with DeepSpeed's own Adam."""
     if not any(config.zero.engine == "deepspeed" for config in configs):
         return
     with importing():
@@ -123,14 +126,14 @@ def _import_for_ranks(configs: list[Config]) -> None:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    """0: every layout gives the same answer; 1: one does not. Raises ConfigError for bad input."""
+    """Returns the exit code. 0: every layout agrees with one process; 1: a layout differs. Raises ConfigError for bad input."""
     configs = choose_layouts(args.config, args.overrides, args.layouts, args.strength, args.max_ranks)
     if problems := check_layouts(configs):
         raise ConfigError(problems)
     if args.device == "cpu":
         _import_for_ranks(configs)
     else:
-        # On a GPU Megatron-Core's schedule for it wants bf16, and rehearsals compare in fp32.
+        # Megatron-Core's overlapping schedule needs bf16 on a GPU, and rehearsals compare in fp32.
         for config in configs:
             config.parallel.overlap_expert_comm = False
     common = common_divisors([make_layout(config) for config in configs])
@@ -138,7 +141,7 @@ def rehearse(args: argparse.Namespace) -> int:
     try:
         (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
     except RankFailed as error:
-        print(f"the one process that layouts are compared with FAILED\n{error}", file=sys.stderr)
+        print(f"the reference on one process FAILED\n{error}", file=sys.stderr)
         return 1
     print(f"{'layout':<60} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
     lines = []
@@ -147,11 +150,11 @@ def rehearse(args: argparse.Namespace) -> int:
         print(describe(lines[-1]), file=say, flush=True)
     wrong = [line for line in lines if not line["ok"]]
     if without := omitted_features(configs[0].model):
-        print(f"rehearsed without what depends on the layout by nature: {', '.join(without)}", file=say)
+        print(f"left out, since they depend on the layout by design: {', '.join(without)}", file=say)
     if reference.near_ties:
-        text = "choices of experts hang on the last digits: another rounding may choose otherwise, and be right"
+        text = "choices of experts are near ties: another rounding may correctly choose other experts"
         print(f"{reference.near_ties} {text}", file=say)
-    print(f"{len(lines) - len(wrong)} of {len(lines)} layouts give the answer of one process", file=say)
+    print(f"{len(lines) - len(wrong)} of {len(lines)} layouts agree with one process", file=say)
     if args.json:
         first = {
             "loss": reference.losses,

@@ -1,7 +1,7 @@
-"""A config of any size to one that CPUs train in a second: the same kind of model, the same switches, axes kept.
+"""A config of any size -> a config that CPUs train in a second, with the same kind of model, switches and axes.
 
-In: a whole Config. Out: a Config of at most 16 ranks, every axis that was larger than 1 still larger than 1, widths small
-and pairwise different, so that a transposed or swapped tensor cannot pass unseen.
+In: a whole Config. Out: a Config of at most 16 ranks. Every axis that was larger than 1 is still larger than 1. Widths are
+small and pairwise different, so that a transposed or swapped tensor is noticed.
 
 Torch-free.
 """
@@ -24,7 +24,9 @@ VOCAB_SIZE = 300
 
 @dataclass(frozen=True)
 class CommonDivisors:
-    """What every layout of one rehearsal must divide, so that all of them train the same model on the same batches."""
+    """What the widths, experts and batch of the small model must be divisible by, so that all layouts of one rehearsal train the
+    same model on the same batches.
+    """
 
     tensor: int
     expert: int
@@ -35,10 +37,10 @@ class CommonDivisors:
 
 
 def fit_degrees(config: Config) -> Config:
-    """The layout on at most 16 ranks: as it is when it fits, else each axis above 1 becomes 2.
+    """The layout on at most 16 ranks: unchanged when it fits, else each axis above 1 becomes 2.
 
-    Data axes follow from the number of ranks, the smallest that keeps both above 1 where they were; where 16 ranks are too
-    few for that, the experts' data axis is given up first.
+    The data axes follow from the number of ranks: the smallest number that keeps both above 1 where they were. When 16 ranks
+    are too few for that, the experts' data axis becomes 1 first.
     """
     config = deepcopy(config)
     parallel, launch = config.parallel, config.launch
@@ -60,6 +62,7 @@ def fit_degrees(config: Config) -> Config:
 
 
 def _smallest_world(config: Config, data: bool, expert_data: bool) -> int:
+    """The smallest number of ranks that the axes allow, with data axes above 1 where `data` and `expert_data` ask for it."""
     parallel = config.parallel
     attention = parallel.tensor * parallel.context * parallel.pipeline
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
@@ -72,7 +75,7 @@ def _smallest_world(config: Config, data: bool, expert_data: bool) -> int:
 
 
 def common_divisors(layouts: Sequence[Layout]) -> CommonDivisors:
-    """The least that fits all layouts."""
+    """The smallest divisors that fit all layouts."""
     return CommonDivisors(
         tensor=lcm(*(layout.tensor for layout in layouts)),
         expert=lcm(*(layout.expert for layout in layouts)),
@@ -84,7 +87,7 @@ def common_divisors(layouts: Sequence[Layout]) -> CommonDivisors:
 
 
 def shrink(config: Config, common: CommonDivisors) -> Config:
-    """The small model on the degrees of `config`; random parts of training are off, for they follow the layout by nature."""
+    """The small model on the degrees of `config`. Random parts of training are off, since they depend on the layout by design."""
     small = deepcopy(config)
     small.model = shrink_model(config.model, common)
     small.run.steps, small.run.tokens = 3, None
@@ -94,7 +97,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
     batch.ramp.start_seqs = None
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
-    # Adam turns the rounding noise of a vanishing gradient into whole steps unless epsilon is above the noise.
+    # Without an epsilon above the rounding noise, Adam would turn the noise of a vanishing gradient into full steps.
     small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-5, 0.0
     small.cluster.device, small.cluster.gpu = "auto", None
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
@@ -103,7 +106,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
 
 
 def omitted_features(model: Model) -> list[str]:
-    """Keys of what depends on the layout by nature, on which tokens share a rank or come first: `shrink` does without."""
+    """Keys of the features that `shrink` turns off: they depend on which tokens share a rank, or on the order of tokens."""
     router = model.moe.router
     has_experts = model.moe.num_experts > 0
     used = {
@@ -117,7 +120,7 @@ def omitted_features(model: Model) -> list[str]:
 
 
 def shrink_model(model: Model, common: CommonDivisors) -> Model:
-    """Small widths, all different; the pattern of layers, the router and every switch stay."""
+    """The model with small, pairwise different widths. The pattern of layers, the router and every switch stay."""
     small = deepcopy(model)
     tensor = common.tensor
     small.vocab_size, small.vocab_multiple = VOCAB_SIZE, 8 * tensor
@@ -134,7 +137,7 @@ def shrink_model(model: Model, common: CommonDivisors) -> Model:
 
 
 def _first_of(pattern: list[int] | None, layers: int) -> list[int] | None:
-    """The pattern's first layers; both kinds stay where there were both."""
+    """The first layers of the pattern. Both kinds of layers stay where there were both."""
     if pattern is None:
         return None
     kinds = pattern[:layers]
@@ -148,9 +151,10 @@ def _shrink_attention(small: Model, model: Model, tensor: int) -> None:
     if groups == model.attention.num_heads:
         attention.num_heads, attention.num_query_groups = 2 * tensor, None
     else:
-        attention.num_query_groups = 1 if groups == 1 else tensor * (2 if tensor == 1 else 1)
+        attention.num_query_groups = 1 if groups == 1 else max(tensor, 2)
         attention.num_heads = 2 * max(attention.num_query_groups, tensor)
-    attention.head_dim = None if is_mla(model) else (16 if model.position.rotary_fraction < 1 else 12)
+    plain_head_dim = 16 if model.position.rotary_fraction < 1 else 12
+    attention.head_dim = None if is_mla(model) else plain_head_dim
     if attention.window_size_tokens is not None:
         attention.window_size_tokens = 5
     if is_mla(model):

@@ -1,8 +1,8 @@
-"""What one rank of a rehearsal does: three real optimizer steps on random tokens with random loss masks.
+"""One rank of a rehearsal: real optimizer steps on random tokens with random loss masks.
 
-In: the shrunken config. Out: losses and norms, this rank's slices of gradients (first step) and of weights (last step).
-The gradient is read from Adam's first moment after one step, (1 - beta1) times the clipped gradient, whatever the engine;
-the norm that the engine reported undoes the clipping.
+In: the shrunken config. Out: losses and norms, this rank's slices of the gradients (first step) and of the weights (last
+step). Gradients are read from Adam's first moment after one step, which is (1 - beta1) times the clipped gradient in every
+engine. The norm that the engine reports undoes the clipping.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
 from pretrain.model.tensor_slice import Box
 from tools.rehearse.shrink import VOCAB_SIZE
 
-# Scores closer than this may change places under another order of additions.
+# Scores closer than this may change their order when additions are done in another order.
 NEAR_TIE = 1e-6
 
 # (name, shape of the whole tensor, box, first and last element of the box)
@@ -38,6 +38,8 @@ SliceKey = tuple[str, tuple[int, ...], Box, int, int]
 
 @dataclass
 class RankResult:
+    """What one rank computed. `near_ties`: expert choices that rounding could change."""
+
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class RankResult:
 
 
 def train(config: Config, steps: int) -> RankResult:
-    """Collective over the ranks of the layout."""
+    """Train `steps` steps. Collective over the ranks of the layout."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     layout = make_layout(config)
     runtime = start(os.environ)
@@ -69,7 +71,7 @@ def train(config: Config, steps: int) -> RankResult:
 
 
 def record_router_margins(router: TopKRouter) -> list[torch.Tensor]:
-    """Collects, at every forward pass, by how much each token's last chosen expert leads the first one not chosen [tokens]."""
+    """Record, at every forward pass, the margin between each token's last chosen and first not chosen expert: [tokens]."""
     found: list[torch.Tensor] = []
     routing = router.routing
 
@@ -87,12 +89,13 @@ def record_router_margins(router: TopKRouter) -> list[torch.Tensor]:
 
 
 def _clipped(config: Config, result: StepResult) -> float:
-    """What clipping multiplied the gradients with: a wrong norm must not make every gradient look wrong."""
+    """The factor of gradient clipping. Undoing it keeps a wrong norm from making every gradient look wrong."""
     limit = config.optimizer.clip_grad_norm
     return min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
 
 
 def _slices(engine: Engine, kind: str, factor: float) -> dict[SliceKey, NDArray[np.float32]]:
+    """This rank's slices of one kind of tensors, in fp32, multiplied by `factor`."""
     return {
         (piece.name, piece.global_shape, piece.box, piece.start, piece.stop): (piece.data.detach().float() * factor).numpy()
         for piece in engine.owned()

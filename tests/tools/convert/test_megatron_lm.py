@@ -138,7 +138,7 @@ def test_a_malicious_chunk_is_refused_and_not_run(saved: Path, tmp_path: Path) -
     [
         ({"apply_layernorm_1p": True}, r"1 \+ weight"),
         ({"position_embedding_type": "mrope"}, "mrope"),
-        ({"hidden_size": None}, "must be there"),
+        ({"hidden_size": None}, "must be present"),
         ({"num_layers": "two"}, "type int"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "aux_loss"),
         ({"moe_layer_freq": "[0]*3"}, "zeros and ones"),

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_run_at_all(monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr("tools.rehearse.rehearse.run_ranks", fail)
     assert cli.main(QUICK) == 1
-    assert "the one process that layouts are compared with FAILED\nrank 0: no" in capsys.readouterr().err
+    assert "the reference on one process FAILED\nrank 0: no" in capsys.readouterr().err
 
 
 def test_what_depends_on_the_layout_by_nature_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:

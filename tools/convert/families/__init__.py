@@ -1,4 +1,4 @@
-"""The families, one file each, and finding one: by a config.json, or for a model that is to be exported."""
+"""All model families, and the lookup of one: by the config.json of an import, or by the model of an export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = (
 
 
 def family_named(name: str, key: str = "--family") -> Family:
-    """The family of this name or model_type. Raises ConfigError."""
+    """The family with this name or model_type. Raises ConfigError, with `key` as the key of the problem."""
     for family in FAMILIES:
         if name == family.name or name in family.model_types:
             return family
@@ -39,13 +39,13 @@ def family_named(name: str, key: str = "--family") -> Family:
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a multimodal config.json (Kimi-K2.5, Llama 4), else the whole."""
+    """The language model's section of a multimodal config.json (Kimi-K2.5, Llama 4), else the whole config."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) and "hidden_size" not in config else config
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises ConfigError."""
+    """The family of a config.json, by its model_type. Raises ConfigError."""
     model_type = text_part(config).get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(Problem("config.json: model_type", model_type, "must be there", "give a Hugging Face config.json"))
@@ -53,7 +53,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def family_for(model: Model) -> Family:
-    """The first family whose config.json says all that the model is. Raises ConfigError with each family's reason."""
+    """The first family whose config.json can express every key of the model.
+
+    Raises ConfigError with the reason of each family when there is none.
+    """
     reasons = []
     for family in FAMILIES:
         if family.planning_only:

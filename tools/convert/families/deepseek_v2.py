@@ -38,7 +38,7 @@ DEEPSEEK_V2 = Family(
         AllowedValues("norm_topk_prob", (False, None), "transformers does not normalise the weights of DeepSeek-V2"),
         AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
         AllowedValues("scoring_func", ("softmax", None), "the family's scores are softmax"),
-        AllowedValues("mlp_bias", (False, None), "megatron-core has one switch for the biases of all products"),
+        AllowedValues("mlp_bias", (False, None), "megatron-core has one switch for the biases of all linear layers"),
         *settings.softmax_router(**{"moe.router.normalize_top_k": False, "moe.router.scaling_factor": settings.REQUIRED,
                                  "moe.shared_gate": False, "mtp.num_layers": 0}),
     ),

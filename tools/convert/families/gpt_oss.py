@@ -28,7 +28,7 @@ GPT_OSS = Family(
         Rope(theta=150000.0, stated=True),
         Windows(alternating, size=128, switch=False),
         AllowedValues("hidden_act", ("silu",), "its activation is fixed"),
-        AllowedValues("attention_bias", (True,), "the family has biases on all products"),
+        AllowedValues("attention_bias", (True,), "the family has biases in all linear layers"),
         AllowedValues("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
         AllowedValues("swiglu_alpha", (1.702,), "megatron-core's quick_gelu has this factor"),
         FixedValue("mla.kv_lora_rank", None),

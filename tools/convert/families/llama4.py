@@ -18,7 +18,9 @@ from tools.convert.hf_config.rope import Rope
 
 @dataclass(frozen=True)
 class Interleaved:
-    """interleave_moe_layer_step: layers step-1, 2 step-1, … are MoE; each has one shared expert of an expert's width."""
+    """interleave_moe_layer_step: layers step-1, 2 step-1, … are MoE layers. Each has one shared expert as wide as a routed
+    expert.
+    """
 
     def names(self) -> tuple[str, ...]:
         return ("interleave_moe_layer_step", "moe_layers")

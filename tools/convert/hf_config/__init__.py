@@ -1,1 +1,1 @@
-"""A Hugging Face config.json and our model section: each key's meaning, both ways."""
+"""Translation between a Hugging Face config.json and the `model` section, key by key, in both directions."""

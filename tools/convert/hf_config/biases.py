@@ -1,4 +1,4 @@
-"""attention_bias and mlp_bias of config.json. Megatron-Core has one switch for the biases of all products.
+"""attention_bias and mlp_bias of config.json. Megatron-Core has one switch for the biases of all linear layers.
 
 Torch-free.
 """
@@ -19,7 +19,10 @@ BIASES = ("attention.qkv_bias", "attention.output_bias", "mlp_bias")
 
 @dataclass(frozen=True)
 class Biases:
-    """Biases in all products, or none; `mlp`: whether the family has mlp_bias, else its MLPs and experts have none."""
+    """Biases in all linear layers, or in none.
+
+    `mlp`: the family has the key mlp_bias. Without it the family's MLPs and experts have no biases.
+    """
 
     mlp: bool = False
 
@@ -32,15 +35,15 @@ class Biases:
             if not isinstance(value, bool):
                 yield Problem(f"config.json: {name}", value, "must be of type bool", "mend the config.json")
                 return
-        # Also where they differ: such a model can't be built, but is counted right.
+        # The values are set even when they differ: such a model can't be built, but its parameters are counted correctly.
         for key, value in zip(BIASES, (attention, attention, mlp)):
             put(model, key, value)
         if attention != mlp:
             inner = f"mlp_bias = {mlp}" if self.mlp else "False, as its MLPs have none"
-            rule = f"must equal {inner}: megatron-core has one switch for the biases of all products"
+            rule = f"must equal {inner}: megatron-core has one switch for the biases of all linear layers"
             yield UnsupportedModel("config.json: attention_bias", attention, rule, "convert another model")
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         hf_config |= dict.fromkeys(self.names(), model.mlp_bias)
         if len({get(model, key) for key in BIASES}) > 1 or (model.mlp_bias and not self.mlp):
-            yield "its products all have biases, or none" if self.mlp else "it has no biases"
+            yield "its linear layers all have biases, or none has" if self.mlp else "it has no biases"

@@ -1,7 +1,8 @@
-"""What a family of Hugging Face models is made of: a two-way description of its config.json and of its tensors.
+"""What describes a family of Hugging Face models: its config.json and its tensors, each in both directions.
 
-A `Setting` ties config.json to the `model` section in both directions; what a family can't express is refused in both.
-A `TensorRule` ties one canonical tensor to the tensors of the files that hold the same numbers, in any of several forms.
+A `Setting` ties keys of config.json to keys of the `model` section. It refuses, in either direction, what the other side can't
+express. A `TensorRule` ties one canonical tensor to the tensors of the files that hold the same numbers, in one of several
+forms.
 
 Torch-free.
 """
@@ -18,12 +19,12 @@ from configs.model_schema import Model
 from tools.convert.tensors.row_mappings import FusionRule, same
 
 REQUIRED = object()
-"""Default of a key that config.json must state."""
+"""Default of a key that config.json must contain."""
 
 
 @dataclass(frozen=True)
 class UnsupportedModel(Problem):
-    """The model is understood and can be counted, but converting it would silently change its answers."""
+    """The model is understood and its parameters can be counted, but a conversion would silently change its outputs."""
 
 
 _RULES = {path: metadata["rule"] for path, _, metadata in walk(Model())}
@@ -31,12 +32,15 @@ _DEFAULTS = {path: value for path, value, _ in walk(Model())}
 
 
 def wrong_value(hf_key: str, value: Any, model_key: str, kinds: tuple[type, ...] = (int,)) -> Problem | None:
-    """What keeps a value of config.json out of `model.ours`: its type (bool is no int, an int is a float), or its range."""
+    """The problem of a config.json value that `model.{model_key}` can't take, or None.
+
+    `kinds`: allowed types. A bool is not an int here; an int is allowed where a float is.
+    """
     allowed = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
         rule = "must be of type " + " or ".join(kind.__name__ for kind in kinds)
     elif broken := _RULES[model_key].broken_by(value):
-        rule = f"must be {broken}: it is model.{model_key}"
+        rule = f"must be {broken}: it sets model.{model_key}"
     else:
         return None
     return Problem(f"config.json: {hf_key}", value, rule, "mend the config.json")
@@ -63,21 +67,24 @@ class Setting(Protocol):
     """One relation between config.json and the `model` section."""
 
     def names(self) -> tuple[str, ...]:
-        """The keys of config.json that it reads."""
+        """The keys of config.json that the setting reads."""
         ...
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        """Set what config.json says; yields what can't be expressed."""
+        """Set the keys of `model` from config.json. Yields a problem for each value that can't be expressed."""
         ...
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
-        """State it in config.json; yields why this family can't hold the model."""
+        """Set the keys of config.json from `model`. Yields each reason why the family can't express the model."""
         ...
 
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """The same value under two names. `also`: further names in config.json; the first one present is read, all are written."""
+    """The same value under a key of config.json and a key of the `model` section.
+
+    `also`: further keys of config.json with the same meaning. The first key present is read; all are written.
+    """
 
     hf_key: str
     model_key: str
@@ -99,7 +106,7 @@ class ConfigKey:
             value = self.default
         if value is REQUIRED or (value is None and self.default is REQUIRED):
             yield Problem(
-                f"config.json: {self.hf_key}", None, f"must be there: it is model.{self.model_key}", "mend the config.json"
+                f"config.json: {self.hf_key}", None, f"must be present: it sets model.{self.model_key}", "mend the config.json"
             )
             return
         kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
@@ -116,7 +123,7 @@ class ConfigKey:
 
 @dataclass(frozen=True)
 class RepeatedKey:
-    """A key of config.json that repeats another one. It is written, and checked, but transformers does not read it."""
+    """A key of config.json that repeats another one. It is checked and written; transformers doesn't read it."""
 
     hf_key: str
     model_key: str
@@ -137,7 +144,10 @@ class RepeatedKey:
 
 @dataclass(frozen=True)
 class AllowedValues:
-    """A key of config.json with one meaning that can be kept. An absent key means `absent` (default: the first value)."""
+    """A key of config.json with few values that Megatron-Core can build. The first value is written.
+
+    An absent key means `absent` (default: the first value).
+    """
 
     hf_key: str
     values: tuple[Any, ...]
@@ -163,7 +173,7 @@ class AllowedValues:
 
 @dataclass(frozen=True)
 class FixedValue:
-    """A key of the `model` section that every model of the family has at this value."""
+    """A key of the `model` section that has the same value in every model of the family."""
 
     model_key: str
     value: Any
@@ -183,7 +193,7 @@ class FixedValue:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A canonical tensor and the tensors that hold its numbers. `{L}` layer, `{E}` expert in their names.
+    """A canonical tensor, and the tensors of the files that hold its numbers. `{L}` is the layer, `{E}` the expert in names.
 
     `canonical_name`: the name inside the scope (model, layer, dense, moe, expert, mtp). `forms`: the ways in which files hold
     the tensor; an export writes the first one. `when`: whether a model has the tensor at all.
@@ -200,13 +210,16 @@ def tensor_rule(
     join: FusionRule = same, also: tuple[tuple[tuple[str, ...], FusionRule], ...] = (),
     when: Callable[[Model], bool] = lambda model: True,
 ) -> TensorRule:  # fmt: skip
-    """A `TensorRule` written as `hf_names` and read from `also`, too."""
+    """A `TensorRule` that is written as `hf_names` and can also be read in the forms `also`."""
     return TensorRule(scope, canonical_name, ((hf_names, join), *also), when)
 
 
 @dataclass(frozen=True)
 class Family:
-    """`planning_only`: why its models can be counted but not built here; it then has no tensors."""
+    """One family of models.
+
+    `planning_only`: why its models can be counted but not built; such a family has no tensor rules.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -214,19 +227,19 @@ class Family:
     settings: tuple[Setting, ...]
     tensors: tuple[TensorRule, ...] = ()
     copies: Callable[[Model], dict[str, str]] = lambda model: {}
-    """Tensors of the files that must equal another one: name -> name of the original. Read, compared, not kept."""
+    """Tensors of the files that repeat another one: name -> name of the original. An import compares the two and keeps one."""
     planning_only: str | None = None
     ignored: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_model(self, hf_config: Mapping[str, Any]) -> tuple[Model, list[Problem]]:
-        """The `model` section of a config.json and everything that it can't say."""
+        """The `model` section of a config.json, and a problem for everything that the section can't express."""
         model = Model(planning_only=self.planning_only or "")
         problems = [problem for setting in self.settings for problem in setting.read(hf_config, model)]
         return model, problems
 
     def to_hf_config(self, model: Model) -> dict[str, Any]:
-        """config.json's architecture keys. Raises ConfigError when the family can't hold the model."""
+        """The architecture keys of config.json. Raises ConfigError when the family can't express the model."""
         hf_config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
         reasons = [reason for setting in self.settings for reason in setting.write(model, hf_config)]
         if self.planning_only:
@@ -237,5 +250,5 @@ class Family:
         return hf_config | dict(self.extra)
 
     def known(self) -> set[str]:
-        """Keys of config.json that it understands."""
+        """The keys of config.json that the family understands."""
         return {name for setting in self.settings for name in setting.names()} | set(self.ignored)

@@ -17,7 +17,7 @@ from tools.convert.hf_config.settings import plain_attention
 
 
 def latent_attention() -> tuple[Setting, ...]:
-    """DeepSeek's multi-head latent attention."""
+    """The settings of multi-head latent attention."""
     return (
         ConfigKey("kv_lora_rank", "mla.kv_lora_rank"),
         ConfigKey("q_lora_rank", "mla.q_lora_rank", 1536),
@@ -33,7 +33,9 @@ def latent_attention() -> tuple[Setting, ...]:
 
 @dataclass(frozen=True)
 class LatentHeads:
-    """num_key_value_heads equals the query heads; head_dim is the rotated width (or 0), qk_head_dim that of a whole key."""
+    """num_key_value_heads, which equals the number of query heads; head_dim, the rotary width or 0; qk_head_dim, the width of a
+    whole key.
+    """
 
     def names(self) -> tuple[str, ...]:
         return ("num_key_value_heads", "head_dim", "qk_head_dim")
@@ -58,7 +60,7 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentEps:
-    """The norms of the compressed query and key: 1e-6 in transformers, whatever rms_norm_eps."""
+    """The epsilon of the norms of the compressed query and key. transformers fixes it at 1e-6, whatever rms_norm_eps is."""
 
     def names(self) -> tuple[str, ...]:
         return ()

@@ -1,4 +1,4 @@
-"""A `model` section with its defaults filled in, so that two ways to say the same model compare equal.
+"""Comparison of two `model` sections with their defaults filled in. Two ways to express the same model compare equal.
 
 Torch-free.
 """
@@ -14,7 +14,7 @@ from pretrain.checkpoint.allowed_changes import architecture
 
 
 def resolved_model(model: Model) -> dict[str, Any]:
-    """Key -> effective value of everything that weights and answers depend on; what has no effect is left out."""
+    """Key -> effective value of every key that weights or outputs depend on. Keys without an effect are left out."""
     model = copy.deepcopy(model)
     has_experts = model.moe.num_experts > 0
     model.attention.num_query_groups = arch.num_query_groups(model)
@@ -63,7 +63,7 @@ def _unused_of_scaling(model: Model) -> set[str]:
 
 
 def model_differences(first: Model, second: Model) -> list[str]:
-    """Each effective key that differs, in words."""
+    """One sentence for each effective key in which the two models differ."""
     one, two = resolved_model(first), resolved_model(second)
     return [
         f"model.{key}: {one.get(key)!r} and {two.get(key)!r}"

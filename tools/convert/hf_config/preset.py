@@ -1,6 +1,7 @@
-"""A `model` section as a preset file, and config.json as a `model` section.
+"""config.json -> `model` section, and `model` section -> preset file.
 
-In: Model, or a config.json. Out: YAML that states what differs from the defaults; or the model, with what could not be said.
+In: a config.json, or a Model. Out: a Model with the problems and notes of the translation; or YAML with the keys that differ
+from the defaults.
 
 Torch-free.
 """
@@ -21,7 +22,7 @@ from pretrain.run.files import storage_problem
 from tools.convert.families import family_of, text_part
 from tools.convert.hf_config.family import Family
 
-# Keys of config.json that say nothing about the architecture, or only how transformers runs it.
+# Keys of config.json that don't describe the architecture, or describe only how transformers runs it.
 HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range",
@@ -35,7 +36,7 @@ HARMLESS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object of a config.json, or of the folder that holds one. Raises ConfigError."""
+    """The JSON object of a config.json, named directly or by its folder. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
     try:
         value = json.loads(file.read_bytes())
@@ -52,18 +53,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def interpret_config(config: Mapping[str, Any]) -> tuple[Family, Model, list[Problem], list[str]]:
-    """(family, model, problems, notes) of a config.json. Raises ConfigError for a family that isn't known."""
+    """(family, model, problems, notes) of a config.json. Raises ConfigError for an unknown family."""
     family, hf_config = family_of(config), text_part(config)
     model, problems = family.to_model(hf_config)
     notes = []
     for name in sorted(set(hf_config) - family.known() - HARMLESS):
         if hf_config[name] not in (None, False, 0, 0.0, [], {}):
-            notes.append(f"config.json: {name} = {hf_config[name]!r} is not known for {family.name} and was left out")
+            notes.append(f"config.json: {name} = {hf_config[name]!r} is unknown for the family {family.name} and was ignored")
     return family, model, problems, notes
 
 
 def preset_yaml(model: Model, header: str = "") -> str:
-    """A preset: what differs from the defaults, in the order of the schema."""
+    """The YAML text of a preset: the keys that differ from the defaults, in the order of the schema."""
     tree = {"model": _changed(model, Model())}
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130)
     return "".join(f"# {line}\n" for line in header.splitlines()) + text
@@ -77,6 +78,6 @@ def _changed(section: Any, default: Any) -> dict[str, Any]:
             inner = _changed(value, other)
             changed |= {item.name: inner} if inner else {}
         elif value != other:
-            # YAML 1.1 reads 1e-06 as text; with a point it is a number for every reader.
+            # yaml.safe_dump writes 1.0e-06, with a point: YAML 1.1 would read 1e-06 as text.
             changed[item.name] = value
     return changed

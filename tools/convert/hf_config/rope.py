@@ -1,7 +1,7 @@
-"""Rotary positions in config.json, old keys (rope_theta, rope_scaling) and new (rope_parameters), in both directions.
+"""Rotary positions in config.json: the old keys (rope_theta, rope_scaling) and the new one (rope_parameters), in both directions.
 
-Formulas on both sides: transformers' modeling_rope_utils and megatron-core's rotary embeddings. What megatron-core would
-turn differently is refused: other kinds than linear, llama3 and yarn, attention factors below YaRN's least.
+Formulas: transformers' modeling_rope_utils and Megatron-Core's rotary embeddings. What Megatron-Core would rotate differently
+is refused: rope types other than linear, llama3 and yarn, and attention factors below YaRN's minimum.
 
 Torch-free.
 """
@@ -20,9 +20,9 @@ from tools.convert.hf_config.family import UnsupportedModel, wrong_value
 
 KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 _DIGITS = 10
-"""Decimals of an mscale that is computed from attention_factor, so that it comes back the same."""
+"""Decimals of an mscale that is computed from attention_factor. Rounding makes a round trip give the same value."""
 _ORIGINAL = "original_max_position_embeddings"
-# config.json's key -> ours, for each kind beside `factor`.
+# Key of config.json -> key of position.scaling, for each kind; all kinds have `factor`, too.
 _NUMBERS = {
     "linear": {},
     "llama3": {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
@@ -31,13 +31,17 @@ _NUMBERS = {
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071, eq. 22, with DeepSeek's weight)."""
+    """YaRN's attention temperature 0.1 weight ln(factor) + 1 (arXiv 2309.00071, eq. 22; the weight is DeepSeek's)."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`theta`, `fraction`: what an absent key means in this family; `stated`: whether the kind must be said."""
+    """The keys of rotary positions.
+
+    `theta`, `fraction`: values of absent keys in this family; without a `fraction` the family rotates whole heads. `stated`:
+    the rope type must be present.
+    """
 
     theta: float = 10000.0
     fraction: float | None = None
@@ -49,7 +53,7 @@ class Rope:
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
         if not isinstance(new, Mapping) or not isinstance(old, Mapping) or any(isinstance(v, Mapping) for v in new.values()):
-            rule = "must be one mapping: other frequencies for other layers can't be built"
+            rule = "must be one mapping: different frequencies per layer can't be built"
             yield Problem("config.json: rope_parameters", new or old, rule, "convert another model")
             return
         if self.stated and not new and not old:
@@ -72,7 +76,7 @@ class Rope:
             yield Problem("config.json: partial_rotary_factor", fraction, rule, "mend the config.json")
         kind = _kind(new) or _kind(old) or "default"
         if not isinstance(kind, str) or kind not in KINDS:
-            rule = "must be default, linear, llama3 or yarn: megatron-core has no other"
+            rule = "must be default, linear, llama3 or yarn: megatron-core can build no other"
             yield UnsupportedModel("config.json: rope type", kind, rule, "convert another model")
         elif kind != "default":
             yield from _read_scaling(KINDS[kind], values, model)
@@ -87,7 +91,7 @@ class Rope:
         inner = _write_scaling(position.scaling)
         partial = {} if self.fraction is None else {"partial_rotary_factor": position.rotary_fraction}
         hf_config["rope_parameters"] = {"rope_theta": position.theta, **inner, **partial}
-        # Readers older than transformers 5, and vLLM, SGLang, llama.cpp, know these only.
+        # transformers 4, vLLM, SGLang and llama.cpp read only these keys.
         hf_config["rope_theta"] = position.theta
         legacy = {**inner, "type": inner["rope_type"]}
         hf_config["rope_scaling"] = None if position.scaling.kind == "none" else legacy
@@ -99,7 +103,9 @@ def _kind(scaling: Mapping[str, Any]) -> Any:
 
 
 def _disagreements(new: Mapping[str, Any], old: Mapping[str, Any], hf_config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Values that rope_parameters, rope_scaling and the keys beside them state differently: readers differ in which counts."""
+    """A problem for each value on which rope_parameters, rope_scaling and the top-level keys disagree. Readers differ in which of
+    them they use.
+    """
     beside = {name: hf_config[name] for name in ("rope_theta", "partial_rotary_factor", _ORIGINAL) if name in hf_config}
     places = [{**place, "rope type": _kind(place)} for place in (new, old, beside)]
     for name in sorted({name for place in places for name in place} - {"rope_type", "type"}):
@@ -116,7 +122,7 @@ def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterato
     scaling = model.position.scaling
     scaling.kind = kind
     if not values.get("factor"):
-        rule = f"must be there: rope type {kind} stretches by it"
+        rule = f"must be present: rope type {kind} scales positions by it"
         yield Problem("config.json: rope factor", None, rule, "mend the config.json")
         return
     for hf_key, model_key in {"factor": "factor", **_NUMBERS[kind]}.items():
@@ -125,7 +131,7 @@ def _read_scaling(kind: str, values: Mapping[str, Any], model: Model) -> Iterato
         if wrong:
             yield wrong
             return
-        # transformers takes its default for 0, too.
+        # transformers also replaces 0 by its default.
         if value:
             setattr(scaling, model_key, float(value))
     if kind == "linear":
@@ -153,8 +159,9 @@ def _read_yarn(values: Mapping[str, Any], model: Model) -> Iterator[Problem]:
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, (int, float)) or not math.isfinite(stated)):
         yield Problem("config.json: attention_factor", stated, "must be of type float", "mend the config.json")
         return
-    # transformers scales the frequencies by attention_factor, else by the ratio of the two where both are there and not 0,
-    # else as with mscale = 1; and, with latent attention, the softmax by mscale_all_dim.
+    # transformers scales cosines and sines by attention_factor. Without it, by the ratio of the mscales of mscale and
+    # mscale_all_dim when both are present and not 0, else as with mscale = 1. With latent attention it also scales the
+    # softmax by mscale_all_dim.
     has_both = bool(values.get("mscale") and values.get("mscale_all_dim"))
     if not has_both:
         scaling.mscale = 1.0
@@ -167,7 +174,7 @@ def _read_yarn(values: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         return
     mscale = (factor * over_all - 1.0) / (0.1 * math.log(scaling.factor)) if scaling.factor > 1 else -1.0
     if mscale < 0:
-        rule = f"must be at least {1 / over_all:.6g}, and 1 where factor is 1: megatron-core has no other"
+        rule = f"must be at least {1 / over_all:.6g}, and 1 when factor is 1: megatron-core can build no other"
         yield UnsupportedModel("config.json: attention_factor", factor, rule, "convert another model")
         return
     scaling.mscale = round(mscale, _DIGITS)
@@ -183,7 +190,7 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.kind == "yarn":
         values["truncate"] = scaling.truncate
         if not (scaling.mscale and scaling.mscale_all_dim):
-            # transformers reads the two together only; what one of them does alone is stated as the factor that it makes.
+            # transformers reads mscale and mscale_all_dim only together. The effect of one alone is written as attention_factor.
             del values["mscale"], values["mscale_all_dim"]
             over_all = yarn_mscale(scaling.factor, scaling.mscale_all_dim)
             if scaling.mscale != 1.0 or scaling.mscale_all_dim:

@@ -1,4 +1,4 @@
-"""Groups of settings that families share: what their config.json say alike. Each family's file puts them together.
+"""Settings that several families share. Each family's file combines them.
 
 Torch-free.
 """
@@ -14,13 +14,13 @@ from configs.model_schema import Model
 from parallel import architecture as arch
 from tools.convert.hf_config.family import REQUIRED, AllowedValues, ConfigKey, FixedValue, Setting, UnsupportedModel, wrong_value
 
-# Two names of one function.
+# silu and swish are two names of one function.
 PLAIN_MLP = AllowedValues("hidden_act", ("silu", "swish"), "its experts and MLPs are SwiGLU")
 
 
 @dataclass(frozen=True)
 class KeyValueHeads:
-    """num_key_value_heads; null: as many as query heads. `default`: what a config.json without it means (None: like null)."""
+    """num_key_value_heads; null means as many as query heads. `default`: the value of an absent key (None: like null)."""
 
     default: int | None
 
@@ -43,9 +43,9 @@ class KeyValueHeads:
 def decoder(
     eps: float, kv_heads: KeyValueHeads | None = None, tied: bool = False, ffn: str | None = "ffn_hidden_size"
 ) -> tuple[Setting, ...]:
-    """The keys that every decoder has. `eps`, `tied`: what absent keys mean; `ffn`: our key of intermediate_size.
+    """The keys that every decoder has.
 
-    `kv_heads`: None with latent attention.
+    `eps`, `tied`: values of absent keys. `ffn`: the model key of intermediate_size. `kv_heads`: None with latent attention.
     """
     settings: list[Setting] = [
         ConfigKey("vocab_size", "vocab_size"),
@@ -66,7 +66,7 @@ def decoder(
 
 @dataclass(frozen=True)
 class HeadDim:
-    """head_dim; `absent` is what a config.json without it means (None: hidden / heads)."""
+    """head_dim. `absent`: the value of an absent key (None: hidden_size / num_attention_heads)."""
 
     absent: int | None = None
 
@@ -79,11 +79,11 @@ class HeadDim:
         if wrong:
             yield wrong
             return
-        # Megatron-Core needs it stated; hidden / heads is what transformers takes.
+        # Megatron-Core needs the value; transformers uses hidden_size / heads.
         heads, sound = model.attention.num_heads, hf_config.get("hidden_size") == model.hidden_size
         if value is None and model.hidden_size % heads:
-            # Where the hidden size itself is wrong, that is the problem.
-            rule = f"must be there: {model.hidden_size} / {heads} is no whole number"
+            # A wrong hidden_size has a problem of its own.
+            rule = f"must be present: {model.hidden_size} / {heads} is not an integer"
             yield from [Problem("config.json: head_dim", None, rule, "state it")] if sound else []
             return
         model.attention.head_dim = value or model.hidden_size // heads
@@ -95,7 +95,7 @@ class HeadDim:
 
 @dataclass(frozen=True)
 class DenseFirst:
-    """first_k_dense_replace, with the total number of dense layers at the bottom."""
+    """first_k_dense_replace: the number of dense layers at the bottom. All later layers are MoE layers."""
 
     absent: int
 
@@ -120,7 +120,9 @@ class DenseFirst:
 
 @dataclass(frozen=True)
 class SparsePattern:
-    """decoder_sparse_step and mlp_only_layers (Qwen): layer i is MoE when not named and (i + 1) a multiple of the step."""
+    """decoder_sparse_step and mlp_only_layers (Qwen): layer i is an MoE layer when mlp_only_layers doesn't list it and i + 1 is a
+    multiple of decoder_sparse_step.
+    """
 
     def names(self) -> tuple[str, ...]:
         return ("decoder_sparse_step", "mlp_only_layers")
@@ -146,7 +148,7 @@ class SparsePattern:
 
 @dataclass(frozen=True)
 class AllSparse:
-    """Every layer is MoE."""
+    """Every layer is an MoE layer. No key of config.json."""
 
     def names(self) -> tuple[str, ...]:
         return ()
@@ -161,7 +163,7 @@ class AllSparse:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """n_shared_experts of moe_intermediate_size each, held as one."""
+    """n_shared_experts experts of moe_intermediate_size each, built as one MLP."""
 
     def names(self) -> tuple[str, ...]:
         return ("n_shared_experts",)
@@ -182,9 +184,10 @@ class SharedExperts:
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """n_group and topk_group. megatron-core adds the best top_k / topk_group scores of a group, transformers always two.
+    """n_group and topk_group.
 
-    `absent`: what absent keys mean.
+    Megatron-Core scores a group by the sum of its best top_k / topk_group experts, transformers always by its best two.
+    `absent`: values of absent keys.
     """
 
     absent: tuple[int, int]
@@ -220,7 +223,7 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class NoExperts:
-    """No experts."""
+    """A dense family. No key of config.json."""
 
     def names(self) -> tuple[str, ...]:
         return ()
@@ -235,7 +238,7 @@ class NoExperts:
 
 @dataclass(frozen=True)
 class WholeHeads:
-    """transformers refuses a Llama whose hidden_size is no multiple of its heads, whatever head_dim says."""
+    """transformers refuses a Llama whose hidden_size is not a multiple of its heads, whatever head_dim is."""
 
     def names(self) -> tuple[str, ...]:
         return ()
@@ -249,9 +252,9 @@ class WholeHeads:
 
 
 def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
-    """No latent attention, no window, no sinks, no biases, no norms of queries and keys; `changed` values instead.
+    """No latent attention, window, sinks, biases or query/key norms, no MTP, SwiGLU; `changed` values instead.
 
-    `decided`: keys that other settings of the family read.
+    `decided`: model keys that other settings of the family set.
     """
     values = {
         "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
@@ -262,7 +265,7 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
 
 
 def softmax_router(**changed: Any) -> tuple[Setting, ...]:
-    """Softmax scores without groups, biases and scaling."""
+    """A router with softmax scores, without groups, biases and scaling; `changed` values instead."""
     values = {
         "moe.router.score": "softmax", "moe.router.num_groups": None, "moe.router.expert_bias": False,
         "moe.router.bias": False, "moe.router.scaling_factor": 1.0, **changed,

@@ -1,6 +1,6 @@
-"""Sliding windows in config.json: which layers have them, and how wide they are.
+"""Sliding windows in config.json: which layers have one, and how many tokens it spans.
 
-Formulas: transformers' configuration classes of each family; readers of other versions differ where `layer_types` is absent.
+Formulas: transformers' configuration class of each family. Versions of transformers differ when `layer_types` is absent.
 
 Torch-free.
 """
@@ -22,31 +22,33 @@ Flags = list[int]
 
 
 def alternating(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
-    """Even layers (gpt-oss)."""
+    """A window in every even layer (gpt-oss)."""
     return [(layer + 1) % 2 for layer in range(layers)]
 
 
 def last_layers(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
-    """From max_window_layers on (Qwen3)."""
+    """A window in every layer from max_window_layers on (Qwen3)."""
     first = hf_config.get("max_window_layers", 28)
     return [int(layer >= first) for layer in range(layers)] if type(first) is int else None
 
 
 def every_layer(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
-    """All, where max_window_layers does not say otherwise to readers that know it (Qwen3-MoE)."""
+    """A window in every layer, unless max_window_layers tells some readers otherwise (Qwen3-MoE)."""
     return [1] * layers if not hf_config.get("max_window_layers") else None
 
 
 def unclear(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
-    """Versions of transformers disagree (Qwen2-MoE)."""
+    """No answer: versions of transformers disagree (Qwen2-MoE)."""
     return None
 
 
 @dataclass(frozen=True)
 class Windows:
-    """sliding_window and layer_types. `absent`: the layers where the latter is absent; `switch`: use_sliding_window must be on.
+    """sliding_window and layer_types.
 
-    `uniform`: transformers does not read layer_types for this family, all layers are alike.
+    `absent`: the layers with a window when layer_types is absent. `size`: the value of an absent sliding_window. `switch`: the
+    family has use_sliding_window, which must be on. `uniform`: transformers ignores layer_types for this family, so all layers
+    are alike.
     """
 
     absent: Callable[[Mapping[str, Any], int], Flags | None]
@@ -94,7 +96,7 @@ class Windows:
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         flags = [int(arch.window_of_layer(model, layer) is not None) for layer in range(model.num_layers)]
-        # Where nothing switches it off, transformers wants a size even if no layer has the window.
+        # Without a switch, transformers needs a size even if no layer has a window.
         hf_config["sliding_window"] = model.attention.window_size_tokens or (None if self.switch else self.size)
         if self.switch:
             hf_config["use_sliding_window"] = any(flags)

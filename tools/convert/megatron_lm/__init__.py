@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-LM (torch_dist), read without megatron and without torch: allow-listed pickles, streamed tensors."""
+"""Megatron-LM checkpoints (torch_dist), read without megatron-core and torch. Pickles are read through an allow-list."""

@@ -1,7 +1,7 @@
-"""Megatron-LM's saved arguments as a `model` section.
+"""Megatron-LM's saved arguments -> `model` section.
 
-In: what common.pt holds under `args` (names of megatron/training/arguments.py). Out: Model, problems, notes.
-Each argument that changes what the weights mean is read here, or held to the one value that this model can have.
+In: the value of `args` in common.pt (names of megatron/training/arguments.py). Out: Model, problems, notes. Every argument
+that changes the meaning of the weights is either read, or must have the one value that this model can express.
 
 Torch-free.
 """
@@ -23,7 +23,10 @@ _FIX = "state the model yourself: --model PRESET|YAML"
 
 @dataclass(frozen=True)
 class Arg:
-    """The same value under two names; `absent` is Megatron-LM's own default (None leaves ours). `when`: it counts at all."""
+    """The same value as a Megatron-LM argument and as a key of the `model` section.
+
+    `absent`: Megatron-LM's own default (None keeps ours). `when`: whether the argument has an effect.
+    """
 
     argument: str
     model_key: str
@@ -80,10 +83,10 @@ ARGS = (
     Arg("mtp_num_layers", "mtp.num_layers", 0), Arg("mtp_loss_scaling_factor", "mtp.loss_coeff", 0.1, float),
 )  # fmt: skip
 
-# Arguments with one value that can be kept: what the others would need, this model can't be.
+# Arguments with only one value that the model can express, and what every other value would mean.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "apply_layernorm_1p": ((False, None), "its norms multiply by 1 + weight"),
-    "apply_residual_connection_post_layernorm": ((False, None), "its residuals start behind the norm"),
+    "apply_residual_connection_post_layernorm": ((False, None), "its residual connections start after the norm"),
     "qk_l2_norm": ((False, None), "its queries and keys are normalised without weights"),
     "attention_output_gate": ((False, None), "its attention has a gate"),
     "moe_apply_probs_on_input": ((False, None), "its experts' inputs are weighted, not their outputs"),
@@ -103,7 +106,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def read_args(args: Mapping[str, Any]) -> tuple[Model, list[Problem], list[str]]:
-    """(model, problems, notes)."""
+    """(model, problems, notes) of the saved arguments."""
     model, problems, notes = Model(), [], list[str]()
     for arg in ARGS:
         if arg.when(args):
@@ -111,7 +114,9 @@ def read_args(args: Mapping[str, Any]) -> tuple[Model, list[Problem], list[str]]
     for name, (values, why) in ONLY.items():
         if name in args and args[name] not in values and not (name == "encoder_num_layers" and args[name] == args["num_layers"]):
             problems.append(
-                UnsupportedModel(f"args.{name}", _shown(args[name]), f"must be {values[0]!r}: {why}", "it can't be imported")
+                UnsupportedModel(
+                    f"args.{name}", _shown(args[name]), f"must be {values[0]!r}: {why}", "this checkpoint can't be imported"
+                )
             )
     for read in (_vocabulary, _activation, _norms_and_biases, _positions, _windows, _routing):
         problems += read(args, model, notes)
@@ -126,7 +131,7 @@ def _read(arg: Arg, args: Mapping[str, Any], model: Model) -> Iterator[Problem]:
     value = args.get(arg.argument)
     value = arg.absent if value is None else value
     if value is _MISSING:
-        yield Problem(f"args.{arg.argument}", None, f"must be there: it is model.{arg.model_key}", _FIX)
+        yield Problem(f"args.{arg.argument}", None, f"must be present: it sets model.{arg.model_key}", _FIX)
     elif value is not None:
         right = isinstance(value, (int, float) if arg.kind is float else arg.kind) and isinstance(value, bool) == (
             arg.kind is bool
@@ -135,7 +140,7 @@ def _read(arg: Arg, args: Mapping[str, Any], model: Model) -> Iterator[Problem]:
             put(model, arg.model_key, arg.kind(value))
         else:
             yield Problem(
-                f"args.{arg.argument}", _shown(value), f"must be of type {arg.kind.__name__}: it is model.{arg.model_key}", _FIX
+                f"args.{arg.argument}", _shown(value), f"must be of type {arg.kind.__name__}: it sets model.{arg.model_key}", _FIX
             )
 
 
@@ -144,7 +149,7 @@ def _vocabulary(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iter
     model.tie_embeddings = not args.get("untie_embeddings_and_output_weights", False)
     model.vocab_size = real or padded
     if not isinstance(model.vocab_size, int):
-        yield Problem("args.padded_vocab_size", padded, "must be there, or vocab_size: it is model.vocab_size", _FIX)
+        yield Problem("args.padded_vocab_size", padded, "must be present, or vocab_size: it sets model.vocab_size", _FIX)
     elif real is None:
         notes.append(f"the number of real tokens is not recorded: all {padded} rows of the padded table are kept")
 
@@ -157,14 +162,14 @@ def _activation(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iter
         settings = (args.get("glu_linear_offset", 0.0), args.get("activation_func_clamp_value"))
         if settings != (1.0, 7.0):
             rule = "glu_linear_offset and activation_func_clamp_value must be 1.0 and 7.0 with quick_geglu: those of gpt-oss"
-            yield UnsupportedModel("args.quick_geglu", settings, rule, "it can't be imported")
+            yield UnsupportedModel("args.quick_geglu", settings, rule, "this checkpoint can't be imported")
     elif args.get("squared_relu"):
         model.activation = "relu2"
     else:
         model.activation = "gelu"
         if args.get("bias_gelu_fusion", True):
             notes.append(
-                "args.bias_gelu_fusion: Megatron-LM's fused GELU is an approximation, ours is exact; answers differ by it"
+                "args.bias_gelu_fusion: Megatron-LM's fused GELU is an approximation, ours is exact: outputs differ slightly"
             )
 
 
@@ -172,20 +177,22 @@ def _norms_and_biases(args: Mapping[str, Any], model: Model, notes: list[str]) -
     norm = args.get("normalization", "LayerNorm")
     model.norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}.get(norm, str(norm))
     if model.norm not in ("rmsnorm", "layernorm"):
-        yield UnsupportedModel("args.normalization", norm, "must be RMSNorm or LayerNorm", "it can't be imported")
+        yield UnsupportedModel("args.normalization", norm, "must be RMSNorm or LayerNorm", "this checkpoint can't be imported")
     biases = bool(args.get("add_bias_linear", True))
     model.mlp_bias = model.attention.output_bias = biases
     model.attention.qkv_bias = biases or bool(args.get("add_qkv_bias", False))
     if _mla(args) and not args.get("qk_layernorm"):
-        rule = "must be on with latent attention: compressed queries and keys are normalised here"
-        yield UnsupportedModel("args.qk_layernorm", False, rule, "it can't be imported")
+        rule = "must be on with latent attention: Phalanx always normalizes compressed queries and keys"
+        yield UnsupportedModel("args.qk_layernorm", False, rule, "this checkpoint can't be imported")
 
 
 def _positions(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
     position, kind = model.position, args.get("position_embedding_type", "learned_absolute")
     kinds = {"rope": "rope", "yarn": "rope", "learned_absolute": "learned", "none": "none"}
     if kind not in kinds:
-        yield UnsupportedModel("args.position_embedding_type", kind, f"must be one of {', '.join(kinds)}", "it can't be imported")
+        yield UnsupportedModel(
+            "args.position_embedding_type", kind, f"must be one of {', '.join(kinds)}", "this checkpoint can't be imported"
+        )
         return
     position.kind = "rope" if _mla(args) else kinds[kind]
     scaling = position.scaling
@@ -199,11 +206,11 @@ def _positions(args: Mapping[str, Any], model: Model, notes: list[str]) -> Itera
         for argument, model_key in numbers.items():
             value = args.get(f"yarn_{argument}")
             if value is None:
-                yield Problem(f"args.yarn_{argument}", None, f"must be there: it is model.position.scaling.{model_key}", _FIX)
+                yield Problem(f"args.yarn_{argument}", None, f"must be present: it sets model.position.scaling.{model_key}", _FIX)
             else:
                 setattr(scaling, model_key, value)
     elif args.get("use_rope_scaling"):
-        # megatron-core fixes the other numbers: 8192 tokens, 1 and 4.
+        # megatron-core fixes the other values: 8192 tokens, factors 1 and 4.
         scaling.kind, scaling.factor, scaling.original_max_position = "llama3", float(args.get("rope_scaling_factor", 8.0)), 8192
         scaling.low_freq_factor, scaling.high_freq_factor = 1.0, 4.0
     elif args.get("rotary_seq_len_interpolation_factor") not in (None, 1):
@@ -220,8 +227,8 @@ def _latent_scaling(args: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         scaling.beta_fast, scaling.beta_slow = float(args.get("beta_fast", 32.0)), float(args.get("beta_slow", 1.0))
         scaling.mscale, scaling.mscale_all_dim = float(args.get("mscale", 1.0)), float(args.get("mscale_all_dim", 0.0))
     elif factor != 1.0:
-        rule = "must be 1 with rope_type rope: megatron-core scales the softmax by it all the same"
-        yield UnsupportedModel("args.rotary_scaling_factor", factor, rule, "it can't be imported")
+        rule = "must be 1 with rope_type rope: megatron-core would still scale the softmax by it"
+        yield UnsupportedModel("args.rotary_scaling_factor", factor, rule, "this checkpoint can't be imported")
 
 
 def _windows(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
@@ -229,16 +236,20 @@ def _windows(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterato
     if window is not None:
         left, right = (*window, None, None)[:2] if isinstance(window, (tuple, list)) else (None, None)
         if not isinstance(left, int) or right not in (0, -1):
-            yield UnsupportedModel("args.window_size", _shown(window), "must be (N, 0): causal", "it can't be imported")
+            yield UnsupportedModel(
+                "args.window_size", _shown(window), "must be (N, 0): causal", "this checkpoint can't be imported"
+            )
             return
         attention.window_size_tokens = left + 1
         attention.window_layers = "alternate" if skip == 2 else "all"
         if skip not in (None, 2):
-            yield UnsupportedModel("args.window_attn_skip_freq", _shown(skip), "must be 2 or unset", "it can't be imported")
+            yield UnsupportedModel(
+                "args.window_attn_skip_freq", _shown(skip), "must be 2 or unset", "this checkpoint can't be imported"
+            )
     kind = args.get("softmax_type", "vanilla")
     attention.sinks = kind == "learnable"
     if kind not in ("vanilla", "learnable"):
-        yield UnsupportedModel("args.softmax_type", kind, "must be vanilla or learnable", "it can't be imported")
+        yield UnsupportedModel("args.softmax_type", kind, "must be vanilla or learnable", "this checkpoint can't be imported")
 
 
 def _routing(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterator[Problem]:
@@ -263,7 +274,7 @@ def _routing(args: Mapping[str, Any], model: Model, notes: list[str]) -> Iterato
 
 
 def _pattern(value: Any, num_layers: int) -> list[int] | None:
-    """1 for each MoE layer. Megatron-LM also saves the expression as it was typed: "[0]*1+[1]*26"."""
+    """1 for each MoE layer, 0 for each dense one. Megatron-LM also saves the expression as it was typed: "[0]*1+[1]*26"."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int) and value > 0:
@@ -277,7 +288,7 @@ def _pattern(value: Any, num_layers: int) -> list[int] | None:
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """Lists of numbers, their sums and multiples; nothing else is an expression here."""
+    """The value of an expression of lists of integers, their sums and multiples. Raises ValueError for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int) and abs(node.value) < 10000:
         return node.value
     if isinstance(node, ast.List):

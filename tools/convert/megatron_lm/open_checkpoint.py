@@ -1,8 +1,8 @@
 """A Megatron-LM checkpoint as the source of an import: which iteration, which model, which tensor is which.
 
-In: a run's folder or one iteration's, optionally a preset that states the model. Out: `ImportSource`. Names: layers are stacked
-("decoder.layers.mlp…", layer first) or numbered; experts are stacked or numbered, too; norms have the names that Transformer
-Engine gives them; a gated product may be two tensors, _w and _v.
+In: the folder of a run or of one iteration, optionally a preset that states the model. Out: `ImportSource`. Names in the files
+vary: layers are stacked ("decoder.layers.mlp…", layer first) or numbered, experts too; norms have the names of Transformer
+Engine's fused layers; a gated linear layer may be two tensors, _w and _v.
 
 Torch-free.
 """
@@ -33,7 +33,7 @@ TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _SHOWN = 8
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
-# Canonical name -> the name that Transformer Engine's fused norms have; either may be there.
+# Canonical name -> name of Transformer Engine's fused norm. Files hold either.
 _FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
@@ -43,13 +43,13 @@ _FUSED = (
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether it looks like Megatron-LM's, of any of its formats."""
+    """Whether the folder looks like a Megatron-LM checkpoint, in any of its formats."""
     marks = (METADATA, TRACKER, COMMON)
     return any((folder / mark).exists() for mark in marks) or any(folder.glob("mp_rank_*"))
 
 
 def open_megatron(folder: Path, preset: str | None) -> ImportSource:
-    """Read and check everything but the numbers. Raises ConfigError with all problems."""
+    """Read and check everything of a torch_dist checkpoint except the numbers. Raises ConfigError with all problems."""
     place = _iteration(folder)
     model, notes = _model(place, preset)
     problems = check_model(model)
@@ -62,22 +62,22 @@ def open_megatron(folder: Path, preset: str | None) -> ImportSource:
         problems += files.check(name)
     left = sorted(name for name in files.tensors if name not in weight_map.hf_shapes and not name.startswith(_NOT_WEIGHTS))
     if left:
-        rule = f"nothing in this model takes these {len(left)} tensors: they would be lost"
+        rule = f"must hold only tensors of the model; these {len(left)} have no place in it and would be lost"
         problems.append(Problem(str(place), left[:_SHOWN], rule, "state the right model: --model PRESET|YAML"))
     if problems:
         raise ConfigError(problems)
     if any(name.startswith(_NOT_WEIGHTS) for name in files.tensors):
-        notes.append("its optimizer state stays behind: a run that starts from this import has a fresh optimizer")
+        notes.append("the optimizer state was not imported: a run that starts from this import has a fresh optimizer")
     identity = [str(name) for name in files.tensors] + [str(stored) for stored in files.tensors.values()]
     return ImportSource(place, "megatron-lm", model, files, weight_map, identity, len(weight_map.hf_shapes), False, notes)
 
 
 def _iteration(folder: Path) -> Path:
-    """The folder of one iteration, in the one format that is read. Raises ConfigError."""
+    """The folder of one iteration. Raises ConfigError when there is none, or when its format isn't torch_dist."""
     place = folder
     if not (folder / METADATA).exists() and (folder / TRACKER).is_file():
         word = (folder / TRACKER).read_text(errors="replace").strip()
-        place = folder / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else "iter_?")
+        place = folder / _iteration_name(word)
         if not place.is_dir():
             raise ConfigError(Problem(str(folder / TRACKER), word, f"{place.name} must be there", "name an iteration's folder"))
     fix = "load it in Megatron-LM and save it with --ckpt-format torch_dist"
@@ -91,8 +91,15 @@ def _iteration(folder: Path) -> Path:
     return place
 
 
+def _iteration_name(word: str) -> str:
+    """The folder name of what the tracker file says: "release", or an iteration's number."""
+    if word == "release":
+        return "release"
+    return f"iter_{int(word):07d}" if word.isdecimal() else "iter_?"
+
+
 def _model(place: Path, preset: str | None) -> tuple[Model, list[str]]:
-    """The model that the preset states, else the saved arguments. Raises ConfigError."""
+    """(model, notes) of the preset, else of the saved arguments. Raises ConfigError."""
     if preset is not None:
         found = f"model/{preset}" if find_file(preset, Path.cwd()) is None else preset
         model = load_config(found).config.model
@@ -126,7 +133,7 @@ def _saved_args(place: Path) -> dict[str, Any]:
 
 
 def _weight_map(model: Model, files: TorchDist) -> tuple[WeightMap, list[Problem]]:
-    """Every canonical tensor's mappings, and what is missing or of another shape."""
+    """The row mappings of every canonical tensor, and problems for missing tensors and wrong shapes."""
     shapes = tensor_shapes(model)
     by_canonical: dict[TensorPart, list[RowMapping]] = {}
     by_hf: dict[TensorPart, list[RowMapping]] = {}
@@ -144,7 +151,7 @@ def _weight_map(model: Model, files: TorchDist) -> tuple[WeightMap, list[Problem
     fix = "state the right model: --model PRESET|YAML"
     if missing:
         names = list(dict.fromkeys(missing))
-        rule = f"the model needs {len(names)} tensors that the checkpoint doesn't hold"
+        rule = f"must hold every tensor of the model; {len(names)} are missing"
         problems.insert(0, Problem(str(files.folder), names[:_SHOWN], rule, fix))
     weight_map = WeightMap(shapes, by_canonical, by_hf, {name: files.shape(name) for name, _ in by_hf})
     if not problems:
@@ -153,7 +160,7 @@ def _weight_map(model: Model, files: TorchDist) -> tuple[WeightMap, list[Problem
 
 
 def _row_mappings(name: str, lead: tuple[int, ...], shape: tuple[int, ...], files: TorchDist, model: Model) -> list[RowMapping]:
-    """Where a canonical tensor (or one expert of it) lies; empty: nowhere."""
+    """The rows of the files that fill a canonical tensor, or one expert of it. Empty when the files don't hold it."""
     rows = shape[len(lead)] if name not in TABLES else model.vocab_size or 0
     for key, place in _candidates(name, lead):
         if key in files.tensors:
@@ -165,14 +172,16 @@ def _row_mappings(name: str, lead: tuple[int, ...], shape: tuple[int, ...], file
 
 
 def _candidates(name: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name there, place on its leading dims) of each form in which a tensor may be saved."""
+    """(name in the files, index into its leading dims) of each form in which a tensor may be saved."""
     match = re.fullmatch(r"((?:decoder|mtp)\.layers\.)(\d+)\.(.+)", name)
     if not match:
         yield name, lead
         return
     stack, layer, inner = match[1], int(match[2]), match[3]
     prefix, dot, tail = inner.partition("transformer_layer.")
-    prefixes = (("transformer_layer.", "mtp_model_layer.") if dot else ("",)) if not (dot and prefix) else ()
+    prefixes: tuple[str, ...] = ("",)
+    if dot:
+        prefixes = () if prefix else ("transformer_layer.", "mtp_model_layer.")
     for head in prefixes:
         for own in _names(tail if dot else inner):
             yield f"{stack}{layer}.{head}{own}", lead
@@ -186,7 +195,7 @@ def _candidates(name: str, lead: tuple[int, ...]) -> Iterator[tuple[str, tuple[i
 
 
 def _names(inner: str) -> Iterator[str]:
-    """A layer's tensor under its own name and as a fused norm."""
+    """The name of a layer's tensor, and its name as a norm that is fused with the next linear layer."""
     own = inner.replace("mlp.experts.", "mlp.experts.experts.")
     yield own
     for unfused, fused in _FUSED:
@@ -195,7 +204,7 @@ def _names(inner: str) -> Iterator[str]:
 
 
 def _check_shape(mapping: RowMapping, shape: tuple[int, ...], files: TorchDist) -> Iterator[Problem]:
-    """The tensor that is there has the rows and columns that the model needs; a table may have more rows, padding."""
+    """A problem when the tensor in the files lacks the rows or columns of the model. Tables may have more rows: padding."""
     got, depth = files.shape(mapping.hf_name), len(mapping.hf_lead)
     wanted = (mapping.rows, *shape[len(mapping.lead) + 1 :])
     fits = len(got) == depth + len(wanted) and got[depth + 1 :] == wanted[1:] and all(a < b for a, b in zip(mapping.hf_lead, got))

@@ -1,7 +1,7 @@
-"""Pickles of torch and Megatron-LM as plain values, without running any code of theirs.
+"""Pickles of torch and Megatron-LM as plain values, without running any code that they name.
 
-In: bytes. Out: dicts, lists, numbers, and a `StandIn` wherever the pickle names a class or function of the allow-list: it
-keeps the name, the arguments and the state, and does nothing. Every other name is refused before anything is made of it.
+In: bytes. Out: dicts, lists, numbers, and a `StandIn` wherever the pickle names a class or function of the allow-list. A
+stand-in keeps the name, the arguments and the state, and does nothing. Any other name is refused before an object is made.
 
 Torch-free.
 """
@@ -39,18 +39,22 @@ _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "ByteStorage": "U8",
 }  # fmt: skip
-# Their classes carry settings and places; with stand-ins no version of theirs has to be installed.
+# Classes of these packages carry settings and offsets only. With stand-ins, none of the packages has to be installed.
 _PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.", "megatron.training.")
 
 MALFORMED = (
     pickle.UnpicklingError, AttributeError, TypeError, ValueError, EOFError, LookupError, ImportError, OverflowError,
     RecursionError, MemoryError,
 )  # fmt: skip
-"""What Python's unpickler raises for bytes that are no pickle, or a damaged one."""
+"""Exceptions of Python's unpickler for bytes that are not a pickle, or a damaged one."""
 
 
 class StandIn:
-    """What a pickle said about an object: `origin` its class or function, `args`, `state` (a dict's items as attributes, too)."""
+    """What a pickle says about an object.
+
+    `origin`: the name of its class or function. `args`: the constructor's arguments. `state`: its state; the items of a dict
+    are attributes, too.
+    """
 
     origin = ""
 
@@ -90,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(raw: bytes, path: str) -> Any:
-    """The value. Raises ConfigError, naming `path`, for a damaged pickle and for names that are not on the list."""
+    """The value of a pickle. Raises ConfigError, naming `path`, for a damaged pickle and for names that the allow-list lacks."""
     try:
         return _Unpickler(io.BytesIO(raw)).load()
     except MALFORMED as error:
@@ -101,6 +105,6 @@ def load(raw: bytes, path: str) -> Any:
 
 
 def storage_dtype(storage: Any) -> str | None:
-    """Type of the elements, in the words of tensor files, of a storage that a pickle names; None for others."""
+    """Element type (F32, BF16, …) of a storage that a pickle names; None for anything else."""
     origin = getattr(storage, "origin", "")
     return _STORAGES.get(origin.removeprefix("torch.")) if origin.startswith("torch.") else None

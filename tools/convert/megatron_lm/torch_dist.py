@@ -1,7 +1,8 @@
-"""A torch_dist folder as tensors by name, rows of any, whatever ranks wrote it. No torch, no megatron.
+"""The tensors of a torch_dist checkpoint, by name and by rows, whatever ranks wrote them. No torch, no megatron-core.
 
-In: the folder of one iteration: .metadata (a pickle: tensors, chunks, their places), *.distcp (each chunk a zip as torch.save
-writes it, its numbers uncompressed). Out: `TorchDist`. Only the zips' small pickles are parsed; numbers are read by range.
+In: the folder of one iteration. Its .metadata is a pickle that lists tensors, chunks and their places; in *.distcp each chunk
+is a zip archive as torch.save writes it, uncompressed. Out: `TorchDist`. Only the small pickles of the archives are parsed;
+numbers are read by byte range.
 
 Torch-free.
 """
@@ -33,7 +34,7 @@ _SMALL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TensorChunk:
-    """A rectangular part of a tensor: its zip is the bytes [start, start + length) of `file`."""
+    """A rectangular part of a tensor. Its zip archive is the bytes [start, start + length) of `file`."""
 
     box: Box
     file: str
@@ -43,7 +44,10 @@ class TensorChunk:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """One tensor. `depth`: leading dims along which every chunk is one thick; chunks are found by their place on these."""
+    """One tensor. `depth`: the number of leading dims along which every chunk has size 1.
+
+    Chunks are grouped by their offsets in these dims.
+    """
 
     shape: tuple[int, ...]
     depth: int
@@ -52,14 +56,14 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class ChunkData:
-    """Where a chunk's numbers begin in its file, and their type."""
+    """The byte at which a chunk's numbers begin in its file, and their type."""
 
     start: int
     dtype: str
 
 
 class TorchDist:
-    """Reads from any number of threads; open files are shared."""
+    """The tensors of one iteration. Any number of threads may read at once; they share the open files."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError: not of this format, files missing or cut, pickles that name what they should not."""
@@ -73,11 +77,11 @@ class TorchDist:
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Of the first chunk; `check` holds the others against it."""
+        """Element type of the first chunk; `check` compares the others with it."""
         return self._place(next(iter(self.tensors[name].chunks.values()))[0]).dtype
 
     def check(self, name: str) -> list[Problem]:
-        """Every chunk of a tensor can be read as what the tensor is. Reads headers only."""
+        """Problems that keep a tensor from being read: missing elements, damaged chunks, mixed types. Reads headers only."""
         stored = self.tensors[name]
         held = [chunk for group in stored.chunks.values() for chunk in group]
         if sum(chunk.box.size for chunk in held) != prod(stored.shape):
@@ -92,7 +96,7 @@ class TorchDist:
         return []
 
     def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
-        """Fill `out` [rows, columns] with rows of tensor[lead], in its own type. Raises DamagedFile."""
+        """Fill `out` [rows, columns] with the rows of tensor[lead] from `first` on, in the tensor's type. Raises DamagedFile."""
         stored = self.tensors[name]
         inner = stored.shape[len(lead) + 1 :]
         wanted = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
@@ -135,14 +139,14 @@ class TorchDist:
 
 
 def _candidates(stored: ShardedTensor, wanted: Box) -> list[TensorChunk]:
-    """Chunks that may overlap: by their place on the thin dims, where `wanted` is one thick too."""
+    """The chunks that may overlap `wanted`, found by their offsets in the leading dims of size 1."""
     if any(size != 1 for size in wanted.shape[: stored.depth]):
         return [chunk for group in stored.chunks.values() for chunk in group]
     return stored.chunks.get(wanted.offset[: stored.depth], [])
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A byte range of a file, as a file object."""
 
     def __init__(self, descriptor: int, path: Path, start: int, length: int) -> None:
         self.descriptor, self.path, self.start, self.length = descriptor, path, start, length
@@ -170,7 +174,7 @@ class _Window(io.RawIOBase):
 
 
 def _find_numbers(window: _Window, chunk: TensorChunk) -> ChunkData:
-    """Parse a chunk's zip. Raises DamagedFile; ConfigError when its pickle names what it should not."""
+    """Parse the zip archive of a chunk. Raises DamagedFile, and ConfigError when its pickle is refused."""
     what = f"{window.path}: the chunk at byte {window.start}"
     try:
         with zipfile.ZipFile(io.BufferedReader(window)) as archive:
@@ -214,7 +218,7 @@ def _tensor_args(value: Any, what: str) -> tuple[tuple[Any, ...], int, tuple[int
 
 
 def _local_lengths(window: _Window, header_offset: int) -> tuple[int, int]:
-    """Lengths of name and extra field in a zip entry's own header: the directory's copy may differ."""
+    """Lengths of the name and of the extra field in a zip entry's local header. The central directory's may differ."""
     window.seek(header_offset)
     head = bytearray(30)
     if window.readinto(head) != 30 or head[:4] != b"PK\x03\x04":
@@ -223,7 +227,7 @@ def _local_lengths(window: _Window, header_offset: int) -> tuple[int, int]:
 
 
 def _inventory(folder: Path) -> tuple[dict[str, ShardedTensor], list[str]]:
-    """(tensors by name, names of what is no tensor). Raises ConfigError."""
+    """(tensors by name, names of other values). Raises ConfigError."""
     path = folder / METADATA
     try:
         metadata = load(path.read_bytes(), str(path))
@@ -269,7 +273,7 @@ def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]],
 
 
 def _check_files(folder: Path, tensors: dict[str, ShardedTensor]) -> list[Problem]:
-    """Files that are missing or shorter than their chunks."""
+    """A problem for each file that is missing or shorter than its chunks."""
     needed: dict[str, int] = {}
     for stored in tensors.values():
         for chunk in (chunk for group in stored.chunks.values() for chunk in group):

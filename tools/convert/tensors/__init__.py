@@ -1,1 +1,1 @@
-"""Tensors of a conversion: canonical names, mappings of rows, what lies where in which file."""
+"""Tensors of a conversion: canonical names and shapes, row mappings, readers."""

@@ -1,7 +1,7 @@
-"""Every tensor of a model by its canonical name and shape, from the `model` section alone.
+"""Canonical name and shape of every tensor of a model, from the `model` section alone.
 
-In: Model (with its vocabulary). Out: name -> shape, as checkpoints hold them (pretrain/model/shards.py gives the same names from
-the built model; a test holds the two against each other). Legend: h hidden, d head, f inner width, E experts.
+In: Model, with its vocabulary size. Out: name -> shape, as checkpoints hold them. pretrain/model/shards.py gives the same
+names from the built model; a test compares the two. Legend: h hidden, d head, f inner width, E experts.
 
 Torch-free.
 """
@@ -41,7 +41,7 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
 
 
 def layer_shapes(model: Model, is_moe: bool) -> Iterator[tuple[str, Shape]]:
-    """One transformer layer, names without their prefix."""
+    """(name without its prefix, shape) of each tensor of one transformer layer."""
     yield from _norm(model, "input_layernorm", model.hidden_size)
     yield from _latent(model) if arch.is_mla(model) else _attention(model)
     yield from _norm(model, "pre_mlp_layernorm", model.hidden_size)

@@ -1,7 +1,7 @@
-"""A Phalanx checkpoint as tensors by canonical name, rows of any, whatever layout wrote it. numpy only.
+"""The tensors of a Phalanx checkpoint by canonical name, rows of any, whatever layout wrote them. numpy only.
 
-In: a checkpoint folder. Out: `CheckpointTensors`. Every slice that is used is checked against its CRC-32: summed while it is read
-in order, else by a pass of its own.
+In: a checkpoint folder. Out: `CheckpointTensors`. Every slice that is used is compared with its CRC-32. The sum is computed
+while the slice is read in order, else by a pass of its own.
 
 Torch-free.
 """
@@ -29,7 +29,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 class _Slices:
-    """The slices of one tensor by their first dim, so that the few which hold some rows (or an expert) are found at once."""
+    """The slices of one tensor, sorted by their first dim, so that the slices with some rows (or one expert) are found fast."""
 
     def __init__(self, slices: list[Stored]) -> None:
         self.slices = sorted(slices, key=lambda stored: stored.box.offset[:1])
@@ -38,13 +38,13 @@ class _Slices:
         self.ends = list(accumulate(ends, max))
 
     def near(self, wanted: Box) -> list[Stored]:
-        """All that may overlap `wanted`."""
+        """All slices that may overlap `wanted`."""
         first, last = sum(wanted.offset[:1]), sum(wanted.offset[:1]) + prod(wanted.shape[:1])
         return self.slices[bisect_right(self.ends, first) : bisect_left(self.starts, last)]
 
 
 class CheckpointTensors:
-    """The weights of one complete checkpoint. Reads from any number of threads. Raises DamagedFile."""
+    """The weights of one complete checkpoint. Any number of threads may read at once. Raises DamagedFile."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,9 +71,9 @@ class CheckpointTensors:
         return self.manifest.tensors
 
     def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
-        """Fill `out` [rows, columns] with rows of tensor[lead], in its own type. Raises DamagedFile.
+        """Fill `out` [rows, columns] with the rows of tensor[lead] from `first` on, in the tensor's type. Raises DamagedFile.
 
-        Until `verify_pending` was called, the sums of slices that were read in part may be open.
+        The checksums of slices that were read in part are open until `verify_pending` is called.
         """
         inner = self.shape(name)[len(lead) + 1 :]
         wanted = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
@@ -84,7 +84,7 @@ class CheckpointTensors:
             raise DamagedFile(f"{self.folder} holds {filled} of {wanted.size} elements of {name}[{first}:{first + len(out)}]")
 
     def _fill(self, stored: Stored, wanted: Box, result: Array, dtype: str) -> int:
-        """Copy what `stored` holds of `wanted`; the number of elements."""
+        """Copy the part of `wanted` that `stored` holds. Returns the number of elements."""
         if stored.box.overlap(wanted) is None:
             return 0
         entry = self._entry(stored)
@@ -120,7 +120,7 @@ class CheckpointTensors:
         return entry
 
     def _check(self, stored: Stored, entry: Entry, position: int = 0, total: int = 0) -> None:
-        """Hold a slice against its sum. `total`: the sum of its bytes before `position`."""
+        """Compare a slice with its checksum. `total`: the CRC-32 of its bytes before `position`."""
         buffer = memoryview(bytearray(min(_CHUNK_BYTES, entry.stop - entry.start - position)))
         position += entry.start
         while position < entry.stop:
@@ -133,7 +133,7 @@ class CheckpointTensors:
         self._checked.add(stored.key)
 
     def _read(self, stored: Stored, entry: Entry, first: int, out: Array) -> None:
-        """Elements of a slice from `first` on, summed as they come."""
+        """Read elements of a slice from `first` on, and add them to the slice's CRC-32."""
         view = out.reshape(-1).view(np.uint8).data
         start = first * out.itemsize
         read_exactly(self._opened[stored.file], view, entry.start + start, self.folder / stored.file)
@@ -143,7 +143,7 @@ class CheckpointTensors:
             begun = self._begun.pop(stored.key, None)
         position, total = (begun[2], begun[3]) if begun else (0, 0)
         if position != start or (begun is None and start):
-            # Not in order, or another thread is at it: one pass over the slice settles it.
+            # The slice is read out of order, or by another thread as well: one pass over the slice checks it.
             self._check(stored, entry)
             return
         total, position = zlib.crc32(view, total), position + len(view)
@@ -154,14 +154,14 @@ class CheckpointTensors:
             self._check(stored, entry, position, total)
 
     def verify_pending(self) -> None:
-        """Hold every slice that was read in part against its sum. Raises DamagedFile."""
+        """Compare every slice that was read in part with its checksum. Raises DamagedFile."""
         begun, self._begun = self._begun, {}
         for stored, entry, position, total in begun.values():
             if stored.key not in self._checked:
                 self._check(stored, entry, position, total)
 
     def check_all(self) -> int:
-        """Hold every slice of the weights against its sum; the number of slices."""
+        """Compare every slice of the weights with its checksum. Returns the number of slices. Raises DamagedFile."""
         slices = [stored for group in self._slices.values() for stored in group.slices]
         for stored in slices:
             self._check(stored, self._entry(stored))

@@ -1,7 +1,7 @@
-"""Element types of tensor files in numpy: bf16 as 16-bit words, fp8 and MXFP4 dequantised. No torch: it alone takes 250 MB.
+"""Element types of tensor files in numpy: bf16 as 16-bit words, fp8 and MXFP4 dequantized. No torch, which takes 250 MB.
 
-Formats: bf16 is the upper half of fp32; fp8 E4M3FN (arXiv 2209.05433) in 128 x 128 blocks with one fp32 factor each
-(DeepSeek-V3); MXFP4 (OCP Microscaling 1.0) is E2M1 in blocks of 32 with one power of two each, low nibble first (gpt-oss).
+Formats: bf16 is the upper half of fp32. fp8 E4M3FN (arXiv 2209.05433) comes in 128 x 128 blocks with one fp32 factor each
+(DeepSeek-V3). MXFP4 (OCP Microscaling 1.0) is E2M1 in blocks of 32 with one power of two each, low nibble first (gpt-oss).
 
 Torch-free.
 """
@@ -18,18 +18,18 @@ Array = NDArray[Any]
 FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 RAW = {**FLOATS, "F8_E4M3": np.dtype("u1"), "U8": np.dtype("u1"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 NAMES = {"bf16": "BF16", "fp32": "F32", "fp16": "F16"}
-"""Words of the command line -> types of the files."""
+"""Names on the command line -> names in the files."""
 
 
 def to_float32(values: Array, dtype: str) -> NDArray[np.float32]:
-    """Exact but for F64."""
+    """Values as fp32. Exact for every type but F64."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> Array:
-    """Nearest, ties to even; NaN stays NaN."""
+    """fp32 values in another type: rounded to nearest, ties to even. NaN stays NaN."""
     if dtype != "BF16":
         return values.astype(FLOATS[dtype], copy=False)
     bits = np.ascontiguousarray(values).view(np.uint32)
@@ -41,7 +41,7 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Array:
 
 
 def convert(values: Array, source: str, target: str) -> Array:
-    """Values of one element type in another."""
+    """Values of element type `source` as element type `target`."""
     if source == target:
         return values
     if source == "F64" and target != "BF16":
@@ -50,8 +50,10 @@ def convert(values: Array, source: str, target: str) -> Array:
 
 
 def widest(dtypes: set[str]) -> str:
-    """The type that holds all of them."""
-    return next(iter(dtypes)) if len(dtypes) == 1 else ("F64" if "F64" in dtypes else "F32")
+    """The type that holds the values of all `dtypes`."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return "F64" if "F64" in dtypes else "F32"
 
 
 def _e4m3_table() -> NDArray[np.float32]:
@@ -69,9 +71,10 @@ E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
 def dequantize_fp8(codes: NDArray[np.uint8], factors: NDArray[np.float32], first_row: int, block: tuple[int, int]) -> Array:
-    """codes [rows, columns] from row `first_row` on, factors [row blocks, column blocks] of the whole -> bf16 words.
+    """codes [rows, columns], from row `first_row` of the tensor on -> bf16 words [rows, columns].
 
-    fp8 x fp32 in fp32, rounded once: the same bits as DeepSeek's own cast.
+    factors [row blocks, column blocks] belong to the whole tensor. The product fp8 x fp32 is computed in fp32 and rounded
+    once, which gives the same bits as DeepSeek's own cast.
     """
     rows, columns = codes.shape
     result = np.empty((rows, columns), dtype=np.uint16)
@@ -86,7 +89,7 @@ def dequantize_fp8(codes: NDArray[np.uint8], factors: NDArray[np.float32], first
 
 
 def dequantize_mxfp4(blocks: NDArray[np.uint8], exponents: NDArray[np.uint8]) -> Array:
-    """blocks [rows, groups, 16], exponents [rows, groups] (bias 127) -> bf16 words [rows, groups x 32]; exact."""
+    """blocks [rows, groups, 16], exponents [rows, groups] (bias 127) -> bf16 words [rows, groups x 32]. Exact."""
     rows, groups, half = blocks.shape
     values = np.empty((rows, groups, half, 2), dtype=np.float32)
     values[..., 0] = E2M1[blocks & 0x0F]

@@ -1,4 +1,4 @@
-"""What an import reads from, whatever wrote it: tensors by name, the model, and how they lie in its canonical tensors.
+"""What an import reads from, whatever wrote it: tensors by name, the model, and the map between their rows.
 
 Torch-free.
 """
@@ -22,7 +22,7 @@ from tools.convert.tensors.weight_map import WeightMap
 
 
 class TensorReader(Protocol):
-    """Tensors of files; reads come from any number of threads and raise DamagedFile."""
+    """Tensors of files. Any number of threads may read at once. Reads raise DamagedFile."""
 
     @property
     def tensors(self) -> Mapping[str, Any]: ...
@@ -32,14 +32,14 @@ class TensorReader(Protocol):
     def dtype(self, name: str) -> str: ...
 
     def read_into(self, name: str, lead: tuple[int, ...], first: int, out: Array) -> None:
-        """Fill `out` [rows, columns], of the tensor's type and contiguous, with the rows of tensor[lead] from `first` on."""
+        """Fill `out` [rows, columns], contiguous and of the tensor's type, with the rows of tensor[lead] from `first` on."""
         ...
 
     def close(self) -> None: ...
 
 
 def read_rows(files: TensorReader, name: str, lead: tuple[int, ...], first: int, rows: int) -> Array:
-    """Rows [first, first + rows) of tensor[lead] as [rows, columns], in its own type; a vector has one column."""
+    """Rows [first, first + rows) of tensor[lead] as [rows, columns], in the tensor's type. A vector has one column."""
     out = np.empty((rows, prod(files.shape(name)[len(lead) + 1 :])), dtype=FLOATS[files.dtype(name)])
     files.read_into(name, lead, first, out)
     return out
@@ -47,8 +47,11 @@ def read_rows(files: TensorReader, name: str, lead: tuple[int, ...], first: int,
 
 @dataclass
 class ImportSource:
-    """A folder of weights, understood. `kind`: family or format; `identity`: what tells it from another one (plain values);
-    `companions`: whether its config.json and tokenizer files are to be kept."""
+    """A checked folder of weights.
+
+    `kind`: family or format. `identity`: plain values that differ from those of any other source. `companions`: keep its
+    config.json and tokenizer files.
+    """
 
     folder: Path
     kind: str
@@ -62,7 +65,7 @@ class ImportSource:
 
 
 def check_model(model: Model) -> list[Problem]:
-    """What megatron-core can't build, by the rules of `phalanx check`."""
+    """Problems that keep Megatron-Core from building the model, by the rules of `phalanx check`."""
     config = Config(model=model)
     config.batch.seq_length_tokens = min(config.batch.seq_length_tokens, model.max_position_tokens or 1 << 30)
     return [problem for rule in RULES for problem in rule.check(config)]

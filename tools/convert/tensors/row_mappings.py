@@ -1,9 +1,9 @@
-"""Which rows of a canonical tensor are which rows of a Hugging Face tensor: every conversion is a list of such mappings.
+"""Which rows of a canonical tensor are which rows of a Hugging Face tensor. A conversion is a list of such mappings.
 
-In: a canonical tensor (or one expert of it), the names that hold it, how they are joined. Out: `RowMapping`s.
-A tensor is seen as [lead…, rows, columns]: `lead` is the expert of a stacked tensor, a vector has rows only. All joins are
-moves of whole rows (queries, keys and values interleaved by group; gate above up), so that tensors of any size stream;
-only gpt-oss transposes and interleaves, expert by expert.
+In: a canonical tensor (or one expert of it), the names of the tensors that hold it, and how these are fused. Out:
+`RowMapping`s. A tensor is seen as [lead…, rows, columns]: `lead` is the expert of a stacked tensor; a vector has rows only.
+Fusing moves whole rows (queries, keys and values interleaved by group; gate above up), so that tensors of any size can be
+streamed. Only gpt-oss transposes and interleaves, expert by expert.
 
 Torch-free.
 """
@@ -19,9 +19,9 @@ from parallel import architecture as arch
 
 @dataclass(frozen=True)
 class RowMapping:
-    """Rows [row, row + rows) of `name`[lead] are the rows hf_row, hf_row + hf_step, … of `hf`[hf_lead].
+    """Rows [row, row + rows) of `name`[lead] are the rows hf_row, hf_row + hf_step, … of `hf_name`[hf_lead].
 
-    `transposed`: hf holds [columns, rows], so rows are counted in its last dim.
+    `transposed`: the Hugging Face tensor is [columns, rows], so that its rows are counted in its last dim.
     """
 
     name: str
@@ -36,12 +36,12 @@ class RowMapping:
 
     @property
     def is_plain(self) -> bool:
-        """Whole rows in the same order: any part of it can be moved by itself."""
+        """The rows are whole and in the same order, so that any part of them can be copied by itself."""
         return self.hf_step == 1 and not self.transposed
 
     @property
     def hf_end(self) -> int:
-        """One past the last row of hf that it needs."""
+        """One past the last row of the Hugging Face tensor that the mapping uses."""
         return self.hf_row + (self.rows - 1) * self.hf_step + 1
 
 
@@ -55,25 +55,25 @@ def same(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Se
 
 
 def stacked(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """The tensor itself, in a file that stacks the experts too."""
+    """The tensor itself, from a Hugging Face tensor that stacks the experts."""
     yield RowMapping(name, lead, 0, rows, hf_names[0], hf_lead=lead)
 
 
 def vocab(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """The real tokens; the padding below them is zero."""
+    """The rows of real tokens. The padding of the vocabulary, after them, is zero."""
     assert model.vocab_size, "a converted model states its vocabulary"
     yield RowMapping(name, lead, 0, model.vocab_size, hf_names[0])
 
 
 def gate_up(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """[gate; up] from the two."""
+    """[gate; up] from one tensor each."""
     half = rows // 2
     yield RowMapping(name, lead, 0, half, hf_names[0])
     yield RowMapping(name, lead, half, half, hf_names[1])
 
 
 def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """Per query group: its queries, its key, its value."""
+    """For each query group its queries, its key and its value, from one tensor each."""
     groups, width = arch.num_query_groups(model), arch.head_dim(model)
     queries = model.attention.num_heads // groups * width
     for group in range(groups):
@@ -84,7 +84,7 @@ def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, h
 
 
 def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """[gate; up] from a stacked tensor with gate and up row by row (gpt-oss's biases and packed weights)."""
+    """[gate; up] from a stacked tensor that alternates gate and up by rows (gpt-oss's biases and packed weights)."""
     half = rows // 2
     yield RowMapping(name, lead, 0, half, hf_names[0], lead, 0, 2)
     yield RowMapping(name, lead, half, half, hf_names[0], lead, 1, 2)
@@ -93,7 +93,7 @@ def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_na
 def interleaved_columns(
     model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]
 ) -> Iterator[RowMapping]:
-    """[gate; up] from a stacked, transposed tensor with gate and up column by column (gpt-oss)."""
+    """[gate; up] from a stacked, transposed tensor that alternates gate and up by columns (gpt-oss)."""
     half = rows // 2
     yield RowMapping(name, lead, 0, half, hf_names[0], lead, 0, 2, True)
     yield RowMapping(name, lead, half, half, hf_names[0], lead, 1, 2, True)

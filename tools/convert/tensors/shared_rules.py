@@ -1,4 +1,4 @@
-"""Groups of tensors that families share. Names as save_pretrained writes them; `{L}` is the layer, `{E}` the expert.
+"""Tensor rules that several families share. Names are those of save_pretrained; `{L}` is the layer, `{E}` the expert.
 
 Torch-free.
 """
@@ -69,7 +69,7 @@ DENSE_MLP = (
 def experts(
     router: str = _M + "gate.weight", one: str = _M + "experts.{E}.", names: tuple[str, str, str] | None = None
 ) -> tuple[TensorRule, ...]:
-    """Router and experts, one tensor an expert; also read in transformers 5's stacked form (gate above up)."""
+    """Router and experts, one tensor per expert. transformers 5's stacked form (gate above up) is read, too."""
     gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
     together = _M + "experts."
     return (
@@ -101,7 +101,7 @@ EXPERT_BIAS = (
         "moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias
     ),
 )
-# Depth i stands behind the last layer; its embedding and head are copies of the model's.
+# MTP layers follow the last layer in the numbering. Their embedding and head are copies of the model's.
 MTP = (
     tensor_rule("mtp", "enorm.weight", _L + "enorm.weight"),
     tensor_rule("mtp", "hnorm.weight", _L + "hnorm.weight"),
@@ -111,7 +111,7 @@ MTP = (
 
 
 def mtp_copies(model: Model) -> dict[str, str]:
-    """The tables that a prediction depth's files repeat."""
+    """The tables that each MTP layer's files repeat: name -> name of the original."""
     copies = {}
     for layer in range(model.num_layers, model.num_layers + model.mtp.num_layers):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"

@@ -1,7 +1,7 @@
-"""A family's tensors laid out for one model: every canonical tensor's mappings, and the ledger that nothing is left over.
+"""The map between a model's canonical tensors and the tensors of a family's files, with a ledger of their rows.
 
-In: family, model, and (import) what the files hold. Out: `WeightMap`. The ledger: each row of each source tensor is used once,
-each row of each target written once; vocabulary padding is the only part of a target without a source.
+In: family, model, and for an import what the files hold. Out: `WeightMap`. The ledger: every row of a source tensor is used
+once, and every row of a target is written once. Only the padding of the vocabulary has no source.
 
 Torch-free.
 """
@@ -21,12 +21,12 @@ from tools.convert.tensors.canonical_shapes import Shape, tensor_shapes
 from tools.convert.tensors.row_mappings import FusionRule, RowMapping
 
 TensorPart = tuple[str, tuple[int, ...]]
-"""A tensor, or one expert of a stacked one: (name, lead)."""
+"""A tensor, or one expert of a stacked tensor: (name, lead)."""
 
 
 @dataclass(frozen=True)
 class WeightMap:
-    """All mappings of a model, by canonical part and by part of the files."""
+    """All row mappings of a model, by canonical tensor and by tensor of the files."""
 
     shapes: dict[str, Shape]
     by_canonical: dict[TensorPart, list[RowMapping]]
@@ -38,7 +38,10 @@ class WeightMap:
 
 
 def make_weight_map(family: Family, model: Model, holds: Callable[[str], bool] | None = None) -> WeightMap:
-    """Row mappings of every canonical tensor. `holds`: which of several forms the files have; without it the first is taken."""
+    """The row mappings of every canonical tensor.
+
+    `holds`: whether the files hold a tensor; it selects one of several forms. Without it the first form is used.
+    """
     shapes = tensor_shapes(model)
     by_canonical: dict[TensorPart, list[RowMapping]] = {}
     for name, lead, hf_names, join in _named(family, model, holds):
@@ -55,7 +58,7 @@ def make_weight_map(family: Family, model: Model, holds: Callable[[str], bool] |
 def _named(
     family: Family, model: Model, holds: Callable[[str], bool] | None
 ) -> Iterator[tuple[str, tuple[int, ...], list[str], FusionRule]]:
-    """(canonical name, lead, names in the files, join) of every part."""
+    """(canonical name, lead, names in the files, fusion rule) of every canonical tensor, or of each expert of it."""
     kinds = arch.moe_layers(model)
     scopes: list[tuple[str, int, set[str]]] = [("", 0, {"model"})]
     for layer, is_moe in enumerate(kinds):
@@ -87,7 +90,7 @@ def _form(
 
 
 def _hf_shapes(by_hf: dict[TensorPart, list[RowMapping]], shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """Shape of each tensor of the files, from the mappings that fill it."""
+    """Shape of each tensor of the files, from the mappings that use it."""
     result: dict[str, Shape] = {}
     leads: dict[str, int] = {}
     for (name, lead), mappings in by_hf.items():
@@ -102,7 +105,7 @@ def _hf_shapes(by_hf: dict[TensorPart, list[RowMapping]], shapes: dict[str, Shap
 
 
 def audit(weight_map: WeightMap, model: Model) -> None:
-    """The ledger. A failure is a bug of a family's description."""
+    """Check the ledger. A failure is a bug in a family's description."""
     leads = {name: _leads(name, shape) for name, shape in weight_map.shapes.items()}
     wanted = {(name, lead) for name in weight_map.shapes for lead in leads[name]}
     assert wanted == set(weight_map.by_canonical), (
@@ -131,5 +134,5 @@ def _leads(name: str, shape: Shape) -> list[tuple[int, ...]]:
 
 
 def width(shape: Shape, lead: tuple[int, ...]) -> int:
-    """Elements of one row."""
+    """Number of elements of one row."""
     return prod(shape[len(lead) + 1 :])

@@ -16,6 +16,7 @@ from typing import Any
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from tools.convert.output import Share
 
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
@@ -27,7 +28,6 @@ from tests.ranks import run_ranks
 from tests.reference.model import Reference
 from tests.reference.trainer import Judged, train
 from tools.convert.exporting import export_model
-from tools.convert.output import Share
 
 STEPS = 6
 

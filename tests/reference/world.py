@@ -16,7 +16,6 @@ from typing import Any
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from tools.convert.output import Share
 
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
@@ -27,7 +26,7 @@ from tests.pretrain.world import small_config
 from tests.ranks import run_ranks
 from tests.reference.model import Reference
 from tests.reference.trainer import Judged, train
-from tools.convert.exporting import export_model
+from tools.cli import run
 
 STEPS = 6
 
@@ -166,7 +165,7 @@ def _read(checkpoint: Path, out: Path, case: Case) -> dict[str, torch.Tensor]:
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    export_model(checkpoint, out, dtype="keep", share=Share(), workers=1, force=False)
+    assert run(["convert", "export", str(checkpoint), str(out)]) == 0
 
 
 def _moments_as_weights(checkpoint: Path, out: Path, grad_norm: float) -> Path:

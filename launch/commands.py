@@ -106,7 +106,7 @@ def _start_local(config: Config, source: str, overrides: Sequence[str], options:
         _print_plan(plan, options.json)
         return 0
     out = sys.stderr if options.json else sys.stdout
-    result = run_local(plan, os.environ, out, sys.stderr)
+    result = run_local(plan, os.environ, out, sys.stderr, steps_of(config))
     if text := report(result, plan.folder):
         print(text, file=sys.stderr)
     if options.json:

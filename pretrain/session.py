@@ -169,7 +169,7 @@ class Session:
             self.record = Record.open(self.folder.metrics, self._started.step, self.attempt.event, self._rows_cut)
             sinks: list[Sink] = [RecordSink(self.record)]
             if "console" in self.config.metrics.sinks:
-                sinks.append(make_console(self.stop_step, self.config.metrics.log_interval_steps, os.environ))
+                sinks.append(make_console(self.stop_step, self.config.metrics.log_interval_steps))
             sinks.append(make_wandb_sink(self.config, self.folder, self.attempt.wandb_id, os.environ))
             self.sink = Sinks(sinks)
             if self._started.step:

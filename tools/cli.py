@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.errors import ConfigError, json_problem, report
+from pretrain.run.process import open_standard_streams, print_in_any_locale
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """The console script."""
+    open_standard_streams()
+    print_in_any_locale()
     try:
         code = run(sys.argv[1:])
-        if sys.stdout is not None:  # None when the shell closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain at exit when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -25,10 +25,12 @@ from configs.errors import ConfigError
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
 from launch.local.signals import SignalForwarder
+from launch.local.view import RunView
 from launch.plan import LaunchPlan, torchrun_line
 from launch.watch.failures import AGENT_LOG, Failure, describe, find_failures
 from launch.watch.hang import HangWatch
 from launch.watch.triage import Triage, find_late, record_hang
+from pretrain.metrics.screen import screen_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.files import iterate_lines, storage_problem, write_atomically, write_json
 from pretrain.run.folder import (
@@ -66,32 +68,31 @@ class LocalResult:
     why: str = ""
 
 
-def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO) -> LocalResult:
+def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalResult:
     """Start the ranks and stay until all are gone. Raises ConfigError when the run folder refuses.
 
-    `out` shows rank 0's log while it grows, unless it is a terminal: there rank 0 draws its own bar.
+    `out` shows the run while it trains (launch/local/view.py). The launcher's own words go to `err`.
     """
     attempt = claim_attempt(plan.folder)
     log_dir = plan.folder.log_dir(attempt).resolve()
     mark = secrets.token_hex(8)
-    terminal = os.ttyname(out.fileno()) if out.isatty() else ""
     _write_launch_files(plan, attempt, log_dir, mark)
-    ours = {MARK_NAME: mark, "PHALANX_ATTEMPT": str(attempt), "PHALANX_LOG_DIR": str(log_dir), "PHALANX_TTY": terminal}
+    ours = {MARK_NAME: mark, "PHALANX_ATTEMPT": str(attempt), "PHALANX_LOG_DIR": str(log_dir)}
     guard = _start_guard(mark)
-    signals = SignalForwarder(mark, err)
+    signals = SignalForwarder(mark, screen_of(err) or err)
     signals.install()
     try:
         with scratch_folder("beats", in_memory=True) as beats:
             agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir)
             signals.agent = agent.pid
-            echo = _Echo(log_dir, None if terminal else out)
-            triage = _stay(agent, echo, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
+            view = RunView(log_dir, plan.folder.metrics, out, total_steps)
+            triage = _stay(agent, view, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
             # Not by the agent's own way, which lets hung ranks live for another 30 s.
             agent.kill()
-            echo.pump()
             code = agent.wait()
             # At once when the agent itself was killed.
             clear_up(mark, 0.0 if triage is None and code < 0 else LINGER_S)
+        view.finish()
     finally:
         signals.restore()
         _dismiss(guard)
@@ -100,13 +101,13 @@ def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: Te
 
 
 def _stay(
-    agent: subprocess.Popen[bytes], echo: _Echo, signals: SignalForwarder, watch: HangWatch, log_dir: Path
+    agent: subprocess.Popen[bytes], view: RunView, signals: SignalForwarder, watch: HangWatch, log_dir: Path
 ) -> Triage | None:
     """Until the agent has ended: None. Or until the ranks hang: who is late, and all of them are still there."""
     look_s = time.monotonic() + LOOK_S
     while agent.poll() is None:
         time.sleep(POLL_S)
-        echo.pump()
+        view.pump()
         signals.deliver()
         if time.monotonic() >= look_s:
             look_s = time.monotonic() + LOOK_S
@@ -235,31 +236,3 @@ def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:
         return None
     rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == "attempt")
     return next((row["attempt"] for row in rows if row.get("logs") == str(log_dir)), None)
-
-
-class _Echo:
-    """Shows rank 0's log as it grows, up to its failure: the traceback that counts is the first failing rank's."""
-
-    def __init__(self, log_dir: Path, out: TextIO | None) -> None:
-        self._log = log_dir / "rank_0.log"
-        self._failure = log_dir / "rank_0.failure.json"
-        self._out = out
-        self._offset = 0
-
-    def pump(self) -> None:
-        if self._out is None or not self._log.exists():
-            return
-        # The failure file is written before the traceback: a size taken before the look at it is free of the traceback.
-        size = self._log.stat().st_size
-        if self._failure.exists() or size == self._offset:
-            return
-        with open(self._log, "rb") as file:
-            file.seek(self._offset)
-            text = file.read(size - self._offset).decode(errors="replace")
-        self._offset = size
-        try:
-            self._out.write(text)
-            self._out.flush()
-        except OSError:
-            # The reader of our output went away (a pipe to head, a closed terminal); the log has everything.
-            self._out = None

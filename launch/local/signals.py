@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launch.local.parent_guard import kill_marked, marked_pids
+from pretrain.metrics.screen import ScreenWriter
 
 REPEAT_S = 5.0
 
@@ -29,7 +30,7 @@ _FORWARD = {
 class SignalForwarder:
     """The first signal asks for a save, one after 5 s ends the ranks at once, a third one kills everything marked."""
 
-    def __init__(self, mark: str, err: TextIO) -> None:
+    def __init__(self, mark: str, err: TextIO | ScreenWriter) -> None:
         self.asked = ""
         self._mark = mark
         self._err = err

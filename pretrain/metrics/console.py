@@ -1,32 +1,31 @@
-"""The console. In: rows. Out: aligned lines in the log, and a live bar with ETA when there is a terminal.
+"""The console. In: rows. Out: aligned lines in a log or a pipe, and a live bar with ETA on a terminal.
 
-Under torchrun by hand, rank 0's stdout may be the terminal. Under our launcher it is a log file, and the launcher names
-its own terminal in PHALANX_TTY: the bar goes there and the log stays free of control codes.
+Under torchrun by hand, rank 0's stdout may be the terminal. Under our launcher it is a log file; the launcher draws its own
+bar from the run folder (launch/local/view.py).
 
 Torch-free.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from configs.units import count, duration
-from pretrain.metrics.sinks import Sink, Sinks
+from pretrain.metrics.screen import ScreenWriter, screen_of
+from pretrain.metrics.sinks import Sink
 from pretrain.run.folder import Outcome
 
 # Steps whose median time makes the ETA: one slow step (a save, a validation) doesn't move it.
 _ETA_STEPS = 20
-# Drawn by the training thread: a drawing thread of its own would outlive a lost terminal, and cost every step some lock.
+# Between two frames: drawing one costs about a millisecond of the thread that writes the rows.
 _REFRESH_S = 0.1
 # Narrower terminals see the loss, the speed and the ETA.
 _WIDE_COLUMNS = 130
@@ -35,7 +34,7 @@ _WIDE_COLUMNS = 130
 class PlainConsole:
     """One aligned line every `interval_steps`, and for each validation and the last step."""
 
-    def __init__(self, stream: TextIO, total_steps: int, interval_steps: int) -> None:
+    def __init__(self, stream: TextIO | ScreenWriter, total_steps: int, interval_steps: int) -> None:
         self._stream = stream
         self._total_steps = total_steps
         self._interval_steps = interval_steps
@@ -56,59 +55,70 @@ class PlainConsole:
             self._say(f"{outcome.state} at step {outcome.step}: {outcome.why}")
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
 
 class LiveConsole:
-    """A bar with the newest numbers. A terminal that goes away (closed window, lost ssh) is given up, training goes on."""
+    """A bar with the newest numbers, as wide as the terminal. Frames that a slow terminal can't take are left out."""
 
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
+    def __init__(self, screen: ScreenWriter, total_steps: int) -> None:
+        self._screen = screen
         self._eta = _Eta(total_steps)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
-            console=Console(file=stream, force_terminal=True),
+            console=Console(file=cast(TextIO, screen), force_terminal=True, width=screen.columns()),
             redirect_stdout=False,
             redirect_stderr=False,
             auto_refresh=False,
         )
         self._refreshed_s = 0.0
+        self._row: dict[str, Any] = {}
+        self._eta_s: float | None = None
         self._task = self._progress.add_task("", total=total_steps, numbers="")
-        with contextlib.suppress(OSError):
-            self._progress.start()
+        self._progress.start()
 
     def write(self, row: dict[str, Any]) -> None:
-        eta_s = self._eta.after(row)
-        with contextlib.suppress(OSError):
-            short = {key: row[key] for key in ("loss", "tokens_per_s", "val_loss") if key in row}
-            wide = self._progress.console.width >= _WIDE_COLUMNS
-            shown = [" ".join(text.split()) for text in numbers(row if wide else short)]
-            self._progress.update(self._task, completed=row["step"], numbers="  ".join([*shown, f"eta {duration(eta_s)}"]))
-            if time.monotonic() - self._refreshed_s > _REFRESH_S:
-                self._refreshed_s = time.monotonic()
-                self._progress.refresh()
+        self._row, self._eta_s = row, self._eta.after(row)
+        if not self._screen.is_behind and time.monotonic() - self._refreshed_s >= _REFRESH_S:
+            self._draw()
+
+    def _draw(self) -> None:
+        """The newest row as a frame."""
+        self._refreshed_s = time.monotonic()
+        # The window may have been resized since the last frame.
+        self._progress.console.width = self._screen.columns()
+        row = self._row
+        short = {key: row[key] for key in ("loss", "tokens_per_s", "val_loss") if key in row}
+        wide = self._progress.console.width >= _WIDE_COLUMNS
+        shown = [" ".join(text.split()) for text in numbers(row if wide else short)]
+        self._progress.update(self._task, completed=row["step"], numbers="  ".join([*shown, f"eta {duration(self._eta_s)}"]))
+        self._progress.refresh()
 
     def note(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._progress.console.print(text, markup=False, highlight=False)
+        """A line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self, outcome: Outcome | None) -> None:
+        if self._row:
+            self._draw()
         if outcome is not None:
             self.note(f"{outcome.state} at step {outcome.step}: {outcome.why}")
-        with contextlib.suppress(OSError):
-            self._progress.stop()
+        self._progress.stop()
+        self._screen.drain()
 
 
-def make_console(total_steps: int, interval_steps: int, environ: Mapping[str, str], stdout: TextIO | None = None) -> Sink:
-    """The bar where a person looks, lines elsewhere; both under our launcher (lines into the log, the bar on its terminal)."""
-    stream: TextIO = stdout if stdout is not None else sys.stdout
+def make_console(total_steps: int, interval_steps: int, stdout: TextIO | None = None) -> Sink:
+    """The bar where rank 0 writes to a terminal, lines elsewhere: in a log, a pipe or, as None, the process's own stdout."""
+    stream: TextIO | ScreenWriter = stdout if stdout is not None else sys.stdout
     if stream.isatty():
-        return LiveConsole(stream, total_steps)
-    plain = PlainConsole(stream, total_steps, interval_steps)
-    terminal = _open_terminal(environ.get("PHALANX_TTY", ""))
-    return Sinks([plain, LiveConsole(terminal, total_steps)]) if terminal else plain
+        screen = stream if isinstance(stream, ScreenWriter) else screen_of(stream)
+        if screen is not None:
+            return LiveConsole(screen, total_steps)
+    return PlainConsole(stream, total_steps, interval_steps)
 
 
 def numbers(row: Mapping[str, Any]) -> list[str]:
@@ -144,14 +154,3 @@ class _Eta:
 
 def _fixed(value: float | None, width: int, digits: int) -> str:
     return f"{value:{width}.{digits}f}" if value is not None else "?".rjust(width)
-
-
-def _open_terminal(path: str) -> TextIO | None:
-    """The launcher's terminal, when it is one and on this host."""
-    if not path:
-        return None
-    try:
-        stream = os.fdopen(os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC), "w")
-    except OSError:
-        return None
-    return stream if stream.isatty() else None

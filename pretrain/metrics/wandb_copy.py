@@ -24,9 +24,8 @@ from typing import Any, BinaryIO
 
 from pretrain.metrics.wandb_log import SegmentReader
 from pretrain.metrics.wandb_steps import Cursor, mark_synced, steps_offline, to_spans
-from pretrain.run.files import parse_line
 from pretrain.run.folder import RunFolder
-from pretrain.run.record import decode_row
+from pretrain.run.follow import RecordFollower
 
 POLL_S = 0.5
 CURSOR_S = 5.0
@@ -55,31 +54,6 @@ class Job:
     rank_pid: int = 0
 
 
-class RowFollower:
-    """Reads metrics.jsonl as it grows. A rollback replaces the file: the old one is read to its end, then the new one."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Any = None
-        self._torn = b""
-
-    def poll(self) -> list[dict[str, Any]]:
-        """The rows since the last poll; after a cut all rows of the new file, known ones among them."""
-        if self._file is None:
-            if not self._path.exists():
-                return []
-            self._file = open(self._path, "rb")  # noqa: SIM115  held until the process ends
-        # Asked before reading: what is written to the old file after the cut is nothing.
-        replaced = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        *lines, self._torn = (self._torn + self._file.read()).split(b"\n")
-        rows = [decode_row(row) for line in lines if (row := parse_line(line)) is not None and "step" in row]
-        if replaced:
-            self._file.close()
-            self._file, self._torn = None, b""
-            rows += self.poll()
-        return rows
-
-
 class Copy:
     """One W&B session of one attempt."""
 
@@ -87,7 +61,7 @@ class Copy:
         self._job = job
         self._folder = RunFolder(Path(job.run_dir))
         self._cursor = Cursor(self._folder)
-        self._rows = RowFollower(self._folder.metrics)
+        self._rows = RecordFollower(self._folder.metrics)
         self._wandb = _import_wandb()
         mark_synced(self._folder, job.wandb_id, only_empty=True)
         self._run, self._online = _start(self._wandb, job)

@@ -2,7 +2,6 @@
 
 The contract with our launchers, all of it optional (plain torchrun sets none of it):
     PHALANX_LOG_DIR   folder for rank_N.log (stdout and stderr, also of C code) and rank_N.failure.json
-    PHALANX_TTY       the launcher's terminal, for rank 0's bar
     PHALANX_ATTEMPT   the attempt number that the launcher has claimed
     PHALANX_BEAT_DIR  folder for heartbeats and stacks (pretrain/run/beat.py)
 Imports nothing heavy: `prepare` runs before torch is imported, whose failure to import belongs into the rank's log.
@@ -12,8 +11,10 @@ Torch-free.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
+import stat
 import sys
 import time
 import traceback
@@ -21,14 +22,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from configs.errors import ConfigError
+from pretrain.metrics.screen import screen_of
 from pretrain.run.files import write_json
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE
-from pretrain.run.process import die_with_parent, node_name
+from pretrain.run.process import die_with_parent, node_name, open_standard_streams
 
 
 def prepare(environ: Mapping[str, str] = os.environ) -> None:
     """Before anything heavy is imported: the rank's log, its death with its parent, tracebacks of crashes in C."""
+    open_standard_streams()
     redirect_output(environ)
+    detach_from_readers()
     # torchrun's agent may be killed: without it, its store is gone too.
     die_with_parent()
     faulthandler.enable()
@@ -70,6 +74,18 @@ def redirect_output(environ: Mapping[str, str]) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
+
+
+def detach_from_readers() -> None:
+    """Let a thread write to a terminal or a pipe: one that is paused or unread must not stop the training thread.
+
+    Files stay as they are. What C code prints goes to the descriptor itself, past this.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and (screen := screen_of(stream)) is not None:
+            setattr(sys, name, screen)
+            atexit.register(screen.drain)
 
 
 def record_failure(environ: Mapping[str, str], kind: str, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import signal
 import socket
@@ -46,3 +47,28 @@ def importing() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (`>&-`) /dev/null in their place.
+
+    Otherwise Python has None for them, and the next file that is opened becomes descriptor 1 of every child.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+    if sys.stdin is None:
+        sys.stdin = open(0)  # noqa: SIM115  lives as long as the process
+    if sys.stdout is None:
+        sys.stdout = open(1, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w")  # noqa: SIM115
+
+
+def print_in_any_locale() -> None:
+    """Characters that the locale's encoding lacks become `?` on stdout and stderr instead of an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

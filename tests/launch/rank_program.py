@@ -2,7 +2,8 @@
 
 Arguments: --config FILE key=value … (as pretrain/main.py takes them). RANK_PLAN in the environment, as JSON:
 {"steps": 5, "pause_s": 0.05, "raise": {"2": 3}, "kill": {"1": 2}, "refuse": true, "ignore_signals": false,
- "hang": {"0": 2}, "linger": {"1": true}}: the last one stands still once all steps are done.
+ "hang": {"0": 2}, "linger": {"1": true}, "chatter": 4000, "console": true, "last_words": "…"}: linger stands still once
+ all steps are done; chatter prints that many characters a step; console prints steps as the console does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ def train(plan: dict[str, Any], signals: StopSignals, attempt: Attempt | None, r
         signals.beat.enter(RECORDING)
         if record is not None:
             record.append({"step": step, "loss": 5.0 / step, "grad_norm": 1.0, "tokens": step, "step_time_s": plan["pause_s"]})
-            print(f"step {step}", flush=True)
+            if plan.get("console"):
+                print(f"step {step}/{plan['steps']}  loss 1", flush=True)
+            else:
+                print(f"step {step}", flush=True)
+            if plan.get("chatter"):
+                print("." * plan["chatter"], flush=True)
         time.sleep(plan["pause_s"])
         if signals.requested and not plan.get("ignore_signals"):
             return signals.state, step
@@ -68,8 +74,6 @@ def body() -> int:
     loaded = load_config(words[0], words[1:])
     if plan.get("refuse"):
         raise ConfigError(Problem("data.train", [], "there must be something to learn from", "name a file"))
-    if os.environ.get("PHALANX_TTY"):
-        print("terminal", os.environ["PHALANX_TTY"])
     if RANK != 0:
         train(plan, signals, None, None)
         if plan.get("linger", {}).get(str(RANK)):
@@ -82,6 +86,8 @@ def body() -> int:
         signals.beat.end()
         record.close()
         attempt.finish(Outcome(attempt.number, state, signals.signal_name or "all steps done", step, step))
+        if "last_words" in plan:
+            print(f"{state} at step {step}: all steps done\n{plan['last_words']}", flush=True)
     return 0
 
 

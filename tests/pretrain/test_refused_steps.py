@@ -22,10 +22,10 @@ from configs.load import to_yaml
 from configs.schema import BlendPart, Config
 from pretrain.data.batches import MicroBatch
 from pretrain.main import main
-from pretrain.metrics.wandb_copy import RowFollower
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.files import iterate_lines, last_row
 from pretrain.run.folder import RunFolder
+from pretrain.run.follow import RecordFollower
 from pretrain.run.record import Record
 from tests.pretrain.deepspeed_world import Keys, name_of, zero
 from tests.pretrain.engine.test_deepspeed_state import fill, make, slices
@@ -301,7 +301,7 @@ def test_a_copy_of_the_record_follows_it_through_a_rollback(tmp_path: Path) -> N
     """What W&B is sent: old rows to the last, then the new file's."""
     folder = RunFolder(tmp_path)
     record = Record.open(folder.metrics, 0, lambda *_, **__: None)
-    follower = RowFollower(folder.metrics)
+    follower = RecordFollower(folder.metrics)
 
     def write(step: int) -> None:
         record.append({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens": step})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -95,22 +94,6 @@ def test_a_run_that_finishes(start: Callable[..., Launch]) -> None:
     assert launch.run.done.exists() and "launch.torchrun" in (launch.run.launch_dir(1) / "command.sh").read_text()
     (event,) = [row for _, row in iterate_lines(launch.run.events) if row and row["kind"] == "attempt"]
     assert event["attempt"] == 1 and event["logs"] == str(logs.resolve())
-
-
-def test_on_a_terminal_rank_0_is_told_of_it(start: Callable[..., Launch], tmp_path: Path) -> None:
-    """The bar goes to the launcher's terminal, so rank 0's log isn't shown there as well."""
-    master, slave = pty.openpty()
-    start("status", ".").end()
-    env = {**os.environ, "PYTHONPATH": ROOT}
-    command = [sys.executable, "-c", LAUNCHER, PROGRAM, "launch", "c.yaml"]
-    assert subprocess.run(command, cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=subprocess.PIPE).returncode == 0
-    log = (tmp_path / "runs" / "run" / "logs" / "attempt_0001" / "rank_0.log").read_text()
-    assert f"terminal {os.ttyname(slave)}" in log
-    os.set_blocking(master, False)
-    with pytest.raises(BlockingIOError):
-        os.read(master, 1)
-    os.close(slave)
-    os.close(master)
 
 
 def test_json_is_alone_on_stdout(start: Callable[..., Launch]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
+import re
 import select
+import struct
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 
 from configs.units import count, duration
 from pretrain.metrics.console import LiveConsole, PlainConsole, make_console
+from pretrain.metrics.screen import ScreenWriter
 from pretrain.metrics.sinks import NullSink, RecordSink, Sinks
 from pretrain.metrics.summary import RunSummary, summary
 from pretrain.run.folder import Outcome, RunFolder
@@ -33,7 +39,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 def test_plain_lines_align_and_respect_the_interval() -> None:
     out = io.StringIO()
-    console = make_console(200, 10, {}, out)
+    console = make_console(200, 10, out)
     for step in (1, 10, 15, 200):
         console.write(row(step, **({"val_loss": 6.9} if step == 15 else {})))
     console.note("saved step 200")
@@ -65,30 +71,43 @@ def read_all(master: int) -> str:
     return b"".join(pieces).decode()
 
 
-def test_the_bar_goes_to_the_launchers_terminal_and_lines_to_the_log() -> None:
-    """As our launcher has it: rank 0's stdout is a file, PHALANX_TTY names the terminal."""
+def test_a_terminal_gets_a_bar_of_its_own_width() -> None:
     master, slave = pty.openpty()
-    out = io.StringIO()
-    console = make_console(2, 1, {"PHALANX_TTY": os.ttyname(slave)}, out)
-    for step in (1, 2):
-        console.write(row(step))
-    console.close(Outcome(1, "finished", "done", 2, 2))
-    os.close(slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
+    with os.fdopen(slave, "w") as stream:
+        console = make_console(2, 1, stream)
+        console.write(row(2))
+        console.close(Outcome(1, "finished", "done", 2, 2))
     shown = read_all(master)
-    assert "2/2" in shown and "\x1b[" in shown
-    assert "step 2/2" in out.getvalue() and "\x1b" not in out.getvalue()
+    frame = next(line for line in re.split(r"[\r\n]+", shown) if "2/2" in line)
+    assert "\x1b[" in shown and len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame)) > 130
 
 
 def test_a_lost_terminal_does_not_stop_training() -> None:
     master, slave = pty.openpty()
-    stream = os.fdopen(slave, "w")
-    console = LiveConsole(stream, 10)
-    os.close(master)
-    for step in range(1, 4):
-        console._refreshed_s = 0.0
-        console.write(row(step))
-    console.note("still here")
-    console.close(None)
+    with os.fdopen(slave, "w") as stream:
+        console = LiveConsole(ScreenWriter(stream.fileno()), 10)
+        os.close(master)
+        for step in range(1, 4):
+            console._refreshed_s = 0.0
+            console.write(row(step))
+        console.note("still here")
+        console.close(None)
+
+
+def test_a_paused_terminal_does_not_stop_training() -> None:
+    """Nobody reads the other end, as after Ctrl-S: rows and notes go on, frames are left out, closing takes a bounded time."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as stream:
+        console = LiveConsole(ScreenWriter(stream.fileno()), 100_000)
+        started_s = time.monotonic()
+        for step in range(1, 3001):
+            console._refreshed_s = 0.0
+            console.write(row(step))
+            console.note("a line that is longer than what a terminal takes in one piece " * 3)
+        assert time.monotonic() - started_s < 60
+        console.close(None)
+        os.close(master)
 
 
 def test_the_record_comes_first_and_every_sink_closes(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Text for people, written so that nobody waits for them. In: text and a descriptor. Out: what the reader takes of it.
+
+A terminal that is paused (Ctrl-S), a stalled ssh or a pipe that nobody reads blocks whoever writes to it. Here a thread
+writes, and only that thread waits. What exceeds MOST_CHARS is dropped, and the number of dropped texts is told later.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import threading
+from collections import deque
+from typing import TextIO
+
+# Text that may wait for a reader. A screen has about 20,000 characters.
+MOST_CHARS = 1 << 20
+# The last words of a run wait this long for their reader.
+CLOSE_S = 2.0
+_WAIT_S = 1.0
+
+
+class ScreenWriter(io.TextIOBase):
+    """A text stream on a descriptor. `write` never waits; a reader that went away is given up without an error."""
+
+    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._texts: deque[str] = deque()
+        self._waiting_chars = 0
+        self._dropped = 0
+        self._is_lost = False
+        self._is_closing = False
+        self._changed = threading.Condition()
+        # A daemon: a reader that never comes back must not keep the process.
+        self._thread = threading.Thread(target=self._run, name="screen", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether text waits for the reader: a new frame would come too late."""
+        return self._waiting_chars > 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the reader is gone: a closed window, a lost ssh, a pipe to head that has ended."""
+        return self._is_lost
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def columns(self, default: int = 80) -> int:
+        """The width of the terminal now; `default` where the descriptor is no terminal."""
+        try:
+            return os.get_terminal_size(self._descriptor).columns or default
+        except OSError:
+            return default
+
+    def write(self, text: str, /) -> int:
+        with self._changed:
+            if self._is_lost:
+                return len(text)
+            if self._waiting_chars + len(text) > MOST_CHARS:
+                self._dropped += 1
+                return len(text)
+            self._texts.append(text)
+            self._waiting_chars += len(text)
+            self._changed.notify_all()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do: the thread writes at once."""
+
+    def drain(self, timeout_s: float = CLOSE_S) -> bool:
+        """Wait until everything is written, at most `timeout_s`; False when the reader took less."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_lost or not self._waiting_chars, timeout_s)
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Drain, and end the thread. The descriptor stays open: whoever opened it closes it."""
+        self.drain(timeout_s)
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        super().close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts or self._is_closing)
+                if not self._texts:
+                    return
+                text = self._texts.popleft()
+                dropped = 0 if self._texts else self._dropped
+                self._dropped -= dropped
+            told = f"phalanx: {dropped} texts were not shown: the reader did not take them in time\n" if dropped else ""
+            is_taken = self._write_all((text + told).encode(self._encoding, "replace"))
+            with self._changed:
+                self._waiting_chars -= len(text)
+                if not is_taken:
+                    self._is_lost, self._waiting_chars = True, 0
+                    self._texts.clear()
+                self._changed.notify_all()
+
+    def _write_all(self, data: bytes) -> bool:
+        """False when the reader is gone: a closed window, a lost ssh, a pipe to head."""
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                # Somebody else set the shared terminal to non-blocking.
+                select.select([], [self._descriptor], [], _WAIT_S)
+            except OSError:
+                return False
+        return True
+
+
+def screen_of(stream: TextIO | None) -> ScreenWriter | None:
+    """A writer on the stream's own descriptor; None where the stream is closed or has none (a string in memory)."""
+    if stream is None:
+        return None
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return None
+    return ScreenWriter(descriptor, stream.encoding or "utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_huggingface(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path.suffix == ".json" or (path.is_dir() and (path / "config.json").is_file())
 
 
 def _from_huggingface(name: str, overrides: list[str]) -> tuple[Model, int | None, list[str]]:
     if overrides:
         raise ConfigError(Problem("key=value", overrides[0], "belong to a YAML config", "use --to-yaml and change the preset"))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     family, model, problems, notes = interpret_config(read_config(path))
     refusals = [problem for problem in problems if isinstance(problem, UnsupportedModel)]
     if len(refusals) != len(problems):

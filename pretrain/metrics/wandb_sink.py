@@ -25,7 +25,13 @@ from pretrain.metrics.sinks import NullSink, Sink
 from pretrain.metrics.wandb_copy import GAVE_UP, Job, warn
 from pretrain.run.folder import Outcome, RunFolder
 
+# WANDB_MODE's words, with those of older versions.
+_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 DEFAULT_SERVER = "https://api.wandb.ai"
+# How to reach a W&B service that an ancestor runs.
+_FOREIGN_SERVICE = frozenset({"WANDB_SERVICE"})
+# Of one attempt: something that kills every copy would go on doing so.
+RESTARTS = 3
 # The process ends itself after finish_timeout_s; this much later it is killed.
 _KILL_AFTER_S = 2.0
 
@@ -35,19 +41,38 @@ class WandbSink:
 
     def __init__(self, job: Job, environ: Mapping[str, str]) -> None:
         self._job = job
+        self._environ = environ
+        self._lost = False
+        self._restarts_left = RESTARTS
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A copying process that sends what W&B lacks of the record, and then what comes."""
         root = Path(__file__).resolve().parents[2]
-        paths = [str(root), environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
+        paths = [str(root), self._environ.get("PYTHONPATH", "")]
+        # A W&B service of the process that started us ends with that process, and takes its clients' runs along.
+        inherited = {name: value for name, value in self._environ.items() if name not in _FOREIGN_SERVICE}
+        process = subprocess.Popen(
             [sys.executable, "-m", "pretrain.metrics.wandb_copy"],
             stdin=subprocess.PIPE,
             stdout=2,
-            env={**environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            env={**inherited, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
         )
-        self._lost = False
-        self._tell(asdict(job))
+        self._tell(process, asdict(self._job))
+        return process
+
+    def _restart_if_killed(self) -> None:
+        """A copy that somebody killed (the kernel, for its memory) is started again; one that gave up has said why."""
+        code = self._process.poll()
+        if code is None or code == GAVE_UP or not self._restarts_left:
+            return
+        self._restarts_left -= 1
+        with suppress(OSError):
+            self._process = self._start()
 
     def write(self, row: dict[str, Any]) -> None:
         """The copy reads the record itself; here only its health is looked at."""
+        self._restart_if_killed()
         if not self._lost and self._process.poll() is not None:
             self._lose(f"the copying process ended by itself (exit code {self._process.returncode})")
 
@@ -56,26 +81,29 @@ class WandbSink:
 
     def close(self, outcome: Outcome | None) -> None:
         """Let it send the rest. At most finish_timeout_s and a little; then it is killed, and the next attempt goes on."""
+        self._restart_if_killed()
         broke = outcome is None or outcome.state in ("failed", "diverged")
-        self._tell({"close": 1 if broke else 0})
+        self._tell(self._process, {"close": 1 if broke else 0})
         try:
-            if self._process.wait(self._job.finish_timeout_s + _KILL_AFTER_S) == 3:
+            code = self._process.wait(self._job.finish_timeout_s + _KILL_AFTER_S)
+            if code == 3:
                 self._lose(f"not everything was sent within metrics.wandb.finish_timeout_s = {self._job.finish_timeout_s:g}")
+            elif code != 0:
+                self._lose(f"the copying process ended by itself (exit code {code})")
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             self._lose("the copying process didn't end, and was killed")
 
-    def _tell(self, order: dict[str, Any]) -> None:
-        assert self._process.stdin is not None, "the copy's stdin is a pipe"
+    def _tell(self, process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
+        assert process.stdin is not None, "the copy's stdin is a pipe"
         try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
         except BrokenPipeError:
-            # It is on its way out: its exit code says whether it has said why.
+            # The process is on its way out: `write` and `close` look at its exit code.
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_KILL_AFTER_S)
-            self._lose("the copying process is gone")
+                process.wait(_KILL_AFTER_S)
 
     def _lose(self, why: str) -> None:
         """One warning a run; none where the copying process gave its own warning: it ends with exit code 1 then."""
@@ -112,11 +140,16 @@ def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: M
 
 
 def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
-    """online, offline or disabled. auto: as WANDB_MODE says, else online exactly when a key is found."""
+    """online, offline or disabled, for metrics.wandb.mode. auto: as the environment says, else online where a key is found.
+
+    A word in WANDB_MODE that is not known here keeps the run offline: nothing is sent against the user's word.
+    """
     if mode != "auto":
         return mode
-    if environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return environ["WANDB_MODE"]
+    if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "disabled"
+    if word := environ.get("WANDB_MODE"):
+        return _MODES.get(word.strip().lower(), "offline")
     return "online" if has_key(environ) else "offline"
 
 
@@ -125,7 +158,7 @@ def has_key(environ: Mapping[str, str]) -> bool:
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).hostname or ""
-    home = Path(environ.get("HOME", "~")).expanduser()
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))
     places = [Path(environ["NETRC"])] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
     return any(_netrc_names(path, host) for path in places)
 
@@ -133,7 +166,7 @@ def has_key(environ: Mapping[str, str]) -> bool:
 def _netrc_names(path: Path, host: str) -> bool:
     try:
         return host in netrc.netrc(str(path)).hosts
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         # Unreadable or malformed: W&B couldn't read it either.
         return False
 

@@ -133,6 +133,50 @@ def test_a_cleaned_away_segment_is_not_sent_again(tmp_path: Path, config: Config
     assert {step for spans in Cursor(folder).segments.values() for step in from_spans(spans)} == set(range(1, 10))
 
 
+def test_a_killed_copy_is_started_again(tmp_path: Path, config: Config) -> None:
+    """Killed in the last attempt, in the middle and at the end: W&B lacks nothing."""
+    folder = open_folder(tmp_path / "run")
+    sink = make_wandb_sink(config, folder, ID, environment(tmp_path))
+    assert isinstance(sink, WandbSink)
+    write_rows(folder, sink, 1, 20)
+    for first in (21, 41):
+        sink._process.kill()
+        sink._process.wait()
+        write_rows(folder, sink, first, first + 19)
+    sink._process.kill()
+    sink._process.wait()
+    sink.close(Outcome(1, "finished", "", 60, 60))
+    assert sorted(offline_steps(folder.path, ID)) == list(range(1, 61))
+
+
+def test_a_service_of_an_ancestor_is_left_alone(tmp_path: Path, config: Config) -> None:
+    """WANDB_SERVICE names a W&B process that ends with whoever started this run."""
+    folder = open_folder(tmp_path / "run")
+    sink = make_wandb_sink(config, folder, ID, environment(tmp_path, WANDB_SERVICE="3-1-unix-/nowhere/socket"))
+    write_rows(folder, sink, 1, 5)
+    sink.close(Outcome(1, "finished", "", 5, 5))
+    assert sorted(offline_steps(folder.path, ID)) == list(range(1, 6))
+
+
+@pytest.mark.parametrize("content", [b"machine \xff\xfe login", b"machine", None])
+def test_a_netrc_that_can_not_be_read_is_no_key(content: bytes | None, tmp_path: Path) -> None:
+    netrc = tmp_path / ".netrc"
+    if content is None:
+        netrc.mkdir()
+    else:
+        netrc.write_bytes(content)
+    assert choose_mode("auto", {"HOME": str(tmp_path)}) == "offline"
+
+
+def test_no_home_and_no_passwd_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    monkeypatch.delenv("HOME", raising=False)
+    assert choose_mode("auto", {}) == "offline"
+
+
 def test_offline_rows_keep_their_values(tmp_path: Path, config: Config) -> None:
     folder = open_folder(tmp_path / "run")
     sink = make_wandb_sink(config, folder, ID, environment(tmp_path))
@@ -236,6 +280,8 @@ def test_a_copy_that_dies_is_one_warning(tmp_path: Path, config: Config, capfd: 
     folder = open_folder(tmp_path / "run")
     sink = make_wandb_sink(config, folder, ID, environment(tmp_path))
     assert isinstance(sink, WandbSink)
+    # As after three deaths.
+    sink._restarts_left = 0
     sink._process.kill()
     sink._process.wait()
     write_rows(folder, sink, 1, 5)
@@ -267,6 +313,10 @@ def test_mode_auto_is_online_exactly_with_a_key(tmp_path: Path) -> None:
     assert choose_mode("auto", {"HOME": str(tmp_path), "WANDB_API_KEY": KEY}) == "online"
     assert choose_mode("auto", {"HOME": str(tmp_path), "WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}) == "offline"
     assert choose_mode("offline", {"WANDB_API_KEY": KEY}) == "offline"
+    with_key = {"HOME": str(tmp_path), "WANDB_API_KEY": KEY}
+    assert choose_mode("auto", {**with_key, "WANDB_MODE": "dryrun"}) == "offline"
+    assert choose_mode("auto", {**with_key, "WANDB_MODE": "Off line"}) == "offline"
+    assert choose_mode("auto", {**with_key, "WANDB_DISABLED": "true"}) == "disabled"
     netrc = tmp_path / ".netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     netrc.chmod(0o600)

@@ -18,7 +18,8 @@ from configs.errors import ConfigError, Problem
 from launch.slurm import scheduler
 from launch.slurm.lifecycle import OVER, Life, read_life
 from launch.slurm.scheduler import SchedulerError
-from pretrain.run.events import append_event
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.files import read_json
 from pretrain.run.folder import RunFolder, live_holder, process_start_ticks
 
@@ -62,7 +63,7 @@ def _cancel_jobs(folder: RunFolder, life: Life, wait_s: float, at_once: bool) ->
     if waiting or at_once:
         scheduler.cancel([*waiting, *(running if at_once else [])])
     if not running:
-        append_event(folder, life.attempt, "job_over", state="stopped", exit_code=130, why="cancelled while it waited")
+        append_event(folder, life.attempt, EventKind.JOB_OVER, state="stopped", exit_code=130, why="cancelled while it waited")
         return f"cancelled job {', '.join(map(str, waiting))}, which had not begun"
     if not at_once:
         for number in running:

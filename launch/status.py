@@ -21,13 +21,14 @@ from launch.slurm.interruptions import Interruption, interruptions
 from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, Life, read_life
 from launch.slurm.scheduler import Job, SchedulerError, find_jobs
 from parallel.batch import steps_of
+from pretrain.run.events import EventKind
 from pretrain.run.files import last_row, recent_rows
 from pretrain.run.folder import RunFolder, is_run_folder, live_holder
 
 _ETA_STEPS = 20
 _EVENTS = 5
 # Kinds that come with every checkpoint: they would push what matters out of the last few.
-_QUIET = frozenset({"saved", "pruned"})
+_QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 
 
 @dataclass(frozen=True)

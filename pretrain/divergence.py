@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.schema import Divergence
+from pretrain.run.events import EventKind
 
 ACCEPT, SKIP, ROLLBACK, STOP = "accept", "skip", "rollback", "stop"
-# Kinds of events.
-SKIPPED, ROLLED_BACK, DIVERGED = "skipped_step", "rolled_back", "diverged"
 
 # Standard deviations of normal noise in one MAD.
 MAD_SCALE = 1.4826
@@ -81,9 +80,9 @@ def read_history(
         losses.extend(row["loss"] for row in rows if row.get("applied", True) and math.isfinite(row["loss"]))
     skipped, rollbacks = set(), 0
     for event in events:
-        if event.get("kind") == SKIPPED and event["samples"] <= consumed_samples:
+        if event.get("kind") == EventKind.SKIPPED_STEP and event["samples"] <= consumed_samples:
             skipped.add(event["samples"])
-        rollbacks += event.get("kind") == ROLLED_BACK
+        rollbacks += event.get("kind") == EventKind.ROLLED_BACK
     return History(tuple(losses), len(skipped), rollbacks)
 
 

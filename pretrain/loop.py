@@ -21,7 +21,7 @@ from pretrain.checkpoint.restore import Position
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.write import PENDING
 from pretrain.data.batches import MicroBatch, Prefetcher
-from pretrain.divergence import ACCEPT, DIVERGED, ROLLBACK, SKIP, SKIPPED, STOP, Decision, Policy, Refused
+from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, Policy, Refused
 from pretrain.engine.base import Engine
 from pretrain.metrics.meter import Meter, peak_memory_gib
 from pretrain.metrics.moe_metrics import MoeMetrics
@@ -30,6 +30,7 @@ from pretrain.rank.profiling import ProfileWindow
 from pretrain.rank.speed_probe import SpeedProbe
 from pretrain.rank.stop_signals import NONE, STATE_OF, StopSignals
 from pretrain.run.beat import AGREEING, COMPUTING, RECORDING, RESTORING, SAVING, VALIDATING, WAITING
+from pretrain.run.events import EventKind
 from pretrain.run.heartbeat import Heartbeat
 from pretrain.schedule import learning_rate
 
@@ -105,7 +106,7 @@ def _train(run: Run) -> Ended:
             continue
         if decision.action == SKIP:
             row["skipped"] = True
-            run.say(SKIPPED, **Refused.of(row, decision).as_fields())
+            run.say(EventKind.SKIPPED_STEP, **Refused.of(row, decision).as_fields())
         run.position = after
         agreed = agree(run)
         if _validation_due(run):
@@ -161,7 +162,7 @@ def _stop_or_roll_back(run: Run, row: dict[str, Any], decision: Decision) -> End
             run.batches = run.read(run.position)
             return None
         rule += "; there is no earlier checkpoint to roll back to"
-    run.say(DIVERGED, **replace(refused, rule=rule).as_fields())
+    run.say(EventKind.DIVERGED, **replace(refused, rule=rule).as_fields())
     return _end(run, "diverged", f"step {refused.step} was not applied: {rule}")
 
 

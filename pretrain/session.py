@@ -47,7 +47,8 @@ from pretrain.metrics.summary import make_summary, summary
 from pretrain.metrics.wandb_sink import make_wandb_sink, wandb_place
 from pretrain.rank.consensus import lead, refuse
 from pretrain.run.attempt import Attempt, open_attempt
-from pretrain.run.events import sync_events
+from pretrain.run.event_log import sync_events
+from pretrain.run.events import EventKind
 from pretrain.run.files import storage_problem
 from pretrain.run.folder import EXIT_CODE, Outcome, RunFolder, finished_text, folder_of
 from pretrain.run.provenance import make_provenance
@@ -126,7 +127,7 @@ class Session:
             return []
         return check_changes(flatten(from_yaml_text(before)), self.config)
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def say(self, kind: EventKind, **fields: Any) -> None:
         """Loud, on rank 0: an event, on the disk when this returns, and a line for people."""
         if self.attempt is None:
             return
@@ -151,15 +152,15 @@ class Session:
                 self.horizon_steps = manifest.horizon_steps
             samples = max(self._started.consumed_samples, self._begun.passed_samples)
             fields = {"step": self._started.step, "consumed_samples": samples}
-            self._tell("resumed", **fields, layout=manifest.layout, engine=manifest.engine)
+            self._tell(EventKind.RESUMED, **fields, layout=manifest.layout, engine=manifest.engine)
         elif self._begun.warm_folder is not None:
             warm_start(self._begun.warm_folder, engine)
-            self._tell("warm_start", folder=str(self._begun.warm_folder))
+            self._tell(EventKind.WARM_START, folder=str(self._begun.warm_folder))
         samples = max(self._started.consumed_samples, self._begun.passed_samples)
         self._started = replace(self._started, consumed_samples=samples)
         return self._started
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _tell(self, kind: EventKind, **fields: Any) -> None:
         if self.attempt is not None:
             self.attempt.event(kind, **fields)
 

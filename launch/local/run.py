@@ -32,6 +32,7 @@ from launch.watch.hang import HangWatch
 from launch.watch.triage import Triage, find_late, record_hang
 from pretrain.metrics.screen import screen_of
 from pretrain.run.beat import BEAT_DIR
+from pretrain.run.events import EventKind
 from pretrain.run.files import iterate_lines, storage_problem, write_atomically, write_json
 from pretrain.run.folder import (
     EXIT_BAD_INPUT,
@@ -234,5 +235,5 @@ def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:
     """The number that rank 0 gave the attempt with our logs; None: it never began."""
     if not folder.events.exists():
         return None
-    rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == "attempt")
+    rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == EventKind.ATTEMPT)
     return next((row["attempt"] for row in rows if row.get("logs") == str(log_dir)), None)

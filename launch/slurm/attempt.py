@@ -24,7 +24,8 @@ from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, Seen, fel
 from launch.watch.beats import NodeReport, ReportReader, read_reports
 from launch.watch.failures import Failure, find_failures
 from launch.watch.triage import Triage, combine, record_hang, stragglers
-from pretrain.run.events import append_event
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.files import last_row, write_json
 from pretrain.run.folder import Outcome, RunFolder
 
@@ -83,7 +84,7 @@ class JobAttempt:
         log_dir, before = context.folder.log_dir(self.number).absolute(), context.folder.newest_checkpoint_step()
         log_dir.mkdir(parents=True, exist_ok=True)
         numbers = {"job": context.job, "restarts": context.restarts, "step_before": before}
-        self._event("job_attempt", nodes=list(nodes), logs=str(log_dir), **numbers)
+        self._event(EventKind.JOB_ATTEMPT, nodes=list(nodes), logs=str(log_dir), **numbers)
         filled = {"{nodes}": str(len(nodes)), "{attempt_dir}": str(self._own_dir().absolute()), "{log_dir}": str(log_dir)}
         started_s, triage, exit_code = time.time(), None, 0
         self._listen()
@@ -136,7 +137,7 @@ class JobAttempt:
             if (found.node, found.what) not in self._told:
                 self._told.add((found.node, found.what))
                 ranks = list(found.ranks)
-                self._event("straggler", node=found.node, what=found.what, ratio=round(found.ratio, 2), ranks=ranks)
+                self._event(EventKind.STRAGGLER, node=found.node, what=found.what, ratio=round(found.ratio, 2), ranks=ranks)
                 self.context.say(str(found))
 
     def _kill_step(self, step: subprocess.Popen[bytes]) -> None:
@@ -184,7 +185,7 @@ class JobAttempt:
         folder = self.context.folder
         last_step = (last_row(folder.metrics) or {}).get("step", 0)
         steps = {"step_before": before, "step_after": max(before, folder.newest_checkpoint_step()), "last_step": last_step}
-        self._event("job_ended", cause=cause, why=why, node=node, **steps, **more)
+        self._event(EventKind.JOB_ENDED, cause=cause, why=why, node=node, **steps, **more)
 
     def _is_ending(self) -> bool:
         """Slurm ends the job, and the ranks have saved: its KillWait may be over before srun has returned."""
@@ -221,7 +222,7 @@ class JobAttempt:
         # A cancel by the user outweighs the signals that follow it.
         self.asked = asked if first or (asked == TERMINATE and self.asked != STOP) else self.asked
         if first:
-            self._event("job_signal", signal=why, asked=asked)
+            self._event(EventKind.JOB_SIGNAL, signal=why, asked=asked)
             self.context.say(f"{why}: the ranks finish their step and save")
         if self._step is not None and self._step.poll() is None:
             self._step.send_signal(signal.SIGUSR1)
@@ -229,7 +230,7 @@ class JobAttempt:
     def _own_dir(self) -> Path:
         return self.context.folder.launch_dir(self.number)
 
-    def _event(self, kind: str, **fields: Any) -> None:
+    def _event(self, kind: EventKind, **fields: Any) -> None:
         append_event(self.context.folder, self.number, kind, **fields)
 
 

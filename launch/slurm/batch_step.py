@@ -25,7 +25,8 @@ from launch.slurm.clock import Clock
 from launch.slurm.job_file import SCRIPT_NAME, JobFile
 from launch.slurm.lifecycle import ENDED, OVER, Decision, Life, Policy, decide, read_life
 from launch.slurm.scheduler import SchedulerError
-from pretrain.run.events import append_event
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.folder import SILENCE_S, RunFolder
 
 # A controller that is restarted comes back within minutes; longer waits would hold the nodes for nothing.
@@ -38,7 +39,7 @@ def run(context: JobContext) -> int:
     life = read_life(folder)
     if context.job not in life.jobs or life.phase == OVER:
         # By hand, or put back by somebody after it was over.
-        append_event(folder, life.attempt, "job_submitted", jobs=[context.job])
+        append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[context.job])
     done = folder.done_step()
     if done is not None and done >= spec.stop_step:
         return act(context, Decision("over", f"finished at step {done}", "finished"))
@@ -51,7 +52,7 @@ def run(context: JobContext) -> int:
         decision = decide(life, spec.policy, slurm_requeues=True)
         if decision.action != "wait":
             return act(context, decision)
-        append_event(folder, life.attempt, "job_requeued", why=decision.why, exclude=[])
+        append_event(folder, life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=[])
     nodes = scheduler.expand(context.environ["SLURM_JOB_NODELIST"])
     size = max((size for size in spec.sizes if size <= len(nodes)), default=None)
     if size is None:
@@ -73,7 +74,7 @@ def act(context: JobContext, decision: Decision) -> int:
     context.say(f"{decision.state or decision.action}: {decision.why}")
     if decision.action == "over":
         return _over(context, life, decision.state, decision.why, decision.exit_code)
-    append_event(folder, life.attempt, "job_requeued", why=decision.why, exclude=list(decision.exclude))
+    append_event(folder, life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=list(decision.exclude))
     if decision.action == "wait":
         return decision.exit_code
     excluded = tuple(dict.fromkeys([*life.excluded, *decision.exclude]))
@@ -107,12 +108,12 @@ def _submit_anew(context: JobContext, life: Life, decision: Decision, refusal: s
     except SchedulerError as error:
         why = f"{decision.why}; scontrol requeue: {refusal}; sbatch: {error}; phalanx resume {folder.path} goes on"
         return _over(context, life, "preempted", why, decision.exit_code)
-    append_event(folder, life.attempt, "job_submitted", jobs=[*life.jobs, job], why=f"requeue was refused: {refusal}")
+    append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[*life.jobs, job], why=f"requeue was refused: {refusal}")
     return decision.exit_code
 
 
 def _over(context: JobContext, life: Life, state: str, why: str, exit_code: int) -> int:
-    append_event(context.folder, life.attempt, "job_over", state=state, exit_code=exit_code, why=why)
+    append_event(context.folder, life.attempt, EventKind.JOB_OVER, state=state, exit_code=exit_code, why=why)
     if later := _later_jobs(context, life):
         context.ask_slurm(lambda: scheduler.cancel(later), None)
     return exit_code

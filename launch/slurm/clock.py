@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from launch.slurm import scheduler
 from launch.slurm.scheduler import SchedulerError
+from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows
 from pretrain.run.folder import RunFolder
 
@@ -62,4 +63,4 @@ class Clock:
 
 
 def _is_timed_save(row: Mapping[str, object]) -> bool:
-    return row.get("kind") == "saved" and isinstance(row.get("seconds"), (int, float))
+    return row.get("kind") == EventKind.SAVED and isinstance(row.get("seconds"), (int, float))

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pretrain.run.events import EventKind
+
 
 @dataclass(frozen=True)
 class Interruption:
@@ -39,13 +41,13 @@ def interruptions(rows: Iterable[Mapping[str, Any]]) -> list[Interruption]:
     """Oldest first. Rows as in events.jsonl: job_signal, job_ended, job_attempt, resumed."""
     rows = list(rows)
     found = []
-    for ended in (row for row in rows if row.get("kind") == "job_ended"):
+    for ended in (row for row in rows if row.get("kind") == EventKind.JOB_ENDED):
         number, end_s = ended["attempt"], ended["time"]
-        started = next((row for row in rows if row.get("kind") == "job_attempt" and row["attempt"] > number), None)
+        started = next((row for row in rows if row.get("kind") == EventKind.JOB_ATTEMPT and row["attempt"] > number), None)
         if started is None:
             continue
-        signal = _first(rows, "job_signal", number)
-        resumed = _first(rows, "resumed", started["attempt"])
+        signal = _first(rows, EventKind.JOB_SIGNAL, number)
+        resumed = _first(rows, EventKind.RESUMED, started["attempt"])
         found.append(
             Interruption(
                 number,
@@ -60,5 +62,5 @@ def interruptions(rows: Iterable[Mapping[str, Any]]) -> list[Interruption]:
     return found
 
 
-def _first(rows: Iterable[Mapping[str, Any]], kind: str, attempt: int) -> Mapping[str, Any] | None:
+def _first(rows: Iterable[Mapping[str, Any]], kind: EventKind, attempt: int) -> Mapping[str, Any] | None:
     return next((row for row in rows if row.get("kind") == kind and row.get("attempt") == attempt), None)

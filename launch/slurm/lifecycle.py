@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pretrain.run.events import EventKind
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, EXIT_CODE, RunFolder
 
@@ -23,11 +24,11 @@ NEW, QUEUED, RUNNING, ENDED, OVER = "new", "queued", "running", "ended", "over"
 
 # What each row does to the phase, from every phase: a killed supervisor may have left rows out.
 TRANSITIONS = {
-    "job_submitted": QUEUED,
-    "job_attempt": RUNNING,
-    "job_ended": ENDED,
-    "job_requeued": QUEUED,
-    "job_over": OVER,
+    EventKind.JOB_SUBMITTED: QUEUED,
+    EventKind.JOB_ATTEMPT: RUNNING,
+    EventKind.JOB_ENDED: ENDED,
+    EventKind.JOB_REQUEUED: QUEUED,
+    EventKind.JOB_OVER: OVER,
 }
 
 # Why an attempt ended → the state in which the run is over; None: the run goes on in another attempt.
@@ -128,19 +129,19 @@ def advance(life: Life, row: Mapping[str, Any]) -> Life:
     kind = row.get("kind", "")
     if kind not in TRANSITIONS:
         return life
-    if kind == "job_submitted" and life.phase != OVER and set(row["jobs"]) & set(life.jobs):
+    if kind == EventKind.JOB_SUBMITTED and life.phase != OVER and set(row["jobs"]) & set(life.jobs):
         # The job began before its submitter had written this row.
         return replace(life, jobs=tuple(dict.fromkeys([*row["jobs"], *life.jobs])))
     life = replace(life, phase=TRANSITIONS[kind], why=str(row.get("why", "")))
-    if kind == "job_submitted":
+    if kind == EventKind.JOB_SUBMITTED:
         return Life(QUEUED, jobs=tuple(row["jobs"]))
-    if kind == "job_attempt":
+    if kind == EventKind.JOB_ATTEMPT:
         nodes = tuple(row.get("nodes", ()))
         return replace(life, attempt=row["attempt"], step_before=row["step_before"], nodes=nodes, begun=life.begun + 1)
-    if kind == "job_ended":
+    if kind == EventKind.JOB_ENDED:
         end = AttemptEnd(row["attempt"], row["cause"], row["why"], row["step_before"], row["step_after"], row.get("node") or "")
         return replace(life, ends=(*life.ends, end))
-    if kind == "job_requeued":
+    if kind == EventKind.JOB_REQUEUED:
         return replace(life, excluded=tuple(dict.fromkeys([*life.excluded, *row.get("exclude", ())])))
     return replace(life, state=row["state"])
 

@@ -26,7 +26,8 @@ from launch.slurm.script import Place, job_folder, job_numbers, render
 from parallel.batch import steps_of
 from parallel.legality.rules import data_size
 from parallel.legality.verdict import check_config
-from pretrain.run.events import append_event
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.files import storage_problem, write_atomically, write_json
 from pretrain.run.folder import RunFolder, check_run_folder, folder_of, held_problem, live_holder
 
@@ -104,7 +105,7 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
         got = config.launch.slurm.partition
         raise ConfigError(Problem("launch.slurm", got, f"Slurm must take the job: {error}", fix)) from error
     try:
-        append_event(folder, folder.last_attempt(), "job_submitted", jobs=jobs, script=str(script))
+        append_event(folder, folder.last_attempt(), EventKind.JOB_SUBMITTED, jobs=jobs, script=str(script))
         write_json(place.job_dir / "submitted.json", {"jobs": jobs, "time": time.time()})
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error

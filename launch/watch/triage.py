@@ -18,7 +18,8 @@ from configs.units import duration
 from launch.watch.beats import MISSING, NodeReport, Policy, RankState, hung
 from launch.watch.stacks import waits_in
 from pretrain.run.beat import WAITING
-from pretrain.run.events import append_event
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.files import last_row, write_json
 from pretrain.run.folder import Outcome, RunFolder
 
@@ -120,10 +121,10 @@ def record_hang(folder: RunFolder, attempt: int, found: Triage) -> bool:
         return False
     row = last_row(folder.metrics) or {}
     late = [{"rank": state.rank, "node": state.node, "step": state.step, "phase": state.phase} for state in found.ranks]
-    append_event(folder, attempt, "hung", why=found.line, late=late, nodes=list(found.nodes))
+    append_event(folder, attempt, EventKind.HUNG, why=found.line, late=late, nodes=list(found.nodes))
     outcome = Outcome(attempt, "failed", found.line, row.get("step", 0), row.get("samples", 0))
     write_json(folder.outcome, outcome.as_dict())
-    append_event(folder, attempt, "outcome", state=outcome.state, why=outcome.why, step=outcome.step)
+    append_event(folder, attempt, EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step)
     return True
 
 

@@ -26,6 +26,7 @@ from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.engine.base import MOMENTS, Engine, Piece
 from pretrain.model.tensor_slice import Box
 from pretrain.rank.consensus import lead, refuse
+from pretrain.run.events import EventKind
 from pretrain.run.folder import complete_checkpoints, step_folder
 
 Say = Callable[..., None]
@@ -104,7 +105,7 @@ def _all_damaged(checkpoints: Path) -> Problem:
 def pass_over(folder: Path, damage: DamagedFile, say: Say) -> None:
     """Say loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
     aside = move_aside(folder, "damaged")
-    say("checkpoint_damaged", folder=folder.name, why=str(damage), kept_as=aside.name)
+    say(EventKind.CHECKPOINT_DAMAGED, folder=folder.name, why=str(damage), kept_as=aside.name)
 
 
 def restore(folders: list[Path], engine: Engine, asked_for: bool, say: Say) -> tuple[Position, Manifest] | None:

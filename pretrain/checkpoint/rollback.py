@@ -19,7 +19,8 @@ from typing import Any
 from configs.schema import Divergence
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.divergence import ROLLED_BACK, Policy, Refused, read_history
+from pretrain.divergence import Policy, Refused, read_history
+from pretrain.run.events import EventKind
 from pretrain.run.files import iterate_lines, sync_folder
 from pretrain.run.folder import RunFolder, complete_checkpoints
 from pretrain.run.record import read_rows
@@ -40,7 +41,7 @@ class Rollback:
 
 def newest_rollback(events: Iterable[dict[str, Any]]) -> Rollback | None:
     """None: the run never went back."""
-    found = [event for event in events if event.get("kind") == ROLLED_BACK]
+    found = [event for event in events if event.get("kind") == EventKind.ROLLED_BACK]
     return Rollback(found[-1]["to_step"], found[-1]["consumed_samples"]) if found else None
 
 
@@ -69,7 +70,7 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, say: Say) -> None:
             # Which side of the rollback it is from can't be known; choose_checkpoints passes it over as damaged.
             continue
         if consumed_samples <= rollback.consumed_samples:
-            say("checkpoint_rolled_back", folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
+            say(EventKind.CHECKPOINT_ROLLED_BACK, folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
 
 
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> Policy:
@@ -88,7 +89,7 @@ def begin_rollback(folder: RunFolder, section: Divergence, refused: Refused, say
     if folders:
         rollback = Rollback(step_of(folders[0]), refused.samples)
         numbers = {"loss": refused.loss, "grad_norm": refused.grad_norm, "rule": refused.rule}
-        say(ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
+        say(EventKind.ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
         set_newer_aside(folder.checkpoints, rollback, say)
     return folders
 

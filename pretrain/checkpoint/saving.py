@@ -22,6 +22,7 @@ from pretrain.checkpoint.restore import Identity, Position, random_pieces
 from pretrain.checkpoint.rollback import drop_passed, step_of
 from pretrain.checkpoint.write import CheckpointWriter, prune
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, Piece
+from pretrain.run.events import EventKind
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,16 @@ class Saver:
     def _published(self, folder: Path, error: str | None) -> None:
         """A save is complete, or has failed and left nothing. Rank 0."""
         if error is not None:
-            self._say("save_failed", folder=folder.name, why=error)
+            self._say(EventKind.SAVE_FAILED, folder=folder.name, why=error)
             return
         self.newest = folder
         step = step_of(folder)
         # As the loop sees it, in steps: what a save before a time limit may take at most.
         seconds = round(time.monotonic() - self._began_s, 3)
-        self._tell("saved", step=step, folder=folder.name, seconds=seconds)
+        self._tell(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds)
         section = self._section
         gone = prune(self._checkpoints, section.keep, section.milestone_interval_steps)
         if section.keep:
             gone += drop_passed(self._checkpoints, step, section.milestone_interval_steps)
         for path in gone:
-            self._tell("pruned", folder=path.name)
+            self._tell(EventKind.PRUNED, folder=path.name)

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from configs.errors import ConfigError, Problem
-from pretrain.run.events import append_event, mend_events, sync_events
+from pretrain.run.event_log import append_event, mend_events, sync_events
+from pretrain.run.events import EventKind
 from pretrain.run.files import storage_problem, write_atomically, write_json
 from pretrain.run.folder import Outcome, RunFolder, check_run_folder
 from pretrain.run.lock import FolderLock, acquire
@@ -40,7 +41,7 @@ class Attempt:
         """What belongs to this attempt alone: its config, its command, rows that it cut from the record."""
         return self.folder.launch_dir(self.number)
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: EventKind, **fields: Any) -> None:
         """Append one line to events.jsonl. Raises ConfigError when the disk refuses it."""
         try:
             append_event(self.folder, self.number, kind, **fields)
@@ -63,7 +64,7 @@ class Attempt:
                 write_json(self.folder.done, {"attempt": self.number, "step": outcome.step})
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
-        self.event("outcome", state=outcome.state, why=outcome.why, step=outcome.step)
+        self.event(EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step)
 
     def close(self) -> None:
         """Free the folder for the next attempt."""
@@ -139,12 +140,14 @@ def _open_held(
     # A run that is to go on isn't done; a crash from here on must not look like a finished run.
     folder.done.unlink(missing_ok=True)
     attempt = Attempt(folder, number, lock, wandb_id)
-    attempt.event("attempt", wandb_id=wandb_id, logs=environ.get("PHALANX_LOG_DIR"), slurm_job=environ.get("SLURM_JOB_ID"))
+    attempt.event(
+        EventKind.ATTEMPT, wandb_id=wandb_id, logs=environ.get("PHALANX_LOG_DIR"), slurm_job=environ.get("SLURM_JOB_ID")
+    )
     if torn_bytes:
-        attempt.event("events_mended", cut_bytes=torn_bytes)
+        attempt.event(EventKind.EVENTS_MENDED, cut_bytes=torn_bytes)
     outcome = folder.read_outcome()
     if previous and (outcome is None or outcome.attempt != previous):
-        attempt.event("no_outcome", of_attempt=previous)
+        attempt.event(EventKind.NO_OUTCOME, of_attempt=previous)
     return attempt
 
 

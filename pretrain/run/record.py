@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from pretrain.run.events import EventKind
 from pretrain.run.files import append_line, iterate_lines, mend_torn_line, storage_problem, sync_folder
 
 REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
@@ -44,10 +45,10 @@ class Record:
         """
         try:
             if torn_bytes := mend_torn_line(path):
-                note("record_mended", cut_bytes=torn_bytes)
+                note(EventKind.RECORD_MENDED, cut_bytes=torn_bytes)
             last_step = _cut(path, restored_step, note, keep_cut_in) if path.exists() else 0
             if last_step < restored_step:
-                note("record_gap", after_step=last_step, restored_step=restored_step)
+                note(EventKind.RECORD_GAP, after_step=last_step, restored_step=restored_step)
             return cls(path, restored_step, note)
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", path, error)) from error
@@ -59,7 +60,7 @@ class Record:
         step = row["step"]
         assert step > self.last_step, f"step {step} is in the record already, which is at {self.last_step}"
         if step != self.last_step + 1:
-            self._note("record_gap", after_step=self.last_step, next_step=step)
+            self._note(EventKind.RECORD_GAP, after_step=self.last_step, next_step=step)
         try:
             append_line(self._descriptor, encode_row(row))
         except OSError as error:
@@ -125,10 +126,10 @@ def _cut(path: Path, restored_step: int, note: Note, keep_cut_in: Path | None) -
             gaps.append((last_step, step))
         last_step = step
     for before, after in gaps[:10]:
-        note("record_gap", after_step=before, next_step=after)
+        note(EventKind.RECORD_GAP, after_step=before, next_step=after)
     if not whole:
         count = _rewrite(path, restored_step, keep_cut_in)
-        note("record_cut", rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None)
+        note(EventKind.RECORD_CUT, rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None)
     return last_step
 
 

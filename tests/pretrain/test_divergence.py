@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from configs.schema import Divergence
 from pretrain.checkpoint.manifest import FORMAT, Manifest
 from pretrain.checkpoint.rollback import Rollback, begin_rollback, choose_targets, drop_passed, finish_rollback, move_aside
-from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, SKIPPED, STOP, Decision, History, Policy, Refused, read_history
-from pretrain.run.events import append_event
+from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, History, Policy, Refused, read_history
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
 from pretrain.run.folder import COMPLETE, RunFolder, step_folder
 from pretrain.run.record import encode_row
 
@@ -113,7 +114,7 @@ def test_a_resume_decides_as_the_run_that_was_killed(losses: list[float], data: 
         row = {"step": step, "loss": loss, "grad_norm": 1.0, "samples": 8 * step}
         rows.append(row | ({} if decisions[-1].action == ACCEPT else {"applied": False}))
         if decisions[-1].action == SKIP:
-            events.append({"kind": SKIPPED, **Refused.of(row, decisions[-1]).as_fields()})
+            events.append({"kind": EventKind.SKIPPED_STEP, **Refused.of(row, decisions[-1]).as_fields()})
     for _ in range(2):
         at = data.draw(st.integers(0, len(losses)))
         resumed = Policy(rule, read_history(rule, rows[:at], events, 8 * at))
@@ -163,10 +164,10 @@ class Events:
 
     def __init__(self, folder: RunFolder) -> None:
         folder.checkpoints.mkdir(parents=True)
-        append_event(folder, 1, "attempt")
+        append_event(folder, 1, EventKind.ATTEMPT, wandb_id="", logs=None, slurm_job=None)
         self.kinds: list[str] = []
 
-        def say(kind: str, **fields: Any) -> None:
+        def say(kind: EventKind, **fields: Any) -> None:
             append_event(folder, 1, kind, **encode_row(fields))
             self.kinds.append(kind)
 
@@ -189,7 +190,7 @@ def test_a_kill_in_the_middle_of_a_rollback_is_made_good(tmp_path: Path) -> None
     assert finish_rollback(folder, events.say) == 0, "no events, nothing to do"
     rule = section(rollback_checkpoints=2)
 
-    def killed(kind: str, **fields: Any) -> None:
+    def killed(kind: EventKind, **fields: Any) -> None:
         events.say(kind, **fields)
         raise Killed
 

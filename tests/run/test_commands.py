@@ -12,6 +12,7 @@ import pytest
 
 from configs.load import load_config
 from pretrain.preflight.disk_space import checkpoint_bytes
+from pretrain.run.events import COMMON_FIELDS, EventKind, check_event
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from tests.run.world import ROOT, STEPS, check_equal, launch
@@ -36,6 +37,15 @@ def test_the_run_folder_is_as_the_readme_says(undisturbed: Path) -> None:
     manifest = json.loads((undisturbed / "checkpoints" / checkpoints[-1] / "manifest.json").read_text())
     assert manifest["step"] == STEPS and manifest["consumed_samples"] == 8 * STEPS
     assert manifest["tensors"]["decoder.layers.3.mlp.experts.linear_fc1.weight"]["shape"] == [8, 48, 32]
+
+
+def test_every_event_of_a_run_is_as_its_table_says(undisturbed: Path) -> None:
+    rows = [row for _, row in iterate_lines(undisturbed / "events.jsonl") if row]
+    for row in rows:
+        common = {field.name for field in COMMON_FIELDS}
+        assert common <= row.keys()
+        check_event(EventKind(row["kind"]), {key: value for key, value in row.items() if key not in common})
+    assert {"attempt", "saved", "pruned", "outcome"} <= {row["kind"] for row in rows}
 
 
 def test_a_checkpoint_takes_the_room_that_is_asked_for(undisturbed: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pretrain.run.beat import BEAT_DIR, BUILDING, READING, RESTORING
 from pretrain.run.process import importing
 from pretrain.run.heartbeat import Heartbeat
-from pretrain.rank.process_setup import prepare, run_rank
+from pretrain.rank.process_setup import prepare, refusing_bad_input, run_rank
 from pretrain.rank.stop_signals import StopSignals
 
 SIGNALS = StopSignals(beat=Heartbeat(os.environ))
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     prepare()
     SIGNALS.beat.start()
 
-with importing():
+with importing(), refusing_bad_input():
     from configs.load import Loaded, load_config
     from parallel.groups import make_groups
     from parallel.layout import make_layout

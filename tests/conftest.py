@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,13 @@ def pytest_collection() -> Iterator[None]:
     """Where the test files import torch, two engines and transformers."""
     with importing():
         return (yield)
+
+
+@pytest.fixture(scope="module")
+def deepspeed_imported() -> None:
+    """Forked ranks find DeepSpeed imported (3 s)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import pretrain.engine.deepspeed  # noqa: F401, PLC0415  (after the line above)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.metrics.wandb_log import SegmentReader
+from parallel.compat.wandb_files import SegmentReader
 from pretrain.metrics.wandb_steps import find_segments
 from pretrain.run.folder import RunFolder
 

@@ -10,23 +10,36 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
-from deepspeed.runtime import compiler
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partitioned_param_coordinator
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
-from deepspeed.utils import groups as deepspeed_groups
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from parallel.compat.private_names import LibraryImports, replaced, require_names
+
+with LibraryImports(__name__):
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+    from deepspeed.utils import groups as deepspeed_groups
+require_names(__name__)
+
 EXPERT_GROUP = "experts"
 
-# Every engine looks whether its optimizer is DeepSpeed's Muon, whose import starts torch's compiler: 1.8 s of CPU a rank.
-with mock.patch.object(compiler, "compile", lambda *args, **kwargs: lambda function: function):
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    Fault: every engine looks whether its optimizer is DeepSpeed's Muon, whose import starts torch's compiler: 1.8 s of CPU
+    a rank.
+    """
+    with replaced(compiler, "compile", lambda *args, **kwargs: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+import_muon()
 
 
 def place_experts(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> bool:

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
+from parallel.compat.private_names import changed_source
+
 PACKAGES = tuple(
     f"megatron.core.{name}"
     for name in (
@@ -98,7 +100,7 @@ _REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def rewrite(name: str, source: str) -> str:
-    """The CPU version of one megatron module's source."""
+    """The CPU version of one megatron module's source. Raises ConfigError where it lacks a text that must be replaced."""
 
     def bind(match: re.Match[str]) -> str:
         pairs = [part.strip().split(" as ") for part in match[1].split(",")]
@@ -108,7 +110,8 @@ def rewrite(name: str, source: str) -> str:
     for pattern, replacement in _REWRITES:
         source = pattern.sub(replacement, source)
     for old, new in _REPLACED.get(name, ()):
-        assert source.count(old) == 1, f"{name} no longer holds {old!r} once: the CPU path knows megatron-core 0.16.1"
+        if source.count(old) != 1:
+            raise changed_source(name, old)
         source = source.replace(old, new)
     return source
 

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import nn
+
+from parallel.compat.private_names import require_names
+from parallel.layout import Layout
+
+require_names(__name__)
 
 
 def mark_expert_parameters(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> None:
@@ -49,3 +57,31 @@ def without_jitter(models: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         config.moe_input_jitter_eps = jitter
+
+
+def router_loss_weight(layout: Layout) -> int:
+    """Factor on the coefficients of the router's losses.
+
+    megatron-core 0.16.1: with calculate_per_token_loss a router's auxiliary loss is weighted by the rank's own tokens, while
+    tensor (sequence) and context ranks share one micro-batch: its gradient is too small by tensor x context, no error.
+    """
+    return layout.tensor * layout.context
+
+
+def yarn_on_part_of_head(whole: Any, fraction: float, transformer: TransformerConfig) -> YarnRotaryEmbedding:
+    """YaRN over the first `fraction` of each head, with the settings of `whole`.
+
+    Fault (megatron-core 0.16.1): its YaRN reads no rotary_percent and turns whole heads, without an error.
+    """
+    return YarnRotaryEmbedding(
+        kv_channels=int(whole.dim * fraction),
+        rotary_base=whole.rotary_base,
+        use_cpu_initialization=transformer.use_cpu_initialization,
+        scaling_factor=whole.scaling_factor,
+        original_max_position_embeddings=whole.original_max_position_embeddings,
+        beta_fast=whole.beta_fast,
+        beta_slow=whole.beta_slow,
+        mscale=whole.mscale,
+        mscale_all_dim=whole.mscale_all_dim,
+        correction_range_round_to_int=whole.correction_range_round_to_int,
+    )

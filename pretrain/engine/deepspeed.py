@@ -10,17 +10,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
+from parallel.compat.deepspeed_partition import CutParameters, FlatGroups, Partition, Replicated
+from parallel.compat.deepspeed_swap import SwappedParameters
+from parallel.compat.megatron_private import clear_step_tensors, update_expert_bias
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
 from pretrain.engine.base import WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
-from pretrain.engine.deepspeed_slots import CutParameters, FlatGroups, Partition, Replicated
-from pretrain.engine.deepspeed_swap import SwappedParameters, swaps
+from pretrain.engine.deepspeed_slots import make_slots
+from pretrain.engine.deepspeed_swap import swaps
 from pretrain.engine.schedule_step import Schedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.shards import Shard, local_tensors, map_shards
@@ -48,7 +50,8 @@ class DeepSpeedZero:
         self.runtime.before_update = self._finish_gradients
         kinds: tuple[type[Partition], ...] = (Replicated, FlatGroups, FlatGroups, CutParameters)
         kind = SwappedParameters if swaps(config) else kinds[self.zero_stage]
-        self.partition = kind(self.runtime, by_id)
+        self.partition = kind(self.runtime)
+        self.slots = make_slots(self.partition, by_id)
         self.adam = self.partition.adam
         self.buffers = [
             Slot(shards[index][name], tensor, 0, tensor.numel())
@@ -75,9 +78,8 @@ class DeepSpeedZero:
         self.runtime.step()
         if self.applied:
             self.updates += 1
-            if self.transformer.moe_router_enable_expert_bias:
-                _update_router_expert_bias(self.chunks, self.transformer)  # type: ignore[arg-type]
-        reset_model_temporary_tensors(self.transformer, self.chunks)  # type: ignore[arg-type]
+            update_expert_bias(self.chunks, self.transformer)
+        clear_step_tensors(self.chunks, self.transformer)
         return StepResult(self.loss, self.grad_norm, num_tokens, self.applied)
 
     def _count_tokens(self, batches: Sequence[MicroBatch]) -> int:
@@ -88,7 +90,7 @@ class DeepSpeedZero:
 
     def _finish_gradients(self) -> bool:
         """Called by DeepSpeed's step() when all is reduced over data-parallel ranks; False: no update."""
-        slots, gradients = self.partition.slots, self.partition.gradients()
+        slots, gradients = self.slots, self.partition.gradients()
         partial = [gradient for slot, gradient in zip(slots, gradients, strict=True) if id(slot.parameter) in self.tensor_partial]
         finish.sum_over_tensor_ranks(partial, self.groups.tp)
         self.embedding.reduce(slots, gradients)
@@ -113,9 +115,9 @@ class DeepSpeedZero:
 
     def owned(self) -> Iterator[Piece]:
         writers = ReplicaWriters()
-        for slot in self.partition.slots:
+        for slot in self.slots:
             if self._writes(slot.shard, slot.main.numel() if self.zero_stage == 0 else None, writers):
-                yield from slot.pieces(self.partition.values(slot))
+                yield from slot.pieces(slot.values(self.partition))
         for slot in self.buffers:
             if self._writes(slot.shard, slot.main.numel(), writers):
                 yield from slot.pieces({WEIGHT: slot.main})
@@ -128,8 +130,8 @@ class DeepSpeedZero:
     def held(self, with_optimizer: bool) -> Iterator[Piece]:
         if with_optimizer:
             self.partition.make_moments()
-        for slot in self.partition.slots:
-            values = self.partition.values(slot, writable=True)
+        for slot in self.slots:
+            values = slot.values(self.partition, writable=True)
             yield from slot.pieces(values if with_optimizer else {WEIGHT: values[WEIGHT]})
         for slot in self.buffers:
             yield from slot.pieces({WEIGHT: slot.main})

@@ -5,7 +5,6 @@ In: config, chunks, groups. Out: a `GuardedEngine`, and one module a chunk for t
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,10 @@ from torch import nn
 
 from configs.schema import Config
 from parallel.compat.deepspeed_guards import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
-from pretrain.engine.deepspeed_build import build_adam, build_async_io
-from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swap_small_groups, swaps
+from parallel.compat.deepspeed_operators import build_adam, build_async_io
+from parallel.compat.deepspeed_start import start_deepspeed
+from parallel.compat.deepspeed_swap import swap_small_groups
+from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swaps
 
 # Elements; DeepSpeed allocates buffers of this size (default 5e8: 2 GB in fp32) however small the model is.
 _BUCKET_ELEMENTS = 50_000_000
@@ -84,15 +85,7 @@ def make_runtime(
     config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device
 ) -> tuple[GuardedEngine, list[ChunkCall]]:
     """Collective. Afterwards parameters are partitioned: at stage 3 their shapes are no longer those of the model."""
-    # DeepSpeed logs to stdout, which is not its to write to; what it warns of is decided by the legality table.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").handlers = [logging.StreamHandler(sys.stderr)]
-    # Else it probes compilers for every kernel it has (linker errors on stderr), and compiles a shared-memory all-reduce for
-    # inference (50 s, once a machine) that nothing here calls.
-    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    # A name that deepspeed/__init__.py binds when its own launcher runs; the engine reads it.
-    deepspeed.dist = deepspeed.comm  # type: ignore[attr-defined]
+    start_deepspeed()
     GuardedEngine.has_experts = place_experts(chunks, groups)
     compare_orders_within(groups.dp_cp)
     answers = GroupAnswers(groups)

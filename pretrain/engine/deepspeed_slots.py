@@ -1,225 +1,39 @@
-"""Which part of which parameter DeepSpeed keeps on this rank: weights, moments, gradient. One class a way of partitioning.
+"""What DeepSpeed keeps on this rank, as slots of canonical tensors.
 
-In: a `GuardedEngine`. Out: `ZeroSlot`s, the gradient of each, and what puts loaded weights into effect. The names are
-deepspeed 0.19.8's: stage 0 keeps whole parameters; 1 and 2 flatten a group of them and cut it into equal parts; 3 cuts
-every parameter, and lays the parts of a sub-group behind each other.
+In: a `Partition` of parallel/compat/deepspeed_partition.py and the shards of this rank's parameters. Out: one `ZeroSlot` a
+range, in the order of the partition's gradients.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from parallel.compat.deepspeed_guards import GuardedEngine
-from pretrain.engine.base import MOMENTS, WEIGHT
+from parallel.compat.deepspeed_partition import FlatRange, Partition
+from pretrain.engine.base import WEIGHT
 from pretrain.engine.slots import Slot
 from pretrain.model.shards import Shard
 
 
 @dataclass(frozen=True)
 class ZeroSlot(Slot):
-    """`main` is the range of `flat`, the optimizer's own tensor number `group`, that begins at `offset`."""
+    """A slot whose main weights are a range of DeepSpeed's flat tensors."""
 
-    parameter: nn.Parameter
-    flat: torch.Tensor
-    group: int
-    offset: int
+    held: FlatRange
 
-    def part_of(self, value: torch.Tensor) -> torch.Tensor:
-        """This slot's range of a tensor that is laid out like `flat`; 1-D, shares memory."""
-        return value.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.held.parameter
 
-
-class Partition(ABC):
-    """What a rank holds under one way of partitioning. `shards` is by id of the parameter."""
-
-    def __init__(self, runtime: GuardedEngine, shards: dict[int, Shard]) -> None:
-        self.runtime = runtime
-        self.zero: Any = runtime.optimizer
-        assert runtime.basic_optimizer is not None, "the engine was given an optimizer"
-        self.adam: torch.optim.Optimizer = runtime.basic_optimizer
-        self.slots = list(self._make_slots(shards))
-
-    @abstractmethod
-    def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]: ...
-
-    def begin(self) -> None:
-        """Before the first micro-batch of a step."""
-        return
-
-    @abstractmethod
-    def gradients(self) -> list[torch.Tensor]:
-        """The reduced gradient of each slot, 1-D, to be changed in place; between reduction and update only."""
-
-    @abstractmethod
-    def accept(self, norm: torch.Tensor) -> None:
-        """The gradients are final: let DeepSpeed update by them, and keep it from computing a norm of its own."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Forget the gradients of this step."""
-
-    @abstractmethod
-    def publish(self) -> None:
-        """Main weights were written: bring what the model computes with up to date. Collective."""
-
-    def values(self, slot: ZeroSlot, writable: bool = False) -> dict[str, torch.Tensor]:
-        """fp32 main weights of a slot and its moments, which come with the first update; 1-D. `writable`: to be written in
-        place before the next `publish`."""
-        state = self.adam.state.get(slot.flat, {})
-        return {WEIGHT: slot.main, **{kind: slot.part_of(state[kind]) for kind in MOMENTS if kind in state}}
-
-    def make_moments(self) -> None:
-        """Zero moments, for `values` to find."""
-        for group, flat in {slot.group: slot.flat for slot in self.slots}.items():
-            self._make_moments(group, flat)
-
-    def _make_moments(self, group: int, flat: torch.Tensor) -> None:
-        self.adam.state[flat] = {kind: torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for kind in MOMENTS}
+    def values(self, partition: Partition, writable: bool = False) -> dict[str, torch.Tensor]:
+        """Main weights and moments by kind, 1-D. `writable`: to be written in place before the partition publishes them."""
+        main, moments = partition.values(self.held, writable)
+        return {WEIGHT: main, **moments}
 
 
-def _slot(shard: Shard, parameter: nn.Parameter, start: int, stop: int, flat: torch.Tensor, group: int, offset: int) -> ZeroSlot:
-    main = flat.detach().view(-1)[offset : offset + stop - start]
-    return ZeroSlot(shard, main, start, stop, parameter, flat, group, offset)
-
-
-class Replicated(Partition):
-    """Stage 0: every parameter is its own flat tensor."""
-
-    def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]:
-        for index, parameter in enumerate(self.runtime.parameters()):
-            yield _slot(shards[id(parameter)], parameter, 0, parameter.numel(), parameter, index, 0)
-
-    def gradients(self) -> list[torch.Tensor]:
-        return [_gradient(slot.parameter).view(-1) for slot in self.slots]
-
-    def accept(self, norm: torch.Tensor) -> None:
-        """There is none without clipping."""
-
-    def discard(self) -> None:
-        self.runtime.zero_grad()
-
-    def publish(self) -> None:
-        """The model computes with the main weights."""
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None, "DeepSpeed gives every parameter a gradient when it reduces"
-    return parameter.grad
-
-
-class FlatGroups(Partition):
-    """Stages 1 and 2: equal parts of flattened groups."""
-
-    def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]:
-        zero = self.zero
-        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            size = zero.partition_size[group]
-            first = dist.get_rank(zero.real_dp_process_group[group]) * size
-            offsets = zero.round_robin_bit16_offsets[group]
-            for parameter, offset in zip(zero.round_robin_bit16_groups[group], offsets, strict=True):
-                low, high = max(first, offset), min(first + size, offset + parameter.numel())
-                if low < high:
-                    shard = shards[id(parameter)]
-                    yield _slot(shard, parameter, low - offset, high - offset, flat, group, low - first)
-
-    def begin(self) -> None:
-        """Clear the gradients that offload keeps on the host.
-
-        Fault (deepspeed 0.19.8): as at stage 3 (`CutParameters`), under stage 2 with offload.
-        """
-        if self.zero.cpu_offload:
-            for gradient in self.zero.accumulated_grads_in_cpu.values():
-                gradient.zero_()
-
-    def gradients(self) -> list[torch.Tensor]:
-        if self.zero.cpu_offload:
-            return [slot.part_of(slot.flat.grad) for slot in self.slots]  # type: ignore[arg-type]
-        found: dict[tuple[int, int], torch.Tensor] = {}
-        for group, tensors in self.zero.averaged_gradients.items():
-            position = 0
-            for tensor in tensors:
-                found[group, position] = tensor
-                position += tensor.numel()
-        result = [found[slot.group, slot.offset].view(-1) for slot in self.slots]
-        assert all(gradient.numel() == slot.stop - slot.start for gradient, slot in zip(result, self.slots, strict=True)), (
-            "deepspeed lays gradients out like the weights"
-        )
-        return result
-
-    def accept(self, norm: torch.Tensor) -> None:
-        self.zero.scaled_global_norm = lambda norm_type=2: norm
-
-    def discard(self) -> None:
-        # What its step() does when it finds an overflow.
-        zero = self.zero
-        zero.zero_grad(set_to_none=True)
-        zero._release_preflattened_grad_buffers()
-        zero.micro_step_id = -1
-        if zero.cpu_offload:
-            zero.reset_cpu_buffers()
-            zero._offload_accumulated_param_ids = set()
-        for group in zero.averaged_gradients:
-            zero.averaged_gradients[group] = None
-            zero.all_grad_tensors[group] = None
-
-    def publish(self) -> None:
-        self.zero.update_lp_params()
-
-
-class CutParameters(Partition):
-    """Stage 3: every parameter cut into equal parts, the last one padded."""
-
-    def _make_slots(self, shards: dict[int, Shard]) -> Iterator[ZeroSlot]:
-        zero = self.zero
-        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            rank = dist.get_rank(zero.sub_group_process_groups[group])
-            position = 0
-            for parameter in zero.fp16_groups[group]:
-                size = parameter.partition_numel()
-                low, high = rank * size, min(rank * size + size, parameter.ds_numel)
-                if low < high:
-                    yield _slot(shards[id(parameter)], parameter, low, high, flat, group, position)
-                position += size
-
-    def begin(self) -> None:
-        """Clear the gradients of the step before.
-
-        Fault (deepspeed 0.19.8): the first backward pass of a step overwrites them, the others add. A parameter that the first
-        pass doesn't reach (another virtual chunk's) adds to the step before's: wrong from the second step, no error.
-        """
-        self.zero.grad_partitions_flat_buffer.zero_()
-
-    def gradients(self) -> list[torch.Tensor]:
-        if self.zero.offload_optimizer:
-            return [slot.part_of(slot.flat.grad) for slot in self.slots]  # type: ignore[arg-type]
-        found: dict[int, torch.Tensor] = {}
-        for group, parameters in enumerate(self.zero.fp16_groups):
-            tensors = self.zero.averaged_gradients[group]
-            found |= {id(parameter): tensor for parameter, tensor in zip(parameters, tensors, strict=True)}
-        return [found[id(slot.parameter)].view(-1)[: slot.stop - slot.start] for slot in self.slots]
-
-    def accept(self, norm: torch.Tensor) -> None:
-        self.zero._get_norm_groups = lambda: [norm]
-
-    def discard(self) -> None:
-        self.zero._pre_step()
-        self.zero._overflow_clean_up(1.0)
-
-    def publish(self) -> None:
-        zero = self.zero
-        zero._partition_all_parameters()
-        for group in range(len(zero.fp16_groups)):
-            self._publish_group(group)
-        # Small parameters stay gathered between steps.
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-    def _publish_group(self, group: int) -> None:
-        self.zero._reassign_or_swap_out_partitioned_parameters(group)
+def make_slots(partition: Partition, shards: Mapping[int, Shard]) -> list[ZeroSlot]:
+    """The slots of a partition. `shards` is by id of the parameter."""
+    return [ZeroSlot(shards[id(held.parameter)], held.main, held.start, held.stop, held) for held in partition.ranges]

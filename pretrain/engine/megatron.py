@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
+from parallel.compat.megatron_private import publish_main_weights, sharded_main
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.schedule_step import Schedule
@@ -135,11 +136,8 @@ class MegatronEngine:
     def _parameter_slot(self, shard: Shard, parameter: torch.nn.Parameter) -> list[OptimizerSlot]:
         for part in self._parts():
             if isinstance(part, DistributedOptimizer):
-                if parameter in part.model_param_group_index_map:
-                    group, order = part.model_param_group_index_map[parameter]
-                    span = part._get_model_param_range_map(parameter)["param"]
-                    main = part.optimizer.param_groups[group]["params"][order]
-                    return [OptimizerSlot(shard, main, span.start, span.end, part)]
+                if found := sharded_main(part, parameter):
+                    return [OptimizerSlot(shard, *found, part)]
             else:
                 main = getattr(parameter, "main_param", parameter)
                 if any(main is other for group in part.optimizer.param_groups for other in group["params"]):
@@ -175,8 +173,7 @@ class MegatronEngine:
             if self._counts_in_groups(part):
                 for group in part.optimizer.param_groups:
                     group["step"] = self.updates
-            if hasattr(part, "_copy_main_params_to_model_params"):
-                part._copy_main_params_to_model_params()  # pyright: ignore[reportAttributeAccessIssue]
+            publish_main_weights(part)
         if self.zero_stage == 1:
             for model in self.models:
                 model.start_param_sync(force_sync=True)

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from configs.model_schema import Model
 from parallel.architecture import moe_layers
+from parallel.compat.megatron_private import take_prediction_loss, take_router_losses
 from pretrain.model.shards import layer_of
 
 
@@ -74,23 +73,20 @@ class MoeMetrics:
 
     def _tracked(self, num_micro_batches: int) -> torch.Tensor:
         """This rank's share of each loss, so that the sum over all ranks is the mean."""
-        groups, tracker = self.groups, get_moe_layer_wise_logging_tracker()
+        groups, tracked = self.groups, take_router_losses()
         routers = self.num_routers * num_micro_batches
         world = groups.tp_dp_cp.size()
         dp = groups.dp_cp.size() // groups.cp.size()
 
         def total(key: str) -> torch.Tensor:
-            return tracker[key]["values"].sum().double() if key in tracker else self.counts.new_zeros(())
+            return tracked.get(key, self.counts.new_zeros(()))
 
         # Partial sums over tensor and context ranks, means over data ranks; the global loss is partial over all of them.
         values = [total(key) / (routers * (1 if name == "global_aux_loss" else dp)) for name, key in self.losses.items()]
         values.append(total("z_loss") / (routers * world) if routers else total("z_loss"))
-        mtp = MTPLossLoggingHelper.tracker.get("values")
+        mtp = take_prediction_loss()
         share = num_micro_batches * world * max(self.mtp_depth, 1)
-        values.append(mtp.sum().double() / share if mtp is not None else self.counts.new_zeros(()))
-        clear_aux_losses_tracker()
-        if mtp is not None:
-            mtp.zero_()
+        values.append(mtp / share if mtp is not None else self.counts.new_zeros(()))
         return torch.stack(values)
 
     def _loads(self, loads: torch.Tensor, shown_layers: int) -> dict[str, float]:

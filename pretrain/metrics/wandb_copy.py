@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pretrain.metrics.wandb_log import SegmentReader
+from parallel.compat.wandb_files import SegmentReader
 from pretrain.metrics.wandb_steps import Cursor, mark_synced, steps_offline, to_spans
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower

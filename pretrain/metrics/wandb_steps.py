@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pretrain.metrics.wandb_log import is_empty, steps_in
+from parallel.compat.wandb_files import is_empty, steps_in
 from pretrain.run.files import read_json, write_json
 from pretrain.run.folder import RunFolder
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from configs.schema import Config
 from parallel.architecture import padded_vocab
+from parallel.compat.megatron_guards import yarn_on_part_of_head
+from parallel.compat.private_names import require_names
 from parallel.layout import Layout
 from parallel.stages import Chunk
 from pretrain.model.backend import Backend
 from pretrain.model.specs import block_spec, mtp_spec
+
+require_names(__name__)
 
 
 class PaddedVocabGPT(GPTModel):
@@ -79,26 +82,10 @@ def build_chunk(
         vp_stage=vp_stage,
     )
     if _position_kind(config) == "yarn" and position.rotary_fraction < 1.0:
-        gpt.rotary_pos_emb = _part_of_head(gpt.rotary_pos_emb, position.rotary_fraction, transformer)
+        gpt.rotary_pos_emb = yarn_on_part_of_head(gpt.rotary_pos_emb, position.rotary_fraction, transformer)
     gpt.num_tokens_in_vocab = vocab_size
     gpt.first_local_token = groups.tp.rank() * (padded // groups.tp.size())
     return gpt
-
-
-def _part_of_head(whole: Any, fraction: float, transformer: TransformerConfig) -> YarnRotaryEmbedding:
-    """YaRN over the first part of each head: megatron-core 0.16.1's reads no rotary_percent and turns whole heads, silently."""
-    return YarnRotaryEmbedding(
-        kv_channels=int(whole.dim * fraction),
-        rotary_base=whole.rotary_base,
-        use_cpu_initialization=transformer.use_cpu_initialization,
-        scaling_factor=whole.scaling_factor,
-        original_max_position_embeddings=whole.original_max_position_embeddings,
-        beta_fast=whole.beta_fast,
-        beta_slow=whole.beta_slow,
-        mscale=whole.mscale,
-        mscale_all_dim=whole.mscale_all_dim,
-        correction_range_round_to_int=whole.correction_range_round_to_int,
-    )
 
 
 def _position_kind(config: Config) -> Any:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from configs.model_schema import Model, Position
 from configs.schema import Config
 from parallel.architecture import expert_ffn, ffn, head_dim, moe_layers, num_query_groups
+from parallel.compat.megatron_guards import router_loss_weight
 from parallel.layout import Layout
 from parallel.stages import Chunk, megatron_pipeline_layout
 from pretrain.model.backend import Backend
@@ -86,15 +87,6 @@ def _architecture(model: Model) -> dict[str, Any]:
     if model.activation == "gpt_oss_glu":
         values |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
     return values
-
-
-def router_loss_weight(layout: Layout) -> int:
-    """Factor on the coefficients of the router's losses.
-
-    megatron-core 0.16.1: with calculate_per_token_loss a router's auxiliary loss is weighted by the rank's own tokens, while
-    tensor (sequence) and context ranks share one micro-batch: its gradient is too small by tensor x context, no error.
-    """
-    return layout.tensor * layout.context
 
 
 def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:

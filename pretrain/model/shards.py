@@ -16,6 +16,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from parallel.compat.torch_private import saved_buffers
 from pretrain.model.tensor_slice import Box
 
 # Transformer Engine's fused norms -> the names of the separate ones.
@@ -82,9 +83,8 @@ def local_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and every saved buffer of a chunk by local name."""
     yield from chunk.named_parameters()
     for prefix, module in chunk.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield (f"{prefix}.{name}" if prefix else name), buffer
+        for name, buffer in saved_buffers(module):
+            yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
 def layer_of(layer: Any) -> int:

@@ -18,10 +18,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from parallel.compat.private_names import require_names
 from parallel.stages import Chunk
 from pretrain.model.attention import SDPAttention
 from pretrain.model.backend import Backend
 from pretrain.model.experts import GroupedExperts
+
+require_names(__name__)
 
 
 class Norm:

@@ -18,7 +18,8 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -47,14 +48,30 @@ def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -
     try:
         return body()
     except ConfigError as error:
-        record_failure(environ, "bad_input", str(error))
-        print(error, file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return _report(error, environ)
     except Exception:
         text = traceback.format_exc()
         record_failure(environ, "exception", text)
         print(text, file=sys.stderr, flush=True)
         return EXIT_BROKE
+
+
+@contextmanager
+def refusing_bad_input(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Around a rank's imports: a ConfigError, as from a library whose private names changed, ends like one of the run.
+
+    Its report goes to stderr, its failure file to the launcher, and the process ends with exit code 2.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise SystemExit(_report(error, environ)) from None
+
+
+def _report(error: ConfigError, environ: Mapping[str, str]) -> int:
+    record_failure(environ, "bad_input", str(error))
+    print(error, file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
 
 
 def redirect_output(environ: Mapping[str, str]) -> None:

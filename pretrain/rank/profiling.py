@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Profile
+from parallel.compat.torch_private import dump_cuda_memory, record_cuda_memory
 
 
 class ProfileWindow:
@@ -27,7 +28,7 @@ class ProfileWindow:
         if self._wanted and step == self.section.start_step:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             if self.section.memory_snapshot and torch.cuda.is_available():
-                torch.cuda.memory._record_memory_history()
+                record_cuda_memory()
             self._profiler = profile(activities=activities, record_shapes=True)
             self._profiler.start()
 
@@ -39,6 +40,5 @@ class ProfileWindow:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json"))
         if self.section.memory_snapshot and torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"rank_{self.rank}.memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            dump_cuda_memory(self.folder / f"rank_{self.rank}.memory.pickle")
         self._profiler = None

@@ -12,8 +12,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch._dynamo  # torch imports it with the first optimizer: 0.9 s that every rank would spend again.
 import torch.distributed as dist
+
+from parallel.compat.torch_private import import_dynamo
+
+# Once for all ranks, which are forked from this process.
+import_dynamo()
 
 
 class RankFailed(AssertionError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from numpy.typing import NDArray
 
 from configs.schema import Config
+from parallel.compat.megatron_private import watch_routing
 from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
@@ -73,18 +73,16 @@ def train(config: Config, steps: int) -> RankResult:
 def record_router_margins(router: TopKRouter) -> list[torch.Tensor]:
     """Record, at every forward pass, the margin between each token's last chosen and first not chosen expert: [tokens]."""
     found: list[torch.Tensor] = []
-    routing = router.routing
 
-    def watched(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def watched(logits: torch.Tensor) -> None:
         scores = logits.detach().float().flatten(0, -2)
         if router.score_function == "sigmoid":
             scores = scores.sigmoid() + (0 if router.expert_bias is None else router.expert_bias)
         if scores.shape[-1] > router.topk:
             best = scores.topk(router.topk + 1, dim=-1).values
             found.append(best[:, -2] - best[:, -1])
-        return routing(logits, *args, **kwargs)
 
-    router.routing = watched  # type: ignore[method-assign]
+    watch_routing(router, watched)
     return found
 
 

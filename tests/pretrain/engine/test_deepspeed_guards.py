@@ -39,8 +39,8 @@ def managed(settings: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unguarded(name: str, patch: pytest.MonkeyPatch) -> None:
-    from pretrain.engine import deepspeed_runtime as runtime  # noqa: PLC0415  (after the fixture)
-    from pretrain.engine import deepspeed_slots as held  # noqa: PLC0415
+    from parallel.compat import deepspeed_partition as held  # noqa: PLC0415  (after the fixture)
+    from pretrain.engine import deepspeed_runtime as runtime  # noqa: PLC0415
 
     if name == "experts partitioned over all data ranks":
         patch.setattr(runtime, "place_experts", lambda *args: False)
@@ -92,3 +92,24 @@ def optimizer_kind(config: Config) -> str:
 def test_stage_1_in_bf16_is_partitioned_like_the_others() -> None:
     """DeepSpeed would take BF16_Optimizer, whose state and norm are other ones."""
     assert run_ranks(1, optimizer_kind, small_config(precision__params="bf16", **zero(1)))[0] == "DeepSpeedZeroOptimizer"
+
+
+def foreign_experts(config: Config) -> bool:
+    engine: Any = make(config)[0]
+    return engine.runtime.has_moe_layers
+
+
+def test_the_engine_knows_foreign_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the guards DeepSpeed refuses experts that it did not build, or takes the model for a dense one."""
+    from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: PLC0415  (after the fixture)
+
+    from parallel.compat.deepspeed_guards import GuardedEngine  # noqa: PLC0415
+
+    config = small_config(launch__processes_per_node=2, **{EP: 2, **zero(2)})
+    assert run_ranks(2, foreign_experts, config) == [True, True]
+    monkeypatch.setattr(GuardedEngine, "_validate_zero3_moe_compatibility", DeepSpeedEngine._validate_zero3_moe_compatibility)
+    with pytest.raises(RankFailed, match="MoE"):
+        run_ranks(2, foreign_experts, small_config(launch__processes_per_node=2, **{EP: 2, **zero(3)}))
+    monkeypatch.delattr(GuardedEngine, "has_moe_layers")
+    with pytest.raises(RankFailed):
+        assert all(run_ranks(2, foreign_experts, config))

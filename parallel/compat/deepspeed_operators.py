@@ -6,23 +6,27 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
-from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
-from torch.utils.cpp_extension import _get_build_directory
+from parallel.compat.private_names import LibraryImports, require_names
+
+with LibraryImports(__name__):
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+require_names(__name__)
 
 
 def build_adam() -> None:
     """DeepSpeed's CPU Adam."""
-    _build(CPUAdamBuilder())
+    build_operator(CPUAdamBuilder())
 
 
 def build_async_io() -> None:
     """What swaps to a disk, and the page-locked memory that it swaps from."""
-    _build(PinMemoryBuilder())
-    _build(AsyncIOBuilder())
+    build_operator(PinMemoryBuilder())
+    build_operator(AsyncIOBuilder())
 
 
-def _build(builder: Any) -> None:
+def build_operator(builder: Any) -> None:
     """Compile and load an operator, one process of a machine at a time.
 
     Fault (torch's cpp_extension, which DeepSpeed 0.19.8 builds with): its lock is a file that a killed process leaves

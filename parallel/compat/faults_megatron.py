@@ -1,0 +1,142 @@
+"""Faults and private parts of Megatron-Core that we guard against or rely on.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from parallel.compat.guard import Guard
+
+_PARITY = "tests/pretrain/model/test_parity.py"
+_LAYOUT_TEST = f"{_PARITY}::test_layout_changes_nothing"
+_ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
+
+
+def _megatron(fault: str, guard: str, symptom: str, test: str, *names: str) -> Guard:
+    return Guard(fault, "megatron-core", guard, symptom, test, names)
+
+
+MEGATRON_GUARDS = (
+    _megatron(
+        "Megatron-Core calls torch.cuda at import and in every step",
+        "parallel.compat.megatron_cpu:rewrite",
+        "no run and no rehearsal without a GPU",
+        "tests/parallel/compat/test_megatron_cpu.py::test_modules_run_on_the_cpu_and_torch_is_untouched",
+    ),
+    _megatron(
+        "Gradients of experts are reduced and counted over the wrong ranks with tensor > 1",
+        "parallel.compat.megatron_guards:mark_expert_parameters",
+        "wrong gradients of experts and a wrong norm from the first step, no error",
+        f"{_PARITY}::test_expert_guard",
+    ),
+    _megatron(
+        "The router's jitter is added during validation too",
+        "parallel.compat.megatron_guards:without_jitter",
+        "the validation loss is noisy, and each validation changes the random numbers of training",
+        f"{_PARITY}::test_jitter_guard",
+        "megatron.core.transformer.transformer_config:TransformerConfig.moe_input_jitter_eps",
+    ),
+    _megatron(
+        "Router losses are weighted by the rank's own tokens when the loss is a sum over tokens",
+        "parallel.compat.megatron_guards:router_loss_weight",
+        "gradients of router losses are too small by tensor x context, no error",
+        f"{_PARITY}::test_router_losses_guard",
+    ),
+    _megatron(
+        "YaRN ignores rotary_percent",
+        "parallel.compat.megatron_guards:yarn_on_part_of_head",
+        "whole heads are rotated where the model rotates a part of each, no error",
+        "tests/parallel/compat/test_megatron_guards.py::test_yarn_turns_the_asked_part_of_each_head",
+    ),
+    _megatron(
+        "Column-parallel down projections of latent attention get a wrong gradient with tensor > 1",
+        "pretrain.model.specs:_attention_spec",
+        "gradient norm 1.09392 where 1.09504 is right, no error",
+        f"{_PARITY}::test_latent_attention_guard",
+    ),
+    _megatron(
+        "The local norm refuses sequence parallelism",
+        "pretrain.model.specs:Norm",
+        "tensor > 1 ends with an assertion on the CPU",
+        "tests/parallel/compat/test_megatron_guards.py::test_the_local_norm_refuses_sequence_parallelism",
+    ),
+    _megatron(
+        "The local backend builds norms and attention that lack sequence parallelism, MLA, sinks and context parallelism",
+        "pretrain.model.specs:CpuSpecProvider",
+        "no layout with context > 1 and no MLA model on the CPU",
+        _LAYOUT_TEST,
+        "megatron.core.models.backends:LocalSpecProvider.layer_norm",
+        "megatron.core.models.backends:LocalSpecProvider.core_attention",
+    ),
+    _megatron(
+        "Padded vocabulary entries take part in the softmax",
+        "pretrain.model.gpt:PaddedVocabGPT.compute_language_model_loss",
+        "the loss depends on model.vocab_multiple",
+        f"{_PARITY}::test_padding_of_the_vocabulary_changes_nothing",
+        "megatron.core.models.gpt.gpt_model:GPTModel.compute_language_model_loss",
+    ),
+    _megatron(
+        "A GPTModel reads YaRN's settings from names that TransformerConfig does not declare",
+        "pretrain.model.megatron_config:make_transformer_config",
+        "a model with YaRN ends with an AttributeError",
+        "tests/parallel/compat/test_megatron_guards.py::test_yarn_settings_reach_the_model",
+    ),
+    _megatron(
+        "The expert bias moves during the backward pass, before a step is accepted",
+        "pretrain.engine.megatron:MegatronEngine.step",
+        "a refused step leaves a moved expert bias",
+        "tests/pretrain/test_refused_steps.py::test_a_refused_step_moves_nothing",
+    ),
+    _megatron(
+        "The distributed optimizer tells nobody which range of which parameter a rank holds",
+        "parallel.compat.megatron_private:sharded_main",
+        "checkpoints can neither be written nor read at ZeRO 1",
+        f"{_PARITY}::test_layout_changes_nothing",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer#model_param_group_index_map",
+    ),
+    _megatron(
+        "Only a step copies main weights into the model's weights",
+        "parallel.compat.megatron_private:publish_main_weights",
+        "a restored bf16 run computes with its initial weights",
+        "tests/parallel/compat/test_megatron_guards.py::test_main_weights_reach_the_model",
+        "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params._copy_main_params_to_model_params",
+    ),
+    _megatron(
+        "The expert bias is moved by a private function of Megatron-Core's own engine",
+        "parallel.compat.megatron_private:update_expert_bias",
+        "under DeepSpeed the expert bias never moves",
+        "tests/pretrain/engine/test_deepspeed.py::test_kinds_of_model_on_composed_axes",
+        "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
+        f"{_ROUTER}#local_tokens_per_expert",
+    ),
+    _megatron(
+        "What routers count during a step is cleared by Megatron-Core's own engine only",
+        "parallel.compat.megatron_private:clear_step_tensors",
+        "under DeepSpeed the expert bias moves by the load of all steps so far",
+        "tests/parallel/compat/test_megatron_guards.py::test_routers_count_each_step_alone",
+        "megatron.core.distributed.finalize_model_grads:reset_model_temporary_tensors",
+    ),
+    _megatron(
+        "Router losses are kept in a tracker whose own reduction averages in a collective, which gloo lacks",
+        "parallel.compat.megatron_private:take_router_losses",
+        "no router losses in the record, or sums over all steps so far",
+        _LAYOUT_TEST,
+        "megatron.core.transformer.moe.moe_utils:get_moe_layer_wise_logging_tracker",
+        "megatron.core.transformer.moe.moe_utils:clear_aux_losses_tracker",
+    ),
+    _megatron(
+        "The same for the losses of multi-token prediction",
+        "parallel.compat.megatron_private:take_prediction_loss",
+        "no mtp_loss in the record, or sums over all steps so far",
+        "tests/parallel/compat/test_megatron_guards.py::test_trackers_start_anew_when_they_are_taken",
+        "megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.tracker",
+    ),
+    _megatron(
+        "A rehearsal must know how close routing decisions were",
+        "parallel.compat.megatron_private:watch_routing",
+        "a tie between two experts counts as a difference between layouts",
+        "tests/parallel/compat/test_megatron_guards.py::test_routing_is_watched",
+        f"{_ROUTER}.routing",
+    ),
+)

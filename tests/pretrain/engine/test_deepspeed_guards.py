@@ -111,5 +111,4 @@ def test_the_engine_knows_foreign_experts(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RankFailed, match="MoE"):
         run_ranks(2, foreign_experts, small_config(launch__processes_per_node=2, **{EP: 2, **zero(3)}))
     monkeypatch.delattr(GuardedEngine, "has_moe_layers")
-    with pytest.raises(RankFailed):
-        assert all(run_ranks(2, foreign_experts, config))
+    assert run_ranks(2, foreign_experts, config) == [False, False]

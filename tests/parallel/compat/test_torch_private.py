@@ -27,5 +27,5 @@ def test_saved_buffers_are_those_of_a_state_dict() -> None:
 
 
 def test_dynamo_is_there_before_ranks_are_forked() -> None:
-    code = "import sys, tools.rehearse.ranks; assert 'torch._dynamo' in sys.modules"
+    code = "import sys, tools.rehearse.local_ranks; assert 'torch._dynamo' in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -27,6 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strength", type=int, default=2, choices=(1, 2, 3), help="auto: cover single values, pairs or triples (default: 2)"
     )
+    parser.add_argument(
+        "--micro-batches",
+        metavar="N,N",
+        help="rehearse each layout with micro-batches of so many sequences, out of 1, 2 and 4 (default: as in the config, at "
+        "most 2; auto: 1,2). The same global batch must give the same answer however it is cut, where the loss allows it",
+    )
     parser.add_argument("--max-ranks", type=int, default=8, help="auto: largest number of ranks (default: 8)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default: 3)")
     parser.add_argument(

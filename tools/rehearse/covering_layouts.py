@@ -13,7 +13,6 @@ from itertools import combinations, product
 from typing import Any
 
 from configs.schema import Config, Zero
-from parallel.layout import make_layout
 from parallel.legality.verdict import check_config
 from tools.rehearse.shrink import common_divisors, shrink
 
@@ -31,6 +30,8 @@ _AXES: dict[str, tuple[Any, ...]] = {
     "offload": ("none", "optimizer", "param"),
     "overlap": (False, True),
 }
+# Sequences of a micro-batch that layouts are rehearsed with.
+MICRO_BATCHES = (1, 2)
 
 
 def apply(config: Config, values: Values) -> Config:
@@ -48,13 +49,21 @@ def apply(config: Config, values: Values) -> Config:
     return config
 
 
-def legal_layouts(config: Config, max_ranks: int) -> Iterator[tuple[Values, Config]]:
-    """(axis values, config) of every legal layout of at most `max_ranks` ranks."""
+def legal_layouts(
+    config: Config, max_ranks: int, micro_batches: Sequence[int] = MICRO_BATCHES
+) -> Iterator[tuple[Values, Config]]:
+    """(axis values, config) of every legal layout of at most `max_ranks` ranks with each micro-batch, in sequences."""
     for values in product(*_AXES.values()):
         named = tuple(zip(_AXES, values, strict=True))
         candidate = apply(config, named)
-        if candidate.launch.processes_per_node <= max_ranks and _is_legal(candidate):
-            yield named, candidate
+        candidate.batch.micro_batch_seqs = max(micro_batches)
+        if candidate.launch.processes_per_node > max_ranks or not _is_legal(candidate):
+            continue
+        # Whether a layout is legal does not depend on the micro-batch: the global batch of a rehearsal fits it.
+        for micro_batch_seqs in micro_batches:
+            made = deepcopy(candidate)
+            made.batch.micro_batch_seqs = micro_batch_seqs
+            yield (*named, ("micro_batch", micro_batch_seqs)), made
 
 
 def _is_legal(config: Config) -> bool:
@@ -62,7 +71,7 @@ def _is_legal(config: Config) -> bool:
     world = config.launch.processes_per_node
     if world % (parallel.expert_tensor * parallel.expert * parallel.pipeline):
         return False
-    return check_config(shrink(config, common_divisors([make_layout(config)]))).ok
+    return check_config(shrink(config, common_divisors([config]))).ok
 
 
 def covering_subset(candidates: Sequence[tuple[Values, Config]], strength: int) -> list[tuple[Values, Config]]:

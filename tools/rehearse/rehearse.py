@@ -19,15 +19,16 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
-from configs.schema import Config, Zero
+from configs.schema import Config
 from parallel.layout import make_layout
 from parallel.legality.verdict import check_config
 from pretrain.build import import_deepspeed
 from pretrain.preflight.nvme import check_nvme
 from pretrain.run.process import importing
 from tools.rehearse.compare import Comparison, compare
-from tools.rehearse.covering_layouts import covering_subset, legal_layouts
+from tools.rehearse.covering_layouts import MICRO_BATCHES, covering_subset, legal_layouts
 from tools.rehearse.local_ranks import RankFailed, run_ranks
+from tools.rehearse.reference import reference_micro_batch_seqs, reference_of
 from tools.rehearse.shrink import CommonDivisors, common_divisors, fit_degrees, omitted_features, shrink
 from tools.rehearse.train_rank import RankResult, train
 
@@ -35,20 +36,36 @@ from tools.rehearse.train_rank import RankResult, train
 OWN_SECTIONS = ("batch", "run", "data", "schedule", "checkpoint")
 
 
-def choose_layouts(source: str, overrides: list[str], wanted: str | None, strength: int, max_ranks: int) -> list[Config]:
-    """The configs to rehearse. Raises ConfigError for what the run itself would be refused for."""
+def choose_layouts(
+    source: str, overrides: list[str], wanted: str | None, strength: int, max_ranks: int, micro_batches: list[int] | None = None
+) -> list[Config]:
+    """The configs to rehearse, each layout with each of `micro_batches` (sequences; None: 1 or 2, as in the config; auto: both).
+
+    Raises ConfigError for what the run itself would be refused for.
+    """
     config = load_config(source, overrides).config
     if wanted is None:
-        return _fitted([config])
+        return with_micro_batches(_fitted([config]), micro_batches)
     if wanted == "auto":
-        return [layout for _, layout in covering_subset(list(legal_layouts(config, max_ranks)), strength)]
+        candidates = list(legal_layouts(config, max_ranks, micro_batches or MICRO_BATCHES))
+        return [layout for _, layout in covering_subset(candidates, strength)]
     try:
         listed = json.loads(Path(wanted).read_text(encoding="utf-8"))
         words = [[f"{key}={json.dumps(value)}" for key, value in layout.items()] for layout in listed]
     except (OSError, ValueError, AttributeError) as error:
         rule = f"must be a JSON list of overrides: {error}"
         raise ConfigError(Problem("--layouts", wanted, rule, 'e.g. [{"parallel.tensor": 2, "zero.stage": 1}]')) from error
-    return _fitted([load_config(source, [*overrides, *more]).config for more in words])
+    return with_micro_batches(_fitted([load_config(source, [*overrides, *more]).config for more in words]), micro_batches)
+
+
+def with_micro_batches(configs: list[Config], micro_batches: list[int] | None) -> list[Config]:
+    """Each config with each of these numbers of sequences; None: as they are."""
+    made = []
+    for config in configs:
+        for micro_batch_seqs in micro_batches or [config.batch.micro_batch_seqs]:
+            made.append(deepcopy(config))
+            made[-1].batch.micro_batch_seqs = micro_batch_seqs
+    return made
 
 
 def _fitted(configs: list[Config]) -> list[Config]:
@@ -62,7 +79,7 @@ def check_layouts(configs: list[Config]) -> list[Problem]:
     """Problems of the shrunken configs on this machine."""
     problems = []
     for config in configs:
-        small = shrink(config, common_divisors([make_layout(config)]))
+        small = shrink(config, common_divisors([config]))
         problems += check_config(small).problems or check_nvme(with_disk(small, tempfile.gettempdir()))
     return problems
 
@@ -74,25 +91,14 @@ def with_disk(config: Config, folder: str) -> Config:
     return config
 
 
-def reference_of(config: Config, common: CommonDivisors) -> Config:
-    """The same model and batches on one process, without sharding."""
-    single = deepcopy(config)
-    parallel = single.parallel
-    parallel.tensor = parallel.pipeline = parallel.context = parallel.expert = parallel.expert_tensor = 1
-    parallel.virtual_pipeline, parallel.sequence, parallel.pipeline_split = None, None, None
-    parallel.overlap_expert_comm = False
-    single.launch.nodes = single.launch.processes_per_node = 1
-    single.zero = Zero(engine="megatron", stage=0)
-    return shrink(single, common)
-
-
 def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, steps: int) -> dict[str, Any]:
     """The row of one layout in the report."""
     layout = make_layout(config)
     started_s = time.perf_counter()
     zero = config.zero
     head: dict[str, Any] = {"layout": layout.describe(), "engine": zero.engine, "zero": zero.stage, "offload": zero.offload}
-    head["ranks"] = layout.world_size
+    head |= {"ranks": layout.world_size, "micro_batch_seqs": config.batch.micro_batch_seqs}
+    head["reference_micro_batch_seqs"] = reference_micro_batch_seqs(config)
     try:
         with tempfile.TemporaryDirectory() as disk:
             ranks = run_ranks(layout.world_size, train, with_disk(shrink(config, common), disk), steps)
@@ -105,13 +111,13 @@ def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, 
 def describe(line: dict[str, Any]) -> str:
     """The row as a line of text."""
     offload = f", {line['offload']} offload" * (line["offload"] != "none")
-    name = f"{line['layout']:<24} {line['engine']} ZeRO-{line['zero']}{offload}"
+    name = f"{line['layout']:<24} {line['engine']} ZeRO-{line['zero']}{offload}, micro-batch {line['micro_batch_seqs']}"
     if "error" in line:
-        return f"{name:<60} FAILED\n{line['error']}"
+        return f"{name:<76} FAILED\n{line['error']}"
     numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))
     verdict = "same" if line["ok"] else f"WRONG: {line['first_difference']}"
     verdict = "bit-equal" if line["bit_equal"] else verdict
-    return f"{name:<60} {numbers}  {verdict}"
+    return f"{name:<76} {numbers}  {verdict}"
 
 
 def _import_for_ranks(configs: list[Config]) -> None:
@@ -127,7 +133,8 @@ def _import_for_ranks(configs: list[Config]) -> None:
 
 def rehearse(args: argparse.Namespace) -> int:
     """Returns the exit code. 0: every layout agrees with one process; 1: a layout differs. Raises ConfigError for bad input."""
-    configs = choose_layouts(args.config, args.overrides, args.layouts, args.strength, args.max_ranks)
+    cuts = parse_micro_batches(args.micro_batches)
+    configs = choose_layouts(args.config, args.overrides, args.layouts, args.strength, args.max_ranks, cuts)
     if problems := check_layouts(configs):
         raise ConfigError(problems)
     if args.device == "cpu":
@@ -136,31 +143,58 @@ def rehearse(args: argparse.Namespace) -> int:
         # Megatron-Core's overlapping schedule needs bf16 on a GPU, and rehearsals compare in fp32.
         for config in configs:
             config.parallel.overlap_expert_comm = False
-    common = common_divisors([make_layout(config) for config in configs])
+    common = common_divisors(configs)
     say = sys.stderr if args.json else sys.stdout
     try:
-        (reference,) = run_ranks(1, train, reference_of(configs[0], common), args.steps)
+        references = {
+            cut: run_ranks(1, train, reference_of(config, common), args.steps)[0]
+            for cut, config in {reference_micro_batch_seqs(config): config for config in configs}.items()
+        }
     except RankFailed as error:
         print(f"the reference on one process FAILED\n{error}", file=sys.stderr)
         return 1
-    print(f"{'layout':<60} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
+    print(f"{'layout':<76} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}", file=say)
     lines = []
     for config in configs:
-        lines.append(rehearse_one(config, reference, common, args.steps))
+        lines.append(rehearse_one(config, references[reference_micro_batch_seqs(config)], common, args.steps))
         print(describe(lines[-1]), file=say, flush=True)
+    for text in notes(configs, references):
+        print(text, file=say)
     wrong = [line for line in lines if not line["ok"]]
-    if without := omitted_features(configs[0].model):
-        print(f"left out, since they depend on the layout by design: {', '.join(without)}", file=say)
-    if reference.near_ties:
-        text = "choices of experts are near ties: another rounding may correctly choose other experts"
-        print(f"{reference.near_ties} {text}", file=say)
     print(f"{len(lines) - len(wrong)} of {len(lines)} layouts agree with one process", file=say)
     if args.json:
-        first = {
-            "loss": reference.losses,
-            "grad_norm": reference.grad_norms,
+        first = references[reference_micro_batch_seqs(configs[0])]
+        reference = {
+            "loss": first.losses,
+            "grad_norm": first.grad_norms,
             "steps": args.steps,
-            "router_near_ties": reference.near_ties,
+            "router_near_ties": sum(found.near_ties for found in references.values()),
         }
-        print(json.dumps({"reference": first, "layouts": lines, "left_out": omitted_features(configs[0].model)}))
+        print(json.dumps({"reference": reference, "layouts": lines, "left_out": omitted_features(configs[0].model)}))
     return 1 if wrong else 0
+
+
+def parse_micro_batches(text: str | None) -> list[int] | None:
+    """`--micro-batches 1,2,4` as numbers of sequences. Raises ConfigError."""
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word in ("1", "2", "4") for word in words) or len(set(words)) < len(words):
+        rule = "must name different numbers of sequences out of 1, 2 and 4, with commas between them"
+        raise ConfigError(Problem("--micro-batches", text, rule, "e.g. --micro-batches 1,2"))
+    return [int(word) for word in words]
+
+
+def notes(configs: list[Config], references: dict[int, RankResult]) -> list[str]:
+    """What a reader must know to judge the table."""
+    found = []
+    if without := omitted_features(configs[0].model):
+        found.append(f"left out, since they depend on the layout by design: {', '.join(without)}")
+    if any(reference_micro_batch_seqs(config) > 1 for config in configs):
+        balance = configs[0].model.moe.router.balance
+        found.append(f"{balance} depends on how the global batch is cut: each layout's reference is cut like the layout")
+    elif any(config.batch.micro_batch_seqs > 1 for config in configs):
+        found.append("the reference takes one sequence at a time: no loss depends on how the global batch is cut")
+    if near := sum(reference.near_ties for reference in references.values()):
+        found.append(f"{near} choices of experts are near ties: another rounding may correctly choose other experts")
+    return found

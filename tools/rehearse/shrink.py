@@ -16,7 +16,7 @@ from math import lcm
 from configs.model_schema import Model
 from configs.schema import Config
 from parallel.architecture import is_mla, num_query_groups
-from parallel.layout import Layout, world_size
+from parallel.layout import make_layout, world_size
 
 MAX_RANKS = 16
 VOCAB_SIZE = 300
@@ -37,7 +37,7 @@ class CommonDivisors:
 
 
 def fit_degrees(config: Config) -> Config:
-    """The layout on at most 16 ranks: unchanged when it fits, else each axis above 1 becomes 2.
+    """The layout on at most 16 ranks: unchanged when it fits, else each axis above 1 becomes 2. So does a larger micro-batch.
 
     The data axes follow from the number of ranks: the smallest number that keeps both above 1 where they were. When 16 ranks
     are too few for that, the experts' data axis becomes 1 first.
@@ -47,6 +47,7 @@ def fit_degrees(config: Config) -> Config:
     world = world_size(config)
     launch.nodes = 1
     launch.processes_per_node = world
+    config.batch.micro_batch_seqs = min(config.batch.micro_batch_seqs, 2)
     if world <= MAX_RANKS:
         return config
     attention = parallel.tensor * parallel.context * parallel.pipeline
@@ -74,15 +75,17 @@ def _smallest_world(config: Config, data: bool, expert_data: bool) -> int:
     return step
 
 
-def common_divisors(layouts: Sequence[Layout]) -> CommonDivisors:
-    """The smallest divisors that fit all layouts."""
+def common_divisors(configs: Sequence[Config]) -> CommonDivisors:
+    """The smallest divisors that fit all these layouts and their micro-batches."""
+    layouts = [make_layout(config) for config in configs]
+    rounds = [layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1) for layout in layouts]
     return CommonDivisors(
         tensor=lcm(*(layout.tensor for layout in layouts)),
         expert=lcm(*(layout.expert for layout in layouts)),
         expert_tensor=lcm(*(layout.expert_tensor for layout in layouts)),
         context=lcm(*(layout.context for layout in layouts)),
         chunks=max(layout.pipeline * layout.virtual_pipeline for layout in layouts),
-        batch=lcm(4, *(layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1) for layout in layouts)),
+        batch=lcm(4, *(config.batch.micro_batch_seqs * count for config, count in zip(configs, rounds, strict=True))),
     )
 
 
@@ -93,7 +96,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     small.run.steps, small.run.tokens = 3, None
     small.precision.params, small.precision.fp8 = "fp32", "none"
     batch = small.batch
-    batch.global_batch_seqs, batch.micro_batch_seqs = common.batch, 1
+    batch.global_batch_seqs = common.batch
     batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
     batch.ramp.start_seqs = None
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
@@ -114,7 +117,6 @@ def omitted_features(model: Model) -> list[str]:
         "model.attention.dropout": model.attention.dropout > 0,
         "model.moe.capacity_factor": has_experts and model.moe.capacity_factor is not None,
         "model.moe.router.jitter_eps": has_experts and router.jitter_eps > 0,
-        "model.moe.router.balance": has_experts and router.balance == "global_aux_loss",
     }
     return [path for path, value in used.items() if value]
 
@@ -177,5 +179,3 @@ def _shrink_experts(small: Model, model: Model, common: CommonDivisors) -> None:
     moe.first_dense_layers = min(moe.first_dense_layers, 1)
     moe.layer_frequency = min(moe.layer_frequency, 2)
     moe.capacity_factor, moe.pad_to_capacity, moe.router.jitter_eps = None, False, 0.0
-    if moe.router.balance == "global_aux_loss":
-        moe.router.balance = "aux_loss"

@@ -108,13 +108,15 @@ def random_batches(config: Config, step: int, data_rank: int, data_size: int) ->
     tokens = torch.randint(0, VOCAB_SIZE, (total, seq + 1), generator=generator)
     mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
     ends = (torch.rand(total, seq, generator=generator) > 0.85).int().cumsum(dim=1).int()
+    micro = config.batch.micro_batch_seqs
+    parts = [slice(first, first + micro) for first in range(data_rank * micro, total, data_size * micro)]
     return [
         MicroBatch(
-            tokens=tokens[row : row + 1, :-1].contiguous(),
-            labels=tokens[row : row + 1, 1:].contiguous(),
-            loss_mask=mask[row : row + 1],
-            position_ids=torch.arange(seq)[None],
-            document_ids=ends[row : row + 1] if config.data.document_mask else None,
+            tokens=tokens[rows, :-1].contiguous(),
+            labels=tokens[rows, 1:].contiguous(),
+            loss_mask=mask[rows],
+            position_ids=torch.arange(seq).expand(micro, seq),
+            document_ids=ends[rows] if config.data.document_mask else None,
         )
-        for row in range(data_rank, total, data_size)
+        for rows in parts
     ]

@@ -13,7 +13,6 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import Config
 from configs.sources import shipped_names
-from parallel.layout import make_layout
 from parallel.legality.verdict import check_config
 from tools.rehearse import cli
 from tools.rehearse.covering_layouts import covering_subset, legal_layouts
@@ -74,11 +73,56 @@ def test_a_model_that_does_not_run_at_all(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_what_depends_on_the_layout_by_nature_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """Counts of a global batch are added up in the order of micro-batches and data ranks: another loss by right."""
-    router = ["model.moe.router.balance=global_aux_loss", "model.moe.router.aux_loss_coeff=0.3", "model.moe.capacity_factor=1.5"]
+    router = ["model.moe.router.jitter_eps=0.1", "model.moe.capacity_factor=1.5"]
     code, found = rehearse([*QUICK, *router, "parallel.pipeline=1", "launch.processes_per_node=2"], capsys)
     assert code == 0, found
-    assert found["left_out"] == ["model.moe.capacity_factor", "model.moe.router.balance"]
+    assert found["left_out"] == ["model.moe.capacity_factor", "model.moe.router.jitter_eps"]
+
+
+ONE_RANK = ["parallel.pipeline=1", "parallel.expert=1", "zero.stage=0", "launch.processes_per_node=1"]
+STRONG = "model.moe.router.aux_loss_coeff=0.5"
+
+
+@pytest.mark.parametrize(
+    ("balance", "references"), [("aux_loss", [1, 2, 4]), ("seq_aux_loss", [1, 1, 1]), ("global_aux_loss", [2, 4, 8])]
+)
+def test_another_cut_of_the_global_batch_gives_the_same_answer(
+    balance: str, references: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the loss is not linear in the cut, the reference is cut alike; where it is, the reference takes single sequences."""
+    two = ["parallel.pipeline=1", "launch.processes_per_node=2", f"model.moe.router.balance={balance}", STRONG]
+    code, found = rehearse([*QUICK, *two, "--micro-batches", "1,2,4"], capsys)
+    assert code == 0, found
+    lines: Any = found["layouts"]
+    assert [line["micro_batch_seqs"] for line in lines] == [1, 2, 4]
+    assert [line["reference_micro_batch_seqs"] for line in lines] == references
+    assert not found["left_out"]
+
+
+def test_a_loss_that_depends_on_the_micro_batch_is_caught_on_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """megatron-core's own weight of the balance of sequences."""
+    monkeypatch.setattr("pretrain.build.weigh_router_losses", lambda chunks: None)
+    words = [*QUICK, *ONE_RANK, "model.moe.router.balance=seq_aux_loss", STRONG, "--micro-batches", "1,2"]
+    code, found = rehearse(words, capsys)
+    lines: Any = found["layouts"]
+    assert code == 1 and [line["ok"] for line in lines] == [True, False]
+
+
+def test_a_balance_that_depends_on_the_data_ranks_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pretrain.build.weigh_router_losses", lambda chunks: None)
+    words = ["parallel.pipeline=1", "launch.processes_per_node=2", "model.moe.router.balance=global_aux_loss", STRONG]
+    code, found = rehearse([*QUICK, *words], capsys)
+    lines: Any = found["layouts"]
+    assert code == 1 and not lines[0]["ok"]
+
+
+def test_micro_batches_that_no_rehearsal_has() -> None:
+    with pytest.raises(ConfigError, match="--micro-batches = '1,3'"):
+        cli.main([*QUICK, "--micro-batches", "1,3"])
 
 
 def test_layouts_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +152,7 @@ def test_shrinking_keeps_every_axis_and_the_kind_of_model(name: str, degrees: tu
     assert fitted.launch.processes_per_node <= MAX_RANKS
     for axis in ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
         assert (getattr(fitted.parallel, axis) > 1) == (getattr(parallel, axis) > 1), axis
-    small = shrink(fitted, common_divisors([make_layout(fitted)]))
+    small = shrink(fitted, common_divisors([fitted]))
     problems = [problem for problem in check_config(small).problems if problem.path not in ("data.train", "model.planning_only")]
     assert not problems, problems
     assert (small.model.moe.num_experts > 0) == (config.model.moe.num_experts > 0)

@@ -1,11 +1,9 @@
-"""Putting the parts of a run together: model, engine, data and what the loop needs of them."""
+"""Building the parts of a run: model, engine, data, and the `TrainingRun` that the loop trains."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -17,12 +15,12 @@ from parallel.compat.megatron_guards import mark_expert_parameters
 from parallel.compat.router_losses import weigh_router_losses
 from parallel.layout import Layout
 from parallel.stages import Chunk
-from pretrain.checkpoint.restore import Position
-from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
-from pretrain.data.streams import SampleStream, build_streams
+from pretrain.checkpoint.saving import Common, Saver
+from pretrain.data.streams import build_streams
+from pretrain.divergence_guard import DivergenceGuard
 from pretrain.engine.base import Engine
 from pretrain.engine.megatron import MegatronEngine
-from pretrain.loop import GlobalBatch, Run, batch_positions
+from pretrain.loop import RankPlace, StepMeasures, TrainingRun
 from pretrain.metrics.meter import make_meter
 from pretrain.metrics.moe_metrics import MoeMetrics
 from pretrain.model.backend import choose_backend, detect_machine
@@ -33,7 +31,10 @@ from pretrain.model.shards import local_tensors, map_shards
 from pretrain.rank.profiling import ProfileWindow
 from pretrain.rank.speed_probe import SpeedProbe
 from pretrain.rank.stop_signals import StopSignals
-from pretrain.session import Session
+from pretrain.records import Records
+from pretrain.resume import Restored
+from pretrain.session import RunContext, Session
+from pretrain.training_data import TrainingData
 
 
 def make_model(
@@ -72,69 +73,67 @@ def import_deepspeed(device_type: str) -> ModuleType:
     return importlib.import_module("pretrain.engine.deepspeed")
 
 
-def make_run(
+def make_training_data(context: RunContext, groups: ProcessGroupCollection, restored: Restored) -> TrainingData:
+    """Open the data and begin to read at the restored position. Collective: rank 0 writes the order files of large data."""
+
+    def barrier() -> None:
+        dist.barrier()
+
+    config = context.config
+    streams = build_streams(config, context.tokenizer, is_builder=context.runtime.rank == 0, barrier=barrier)
+    return TrainingData(config, groups, streams, restored.position, context.stop_step)
+
+
+def make_training_run(
     session: Session,
     layout: Layout,
     groups: ProcessGroupCollection,
     model: list[PaddedVocabGPT],
     engine: Engine,
-    position: Position,
+    restored: Restored,
+    data: TrainingData,
+    records: Records,
     signals: StopSignals,
-) -> Run:
-    """Data, metrics and saver around the engine."""
-    config, runtime = session.config, session.runtime
-
-    def barrier() -> None:
-        dist.barrier()
-
-    def read(position: Position) -> Prefetcher[GlobalBatch]:
-        return Prefetcher(reader.training(streams.train, position, stop_step))
-
-    streams = build_streams(config, session.tokenizer, is_builder=runtime.rank == 0, barrier=barrier)
-    reader = BatchReader(config, groups)
-    stop_step = session.stop_step
-    return Run(
+) -> TrainingRun:
+    """Everything that the loop needs, around the restored engine. Collective."""
+    context = session.context
+    config, device = context.config, context.runtime.device
+    measures = StepMeasures(
+        MoeMetrics(model, config.model, groups),
+        make_meter(config, layout, context.vocab_size),
+        ProfileWindow(config.metrics.profile, context.folder.profile, context.runtime.rank),
+        SpeedProbe(config.launch.watch.probe_interval_steps, device, signals.beat),
+    )
+    return TrainingRun(
         config=config,
-        layout=layout,
-        device=runtime.device,
-        stage=groups.pp.rank(),
+        place=RankPlace(device, groups.pp.rank(), layout.pipeline),
         engine=engine,
-        read=read,
-        batches=read(position),
-        validation=reader.validation(streams.valid) if streams.valid else [],
-        moe=MoeMetrics(model, config.model, groups),
-        meter=make_meter(config, layout, session.vocab_size),
-        profile=ProfileWindow(config.metrics.profile, session.folder.path / "profile", runtime.rank),
-        saver=session.make_saver(engine, layout),
-        sink=session.open_sinks(),
-        policy=session.make_policy(),
-        roll_back=partial(session.roll_back, engine),
-        say=session.say,
-        stop=signals,
-        beat=signals.beat,
-        probe=SpeedProbe(config.launch.watch.probe_interval_steps, runtime.device, signals.beat),
-        position=position,
-        stop_step=stop_step,
-        horizon_steps=session.horizon_steps,
+        data=data,
+        measures=measures,
+        records=records,
+        saver=make_saver(session, restored, records, engine, layout),
+        guard=DivergenceGuard(session, engine, restored, records),
+        signals=signals,
+        position=restored.position,
+        stop_step=context.stop_step,
+        horizon_steps=restored.horizon_steps,
     )
 
 
-class BatchReader:
-    """Reads this rank's micro-batches. Every stage reads: the first needs tokens, the last labels, all the documents."""
-
-    def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
-        self.config = config
-        self.data_rank, self.data_size = groups.dp.rank(), groups.dp.size()
-
-    def training(self, stream: SampleStream, start: Position, stop_step: int) -> Iterator[GlobalBatch]:
-        """(sequences, micro-batches) of each step from `start` on."""
-        for first, size in batch_positions(self.config, start, stop_step):
-            yield size, self._read(stream, first, size)
-
-    def validation(self, stream: SampleStream) -> list[list[MicroBatch]]:
-        """The same held-out global batches at every validation; read once."""
-        size = self.config.batch.global_batch_seqs
-        return [self._read(stream, number * size, size) for number in range(self.config.run.eval_batches)]
-
-    def _read(self, stream: SampleStream, first: int, size: int) -> list[MicroBatch]:
-        return micro_batches(stream, first, size, self.config.batch.micro_batch_seqs, self.data_rank, self.data_size)
+def make_saver(session: Session, restored: Restored, records: Records, engine: Engine, layout: Layout) -> Saver:
+    """Saves of this attempt; a checkpoint is written only after the record's rows are on the disk."""
+    context, journal = session.context, session.journal
+    data = session.rank_zero.data_identity if session.rank_zero is not None else None
+    common = Common(context.config, context.identity, context.vocab_size, data, restored.horizon_steps, layout)
+    saver = Saver(
+        context.folder.checkpoints,
+        engine,
+        common,
+        context.runtime,
+        records.sync_before_save,
+        journal.write_event,
+        journal.announce,
+    )
+    if restored.checkpoint_step is not None:
+        saver.last_step = restored.checkpoint_step
+    return saver

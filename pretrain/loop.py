@@ -1,13 +1,12 @@
-"""The training loop: steps, what follows a step that may not be applied, validation, saves, and the agreement on when to end.
+"""The training loop: steps, refused steps, validation, saves, and the agreement of all ranks on when to end.
 
-In: a `Run` with everything built. Out: the state in which the attempt ended. It knows neither W&B nor any path.
+In: a `TrainingRun`. Out: `Ended`. This module knows neither W&B nor any path.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,64 +14,59 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config
-from parallel.batch import global_batch_at
-from parallel.layout import Layout
 from pretrain.checkpoint.restore import Position
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.write import PENDING
-from pretrain.data.batches import MicroBatch, Prefetcher
-from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, Policy, Refused
+from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, Refused
+from pretrain.divergence_guard import DivergenceGuard
+from pretrain.ending import Ended
 from pretrain.engine.base import Engine
 from pretrain.metrics.meter import Meter, peak_memory_gib
 from pretrain.metrics.moe_metrics import MoeMetrics
-from pretrain.metrics.sinks import Sink
 from pretrain.rank.profiling import ProfileWindow
 from pretrain.rank.speed_probe import SpeedProbe
 from pretrain.rank.stop_signals import NONE, STATE_OF, StopSignals
+from pretrain.records import Records
 from pretrain.run.beat import AGREEING, COMPUTING, RECORDING, RESTORING, SAVING, VALIDATING, WAITING
-from pretrain.run.events import EventKind
-from pretrain.run.heartbeat import Heartbeat
 from pretrain.schedule import learning_rate
-
-GlobalBatch = tuple[int, list[MicroBatch]]
+from pretrain.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the loop ended: a state of pretrain/run/folder.py and one line for people."""
+class RankPlace:
+    """Where this rank is: its device, its pipeline stage (from 0), and how many stages there are."""
 
-    state: str
-    why: str
-    position: Position
-
-
-@dataclass
-class Run:
-    """Everything that a step needs. `batches` yields (sequences of the global batch, this rank's micro-batches).
-
-    `read` makes them anew from a position; `roll_back` fills the engine from an earlier checkpoint and says where the run
-    stands then (None: there is none); `say` tells people and the events, on rank 0.
-    """
-
-    config: Config
-    layout: Layout
     device: torch.device
     stage: int
-    engine: Engine
-    read: Callable[[Position], Prefetcher[GlobalBatch]]
-    batches: Prefetcher[GlobalBatch]
-    validation: list[list[MicroBatch]]
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class StepMeasures:
+    """What observes a step: the routers, the row's numbers, the profiler, the speed probe."""
+
     moe: MoeMetrics
     meter: Meter
     profile: ProfileWindow
-    sink: Sink
-    stop: StopSignals
-    beat: Heartbeat
     probe: SpeedProbe
+
+
+@dataclass
+class TrainingRun:
+    """Everything that a step needs. `position` moves with each step; the other fields stay.
+
+    `stop_step`: the last step. `horizon_steps`: the length of the learning-rate schedule.
+    """
+
+    config: Config
+    place: RankPlace
+    engine: Engine
+    data: TrainingData
+    measures: StepMeasures
+    records: Records
     saver: Saver
-    policy: Policy
-    roll_back: Callable[[Refused], tuple[Position, Policy] | None]
-    say: Callable[..., None]
+    guard: DivergenceGuard
+    signals: StopSignals
     position: Position
     stop_step: int
     horizon_steps: int
@@ -87,18 +81,18 @@ class Agreement:
     memory_gib: list[float]
 
 
-def train(run: Run) -> Ended:
-    """Step until the last one, a request to stop, or a step whose refusal ends the run. Closes `run.batches`. Collective."""
+def train(run: TrainingRun) -> Ended:
+    """Step until the last one, a request to stop, or a step whose refusal ends the run. Closes `run.data`. Collective."""
     try:
         return _train(run)
     finally:
-        run.batches.close()
+        run.data.close()
 
 
-def _train(run: Run) -> Ended:
+def _train(run: TrainingRun) -> Ended:
     while run.position.step < run.stop_step:
         step = run.position.step + 1
-        run.profile.before(step)
+        run.measures.profile.before(step)
         row, decision, after = _step(run)
         if decision.action in (STOP, ROLLBACK):
             if ended := _stop_or_roll_back(run, row, decision):
@@ -106,116 +100,107 @@ def _train(run: Run) -> Ended:
             continue
         if decision.action == SKIP:
             row["skipped"] = True
-            run.say(EventKind.SKIPPED_STEP, **Refused.of(row, decision).as_fields())
+            run.guard.announce_skip(Refused.of(row, decision))
         run.position = after
         agreed = agree(run)
         if _validation_due(run):
-            run.beat.enter(VALIDATING)
+            run.signals.beat.enter(VALIDATING)
             row["val_loss"] = validate(run)
-        run.beat.enter(RECORDING)
-        run.sink.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
-        run.profile.after(step)
-        run.probe.after(step)
+        run.signals.beat.enter(RECORDING)
+        run.records.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
+        run.measures.profile.after(step)
+        run.measures.probe.after(step)
         _save_if_due(run, agreed)
         if agreed.requested != NONE:
-            name = run.stop.signal_name or "a signal to another rank"
+            name = run.signals.signal_name or "a signal to another rank"
             return _end(run, STATE_OF[agreed.requested], f"{name} after step {step}")
     return _end(run, "finished", f"all {run.stop_step} steps are done")
 
 
-def _step(run: Run) -> tuple[dict[str, Any], Decision, Position]:
+def _step(run: TrainingRun) -> tuple[dict[str, Any], Decision, Position]:
     """One optimizer step: its row, what the policy decided, where the run stands when the step counts."""
     config, before = run.config, run.position
     started_s = time.perf_counter()
-    run.beat.enter(WAITING, before.step + 1)
-    global_batch_seqs, batches = next(run.batches)
-    run.beat.enter(COMPUTING)
+    run.signals.beat.enter(WAITING, before.step + 1)
+    global_batch_seqs, batches = run.data.next()
+    run.signals.beat.enter(COMPUTING)
     rate = learning_rate(before.step, config.optimizer, config.schedule, run.horizon_steps)
     decision = Decision(STOP, "the engine asked nobody")
 
     def accept(loss: float, grad_norm: float) -> bool:
         nonlocal decision
-        decision = run.policy.judge(loss, grad_norm)
+        decision = run.guard.judge(loss, grad_norm)
         return decision.action == ACCEPT
 
     result = run.engine.step(batches, rate, accept)
     assert result.applied == (decision.action == ACCEPT), f"the engine did not heed {decision}"
-    moe = run.moe.take(len(batches), config.metrics.expert_load_layers)
+    moe = run.measures.moe.take(len(batches), config.metrics.expert_load_layers)
     tokens = global_batch_seqs * config.batch.seq_length_tokens
     after = Position(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
-    row = run.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
+    row = run.measures.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
     return row | moe | ({} if result.applied else {"applied": False}), decision, after
 
 
-def _stop_or_roll_back(run: Run, row: dict[str, Any], decision: Decision) -> Ended | None:
+def _stop_or_roll_back(run: TrainingRun, row: dict[str, Any], decision: Decision) -> Ended | None:
     """The end of the run, or None: it stands at an earlier checkpoint, with the refused batch behind it."""
     refused, rule = Refused.of(row, decision), decision.rule
-    run.beat.enter(RECORDING)
-    run.sink.write(row)
+    run.signals.beat.enter(RECORDING)
+    run.records.write(row)
     if decision.action == ROLLBACK:
-        run.beat.enter(RESTORING)
+        run.signals.beat.enter(RESTORING)
         run.saver.settle()
-        run.batches.close()
-        if found := run.roll_back(refused):
-            run.position, run.policy = found
-            run.saver.last_step = run.position.step
-            run.batches = run.read(run.position)
+        run.data.close()
+        if position := run.guard.roll_back(refused):
+            run.position = position
+            run.saver.last_step = position.step
+            run.data.restart_at(position)
             return None
         rule += "; there is no earlier checkpoint to roll back to"
-    run.say(EventKind.DIVERGED, **replace(refused, rule=rule).as_fields())
+    run.guard.announce_end(replace(refused, rule=rule))
     return _end(run, "diverged", f"step {refused.step} was not applied: {rule}")
 
 
-def agree(run: Run) -> Agreement:
+def agree(run: TrainingRun) -> Agreement:
     """One all-reduce of a few numbers over all ranks."""
-    run.beat.enter(AGREEING)
+    run.signals.beat.enter(AGREEING)
     status = run.saver.writer.status
-    flags = torch.zeros(2 + run.layout.pipeline, dtype=torch.float64, device=run.device)
-    flags[0] = run.stop.requested
+    flags = torch.zeros(2 + run.place.num_stages, dtype=torch.float64, device=run.place.device)
+    flags[0] = run.signals.requested
     flags[1] = status == PENDING
-    flags[2 + run.stage] = peak_memory_gib(run.device)
+    flags[2 + run.place.stage] = peak_memory_gib(run.place.device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     requested, pending, *memory = flags.tolist()
     return Agreement(int(requested), bool(pending), memory)
 
 
-def _validation_due(run: Run) -> bool:
+def _validation_due(run: TrainingRun) -> bool:
     interval, step = run.config.run.eval_interval_steps, run.position.step
-    return bool(run.validation) and (step == run.stop_step or bool(interval and step % interval == 0))
+    return bool(run.data.validation) and (step == run.stop_step or bool(interval and step % interval == 0))
 
 
-def validate(run: Run) -> float:
+def validate(run: TrainingRun) -> float:
     """Mean loss over the held-out batches, in nats a token."""
-    totals = [run.engine.evaluate(batches) for batches in run.validation]
+    totals = [run.engine.evaluate(batches) for batches in run.data.validation]
     return math.fsum(loss for loss, _ in totals) / max(sum(tokens for _, tokens in totals), 1)
 
 
-def _save_if_due(run: Run, agreed: Agreement) -> None:
+def _save_if_due(run: TrainingRun, agreed: Agreement) -> None:
     saver, step = run.saver, run.position.step
     if saver.writer.status is not None and not agreed.save_pending:
-        run.beat.enter(SAVING)
+        run.signals.beat.enter(SAVING)
         saver.settle()
     if saver.is_due(step):
-        run.beat.enter(SAVING)
+        run.signals.beat.enter(SAVING)
         saver.save(run.position)
 
 
-def _end(run: Run, state: str, why: str) -> Ended:
+def _end(run: TrainingRun, state: str, why: str) -> Ended:
     """Save what is worth keeping, wait for it, and say how it ended."""
     saver = run.saver
-    run.beat.enter(SAVING)
+    run.signals.beat.enter(SAVING)
     if saver.at_end and state != "diverged" and run.position.step > 0:
         saver.save(run.position)
     saver.settle()
     if saver.error:
         return Ended("failed", f"{why}; the last save failed: {saver.error}", run.position)
     return Ended(state, why, run.position)
-
-
-def batch_positions(config: Config, start: Position, stop_step: int) -> Iterator[tuple[int, int]]:
-    """(first sample, sequences) of each global batch from `start` to the last step, the ramp followed."""
-    consumed = start.consumed_samples
-    for _ in range(start.step, stop_step):
-        size = global_batch_at(config.batch, consumed)
-        yield consumed, size
-        consumed += size

@@ -29,10 +29,12 @@ with importing(), refusing_bad_input():
     from parallel.layout import make_layout
     from parallel.runtime import start, stop
     from parallel.stages import make_chunks
-    from pretrain.build import make_engine, make_model, make_run
+    from pretrain.build import make_engine, make_model, make_training_data, make_training_run
     from pretrain.loop import train
     from pretrain.preflight.verdict import machine_problems, rank_problems
-    from pretrain.session import Session
+    from pretrain.records import open_records
+    from pretrain.resume import restore_engine
+    from pretrain.session import make_context, open_session
     from pretrain.rank.consensus import ask_machines, lead, refuse
 
 
@@ -52,24 +54,27 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
     config = loaded.config
     lacking = ask_machines(runtime.local_rank, lambda: machine_problems(config, runtime.device.type))
     lead(lambda: refuse(rank_problems(config, lacking)))
-    with Session(loaded, runtime) as session:
-        if session.is_finished:
-            return 0
+    context = make_context(loaded, runtime)
+    session = open_session(context)
+    if session is None:
+        return 0
+    with session:
         signals.beat.enter(BUILDING)
         layout = make_layout(config)
-        chunks = make_chunks(
-            config.model, layout.pipeline, layout.virtual_pipeline, session.vocab_size, config.parallel.pipeline_split
-        )
+        parallel = config.parallel
+        chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, context.vocab_size, parallel.pipeline_split)
         groups = make_groups(layout, config.run.seed)
-        model = make_model(config, session.vocab_size, layout, chunks, groups, runtime.device)
+        model = make_model(config, context.vocab_size, layout, chunks, groups, runtime.device)
         engine = make_engine(config, model, groups, runtime.device)
         signals.beat.enter(RESTORING)
-        position = session.restore(engine)
+        restored = restore_engine(session, engine)
         signals.beat.enter(READING)
-        run = make_run(session, layout, groups, model, engine, position, signals)
+        data = make_training_data(context, groups, restored)
+        records = open_records(session, restored)
+        run = make_training_run(session, layout, groups, model, engine, restored, data, records, signals)
         ended = train(run)
         signals.beat.end()
-        code = session.finish(ended)
+        code = session.finish(ended, run.saver.newest)
     stop()
     return code
 

@@ -1,19 +1,25 @@
-"""The run folder as a contract: its names, what may lie in it, who holds it. Reads only; pretrain/run/attempt.py writes.
+"""The run folder as a contract: its names, what may lie in it, and who holds it. This module reads only.
 
 runs/NAME/
-    config.yaml        resolved config of the newest attempt
+    config.yaml        the resolved config of the newest attempt
     provenance.json    origin of each value, code and package versions, host
     metrics.jsonl      the record: one row a step, each step once over all attempts
-    events.jsonl       attempts, saves, signals, verdicts: one JSON object a line
-    outcome.json       how the last attempt ended          DONE   the run is finished
-    launch/attempt_0001/   config.yaml, provenance.json, command.sh, launcher.json of each attempt
-    logs/attempt_0001/     rank_0.log …, torchrun.log, rank_3.failure.json, stacks.txt; on large runs one NODE.log a node
+    events.jsonl       attempts, saves, signals, verdicts: one JSON object a line (pretrain/run/events.py)
+    outcome.json       how the last attempt ended
+    DONE               the run is finished
+    launch/            attempt_0001/ of each attempt: config.yaml, provenance.json, command.sh, launcher.json, metrics_cut.jsonl;
+                       job_0001/ of each Slurm submission: the batch script
+    logs/              attempt_0001/: rank_0.log …, torchrun.log, rank_3.failure.json, stacks.txt; on large runs one NODE.log a
+                       node. slurm-JOB.out: the output of the batch step
     checkpoints/       step_0000100/ …
+    profile/           rank_0.trace.json and rank_0.memory.pickle, where metrics.profile asks for them
     wandb/             W&B's own files, and cursor.json
+    wandb_id           the id of the one W&B run that all attempts share
     doctor/            0001/ …: what phalanx doctor found out here
     huggingface/       the newest checkpoint for transformers, where it was exported here (make demo)
-    wandb_id           the one W&B run that all attempts share
-    lock               who trains here now
+    lock               which process trains here now
+
+pretrain/run/attempt.py begins and ends an attempt in it.
 
 Torch-free.
 """
@@ -36,19 +42,20 @@ from pretrain.run.files import read_json
 
 STATES = ("finished", "stopped", "preempted", "diverged", "failed")
 
-# What our commands return. 75 is sysexits' EX_TEMPFAIL, "try again": a scheduler may start the run again as it is.
+# Exit codes of our commands. 75 is EX_TEMPFAIL of sysexits.h: a scheduler may start the same run again.
 EXIT_CODE = {"finished": 0, "failed": 1, "diverged": 3, "preempted": 75, "stopped": 130}
 EXIT_BROKE, EXIT_BAD_INPUT = 1, 2
 
-# A holder on another host touches the lock every few seconds; silent for this long, it is dead.
+# In seconds. The holder touches the lock file every HEARTBEAT_S. A holder on another host is dead after SILENCE_S without one.
 HEARTBEAT_S = 5.0
 SILENCE_S = 4 * HEARTBEAT_S
 
-# Written last into a checkpoint's folder, after everything else was synced.
+# The last file that is written into a checkpoint's folder, after every other file was synced.
 COMPLETE = "COMPLETE"
 _STEP = re.compile(r"step_(\d{7,})$")
 
-_NAMES = {
+# What may lie at the top of a run folder; the module's docstring says what each one is.
+NAMES = {
     "config.yaml",
     "provenance.json",
     "metrics.jsonl",
@@ -58,6 +65,7 @@ _NAMES = {
     "launch",
     "logs",
     "checkpoints",
+    "profile",
     "doctor",
     "huggingface",
     "wandb",
@@ -68,7 +76,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `why` is one line for people; `time` in seconds since the epoch."""
+    """How an attempt ended. `state`: one of STATES. `why`: one line for people. `time`: seconds since the epoch."""
 
     attempt: int
     state: str
@@ -86,7 +94,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains (or trained) in a run folder: rank 0's process. `start_ticks` tells it from a later process of that pid."""
+    """The process of rank 0 that trains, or trained, in a run folder.
+
+    `start_ticks`: its start time in clock ticks since boot, which differs for a later process with the same pid.
+    """
 
     host: str
     pid: int
@@ -133,6 +144,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 
@@ -151,7 +166,7 @@ class RunFolder:
         return self.path / "logs" / f"attempt_{attempt:04d}"
 
     def claimed_attempts(self) -> list[int]:
-        """Numbers taken by a launcher or a rank 0, ascending; a claimed attempt may never have begun."""
+        """Attempt numbers that a launcher or a rank 0 has taken, ascending. A claimed attempt may never have begun."""
         try:
             names = os.listdir(self.path / "launch")
         except (FileNotFoundError, NotADirectoryError):
@@ -159,21 +174,21 @@ class RunFolder:
         return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"attempt_(\d+)", name)))
 
     def last_attempt(self) -> int:
-        """The newest attempt that rank 0 opened; 0: none."""
+        """The number of the newest attempt that rank 0 opened; 0: no attempt was opened."""
         return max((n for n in self.claimed_attempts() if (self.launch_dir(n) / "config.yaml").exists()), default=0)
 
     def done_step(self) -> int | None:
-        """The step at which the run was finished; None: it isn't."""
+        """The step at which the run was finished; None: the run isn't finished."""
         value = read_json(self.done)
         step = value.get("step") if isinstance(value, dict) else None
         return step if isinstance(step, int) else None
 
     def newest_checkpoint_step(self) -> int:
-        """The step of the newest complete checkpoint; 0: there is none."""
+        """The step of the newest complete checkpoint; 0: no checkpoint is complete."""
         return max((step for step, _ in complete_checkpoints(self.checkpoints)), default=0)
 
     def read_outcome(self) -> Outcome | None:
-        """How the newest ended attempt ended. None: none has, or the file isn't one of ours."""
+        """The outcome of the newest attempt that has ended. None: no attempt has, or outcome.json has other fields."""
         value = read_json(self.outcome)
         try:
             return Outcome(**value) if isinstance(value, dict) else None
@@ -186,7 +201,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint, newest first. Nothing is opened but folders."""
+    """(step, folder) of every complete checkpoint, newest first. Reads folder listings only."""
     if not checkpoints.is_dir():
         return []
     found = []
@@ -198,7 +213,7 @@ def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def finished_text(folder: RunFolder, stop_step: int) -> str:
-    """What is said to someone who starts a finished run again."""
+    """The message for a user who starts a finished run again."""
     return f"{folder.path} is finished: step {folder.done_step()} of {stop_step}; to train on, set run.steps higher"
 
 
@@ -208,12 +223,14 @@ def folder_of(config: Config) -> RunFolder:
 
 
 def is_run_folder(folder: RunFolder) -> bool:
-    """Somebody trained here."""
+    """Whether an attempt has begun here: events.jsonl or config.yaml exists."""
     return folder.events.exists() or folder.config.exists()
 
 
 def check_run_folder(folder: RunFolder) -> list[Problem]:
-    """May a run live here? Absent, empty, or a run folder; not a file, nor a folder of something else."""
+    """Problems that forbid a run in this folder. It may be absent, empty or a run folder. It may be neither a file
+    nor a folder with other content.
+    """
     path = folder.path
     if not path.exists():
         return []
@@ -222,7 +239,7 @@ def check_run_folder(folder: RunFolder) -> list[Problem]:
     if folder.events.exists():
         return []
     try:
-        foreign = sorted(name for name in os.listdir(path) if name not in _NAMES and not name.startswith("."))
+        foreign = sorted(name for name in os.listdir(path) if name not in NAMES and not name.startswith("."))
     except OSError as error:
         return [Problem("run.dir", str(path), f"must be readable ({error.strerror})", "change its permissions")]
     if not foreign:
@@ -233,7 +250,7 @@ def check_run_folder(folder: RunFolder) -> list[Problem]:
 
 
 def process_start_ticks(pid: int) -> int:
-    """Start time of a live process in clock ticks since boot; 0: there is no such process (or no /proc)."""
+    """Start time of a live process in clock ticks since boot; 0: no such process exists, or the system has no /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -243,7 +260,7 @@ def process_start_ticks(pid: int) -> int:
 
 
 def read_holder(folder: RunFolder) -> Holder | None:
-    """What the lock file says, alive or not. None: no lock file, or one that was cut short."""
+    """The holder that the lock file names, dead or alive. None: no lock file exists, or it is incomplete."""
     value = read_json(folder.lock)
     try:
         return Holder(**value) if isinstance(value, dict) else None
@@ -256,7 +273,10 @@ def holder_text(holder: Holder) -> bytes:
 
 
 def live_holder(folder: RunFolder) -> Holder | None:
-    """Who trains here now, by the kernel's lock and, for another host, by the age of its heartbeat. None: nobody."""
+    """The holder that trains here now. None: no process does.
+
+    The kernel's lock decides; for a holder on another host, the age of its heartbeat decides too.
+    """
     holder = read_holder(folder)
     if _kernel_says_held(folder.lock):
         return holder or Holder("unknown", 0, 0, 0)
@@ -278,7 +298,10 @@ def held_problem(folder: RunFolder, holder: Holder) -> Problem:
 
 
 def _kernel_says_held(lock: Path) -> bool:
-    """Is an exclusive flock on the file now? A shared one is taken for an instant; takers of the lock try again."""
+    """Whether some process has an exclusive flock on the file.
+
+    This takes a shared lock for an instant; a process that wants the exclusive lock tries again.
+    """
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-import pretrain.build
 import pretrain.loop
+import pretrain.training_data
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
 from pretrain.data.batches import MicroBatch
@@ -130,7 +130,7 @@ def attempt(config: Path, run_dir: Path, *words: str, bad: tuple[int, ...] = (),
 
 
 def one_rank(words: list[str], bad: tuple[int, ...], die_after: int) -> int:
-    pretrain.build.micro_batches = spoiling(pretrain.build.micro_batches, bad)
+    pretrain.training_data.micro_batches = spoiling(pretrain.training_data.micro_batches, bad)
     rate = pretrain.loop.learning_rate
 
     def dying(step: int, *args: Any) -> float:

@@ -14,7 +14,7 @@ from configs.load import load_config
 from pretrain.preflight.disk_space import checkpoint_bytes
 from pretrain.run.events import COMMON_FIELDS, EventKind, check_event
 from pretrain.run.files import iterate_lines
-from pretrain.run.folder import RunFolder
+from pretrain.run.folder import NAMES, RunFolder
 from tests.run.world import ROOT, STEPS, check_equal, launch
 
 
@@ -37,6 +37,10 @@ def test_the_run_folder_is_as_the_readme_says(undisturbed: Path) -> None:
     manifest = json.loads((undisturbed / "checkpoints" / checkpoints[-1] / "manifest.json").read_text())
     assert manifest["step"] == STEPS and manifest["consumed_samples"] == 8 * STEPS
     assert manifest["tensors"]["decoder.layers.3.mlp.experts.linear_fc1.weight"]["shape"] == [8, 48, 32]
+
+
+def test_everything_in_the_run_folder_is_in_its_contract(undisturbed: Path) -> None:
+    assert {path.name for path in undisturbed.iterdir()} <= NAMES
 
 
 def test_every_event_of_a_run_is_as_its_table_says(undisturbed: Path) -> None:

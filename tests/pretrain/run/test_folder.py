@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, Problem
+from pretrain.run import folder as run_folder
 from pretrain.run.attempt import Attempt, open_attempt
 from pretrain.run.files import append_line, iterate_lines, last_row, mend_torn_line, write_atomically
-from pretrain.run.folder import Holder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
+from pretrain.run.folder import NAMES, Holder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
 from pretrain.run.lock import acquire
 from pretrain.run.provenance import make_provenance
 
@@ -248,3 +250,20 @@ def _time(folder: RunFolder) -> float:
     assert outcome is not None
     assert abs(outcome.time - time.time()) < 60
     return outcome.time
+
+
+def test_every_path_in_a_run_folder_is_in_the_contract() -> None:
+    """The paths of `RunFolder`, and the literals that our sources join to a run folder's path."""
+    folder, found = RunFolder(Path("run")), set[str]()
+    for name in dir(RunFolder):
+        value = getattr(folder, name) if not name.startswith("_") and isinstance(getattr(RunFolder, name), property) else None
+        if isinstance(value, Path):
+            found.add(value.relative_to(folder.path).parts[0])
+    found |= {folder.launch_dir(1).parts[1], folder.log_dir(1).parts[1]}
+    root = Path(__file__).resolve().parents[3]
+    for part in ("pretrain", "launch", "tools"):
+        for path in (root / part).rglob("*.py"):
+            found |= set(re.findall(r"folder\.path / f?\"([^\"/{]+)", path.read_text(encoding="utf-8")))
+    assert found <= NAMES and {"profile", "launch", "logs", "lock"} <= found
+    contract = run_folder.__doc__ or ""
+    assert all(re.search(rf"^    {re.escape(name)}/? ", contract, re.M) for name in NAMES), "the docstring says what each one is"

@@ -1,0 +1,56 @@
+"""Steps that may not be applied, in a running attempt: judged, announced, and rolled back. All methods are collective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pretrain.checkpoint.restore import Position, restore, set_random_state
+from pretrain.checkpoint.rollback import begin_rollback, read_policy
+from pretrain.divergence import Decision, Policy, Refused
+from pretrain.engine.base import Engine
+from pretrain.rank.consensus import lead
+from pretrain.records import Records
+from pretrain.resume import Restored
+from pretrain.run.events import EventKind
+from pretrain.session import Session
+
+
+class DivergenceGuard:
+    """Judges every step of an attempt. Needs open records: the policy's history is read from the record after its cut."""
+
+    def __init__(self, session: Session, engine: Engine, restored: Restored, records: Records) -> None:
+        self._session, self._engine, self._restored, self._records = session, engine, restored, records
+        self._policy = self._read_policy(restored.position)
+
+    def _read_policy(self, position: Position) -> Policy:
+        """Rank 0 reads the history of the run up to `position`; every rank gets the same policy."""
+        context = self._session.context
+        return lead(lambda: read_policy(context.folder, context.config.divergence, position.consumed_samples))
+
+    def judge(self, loss: float, grad_norm: float) -> Decision:
+        """The decision on a step; `loss` in nats a token, `grad_norm` before clipping. Call it once a step."""
+        return self._policy.judge(loss, grad_norm)
+
+    def announce_skip(self, refused: Refused) -> None:
+        self._session.journal.announce(EventKind.SKIPPED_STEP, **refused.as_fields())
+
+    def announce_end(self, refused: Refused) -> None:
+        self._session.journal.announce(EventKind.DIVERGED, **refused.as_fields())
+
+    def roll_back(self, refused: Refused) -> Position | None:
+        """Restore the engine from an earlier checkpoint and pass over the batches since. None: no checkpoint exists.
+
+        No save may be under way.
+        """
+        context, announce = self._session.context, self._session.journal.announce
+        folders = lead(lambda: begin_rollback(context.folder, context.config.divergence, refused, announce))
+        if not folders:
+            return None
+        set_random_state(self._restored.seeded)
+        found = restore(folders, self._engine, False, announce)
+        assert found is not None, "restore fills the engine or refuses"
+        position = replace(found[0], consumed_samples=refused.samples)
+        self._session.ending.restored_position = position
+        self._records.roll_back_to(position.step)
+        self._policy = self._read_policy(position)
+        return position

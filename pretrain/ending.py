@@ -1,0 +1,71 @@
+"""How an attempt ends: the outcome is written once, and what the attempt opened is closed. In: `Ended`. Out: outcome.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pretrain.checkpoint.restore import Position
+from pretrain.run.attempt import Attempt
+from pretrain.run.folder import Outcome
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How training ended. `state`: one of STATES in pretrain/run/folder.py. `why`: one line for people."""
+
+    state: str
+    why: str
+    position: Position
+
+
+class ClosesAtEnd(Protocol):
+    """What the end of an attempt syncs before the outcome is written, and closes after it."""
+
+    def sync(self) -> None: ...
+
+    def close(self, outcome: Outcome) -> None: ...
+
+
+class AttemptEnding:
+    """Ends rank 0's attempt exactly once. On the other ranks `attempt` is None, and there is nothing to write.
+
+    `restored_position`: where the engine was last restored; the outcome of a failure names this position, because no later
+    one is known to be safe on the disk.
+    """
+
+    def __init__(self, attempt: Attempt | None) -> None:
+        self.restored_position = Position()
+        self._attempt = attempt
+        self._to_close: list[ClosesAtEnd] = []
+        self._is_written = False
+
+    def close_at_end(self, opened: ClosesAtEnd) -> None:
+        """Hand over what was opened for this attempt. Closed in the order of these calls."""
+        assert not self._is_written, "the attempt has ended; open the records before Session.finish"
+        self._to_close.append(opened)
+
+    def write(self, ended: Ended) -> None:
+        """Sync the records, write the outcome, close everything, and free the run folder. A second call does nothing."""
+        attempt = self._attempt
+        if attempt is None or self._is_written:
+            return
+        self._is_written = True
+        outcome = self.outcome(ended, attempt)
+        try:
+            for opened in self._to_close:
+                opened.sync()
+            # The outcome comes first: closing W&B may take longer than a scheduler waits.
+            attempt.finish(outcome)
+            for opened in self._to_close:
+                opened.close(outcome)
+        finally:
+            attempt.close()
+
+    def write_failure(self, why: str) -> None:
+        """The outcome "failed", unless an outcome was written."""
+        self.write(Ended("failed", why, self.restored_position))
+
+    def outcome(self, ended: Ended, attempt: Attempt) -> Outcome:
+        position = ended.position
+        return Outcome(attempt.number, ended.state, ended.why, position.step, position.consumed_samples)

@@ -1,0 +1,81 @@
+"""Where the rows of an attempt go: the record and the sinks that copy it. In: an open session, restored. Out: `Records`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.metrics.console import make_console
+from pretrain.metrics.sinks import RecordSink, Sink, Sinks
+from pretrain.metrics.wandb_sink import make_wandb_sink
+from pretrain.resume import Restored
+from pretrain.run.folder import Outcome
+from pretrain.run.record import Record
+from pretrain.session import RankZero, Session
+
+
+class Records:
+    """Rank 0's open record and sinks. The other ranks have none, and every method does nothing there."""
+
+    def __init__(self, opened: OpenRecords | None) -> None:
+        self._opened = opened
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One step's row, complete. Raises ConfigError when the disk refuses it."""
+        if self._opened is not None:
+            self._opened.sink.write(row)
+
+    def sync_before_save(self) -> None:
+        """Force every row that the next checkpoint claims to the disk. Raises ConfigError: the folder is no longer ours."""
+        if self._opened is not None:
+            self._opened.check_held()
+            self._opened.sync()
+
+    def roll_back_to(self, step: int) -> None:
+        """Remove the rows past `step`; a file of the attempt's launch folder keeps them. Raises ConfigError."""
+        if self._opened is not None:
+            self._opened.roll_back_to(step)
+
+
+class OpenRecords:
+    """The record with its sinks, on rank 0. `cut_rows`: the file that keeps the rows that this attempt cuts."""
+
+    def __init__(self, record: Record, sink: Sink, cut_rows: Path, check_held: Callable[[], None]) -> None:
+        self.sink = sink
+        self.check_held = check_held
+        self._record = record
+        self._cut_rows = cut_rows
+
+    def roll_back_to(self, step: int) -> None:
+        self._record.cut_back(step, self._cut_rows)
+        self.sink.note(f"rolled back to step {step}")
+
+    def sync(self) -> None:
+        self._record.sync()
+
+    def close(self, outcome: Outcome) -> None:
+        self.sink.close(outcome)
+
+
+def open_records(session: Session, restored: Restored) -> Records:
+    """Cut the record back to the restored step and open it with the sinks of the config. Closed when the session ends."""
+    if session.rank_zero is None:
+        return Records(None)
+    opened = _open_on_rank_zero(session, session.rank_zero, restored.position.step)
+    session.ending.close_at_end(opened)
+    if restored.position.step:
+        opened.sink.note(f"resumed at step {restored.position.step}")
+    return Records(opened)
+
+
+def _open_on_rank_zero(session: Session, rank_zero: RankZero, step: int) -> OpenRecords:
+    context, attempt = session.context, rank_zero.attempt
+    config, cut_rows = context.config, attempt.own_dir / "metrics_cut.jsonl"
+    record = Record.open(context.folder.metrics, step, attempt.event, cut_rows)
+    sinks: list[Sink] = [RecordSink(record)]
+    if "console" in config.metrics.sinks:
+        sinks.append(make_console(context.stop_step, config.metrics.log_interval_steps))
+    sinks.append(make_wandb_sink(config, context.folder, attempt.wandb_id, os.environ))
+    return OpenRecords(record, Sinks(sinks), cut_rows, attempt.check_held)

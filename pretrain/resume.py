@@ -1,0 +1,54 @@
+"""Filling the engine at the start of an attempt. In: an open session and an engine. Out: `Restored`, on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from parallel.batch import horizon_steps
+from pretrain.checkpoint.restore import Position, random_state, restore, warm_start
+from pretrain.engine.base import Engine
+from pretrain.run.events import EventKind
+from pretrain.session import Session
+
+
+@dataclass(frozen=True)
+class Restored:
+    """An engine that holds the state of `position`.
+
+    `checkpoint_step`: the step of the checkpoint that was loaded; None: the run starts at step 0. `horizon_steps`: the length
+    of the learning-rate schedule. `seeded`: this rank's generators as the attempt seeded them, uint8 by name. A checkpoint
+    of another world size leaves the generators in this state.
+    """
+
+    position: Position
+    checkpoint_step: int | None
+    horizon_steps: int
+    seeded: dict[str, torch.Tensor]
+
+
+def restore_engine(session: Session, engine: Engine) -> Restored:
+    """Load the newest whole checkpoint of the run, else the weights of the warm start, else keep the initial weights.
+
+    Collective. A damaged checkpoint that the config asked for ends all ranks with exit 2.
+    """
+    config, start, journal = session.context.config, session.start, session.journal
+    seeded, horizon = random_state(), horizon_steps(config)
+    is_asked_for = config.checkpoint.resume_step is not None
+    found = restore(start.checkpoints, engine, is_asked_for, journal.announce)
+    position = found[0] if found is not None else Position()
+    position = replace(position, consumed_samples=max(position.consumed_samples, start.passed_samples))
+    checkpoint_step = None
+    if found is not None:
+        manifest = found[1]
+        checkpoint_step = position.step
+        if config.schedule.horizon_steps is None and manifest.horizon_steps:
+            horizon = manifest.horizon_steps
+        place = {"step": position.step, "consumed_samples": position.consumed_samples}
+        journal.write_event(EventKind.RESUMED, **place, layout=manifest.layout, engine=manifest.engine)
+    elif start.warm_start is not None:
+        warm_start(start.warm_start, engine)
+        journal.write_event(EventKind.WARM_START, folder=str(start.warm_start))
+    session.ending.restored_position = position
+    return Restored(position, checkpoint_step, horizon, seeded)

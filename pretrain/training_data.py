@@ -1,0 +1,63 @@
+"""The batches of a training run: read ahead from a position, and read anew after a rollback. Plus the held-out batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from configs.schema import Config
+from parallel.batch import global_batch_at
+from pretrain.checkpoint.restore import Position
+from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
+from pretrain.data.streams import SampleStream, Streams
+
+# (sequences of the global batch over all ranks, this rank's micro-batches)
+GlobalBatch = tuple[int, list[MicroBatch]]
+
+
+class TrainingData:
+    """This rank's micro-batches. Every pipeline stage reads: the first needs tokens, the last labels, all of them documents.
+
+    `validation`: the held-out global batches, the same at every validation; empty without held-out data.
+    """
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection, streams: Streams, start: Position, stop_step: int) -> None:
+        self._config = config
+        self._data_rank, self._data_size = groups.dp.rank(), groups.dp.size()
+        self._stream = streams.train
+        self._stop_step = stop_step
+        self._batches = Prefetcher(self._read_from(start))
+        self.validation = self._read_validation(streams.valid) if streams.valid else []
+
+    def next(self) -> GlobalBatch:
+        """The batch of the next step; waits for the reading thread."""
+        return next(self._batches)
+
+    def restart_at(self, position: Position) -> None:
+        """Go on reading at another position. `close` comes before."""
+        self._batches = Prefetcher(self._read_from(position))
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        self._batches.close()
+
+    def _read_from(self, start: Position) -> Iterator[GlobalBatch]:
+        for first, size in batch_positions(self._config, start, self._stop_step):
+            yield size, self._read(self._stream, first, size)
+
+    def _read_validation(self, stream: SampleStream) -> list[list[MicroBatch]]:
+        size = self._config.batch.global_batch_seqs
+        return [self._read(stream, number * size, size) for number in range(self._config.run.eval_batches)]
+
+    def _read(self, stream: SampleStream, first: int, size: int) -> list[MicroBatch]:
+        return micro_batches(stream, first, size, self._config.batch.micro_batch_seqs, self._data_rank, self._data_size)
+
+
+def batch_positions(config: Config, start: Position, stop_step: int) -> Iterator[tuple[int, int]]:
+    """(first sample, sequences) of each global batch from `start` to the last step; the batch-size ramp is followed."""
+    consumed = start.consumed_samples
+    for _ in range(start.step, stop_step):
+        size = global_batch_at(config.batch, consumed)
+        yield consumed, size
+        consumed += size

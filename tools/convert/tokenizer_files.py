@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from configs.errors import ConfigError, Problem
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
 from pretrain.run.files import write_json
-from tools.data.tokenizer_json import to_huggingface
+from tools.data import embedded_corpus
+from tools.data.tokenizer_json import equal_tokenizer
 
 COMPANIONS = "huggingface"
 KEPT = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "special_tokens_map.json", "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
+SENTENCEPIECE_CLASS, SENTENCEPIECE_FILE = "BertGenerationTokenizer", "spiece.model"
+"""The class of transformers 4 and 5 that runs sentencepiece itself and adds no token to a text, and the file it reads."""
+WITHOUT_SLOW_TOKENIZER = ("glm4_moe", "mixtral", "mistral")
+"""Values of model_type for which AutoTokenizer of transformers 5 ignores tokenizer_class."""
+NUM_SAMPLES, SAMPLE_BYTES = 60, 4000
 
 
 def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Tokenizer | None:
@@ -60,7 +67,7 @@ def _same(tokenizer: Tokenizer, manifest: Manifest, path: str) -> None:
         raise ConfigError(Problem("--tokenizer", tokenizer.vocab_size, rule, "name the tokenizer that it was trained with"))
 
 
-def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None) -> list[str]:
+def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None, model_type: str) -> list[str]:
     """Write the tokenizer's files into `folder`. Returns notes."""
     companions = checkpoint / COMPANIONS
     if companions.is_dir():
@@ -74,13 +81,50 @@ def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None)
         for name in KEPT:
             if (Path(tokenizer.path).parent / name).is_file():
                 shutil.copyfile(Path(tokenizer.path).parent / name, folder / name)
+        # The file may have another name, and stand beside the tokenizer.json of another tokenizer.
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
         return _write_rest(folder, tokenizer)
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    converted, reason = to_huggingface(tokenizer.proto)
-    if converted is None:
-        return [f"no tokenizer.json: {reason}; tokenizer.model is there"]
-    converted.save(str(folder / "tokenizer.json"))
-    return _write_rest(folder, tokenizer)
+    return _write_sentencepiece(folder, tokenizer, model_type)
+
+
+def _write_sentencepiece(folder: Path, tokenizer: SentencePieceTokenizer, model_type: str) -> list[str]:
+    """tokenizer.json and tokenizer.model when a tokenizer.json can be equal, else a file for a class that runs sentencepiece."""
+    converted, reason = equal_tokenizer(tokenizer.proto, _sample_texts())
+    if converted is not None:
+        converted.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+        return _write_rest(folder, tokenizer)
+    # AutoTokenizer would make another tokenizer of a tokenizer.model, with other ids and without a warning.
+    (folder / SENTENCEPIECE_FILE).write_bytes(tokenizer.proto)
+    processor = tokenizer.processor
+    pad, bos = processor.pad_id(), processor.bos_id()
+    # Absent keys would add tokens of the class itself after the vocabulary. A named unk_token would be parsed in texts.
+    config = {
+        "tokenizer_class": SENTENCEPIECE_CLASS,
+        "eos_token": tokenizer.token(tokenizer.eod_id),
+        "unk_token": None,
+        "bos_token": tokenizer.token(bos) if bos >= 0 else None,
+        "pad_token": tokenizer.token(pad) if pad >= 0 else None,
+        "sep_token": None,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    loader = f"AutoTokenizer loads {SENTENCEPIECE_CLASS}"
+    if model_type in WITHOUT_SLOW_TOKENIZER:
+        loader = (
+            f"AutoTokenizer of transformers 5 refuses it for model_type {model_type}: load it with "
+            f"transformers.{SENTENCEPIECE_CLASS}.from_pretrained(HF_DIR)"
+        )
+    note = (
+        f"no tokenizer.json can be equal to this sentencepiece model ({reason}); {SENTENCEPIECE_FILE} was written instead. "
+        f"{loader}, which gives equal ids; transformers 5 decodes only approximately, sentencepiece itself exactly"
+    )
+    return [note, *_write_rest(folder, tokenizer)]
+
+
+def _sample_texts() -> list[str]:
+    """Parts of the embedded corpus, on which a tokenizer.json is compared with its sentencepiece model."""
+    return [text[:SAMPLE_BYTES].decode(errors="ignore") for _, text in islice(embedded_corpus.documents(), NUM_SAMPLES)]
 
 
 def _write_rest(folder: Path, tokenizer: Tokenizer) -> list[str]:

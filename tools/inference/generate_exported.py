@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from configs.errors import ConfigError, Problem
 from pretrain.run.process import importing
 from tools.convert.hf_config.preset import read_config
+from tools.convert.tokenizer_files import SENTENCEPIECE_FILE
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", SENTENCEPIECE_FILE, "vocab.json")
 
 
 def generate_exported(
@@ -39,9 +40,18 @@ def generate_exported(
             whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **drawing)
         drawn = whole[0, ids.shape[1] :].tolist()
         ended = bool(drawn) and drawn[-1] in ends
-        answer = tokenizer.decode(drawn, skip_special_tokens=True)
+        answer = _decode(tokenizer, drawn)
         texts.append({"prompt": prompt, "text": answer, "token_ids": drawn, "ended": ended})
     return {"huggingface": str(folder), "texts": texts}
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of the ids. transformers 5 decodes only approximately when a class runs sentencepiece; sentencepiece is exact."""
+    processor = getattr(tokenizer, "sp_model", None)
+    if processor is None:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    special = set(tokenizer.all_special_ids)
+    return processor.decode([token for token in ids if token not in special])
 
 
 def load_exported(folder: Path) -> tuple[Any, Any]:
@@ -51,7 +61,11 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     with importing():
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  (3 s; the environment comes first)
+        from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            BertGenerationTokenizer,
+        )
         from transformers.utils import logging  # noqa: PLC0415
 
     config = read_config(folder)
@@ -64,7 +78,10 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     try:
         # Without False, transformers would ask on the terminal whether to run the folder's code.
         only_data = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_data)
+        # AutoTokenizer of transformers 5 ignores the class that an export names for some values of model_type.
+        runs_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+        kind: Any = BertGenerationTokenizer if runs_sentencepiece else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, **only_data)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **only_data
         )

@@ -9,6 +9,7 @@ from parallel.compat.guard import Guard
 
 _PARITY = "tests/pretrain/model/test_parity.py"
 _LAYOUT_TEST = f"{_PARITY}::test_layout_changes_nothing"
+_BALANCE_TEST = "tests/parallel/compat/test_router_losses.py::test_each_balancing_loss_acts_as_its_formula_says"
 _ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
 
 
@@ -41,6 +42,20 @@ MEGATRON_GUARDS = (
         "parallel.compat.megatron_guards:router_loss_weight",
         "gradients of router losses are too small by tensor x context, no error",
         f"{_PARITY}::test_router_losses_guard",
+    ),
+    _megatron(
+        "The balancing loss of sequences is weighted by the tokens of one sequence",
+        "parallel.compat.router_losses:weigh_router_losses",
+        "the gradient of seq_aux_loss is too small by the sequences of a micro-batch, no error",
+        _BALANCE_TEST,
+        f"{_ROUTER}.attach_and_log_load_balancing_loss",
+    ),
+    _megatron(
+        "The balancing loss of the global batch is weighted by the tokens of one data parallel rank",
+        "parallel.compat.router_losses:weigh_router_losses",
+        "the gradient of global_aux_loss is too small by the data parallel degree, no error",
+        _BALANCE_TEST,
+        f"{_ROUTER}.attach_and_log_load_balancing_loss",
     ),
     _megatron(
         "YaRN ignores rotary_percent",

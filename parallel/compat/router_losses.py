@@ -24,6 +24,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
+from parallel.compat.private_names import require_names
+
+require_names(__name__)
+
 
 def weigh_router_losses(chunks: Sequence[nn.Module]) -> None:
     """Give each router of these chunks the right weight for its balancing loss, in place."""

@@ -1,6 +1,6 @@
 """Whether a step may be applied: the rule for a loss or gradient that is no number, and for a loss that jumps.
 
-In: the `divergence` section, what the run has been through, and each step's loss and gradient norm. Out: a `Decision`
+In: the `divergence` section, what the run has been through, and each step's loss and gradient norm. Out: a `StepDecision`
 with the numbers of its rule. Nothing but its arguments is read, so ranks with equal numbers decide alike, and a run that
 is killed and resumed decides as if it had not been: `read_history` finds in the record and the events what the policy
 knew at that step.
@@ -31,7 +31,7 @@ MAD_SCALE = 1.4826
 
 
 @dataclass(frozen=True)
-class Decision:
+class StepDecision:
     """What to do with a step; `rule` is one line for people, with numbers; empty for an accepted step."""
 
     action: str
@@ -39,7 +39,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedStep:
     """A step that was not applied. `samples`: consumed when it is counted in, its batch included."""
 
     step: int
@@ -49,7 +49,7 @@ class Refused:
     rule: str
 
     @classmethod
-    def of(cls, row: dict[str, Any], decision: Decision) -> Refused:
+    def of(cls, row: dict[str, Any], decision: StepDecision) -> RefusedStep:
         """From the step's row of the record."""
         return cls(row["step"], row["samples"], row["loss"], row["grad_norm"], decision.rule)
 
@@ -86,7 +86,7 @@ def read_history(
     return History(tuple(losses), len(skipped), rollbacks)
 
 
-class Policy:
+class DivergencePolicy:
     """Judges one step after the other. Told of a step once: an accepted loss enters the window, a skip is counted."""
 
     def __init__(self, section: Divergence, history: History) -> None:
@@ -95,7 +95,7 @@ class Policy:
         self._skips = history.skips
         self._rollbacks = history.rollbacks
 
-    def judge(self, loss: float, grad_norm: float) -> Decision:
+    def judge(self, loss: float, grad_norm: float) -> StepDecision:
         """The decision on the step with this loss (nats a token) and gradient norm (before clipping)."""
         decision = self._decide(loss, grad_norm)
         if decision.action == ACCEPT:
@@ -104,13 +104,13 @@ class Policy:
         self._rollbacks += decision.action == ROLLBACK
         return decision
 
-    def _decide(self, loss: float, grad_norm: float) -> Decision:
+    def _decide(self, loss: float, grad_norm: float) -> StepDecision:
         section = self._section
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._bounded(section.nonfinite, f"loss {loss:g} and gradient norm {grad_norm:g} must be finite")
         if section.spike != "off" and (rule := self._spike(loss)):
             return self._bounded(section.spike, rule)
-        return Decision(ACCEPT)
+        return StepDecision(ACCEPT)
 
     def _spike(self, loss: float) -> str | None:
         """The rule with its numbers when the loss breaks it."""
@@ -128,10 +128,10 @@ class Policy:
         )
         return f"loss {loss:.4f} must be at most {limit:.4f}: median {median:.4f} of {len(losses)} losses + {allowed}"
 
-    def _bounded(self, action: str, rule: str) -> Decision:
+    def _bounded(self, action: str, rule: str) -> StepDecision:
         section = self._section
         if action == SKIP and self._skips >= section.max_skips:
-            return Decision(STOP, f"{rule}; divergence.max_skips = {section.max_skips} steps were skipped already")
+            return StepDecision(STOP, f"{rule}; divergence.max_skips = {section.max_skips} steps were skipped already")
         if action == ROLLBACK and self._rollbacks >= section.max_rollbacks:
-            return Decision(STOP, f"{rule}; divergence.max_rollbacks = {section.max_rollbacks} rollbacks were made already")
-        return Decision(action, rule)
+            return StepDecision(STOP, f"{rule}; divergence.max_rollbacks = {section.max_rollbacks} rollbacks were made already")
+        return StepDecision(action, rule)

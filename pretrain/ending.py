@@ -1,22 +1,22 @@
-"""How an attempt ends: the outcome is written once, and what the attempt opened is closed. In: `Ended`. Out: outcome.json."""
+"""The end of an attempt: the outcome is written once, and what was opened is closed. In: `TrainingEnd`. Out: outcome.json."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.run.attempt import Attempt
 from pretrain.run.folder import Outcome
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrainingEnd:
     """How training ended. `state`: one of STATES in pretrain/run/folder.py. `why`: one line for people."""
 
     state: str
     why: str
-    position: Position
+    position: TrainingPosition
 
 
 class ClosesAtEnd(Protocol):
@@ -35,7 +35,7 @@ class AttemptEnding:
     """
 
     def __init__(self, attempt: Attempt | None) -> None:
-        self.restored_position = Position()
+        self.restored_position = TrainingPosition()
         self._attempt = attempt
         self._to_close: list[ClosesAtEnd] = []
         self._is_written = False
@@ -45,7 +45,7 @@ class AttemptEnding:
         assert not self._is_written, "the attempt has ended; open the records before Session.finish"
         self._to_close.append(opened)
 
-    def write(self, ended: Ended) -> None:
+    def write(self, ended: TrainingEnd) -> None:
         """Sync the records, write the outcome, close everything, and free the run folder. A second call does nothing."""
         attempt = self._attempt
         if attempt is None or self._is_written:
@@ -64,8 +64,8 @@ class AttemptEnding:
 
     def write_failure(self, why: str) -> None:
         """The outcome "failed", unless an outcome was written."""
-        self.write(Ended("failed", why, self.restored_position))
+        self.write(TrainingEnd("failed", why, self.restored_position))
 
-    def outcome(self, ended: Ended, attempt: Attempt) -> Outcome:
+    def outcome(self, ended: TrainingEnd, attempt: Attempt) -> Outcome:
         position = ended.position
         return Outcome(attempt.number, ended.state, ended.why, position.step, position.consumed_samples)

@@ -1,6 +1,6 @@
 """The training loop: steps, refused steps, validation, saves, and the agreement of all ranks on when to end.
 
-In: a `TrainingRun`. Out: `Ended`. This module knows neither W&B nor any path.
+In: a `TrainingRun`. Out: `TrainingEnd`. This module knows neither W&B nor any path.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config
-from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.write import PENDING
-from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, Refused
+from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, RefusedStep, StepDecision
 from pretrain.divergence_guard import DivergenceGuard
-from pretrain.ending import Ended
+from pretrain.ending import TrainingEnd
 from pretrain.engine.base import Engine
 from pretrain.metrics.meter import Meter, peak_memory_gib
 from pretrain.metrics.moe_metrics import MoeMetrics
@@ -67,7 +67,7 @@ class TrainingRun:
     saver: Saver
     guard: DivergenceGuard
     signals: StopSignals
-    position: Position
+    position: TrainingPosition
     stop_step: int
     horizon_steps: int
 
@@ -81,7 +81,7 @@ class Agreement:
     memory_gib: list[float]
 
 
-def train(run: TrainingRun) -> Ended:
+def train(run: TrainingRun) -> TrainingEnd:
     """Step until the last one, a request to stop, or a step whose refusal ends the run. Closes `run.data`. Collective."""
     try:
         return _train(run)
@@ -89,7 +89,7 @@ def train(run: TrainingRun) -> Ended:
         run.data.close()
 
 
-def _train(run: TrainingRun) -> Ended:
+def _train(run: TrainingRun) -> TrainingEnd:
     while run.position.step < run.stop_step:
         step = run.position.step + 1
         run.measures.profile.before(step)
@@ -100,7 +100,7 @@ def _train(run: TrainingRun) -> Ended:
             continue
         if decision.action == SKIP:
             row["skipped"] = True
-            run.guard.announce_skip(Refused.of(row, decision))
+            run.guard.announce_skip(RefusedStep.of(row, decision))
         run.position = after
         agreed = agree(run)
         if _validation_due(run):
@@ -117,7 +117,7 @@ def _train(run: TrainingRun) -> Ended:
     return _end(run, "finished", f"all {run.stop_step} steps are done")
 
 
-def _step(run: TrainingRun) -> tuple[dict[str, Any], Decision, Position]:
+def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosition]:
     """One optimizer step: its row, what the policy decided, where the run stands when the step counts."""
     config, before = run.config, run.position
     started_s = time.perf_counter()
@@ -125,7 +125,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], Decision, Position]:
     global_batch_seqs, batches = run.data.next()
     run.signals.beat.enter(COMPUTING)
     rate = learning_rate(before.step, config.optimizer, config.schedule, run.horizon_steps)
-    decision = Decision(STOP, "the engine asked nobody")
+    decision = StepDecision(STOP, "the engine asked nobody")
 
     def accept(loss: float, grad_norm: float) -> bool:
         nonlocal decision
@@ -136,14 +136,14 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], Decision, Position]:
     assert result.applied == (decision.action == ACCEPT), f"the engine did not heed {decision}"
     moe = run.measures.moe.take(len(batches), config.metrics.expert_load_layers)
     tokens = global_batch_seqs * config.batch.seq_length_tokens
-    after = Position(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
+    after = TrainingPosition(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
     row = run.measures.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
     return row | moe | ({} if result.applied else {"applied": False}), decision, after
 
 
-def _stop_or_roll_back(run: TrainingRun, row: dict[str, Any], decision: Decision) -> Ended | None:
+def _stop_or_roll_back(run: TrainingRun, row: dict[str, Any], decision: StepDecision) -> TrainingEnd | None:
     """The end of the run, or None: it stands at an earlier checkpoint, with the refused batch behind it."""
-    refused, rule = Refused.of(row, decision), decision.rule
+    refused, rule = RefusedStep.of(row, decision), decision.rule
     run.signals.beat.enter(RECORDING)
     run.records.write(row)
     if decision.action == ROLLBACK:
@@ -194,7 +194,7 @@ def _save_if_due(run: TrainingRun, agreed: Agreement) -> None:
         saver.save(run.position)
 
 
-def _end(run: TrainingRun, state: str, why: str) -> Ended:
+def _end(run: TrainingRun, state: str, why: str) -> TrainingEnd:
     """Save what is worth keeping, wait for it, and say how it ended."""
     saver = run.saver
     run.signals.beat.enter(SAVING)
@@ -202,5 +202,5 @@ def _end(run: TrainingRun, state: str, why: str) -> Ended:
         saver.save(run.position)
     saver.settle()
     if saver.error:
-        return Ended("failed", f"{why}; the last save failed: {saver.error}", run.position)
-    return Ended(state, why, run.position)
+        return TrainingEnd("failed", f"{why}; the last save failed: {saver.error}", run.position)
+    return TrainingEnd(state, why, run.position)

@@ -35,7 +35,7 @@ with importing(), refusing_bad_input():
     from pretrain.records import open_records
     from pretrain.resume import restore_engine
     from pretrain.session import make_context, open_session
-    from pretrain.rank.consensus import ask_machines, lead, refuse
+    from pretrain.rank.rank_zero import gather_machine_problems, run_on_rank_0, raise_problems
 
 
 def read_arguments(argv: Sequence[str]) -> Loaded:
@@ -50,10 +50,10 @@ def read_arguments(argv: Sequence[str]) -> Loaded:
 def main(argv: Sequence[str], signals: StopSignals) -> int:
     """The whole attempt of one rank; returns the exit code of how it ended."""
     runtime = start(os.environ, is_watched=bool(os.environ.get(BEAT_DIR)))
-    loaded = lead(lambda: read_arguments(argv))
+    loaded = run_on_rank_0(lambda: read_arguments(argv))
     config = loaded.config
-    lacking = ask_machines(runtime.local_rank, lambda: machine_problems(config, runtime.device.type))
-    lead(lambda: refuse(rank_problems(config, lacking)))
+    lacking = gather_machine_problems(runtime.local_rank, lambda: machine_problems(config, runtime.device.type))
+    run_on_rank_0(lambda: raise_problems(rank_problems(config, lacking)))
     context = make_context(loaded, runtime)
     session = open_session(context)
     if session is None:

@@ -50,7 +50,7 @@ class OpenRecords:
 
     def roll_back_to(self, step: int) -> None:
         self._record.cut_back(step, self._cut_rows)
-        self.sink.note(f"rolled back to step {step}")
+        self.sink.show_message(f"rolled back to step {step}")
 
     def sync(self) -> None:
         self._record.sync()
@@ -66,7 +66,7 @@ def open_records(session: Session, restored: Restored) -> Records:
     opened = _open_on_rank_zero(session, session.rank_zero, restored.position.step)
     session.ending.close_at_end(opened)
     if restored.position.step:
-        opened.sink.note(f"resumed at step {restored.position.step}")
+        opened.sink.show_message(f"resumed at step {restored.position.step}")
     return Records(opened)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.batch import horizon_steps
-from pretrain.checkpoint.restore import Position, random_state, restore, warm_start
+from pretrain.checkpoint.restore import TrainingPosition, random_state, restore, warm_start
 from pretrain.engine.base import Engine
 from pretrain.run.events import EventKind
 from pretrain.session import Session
@@ -22,7 +22,7 @@ class Restored:
     of another world size leaves the generators in this state.
     """
 
-    position: Position
+    position: TrainingPosition
     checkpoint_step: int | None
     horizon_steps: int
     seeded: dict[str, torch.Tensor]
@@ -37,7 +37,7 @@ def restore_engine(session: Session, engine: Engine) -> Restored:
     seeded, horizon = random_state(), horizon_steps(config)
     is_asked_for = config.checkpoint.resume_step is not None
     found = restore(start.checkpoints, engine, is_asked_for, journal.announce)
-    position = found[0] if found is not None else Position()
+    position = found[0] if found is not None else TrainingPosition()
     position = replace(position, consumed_samples=max(position.consumed_samples, start.passed_samples))
     checkpoint_step = None
     if found is not None:

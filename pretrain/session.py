@@ -24,15 +24,15 @@ from parallel.batch import steps_of
 from parallel.runtime import Runtime
 from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.restore import Identity, Position, choose_checkpoints, describe_error, warm_start_folder
+from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_checkpoints, describe_error, warm_start_folder
 from pretrain.checkpoint.rollback import finish_rollback
 from pretrain.checkpoint.write import remove_leftovers
 from pretrain.data.streams import data_identity
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer, vocab_size
-from pretrain.ending import AttemptEnding, Ended
+from pretrain.ending import AttemptEnding, TrainingEnd
 from pretrain.metrics.summary import make_summary, summary
 from pretrain.metrics.wandb_sink import wandb_place
-from pretrain.rank.consensus import lead, refuse
+from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.attempt import Attempt, open_attempt
 from pretrain.run.folder import EXIT_CODE, RunFolder, finished_text, folder_of
 from pretrain.run.journal import Journal
@@ -98,7 +98,7 @@ class Session:
         self.journal = Journal(attempt)
         self.ending = AttemptEnding(attempt)
 
-    def finish(self, ended: Ended, newest_checkpoint: Path | None) -> int:
+    def finish(self, ended: TrainingEnd, newest_checkpoint: Path | None) -> int:
         """Write the outcome, close the records and print the summary. Returns the exit code. Called on all ranks."""
         self.ending.write(ended)
         if self.rank_zero is not None:
@@ -139,7 +139,7 @@ def open_session(context: RunContext) -> Session | None:
         start, rank_zero = _begin_attempt(context)
         return start
 
-    start = lead(begin)
+    start = run_on_rank_0(begin)
     return Session(context, start, rank_zero) if start is not None else None
 
 
@@ -155,11 +155,11 @@ def _begin_attempt(context: RunContext) -> tuple[StartPoint, RankZero]:
         checkpoints = choose_checkpoints(config.checkpoint, folder.checkpoints, context.identity, announce)
         data = data_identity(config)
         if checkpoints:
-            refuse(check_data_change(read_manifest(checkpoints[0]).data, data, config))
+            raise_problems(check_data_change(read_manifest(checkpoints[0]).data, data, config))
         warm_start = None if checkpoints else warm_start_folder(config.checkpoint, context.identity)
         return StartPoint(checkpoints, warm_start, passed_samples), RankZero(attempt, data)
     except ConfigError as error:
-        AttemptEnding(attempt).write(Ended("failed", error.problems[0].rule, Position()))
+        AttemptEnding(attempt).write(TrainingEnd("failed", error.problems[0].rule, TrainingPosition()))
         raise
 
 

@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
 from parallel.batch import global_batch_at
-from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
 from pretrain.data.streams import SampleStream, Streams
 
@@ -22,7 +22,14 @@ class TrainingData:
     `validation`: the held-out global batches, the same at every validation; empty without held-out data.
     """
 
-    def __init__(self, config: Config, groups: ProcessGroupCollection, streams: Streams, start: Position, stop_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: ProcessGroupCollection,
+        streams: Streams,
+        start: TrainingPosition,
+        stop_step: int,
+    ) -> None:
         self._config = config
         self._data_rank, self._data_size = groups.dp.rank(), groups.dp.size()
         self._stream = streams.train
@@ -34,7 +41,7 @@ class TrainingData:
         """The batch of the next step; waits for the reading thread."""
         return next(self._batches)
 
-    def restart_at(self, position: Position) -> None:
+    def restart_at(self, position: TrainingPosition) -> None:
         """Go on reading at another position. `close` comes before."""
         self._batches = Prefetcher(self._read_from(position))
 
@@ -42,7 +49,7 @@ class TrainingData:
         """Stop the reading thread."""
         self._batches.close()
 
-    def _read_from(self, start: Position) -> Iterator[GlobalBatch]:
+    def _read_from(self, start: TrainingPosition) -> Iterator[GlobalBatch]:
         for first, size in batch_positions(self._config, start, self._stop_step):
             yield size, self._read(self._stream, first, size)
 
@@ -54,7 +61,7 @@ class TrainingData:
         return micro_batches(stream, first, size, self._config.batch.micro_batch_seqs, self._data_rank, self._data_size)
 
 
-def batch_positions(config: Config, start: Position, stop_step: int) -> Iterator[tuple[int, int]]:
+def batch_positions(config: Config, start: TrainingPosition, stop_step: int) -> Iterator[tuple[int, int]]:
     """(first sample, sequences) of each global batch from `start` to the last step; the batch-size ramp is followed."""
     consumed = start.consumed_samples
     for _ in range(start.step, stop_step):

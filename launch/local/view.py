@@ -74,11 +74,11 @@ class RunView:
         if self._bar is None:
             self._write(line + b"\n")
         elif _END_LINE.match(line):
-            self._bar.note(line.decode(errors="replace"))
+            self._bar.show_message(line.decode(errors="replace"))
             self._bar.close(None)
             self._bar = None
         elif not _STEP_LINE.match(line):
-            self._bar.note(line.decode(errors="replace"))
+            self._bar.show_message(line.decode(errors="replace"))
 
     def _unread_bytes(self) -> int:
         """What the log has beyond what was shown; 0 once rank 0 has failed."""

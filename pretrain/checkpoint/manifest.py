@@ -25,7 +25,7 @@ from configs.errors import Problem
 from configs.fields import walk
 from configs.model_schema import Model
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.files import read_json
 from pretrain.run.folder import COMPLETE
 
@@ -70,12 +70,12 @@ def identity_of(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredSlice:
     """A slice in a file: the flat range [start, stop) of `box` of tensor `name`."""
 
     kind: str
     name: str
-    box: Box
+    box: TensorSlice
     start: int
     stop: int
     file: str
@@ -86,20 +86,20 @@ class Stored:
         return piece_key(self.kind, self.name, self.box, self.start, self.stop)
 
 
-def piece_key(kind: str, name: str, box: Box, start: int, stop: int) -> str:
+def piece_key(kind: str, name: str, box: TensorSlice, start: int, stop: int) -> str:
     """The name of a slice inside a file."""
     spans = ",".join(f"{low}:{low + size}" for low, size in zip(box.offset, box.shape, strict=True))
     part = "" if (start, stop) == (0, box.size) else f"({start}:{stop})"
     return f"{kind}:{name}[{spans}]{part}"
 
 
-def parse_key(key: str) -> tuple[str, str, Box, int, int]:
+def parse_key(key: str) -> tuple[str, str, TensorSlice, int, int]:
     """(kind, name, box, start, stop) of a slice. Raises DamagedFile for other keys."""
     match = _KEY.match(key)
     if not match:
         raise DamagedFile(f"{key!r} does not name a slice of a tensor")
     spans = [tuple(int(edge) for edge in span.split(":")) for span in match["box"].split(",") if span]
-    box = Box(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
+    box = TensorSlice(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
     start, stop = (int(match["start"]), int(match["stop"])) if match["start"] else (0, box.size)
     return match["kind"], match["name"], box, start, stop
 
@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_index(folder: Path) -> Iterator[Stored]:
+def read_index(folder: Path) -> Iterator[StoredSlice]:
     """Every slice of a checkpoint. Raises DamagedFile."""
     value = read_json(folder / "index.json")
     if not isinstance(value, dict):
@@ -132,7 +132,7 @@ def read_index(folder: Path) -> Iterator[Stored]:
     for file, sums in value.items():
         for key, crc32 in sums.items():
             kind, name, box, start, stop = parse_key(key)
-            yield Stored(kind, name, box, start, stop, file, crc32)
+            yield StoredSlice(kind, name, box, start, stop, file, crc32)
 
 
 def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:

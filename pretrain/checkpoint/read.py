@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.manifest import Manifest, Stored, piece_key, read_index, read_manifest
-from pretrain.checkpoint.tensor_file import DamagedFile, Entry, read_bytes, read_header
+from pretrain.checkpoint.manifest import Manifest, StoredSlice, piece_key, read_index, read_manifest
+from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_bytes, read_header
 from pretrain.engine.base import Piece
-from pretrain.model.tensor_slice import Box, split_range
+from pretrain.model.tensor_slice import TensorSlice, split_range
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 
@@ -23,8 +23,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 class _Part:
     """A rectangular, contiguous part of a stored slice: `box` at element `position` of the slice."""
 
-    stored: Stored
-    box: Box
+    stored: StoredSlice
+    box: TensorSlice
     position: int
 
 
@@ -34,9 +34,9 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self._headers: dict[str, dict[str, Entry]] = {}
-        self._exact: dict[str, Stored] = {}
-        self._by_tensor: dict[tuple[str, str], list[Stored]] = {}
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self._exact: dict[str, StoredSlice] = {}
+        self._by_tensor: dict[tuple[str, str], list[StoredSlice]] = {}
         for stored in read_index(folder):
             self._exact[stored.key] = stored
             self._by_tensor.setdefault((stored.kind, stored.name), []).append(stored)
@@ -53,7 +53,7 @@ class CheckpointReader:
             else:
                 self._assemble(piece)
 
-    def read(self, stored: Stored) -> torch.Tensor:
+    def read(self, stored: StoredSlice) -> torch.Tensor:
         """One slice, 1-D, checked against its sum."""
         header = self._headers.get(stored.file)
         if header is None:

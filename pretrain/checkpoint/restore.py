@@ -1,6 +1,6 @@
 """Where a run goes on: the newest complete checkpoint that is whole, or the weights named for a warm start.
 
-In: the run folder, what the checkpoint must match. Out: the `Position` to go on from, with the engine filled. Rank 0
+In: the run folder, what the checkpoint must match. Out: the `TrainingPosition` to go on from, with the engine filled. Rank 0
 decides which folder; every rank reads its own part; damage found by one rank is known to all before anyone goes on.
 """
 
@@ -24,16 +24,16 @@ from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.engine.base import MOMENTS, Engine, Piece
-from pretrain.model.tensor_slice import Box
-from pretrain.rank.consensus import lead, refuse
+from pretrain.model.tensor_slice import TensorSlice
+from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.events import EventKind
 from pretrain.run.folder import complete_checkpoints, step_folder
 
-Say = Callable[..., None]
+Announce = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainingPosition:
     """How far a run is. Samples and tokens are counted over all ranks since the run began."""
 
     step: int = 0
@@ -49,7 +49,7 @@ class Identity:
     tokenizer: dict[str, Any] | None
 
 
-def choose_checkpoints(section: Checkpoint, checkpoints: Path, identity: Identity, say: Say) -> list[Path]:
+def choose_checkpoints(section: Checkpoint, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
     """Folders to try, best first; empty: the run starts at step 0. Reads manifests only. Rank 0.
 
     Raises ConfigError: the step asked for is missing or damaged, it is another model's checkpoint, or all are damaged.
@@ -64,7 +64,7 @@ def choose_checkpoints(section: Checkpoint, checkpoints: Path, identity: Identit
         try:
             manifest = read_manifest(folder)
         except DamagedFile as damage:
-            pass_over(folder, damage, say)
+            pass_over(folder, damage, announce)
             continue
         if problems := check_identity(manifest, folder, identity.model, identity.tokenizer):
             raise ConfigError(problems)
@@ -102,13 +102,13 @@ def _all_damaged(checkpoints: Path) -> Problem:
     return Problem("run.dir", str(checkpoints), rule, fix)
 
 
-def pass_over(folder: Path, damage: DamagedFile, say: Say) -> None:
-    """Say loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
+def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
+    """Announce loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
     aside = move_aside(folder, "damaged")
-    say(EventKind.CHECKPOINT_DAMAGED, folder=folder.name, why=str(damage), kept_as=aside.name)
+    announce(EventKind.CHECKPOINT_DAMAGED, folder=folder.name, why=str(damage), kept_as=aside.name)
 
 
-def restore(folders: list[Path], engine: Engine, asked_for: bool, say: Say) -> tuple[Position, Manifest] | None:
+def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Announce) -> tuple[TrainingPosition, Manifest] | None:
     """Fill the engine from the first folder that is whole; None without folders. Collective; `folders` equal on all ranks."""
     for folder in folders:
         try:
@@ -124,13 +124,13 @@ def restore(folders: list[Path], engine: Engine, asked_for: bool, say: Say) -> t
             manifest = reader.manifest  # type: ignore[possibly-unbound]
             engine.loaded(manifest.optimizer_steps if with_optimizer else None)  # type: ignore[possibly-unbound]
             set_random_state(states)  # type: ignore[possibly-unbound]
-            return Position(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
+            return TrainingPosition(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
         if asked_for:
             problem = Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step")
-            lead(partial(refuse, [problem]))
-        lead(partial(pass_over, folder, DamagedFile(worst), say))
+            run_on_rank_0(partial(raise_problems, [problem]))
+        run_on_rank_0(partial(pass_over, folder, DamagedFile(worst), announce))
     if folders:
-        lead(partial(refuse, [_all_damaged(folders[0].parent)]))
+        run_on_rank_0(partial(raise_problems, [_all_damaged(folders[0].parent)]))
     return None
 
 
@@ -143,7 +143,7 @@ def warm_start(folder: Path, engine: Engine) -> None:
         damage = raised
     if worst := _worst_damage(damage):
         problem = Problem("checkpoint.load", str(folder), f"must be whole: {worst}", "name another checkpoint")
-        lead(partial(refuse, [problem]))
+        run_on_rank_0(partial(raise_problems, [problem]))
     engine.loaded(None)
 
 
@@ -176,7 +176,7 @@ def random_pieces(rank: int) -> list[Piece]:
     """The random state as slices of a checkpoint."""
     pieces = []
     for name, state in random_state().items():
-        box = Box((0,), (state.numel(),))
+        box = TensorSlice((0,), (state.numel(),))
         pieces.append(Piece("rng", f"rank_{rank:05d}/{name}", box.shape, box, 0, box.size, state))
     return pieces
 

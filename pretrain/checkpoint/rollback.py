@@ -19,7 +19,7 @@ from typing import Any
 from configs.schema import Divergence
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.divergence import Policy, Refused, read_history
+from pretrain.divergence import DivergencePolicy, RefusedStep, read_history
 from pretrain.run.events import EventKind
 from pretrain.run.files import iterate_lines, sync_folder
 from pretrain.run.folder import RunFolder, complete_checkpoints
@@ -27,8 +27,8 @@ from pretrain.run.record import read_rows
 
 ASIDE = "rolled_back"
 
-# say(kind, **fields): an event on the disk, and a line for people.
-Say = Callable[..., None]
+# announce(kind, **fields): an event on the disk, and a line for people.
+Announce = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback 
     return [folder for _, folder in found[min(index, len(found) - 1) :]]
 
 
-def set_newer_aside(checkpoints: Path, rollback: Rollback, say: Say) -> None:
+def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -> None:
     """Checkpoints past the rollback's step that had consumed no more than it passes over: nobody resumes from them."""
     for step, folder in complete_checkpoints(checkpoints):
         if step <= rollback.to_step:
@@ -70,16 +70,16 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, say: Say) -> None:
             # Which side of the rollback it is from can't be known; choose_checkpoints passes it over as damaged.
             continue
         if consumed_samples <= rollback.consumed_samples:
-            say(EventKind.CHECKPOINT_ROLLED_BACK, folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
+            announce(EventKind.CHECKPOINT_ROLLED_BACK, folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
 
 
-def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> Policy:
+def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
     """What judges the steps of a run that stands at the end of its record. Rank 0, after the record was cut."""
     rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
-    return Policy(section, read_history(section, rows, _events(folder), consumed_samples))
+    return DivergencePolicy(section, read_history(section, rows, _events(folder), consumed_samples))
 
 
-def begin_rollback(folder: RunFolder, section: Divergence, refused: Refused, say: Say) -> list[Path]:
+def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep, announce: Announce) -> list[Path]:
     """Checkpoints to go on from, best first; empty: there is none, and nothing was changed.
 
     From the event on, the run stands there, whatever is killed when.
@@ -89,17 +89,17 @@ def begin_rollback(folder: RunFolder, section: Divergence, refused: Refused, say
     if folders:
         rollback = Rollback(step_of(folders[0]), refused.samples)
         numbers = {"loss": refused.loss, "grad_norm": refused.grad_norm, "rule": refused.rule}
-        say(EventKind.ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
-        set_newer_aside(folder.checkpoints, rollback, say)
+        announce(EventKind.ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
+        set_newer_aside(folder.checkpoints, rollback, announce)
     return folders
 
 
-def finish_rollback(folder: RunFolder, say: Say) -> int:
+def finish_rollback(folder: RunFolder, announce: Announce) -> int:
     """At a start: do what a kill left undone of the newest rollback; the samples that no step may read again (0: none)."""
     rollback = newest_rollback(_events(folder))
     if rollback is None:
         return 0
-    set_newer_aside(folder.checkpoints, rollback, say)
+    set_newer_aside(folder.checkpoints, rollback, announce)
     return rollback.consumed_samples
 
 

@@ -18,7 +18,7 @@ from configs.schema import Config
 from parallel.layout import Layout
 from parallel.runtime import Runtime
 from pretrain.checkpoint.manifest import FORMAT, Manifest
-from pretrain.checkpoint.restore import Identity, Position, random_pieces
+from pretrain.checkpoint.restore import Identity, TrainingPosition, random_pieces
 from pretrain.checkpoint.rollback import drop_passed, step_of
 from pretrain.checkpoint.write import CheckpointWriter, prune
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, Piece
@@ -36,7 +36,7 @@ class Common:
     horizon_steps: int
     layout: Layout
 
-    def manifest(self, position: Position, engine: Engine, tensors: dict[str, list[int]], world_size: int) -> Manifest:
+    def manifest(self, position: TrainingPosition, engine: Engine, tensors: dict[str, list[int]], world_size: int) -> Manifest:
         return Manifest(
             format=FORMAT,
             step=position.step,
@@ -60,7 +60,10 @@ class Common:
 
 
 class Saver:
-    """Saves one engine's state. `before` runs on every rank ahead of a save; `tell` and `say` write events on rank 0."""
+    """Saves one engine's state.
+
+    `before_save` runs on every rank ahead of a save. `write_event` and `announce` report on rank 0.
+    """
 
     def __init__(
         self,
@@ -68,12 +71,12 @@ class Saver:
         engine: Engine,
         common: Common,
         runtime: Runtime,
-        before: Callable[[], None],
-        tell: Callable[..., None],
-        say: Callable[..., None],
+        before_save: Callable[[], None],
+        write_event: Callable[..., None],
+        announce: Callable[..., None],
     ) -> None:
         self._checkpoints, self._engine, self._common, self._runtime = checkpoints, engine, common, runtime
-        self._before, self._tell, self._say = before, tell, say
+        self._before_save, self._write_event, self._announce = before_save, write_event, announce
         self._section = common.config.checkpoint
         self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
         # Adam's moments come with the first step: each is as large as the weights.
@@ -92,13 +95,13 @@ class Saver:
     def at_end(self) -> bool:
         return self._section.save_at_end
 
-    def save(self, position: Position) -> None:
+    def save(self, position: TrainingPosition) -> None:
         """Start a save of this position, after the one under way."""
         if self.last_step == position.step:
             return
         self.settle()
         self._began_s = time.monotonic()
-        self._before()
+        self._before_save()
         pieces = [*self._engine.owned(), *random_pieces(self._runtime.rank)]
         self.writer.start(self._common.manifest(position, self._engine, self._tensors(pieces), self._runtime.world_size), pieces)
         self.last_step = position.step
@@ -122,16 +125,16 @@ class Saver:
     def _published(self, folder: Path, error: str | None) -> None:
         """A save is complete, or has failed and left nothing. Rank 0."""
         if error is not None:
-            self._say(EventKind.SAVE_FAILED, folder=folder.name, why=error)
+            self._announce(EventKind.SAVE_FAILED, folder=folder.name, why=error)
             return
         self.newest = folder
         step = step_of(folder)
         # As the loop sees it, in steps: what a save before a time limit may take at most.
         seconds = round(time.monotonic() - self._began_s, 3)
-        self._tell(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds)
+        self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds)
         section = self._section
         gone = prune(self._checkpoints, section.keep, section.milestone_interval_steps)
         if section.keep:
             gone += drop_passed(self._checkpoints, step, section.milestone_interval_steps)
         for path in gone:
-            self._tell(EventKind.PRUNED, folder=path.name)
+            self._write_event(EventKind.PRUNED, folder=path.name)

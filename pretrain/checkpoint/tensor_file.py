@@ -29,7 +29,7 @@ class DamagedFile(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its type, shape, and the bytes [start, stop) counted from the start of the file."""
 
     dtype: str
@@ -82,8 +82,8 @@ def _write_summed(file: BinaryIO, value: NDArray[np.uint8]) -> int:
     return total
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Key -> Entry. Raises DamagedFile when the header is none or the file is not as long as it says."""
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Key -> TensorEntry. Raises DamagedFile when the header is none or the file is not as long as it says."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -106,15 +106,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(value: dict[str, Any], first: int) -> Entry:
+def _entry(value: dict[str, Any], first: int) -> TensorEntry:
     """One tensor of a header; `first`: where the data begins. Raises TypeError, KeyError or ValueError for what is none."""
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or start > stop:
         raise ValueError(f"{dtype!r} {list(shape)} from {start!r} to {stop!r}")
-    return Entry(dtype, shape, first + start, first + stop)
+    return TensorEntry(dtype, shape, first + start, first + stop)
 
 
-def read_bytes(path: Path, entry: Entry, expected_sum: int | None) -> NDArray[np.uint8]:
+def read_bytes(path: Path, entry: TensorEntry, expected_sum: int | None) -> NDArray[np.uint8]:
     """The raw bytes of one tensor, checked against its CRC-32. Raises DamagedFile."""
     buffer = np.empty(entry.stop - entry.start, dtype=np.uint8)
     view = buffer.data

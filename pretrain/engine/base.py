@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from pretrain.data.batches import MicroBatch
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 
 # What a checkpoint holds of every parameter: fp32 main weights and Adam's two moments.
 WEIGHT = "weight"
@@ -46,7 +46,7 @@ class Piece:
     kind: str
     name: str
     global_shape: tuple[int, ...]
-    box: Box
+    box: TensorSlice
     start: int
     stop: int
     data: torch.Tensor

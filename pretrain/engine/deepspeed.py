@@ -23,7 +23,7 @@ from pretrain.engine.base import WEIGHT, Accept, Piece, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
 from pretrain.engine.deepspeed_slots import make_slots
 from pretrain.engine.deepspeed_swap import swaps
-from pretrain.engine.schedule_step import Schedule
+from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.shards import Shard, local_tensors, map_shards
 
@@ -36,7 +36,7 @@ class DeepSpeedZero:
     def __init__(self, config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device) -> None:
         self.config, self.chunks, self.groups, self.device = config, list(chunks), groups, device
         self.zero_stage = config.zero.stage
-        self.schedule = Schedule(config, groups, device)
+        self.schedule = PipelineSchedule(config, groups, device)
         self.transformer = chunks[0].config
         # Before DeepSpeed: stage 3 takes the shapes away.
         shards = [map_shards(chunk, groups) for chunk in chunks]

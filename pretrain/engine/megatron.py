@@ -18,7 +18,7 @@ from configs.schema import Config
 from parallel.compat.megatron_private import publish_main_weights, sharded_main
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
-from pretrain.engine.schedule_step import Schedule
+from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.megatron_config import DTYPES
 from pretrain.model.shards import Shard, local_tensors, map_shards
@@ -32,7 +32,7 @@ class MegatronEngine:
     def __init__(self, config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device) -> None:
         self.config = config
         self.zero_stage = config.zero.stage
-        self.schedule = Schedule(config, groups, device)
+        self.schedule = PipelineSchedule(config, groups, device)
         self.shards = [map_shards(chunk, groups) for chunk in chunks]
         self.tensors = [dict(local_tensors(chunk)) for chunk in chunks]
         transformer = chunks[0].config

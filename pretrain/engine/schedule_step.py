@@ -16,10 +16,10 @@ from torch import nn
 from configs.schema import Config
 from parallel.compat.megatron_guards import without_jitter
 from pretrain.data.batches import MicroBatch
-from pretrain.model.inputs import make_feed
+from pretrain.model.inputs import make_model_inputs
 
 
-class Schedule:
+class PipelineSchedule:
     """Runs forward (and backward) passes of this rank's micro-batches; knows nothing of gradients' owner."""
 
     def __init__(self, config: Config, groups: ProcessGroupCollection, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Schedule:
         """Token losses and what makes one number of them; `return_schedule_plan`: layers that the schedule runs part by part,
         while tokens travel (parallel.overlap_expert_comm).
         """
-        feed = make_feed(next(iterator), self.groups, self.device)
+        feed = make_model_inputs(next(iterator), self.groups, self.device)
         mtp = {"loss_mask": feed.loss_mask} if self.has_mtp else {}
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(feed.tokens, feed.position_ids, feed.attention_mask, labels=feed.labels, **mtp)

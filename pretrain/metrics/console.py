@@ -47,7 +47,7 @@ class PlainConsole:
             width = len(str(self._total_steps))
             self._say(f"step {step:>{width}}/{self._total_steps}  " + "  ".join([*numbers(row), f"eta {duration(eta_s):>8}"]))
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         self._say(text)
 
     def close(self, outcome: Outcome | None) -> None:
@@ -98,7 +98,7 @@ class LiveConsole:
         self._progress.update(self._task, completed=row["step"], numbers="  ".join([*shown, f"eta {duration(self._eta_s)}"]))
         self._progress.refresh()
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """A line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -106,7 +106,7 @@ class LiveConsole:
         if self._row:
             self._draw()
         if outcome is not None:
-            self.note(f"{outcome.state} at step {outcome.step}: {outcome.why}")
+            self.show_message(f"{outcome.state} at step {outcome.step}: {outcome.why}")
         self._progress.stop()
         self._screen.drain()
 

@@ -18,7 +18,7 @@ import torch
 from configs.schema import Config
 from parallel.flops import training_flops
 from parallel.layout import Layout
-from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.engine.base import StepResult
 
 GIB = 2**30
@@ -39,7 +39,7 @@ class Meter:
     world_size: int
     peak_tflops: float | None
 
-    def row(self, position: Position, result: StepResult, rate: float, tokens: int, step_time_s: float) -> dict[str, Any]:
+    def row(self, position: TrainingPosition, result: StepResult, rate: float, tokens: int, step_time_s: float) -> dict[str, Any]:
         """The row of the step that led to `position`; `tokens` were its input tokens."""
         tokens_per_s = tokens / step_time_s
         tflops = tokens_per_s * self.flops_per_token / self.world_size / 1e12

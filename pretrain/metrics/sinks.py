@@ -20,7 +20,7 @@ class Sink(Protocol):
         """One step's row, complete."""
         ...
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """One line for people: a save, a resume."""
         ...
 
@@ -35,7 +35,7 @@ class NullSink:
     def write(self, row: dict[str, Any]) -> None:
         return
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         return
 
     def close(self, outcome: Outcome | None) -> None:
@@ -51,7 +51,7 @@ class RecordSink:
     def write(self, row: dict[str, Any]) -> None:
         self._record.append(row)
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         return
 
     def close(self, outcome: Outcome | None) -> None:
@@ -68,9 +68,9 @@ class Sinks:
         for sink in self._sinks:
             sink.write(row)
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         for sink in self._sinks:
-            sink.note(text)
+            sink.show_message(text)
 
     def close(self, outcome: Outcome | None) -> None:
         errors: list[Exception] = []

@@ -86,15 +86,20 @@ def _facts(run: RunSummary) -> list[tuple[str, str | None]]:
             f"{run.unigram_entropy:.4f}  a model that knows how often each token comes" if run.unigram_entropy else None,
         ),
         ("held-out loss", _number(run.val_loss) if run.val_loss is not None else None),
-        (
-            "trained on",
-            f"{count(run.tokens)} tokens" + (f" in {duration(run.wall_s)}" if run.wall_s else "") if run.tokens else None,
-        ),
+        ("trained on", _trained_on(run)),
         ("speed", f"{count(run.tokens_per_s)} tokens/s" if run.tokens_per_s else None),
         ("run folder", str(run.folder.path)),
         ("checkpoint", run.checkpoint),
         ("W&B", run.wandb_place),
     ]
+
+
+def _trained_on(run: RunSummary) -> str | None:
+    """Tokens of the whole run, and the wall time where it is known; None: nothing was trained."""
+    if not run.tokens:
+        return None
+    time = f" in {duration(run.wall_s)}" if run.wall_s else ""
+    return f"{count(run.tokens)} tokens{time}"
 
 
 def _next_commands(run: RunSummary) -> list[str]:

@@ -1,4 +1,4 @@
-"""The process that copies the record to W&B. In: one JSON line on stdin (a `Job`), then the growing metrics.jsonl.
+"""The process that copies the record to W&B. In: one JSON line on stdin (a `CopyJob`), then the growing metrics.jsonl.
 
 Its own process, because W&B may hang, crash or fill memory, and none of that may reach training. It ends on the line
 {"close": exit code} from rank 0, or soon after rank 0's death closes the pipe. Rank 0 kills it when it takes too long.
@@ -38,7 +38,7 @@ GAVE_UP = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class CopyJob:
     """What rank 0 asks for. `mode` is online or offline; the key stays in the environment or in netrc."""
 
     run_dir: str
@@ -57,7 +57,7 @@ class Job:
 class Copy:
     """One W&B session of one attempt."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CopyJob) -> None:
         self._job = job
         self._folder = RunFolder(Path(job.run_dir))
         self._cursor = Cursor(self._folder)
@@ -111,7 +111,7 @@ def _import_wandb() -> Any:
     return wandb
 
 
-def _start(wandb: Any, job: Job) -> tuple[Any, bool]:
+def _start(wandb: Any, job: CopyJob) -> tuple[Any, bool]:
     """(W&B's run, is it online?). A server that refuses, or isn't there, makes it an offline run, with one warning."""
     if job.mode == "online":
         try:
@@ -123,7 +123,7 @@ def _start(wandb: Any, job: Job) -> tuple[Any, bool]:
     return _init(wandb, job, "offline"), False
 
 
-def _init(wandb: Any, job: Job, mode: str) -> Any:
+def _init(wandb: Any, job: CopyJob, mode: str) -> Any:
     wanted = {
         "console": "off",
         "silent": True,
@@ -197,7 +197,7 @@ class Orders:
         self._lines.put(line)
 
 
-def follow(job: Job, orders: Orders) -> None:
+def follow(job: CopyJob, orders: Orders) -> None:
     """Copy until told to close, or until rank 0 is gone."""
     copy = Copy(job)
     copy.send()
@@ -215,7 +215,7 @@ def main() -> int:
     first = pipe.readline()
     if not first:
         return 0
-    job = Job(**json.loads(first))
+    job = CopyJob(**json.loads(first))
     orders = Orders(pipe, job.finish_timeout_s)
     try:
         with open(RunFolder(Path(job.run_dir)).wandb / "lock", "w") as lock:

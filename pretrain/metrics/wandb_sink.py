@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 
 from configs.schema import Config
 from pretrain.metrics.sinks import NullSink, Sink
-from pretrain.metrics.wandb_copy import GAVE_UP, Job, warn
+from pretrain.metrics.wandb_copy import GAVE_UP, CopyJob, warn
 from pretrain.run.folder import Outcome, RunFolder
 
 # WANDB_MODE's words, with those of older versions.
@@ -39,7 +39,7 @@ _KILL_AFTER_S = 2.0
 class WandbSink:
     """The rank's side of the copy."""
 
-    def __init__(self, job: Job, environ: Mapping[str, str]) -> None:
+    def __init__(self, job: CopyJob, environ: Mapping[str, str]) -> None:
         self._job = job
         self._environ = environ
         self._lost = False
@@ -76,7 +76,7 @@ class WandbSink:
         if not self._lost and self._process.poll() is not None:
             self._lose(f"the copying process ended by itself (exit code {self._process.returncode})")
 
-    def note(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         return
 
     def close(self, outcome: Outcome | None) -> None:
@@ -119,7 +119,7 @@ def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: M
     if "wandb" not in config.metrics.sinks or mode == "disabled":
         return NullSink()
     wandb = config.metrics.wandb
-    job = Job(
+    job = CopyJob(
         run_dir=str(folder.path.resolve()),
         wandb_id=wandb_id,
         mode=mode,

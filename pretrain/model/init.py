@@ -17,7 +17,7 @@ import torch
 
 from configs.model_schema import Model
 from pretrain.model.shards import Shard
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 
 _DEPTH_SCALED = re.compile(r"(self_attention\.linear_proj|linear_fc2)\.weight$")
 _ONES = re.compile(r"(layernorm|norm)\.weight$")
@@ -47,10 +47,10 @@ def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
             tensor.copy_(flat.view(tensor.shape) * std)
 
 
-def normal(name: str, global_shape: tuple[int, ...], box: Box, seed: int) -> torch.Tensor:
+def normal(name: str, global_shape: tuple[int, ...], box: TensorSlice, seed: int) -> torch.Tensor:
     """Standard normal float32 values of one box of a tensor, shape box.shape; cost: the full rows of the box."""
     width = global_shape[-1]
-    rows = Box(box.offset[:-1], box.shape[:-1])
+    rows = TensorSlice(box.offset[:-1], box.shape[:-1])
     if len(global_shape) == 1:
         return _draw(name, box.offset[0], box.shape[0], seed)
     # Rows of the last two dims are contiguous; leading dims (stacked experts) are walked.

@@ -12,7 +12,7 @@ from pretrain.model.attention import zigzag
 
 
 @dataclass(frozen=True)
-class Feed:
+class ModelInputs:
     """Shapes: b micro-batch, s local tokens, S all tokens of a sequence."""
 
     tokens: torch.Tensor  # [b, s] int64
@@ -22,7 +22,7 @@ class Feed:
     attention_mask: torch.Tensor | None  # [b, 1, s, S] bool, True where a query must not look; None: causal
 
 
-def make_feed(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.device) -> Feed:
+def make_model_inputs(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.device) -> ModelInputs:
     """Slice for context parallelism and move. Costs a [b, 1, s, S] mask when documents are kept apart."""
     positions = zigzag(batch.tokens.shape[1], groups.cp.size(), groups.cp.rank())
 
@@ -36,4 +36,4 @@ def make_feed(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.d
         other = queries[:, :, None] != batch.document_ids[:, None, :]
         later = positions[:, None] < torch.arange(batch.tokens.shape[1])[None, :]
         mask = (other | later)[:, None].to(device)
-    return Feed(local(batch.tokens), local(batch.labels), local(batch.loss_mask), local(batch.position_ids), mask)
+    return ModelInputs(local(batch.tokens), local(batch.labels), local(batch.loss_mask), local(batch.position_ids), mask)

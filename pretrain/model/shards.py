@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel.compat.torch_private import saved_buffers
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 
 # Transformer Engine's fused norms -> the names of the separate ones.
 _FUSED_NORMS = (
@@ -42,13 +42,13 @@ class Shard:
 
     name: str
     global_shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[TensorSlice, ...]
     data_rank: int
     num_data: int
     tensor_replica: int
     duplicate: bool
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Box, int, int]]:
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, TensorSlice, int, int]]:
         """The flat range [start, stop) of the local tensor as (local position, box, start in box, stop in box)."""
         first = 0
         for box in self.boxes:
@@ -129,7 +129,7 @@ def _shard(
     if routed:
         numbers = range(experts.first, experts.first + tensor.shape[0]) if stacked else (expert,)
         shape = (experts.total, *shape)
-        boxes = [Box((number or 0, *box.offset), (1, *box.shape)) for number in numbers for box in boxes]
+        boxes = [TensorSlice((number or 0, *box.offset), (1, *box.shape)) for number in numbers for box in boxes]
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return Shard(
@@ -143,14 +143,14 @@ def _shard(
     )
 
 
-def _slices(shape: tuple[int, ...], dim: int, parts: int, rank: int, size: int) -> tuple[tuple[int, ...], list[Box]]:
+def _slices(shape: tuple[int, ...], dim: int, parts: int, rank: int, size: int) -> tuple[tuple[int, ...], list[TensorSlice]]:
     """(whole shape, boxes) of a local tensor; `dim` is split over `size` ranks (-1: not), each of its parts apart."""
     offset = (0,) * len(shape)
     if dim < 0:
-        return shape, [Box(offset, shape)]
+        return shape, [TensorSlice(offset, shape)]
     length = shape[dim] // parts
     boxes = []
     for part in range(parts):
         start = part * length * size + rank * length
-        boxes.append(Box((*offset[:dim], start, *offset[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])))
+        boxes.append(TensorSlice((*offset[:dim], start, *offset[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])))
     return (*shape[:dim], shape[dim] * size, *shape[dim + 1 :]), boxes

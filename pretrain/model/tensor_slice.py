@@ -14,7 +14,7 @@ from math import prod
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorSlice:
     """The slice [offset[d], offset[d] + shape[d]) of every dim d. The box of a scalar has no dims and one element."""
 
     offset: tuple[int, ...]
@@ -24,21 +24,21 @@ class Box:
     def size(self) -> int:
         return prod(self.shape)
 
-    def overlap(self, other: Box) -> Box | None:
+    def overlap(self, other: TensorSlice) -> TensorSlice | None:
         """What both hold, or None."""
         low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         high = tuple(min(a + m, b + n) for a, m, b, n in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
         if any(h <= lo for lo, h in zip(low, high, strict=True)):
             return None
-        return Box(low, tuple(h - lo for lo, h in zip(low, high, strict=True)))
+        return TensorSlice(low, tuple(h - lo for lo, h in zip(low, high, strict=True)))
 
-    def slices_of(self, outer: Box) -> tuple[slice, ...]:
+    def slices_of(self, outer: TensorSlice) -> tuple[slice, ...]:
         """Where this box lies inside `outer`, as an index."""
         starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 
 
-def split_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
+def split_range(box: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
     """(flat position, contiguous box) for each rectangular part of the flat range [start, stop) of `box`, in order."""
     if start >= stop:
         return
@@ -48,10 +48,10 @@ def split_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
     inner = prod(box.shape[1:])
     first, last = start // inner, (stop - 1) // inner
     if first == last:
-        row = Box((box.offset[0] + first, *box.offset[1:]), (1, *box.shape[1:]))
-        rest = Box(row.offset[1:], row.shape[1:])
+        row = TensorSlice((box.offset[0] + first, *box.offset[1:]), (1, *box.shape[1:]))
+        rest = TensorSlice(row.offset[1:], row.shape[1:])
         for flat, part in split_range(rest, start - first * inner, stop - first * inner):
-            yield first * inner + flat, Box((row.offset[0], *part.offset), (1, *part.shape))
+            yield first * inner + flat, TensorSlice((row.offset[0], *part.offset), (1, *part.shape))
         return
     whole_first = first if start % inner == 0 else first + 1
     whole_last = last + 1 if stop % inner == 0 else last
@@ -59,6 +59,6 @@ def split_range(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
         yield from split_range(box, start, whole_first * inner)
     if whole_first < whole_last:
         shape = (whole_last - whole_first, *box.shape[1:])
-        yield whole_first * inner, Box((box.offset[0] + whole_first, *box.offset[1:]), shape)
+        yield whole_first * inner, TensorSlice((box.offset[0] + whole_first, *box.offset[1:]), shape)
     if whole_last * inner < stop:
         yield from split_range(box, whole_last * inner, stop)

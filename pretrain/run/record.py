@@ -24,32 +24,32 @@ from pretrain.run.files import append_line, iterate_lines, mend_torn_line, stora
 
 REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
 
-Note = Callable[..., None]
+WriteEvent = Callable[..., None]
 
 
 class Record:
     """The open record of one attempt. Its only writer."""
 
-    def __init__(self, path: Path, last_step: int, note: Note) -> None:
+    def __init__(self, path: Path, last_step: int, write_event: WriteEvent) -> None:
         self.path = path
         self.last_step = last_step
-        self._note = note
+        self._write_event = write_event
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     @classmethod
-    def open(cls, path: Path, restored_step: int, note: Note, keep_cut_in: Path | None = None) -> Record:
+    def open(cls, path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None = None) -> Record:
         """Cut the record back to `restored_step` (0: nothing was restored) and open it.
 
-        `note(kind, **fields)` hears of everything unusual (it is `Attempt.event`). Rows that are cut are kept in
+        `write_event(kind, **fields)` reports everything unusual; rank 0 passes `Attempt.event`. Rows that are cut are kept in
         `keep_cut_in`: they are replayed, bit for bit on an unchanged layout. Raises ConfigError when the disk refuses.
         """
         try:
             if torn_bytes := mend_torn_line(path):
-                note(EventKind.RECORD_MENDED, cut_bytes=torn_bytes)
-            last_step = _cut(path, restored_step, note, keep_cut_in) if path.exists() else 0
+                write_event(EventKind.RECORD_MENDED, cut_bytes=torn_bytes)
+            last_step = _cut(path, restored_step, write_event, keep_cut_in) if path.exists() else 0
             if last_step < restored_step:
-                note(EventKind.RECORD_GAP, after_step=last_step, restored_step=restored_step)
-            return cls(path, restored_step, note)
+                write_event(EventKind.RECORD_GAP, after_step=last_step, restored_step=restored_step)
+            return cls(path, restored_step, write_event)
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", path, error)) from error
 
@@ -60,7 +60,7 @@ class Record:
         step = row["step"]
         assert step > self.last_step, f"step {step} is in the record already, which is at {self.last_step}"
         if step != self.last_step + 1:
-            self._note(EventKind.RECORD_GAP, after_step=self.last_step, next_step=step)
+            self._write_event(EventKind.RECORD_GAP, after_step=self.last_step, next_step=step)
         try:
             append_line(self._descriptor, encode_row(row))
         except OSError as error:
@@ -70,7 +70,7 @@ class Record:
     def cut_back(self, step: int, keep_cut_in: Path) -> None:
         """A rollback: drop the rows past `step`, and go on after it. Raises ConfigError when the disk refuses it."""
         try:
-            _cut(self.path, step, self._note, keep_cut_in)
+            _cut(self.path, step, self._write_event, keep_cut_in)
             os.close(self._descriptor)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield decode_row(row)
 
 
-def _cut(path: Path, restored_step: int, note: Note, keep_cut_in: Path | None) -> int:
+def _cut(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None) -> int:
     """Drop rows past `restored_step`, repeated steps and lines that are no rows; returns the last step that stays.
 
     One pass to look, and a second one only when something must go: a long record is rewritten at most once a resume.
@@ -126,10 +126,12 @@ def _cut(path: Path, restored_step: int, note: Note, keep_cut_in: Path | None) -
             gaps.append((last_step, step))
         last_step = step
     for before, after in gaps[:10]:
-        note(EventKind.RECORD_GAP, after_step=before, next_step=after)
+        write_event(EventKind.RECORD_GAP, after_step=before, next_step=after)
     if not whole:
         count = _rewrite(path, restored_step, keep_cut_in)
-        note(EventKind.RECORD_CUT, rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None)
+        write_event(
+            EventKind.RECORD_CUT, rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None
+        )
     return last_step
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from configs.schema import Divergence
 from pretrain.checkpoint.manifest import FORMAT, Manifest
 from pretrain.checkpoint.rollback import Rollback, begin_rollback, choose_targets, drop_passed, finish_rollback, move_aside
-from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, Decision, History, Policy, Refused, read_history
+from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, DivergencePolicy, History, RefusedStep, StepDecision, read_history
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import COMPLETE, RunFolder, step_folder
@@ -27,7 +27,7 @@ def section(**values: Any) -> Divergence:
     return Divergence(**{"spike_min_steps": 4, "spike_window_steps": 8, **values})
 
 
-def actions(policy: Policy, losses: list[float]) -> list[str]:
+def actions(policy: DivergencePolicy, losses: list[float]) -> list[str]:
     return [policy.judge(loss, 1.0).action for loss in losses]
 
 
@@ -37,17 +37,17 @@ def actions(policy: Policy, losses: list[float]) -> list[str]:
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (INF, 1.0), (5.0, NAN), (5.0, INF), (-INF, NAN)])
 @pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
 def test_what_is_no_number_is_refused_as_configured(loss: float, norm: float, action: str) -> None:
-    decision = Policy(section(nonfinite=action), History()).judge(loss, norm)
-    assert decision == Decision(action, f"loss {loss:g} and gradient norm {norm:g} must be finite")
+    decision = DivergencePolicy(section(nonfinite=action), History()).judge(loss, norm)
+    assert decision == StepDecision(action, f"loss {loss:g} and gradient norm {norm:g} must be finite")
 
 
 def test_spikes_are_off_by_default() -> None:
-    assert set(actions(Policy(Divergence(), History()), [5.0] * 100 + [500.0])) == {ACCEPT}
-    assert Policy(Divergence(), History()).judge(NAN, 1.0).action == STOP
+    assert set(actions(DivergencePolicy(Divergence(), History()), [5.0] * 100 + [500.0])) == {ACCEPT}
+    assert DivergencePolicy(Divergence(), History()).judge(NAN, 1.0).action == STOP
 
 
 def test_a_spike_says_its_numbers() -> None:
-    policy = Policy(section(spike="skip", spike_deviations=2.0), History((5.0, 5.2, 4.8, 5.1, 4.9)))
+    policy = DivergencePolicy(section(spike="skip", spike_deviations=2.0), History((5.0, 5.2, 4.8, 5.1, 4.9)))
     decision = policy.judge(6.0, 1.0)
     assert decision.action == SKIP
     assert decision.rule == (
@@ -57,13 +57,13 @@ def test_a_spike_says_its_numbers() -> None:
 
 
 def test_a_still_window_has_a_floor_and_a_short_one_never_fires() -> None:
-    policy = Policy(section(spike="stop", spike_floor_nats=0.5), History())
+    policy = DivergencePolicy(section(spike="stop", spike_floor_nats=0.5), History())
     assert actions(policy, [5.0, 5.0, 9.0, 5.0]) == [ACCEPT] * 4, "fewer than 4 losses are known"
     assert actions(policy, [5.5, 5.51]) == [ACCEPT, STOP]
 
 
 def test_a_refused_loss_does_not_move_the_window() -> None:
-    policy = Policy(section(spike="skip", max_skips=50), History())
+    policy = DivergencePolicy(section(spike="skip", max_skips=50), History())
     assert actions(policy, [5.0] * 8 + [7.0] * 40 + [5.0]) == [ACCEPT] * 8 + [SKIP] * 40 + [ACCEPT]
 
 
@@ -71,13 +71,13 @@ def test_a_refused_loss_does_not_move_the_window() -> None:
 @given(st.lists(st.floats(1, 10), min_size=8, max_size=8), st.floats(0, 20), st.floats(-5, 5), st.randoms(use_true_random=False))
 def test_the_rule_knows_no_order_and_no_origin(losses: list[float], loss: float, shift: float, order: random.Random) -> None:
     def limit(window: list[float]) -> float:
-        rule = Policy(section(spike="stop"), History(tuple(window))).judge(1e6, 1.0).rule
+        rule = DivergencePolicy(section(spike="stop"), History(tuple(window))).judge(1e6, 1.0).rule
         return float(rule.split("at most ")[1].split(":")[0])
 
     shuffled = order.sample(losses, len(losses))
     assert limit(shuffled) == limit(losses) >= sorted(losses)[3] + 0.19
     assert limit([one + shift for one in losses]) == pytest.approx(limit(losses) + shift, abs=2e-3)
-    policy = Policy(section(spike="stop"), History(tuple(losses)))
+    policy = DivergencePolicy(section(spike="stop"), History(tuple(losses)))
     if abs(loss - limit(losses)) > 1e-3:
         assert (policy.judge(loss, 1.0).action == STOP) == (loss > limit(losses))
 
@@ -85,7 +85,7 @@ def test_the_rule_knows_no_order_and_no_origin(losses: list[float], loss: float,
 def test_falling_noise_never_fires_and_one_jump_does() -> None:
     draw = random.Random(3)
     losses = [8.0 / (1 + step / 50) + draw.gauss(0, 0.05) for step in range(400)]
-    policy = Policy(Divergence(spike="skip"), History())
+    policy = DivergencePolicy(Divergence(spike="skip"), History())
     assert set(actions(policy, losses)) == {ACCEPT}
     assert actions(policy, [losses[-1] + 0.6, losses[-1]]) == [SKIP, ACCEPT]
 
@@ -94,11 +94,11 @@ def test_falling_noise_never_fires_and_one_jump_does() -> None:
 
 
 def test_bounds_end_the_run_and_say_so() -> None:
-    policy = Policy(section(nonfinite="skip", max_skips=2), History(skips=1))
+    policy = DivergencePolicy(section(nonfinite="skip", max_skips=2), History(skips=1))
     assert policy.judge(NAN, 1.0).action == SKIP
     last = policy.judge(NAN, 1.0)
     assert last.action == STOP and "divergence.max_skips = 2 steps were skipped already" in last.rule
-    policy = Policy(section(nonfinite="rollback", max_rollbacks=1), History(rollbacks=1))
+    policy = DivergencePolicy(section(nonfinite="rollback", max_rollbacks=1), History(rollbacks=1))
     last = policy.judge(NAN, 1.0)
     assert last.action == STOP and "divergence.max_rollbacks = 1 rollbacks were made already" in last.rule
 
@@ -108,16 +108,16 @@ def test_bounds_end_the_run_and_say_so() -> None:
 def test_a_resume_decides_as_the_run_that_was_killed(losses: list[float], data: st.DataObject) -> None:
     """From any step of any run of skips: its record and its events (also those ahead of the step) make the same policy."""
     rule = section(nonfinite="skip", spike="skip", max_skips=5)
-    policy, rows, events, decisions = Policy(rule, History()), [], [], []
+    policy, rows, events, decisions = DivergencePolicy(rule, History()), [], [], []
     for step, loss in enumerate(losses, start=1):
         decisions.append(policy.judge(loss, 1.0))
         row = {"step": step, "loss": loss, "grad_norm": 1.0, "samples": 8 * step}
         rows.append(row | ({} if decisions[-1].action == ACCEPT else {"applied": False}))
         if decisions[-1].action == SKIP:
-            events.append({"kind": EventKind.SKIPPED_STEP, **Refused.of(row, decisions[-1]).as_fields()})
+            events.append({"kind": EventKind.SKIPPED_STEP, **RefusedStep.of(row, decisions[-1]).as_fields()})
     for _ in range(2):
         at = data.draw(st.integers(0, len(losses)))
-        resumed = Policy(rule, read_history(rule, rows[:at], events, 8 * at))
+        resumed = DivergencePolicy(rule, read_history(rule, rows[:at], events, 8 * at))
         again = [resumed.judge(loss, 1.0) for loss in losses[at:]]
         assert again == decisions[at:]
         # The replay says its skips again.
@@ -184,7 +184,7 @@ def names(folder: RunFolder) -> list[str]:
 
 def test_a_kill_in_the_middle_of_a_rollback_is_made_good(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    events, refused = Events(folder), Refused(8, 64, NAN, 1.0, "why")
+    events, refused = Events(folder), RefusedStep(8, 64, NAN, 1.0, "why")
     for step in (3, 6):
         checkpoint(folder.checkpoints, step, 8 * step)
     assert finish_rollback(folder, events.say) == 0, "no events, nothing to do"
@@ -210,7 +210,7 @@ def test_a_kill_in_the_middle_of_a_rollback_is_made_good(tmp_path: Path) -> None
 def test_nothing_to_go_back_to_changes_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     events = Events(folder)
-    assert begin_rollback(folder, section(), Refused(3, 24, 9.0, 1.0, "why"), events.say) == []
+    assert begin_rollback(folder, section(), RefusedStep(3, 24, 9.0, 1.0, "why"), events.say) == []
     assert events.kinds == []
 
 
@@ -223,5 +223,5 @@ def test_what_was_set_aside_goes_when_a_save_has_passed_it(tmp_path: Path) -> No
 
 
 def test_a_rollback_is_an_action_of_its_own() -> None:
-    policy = Policy(section(spike="rollback", max_rollbacks=2), History((5.0,) * 8))
+    policy = DivergencePolicy(section(spike="rollback", max_rollbacks=2), History((5.0,) * 8))
     assert actions(policy, [9.0, 9.0, 9.0]) == [ROLLBACK, ROLLBACK, STOP]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.restore import Position
-from pretrain.ending import AttemptEnding, Ended
+from pretrain.checkpoint.restore import TrainingPosition
+from pretrain.ending import AttemptEnding, TrainingEnd
 from pretrain.run.attempt import Attempt, open_attempt
 from pretrain.run.folder import Outcome, RunFolder, live_holder
 
@@ -34,7 +34,7 @@ def attempt(tmp_path: Path) -> Attempt:
 def test_the_outcome_is_written_once_between_sync_and_close(attempt: Attempt) -> None:
     ending, opened = AttemptEnding(attempt), Opened(attempt.folder)
     ending.close_at_end(opened)
-    ending.write(Ended("finished", "all 3 steps are done", Position(3, 24, 768)))
+    ending.write(TrainingEnd("finished", "all 3 steps are done", TrainingPosition(3, 24, 768)))
     ending.write_failure("a second end")
     assert opened.asked == [("sync", False), ("close", True)]
     outcome = attempt.folder.read_outcome()
@@ -44,7 +44,7 @@ def test_the_outcome_is_written_once_between_sync_and_close(attempt: Attempt) ->
 
 def test_a_failure_names_the_position_that_was_restored(attempt: Attempt) -> None:
     ending = AttemptEnding(attempt)
-    ending.restored_position = Position(2, 16, 512)
+    ending.restored_position = TrainingPosition(2, 16, 512)
     ending.write_failure("ValueError: no")
     outcome = attempt.folder.read_outcome()
     assert outcome and (outcome.state, outcome.why, outcome.step) == ("failed", "ValueError: no", 2)

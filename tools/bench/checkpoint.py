@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pretrain.checkpoint.manifest import FORMAT, Manifest
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.engine.base import WEIGHT, Piece
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 
 SLICE = 4 << 20
 
@@ -30,7 +30,7 @@ SLICE = 4 << 20
 def make_state(gib: float) -> list[Piece]:
     """A state of about `gib` GiB, in slices of SLICE elements."""
     count = max(1, round(gib * 2**30 / 4 / SLICE))
-    box = Box((0,), (SLICE,))
+    box = TensorSlice((0,), (SLICE,))
     return [Piece(WEIGHT, f"tensor_{i}", (SLICE,), box, 0, SLICE, torch.full((SLICE,), float(i))) for i in range(count)]
 
 

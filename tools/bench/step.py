@@ -33,7 +33,7 @@ from parallel.layout import make_layout
 from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
-from pretrain.checkpoint.restore import Position
+from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.data.batches import MicroBatch
 from pretrain.metrics.meter import make_meter
 from pretrain.metrics.moe_metrics import MoeMetrics
@@ -105,7 +105,7 @@ def our_step(config: Config, model: Any, groups: Any, device: torch.device, fold
         started_s = time.perf_counter()
         result = engine.step(batches, 1e-3)
         steps += 1
-        row = meter.row(Position(steps, steps, steps), result, 1e-3, result.num_tokens, time.perf_counter() - started_s)
+        row = meter.row(TrainingPosition(steps, steps, steps), result, 1e-3, result.num_tokens, time.perf_counter() - started_s)
         row |= moe.take(len(batches), config.metrics.expert_load_layers)
         flags = torch.zeros(4, dtype=torch.float64)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)

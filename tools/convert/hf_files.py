@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, Problem
-from pretrain.checkpoint.tensor_file import DamagedFile, Entry, read_header
+from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_header
 from pretrain.run.files import read_json
 from tools.convert.tensors.dtypes import FLOATS, RAW, Array, dequantize_fp8, dequantize_mxfp4, to_float32
 
@@ -46,7 +46,7 @@ class HfTensor:
     shape: tuple[int, ...]
     dtype: str
     file: Path
-    entry: Entry
+    entry: TensorEntry
     packing: str | None = None
     with_name: str | None = None
 
@@ -73,7 +73,7 @@ class HfFiles:
         self._opened: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def _understood(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> HfTensor | None:
+    def _understood(self, name: str, file: Path, entry: TensorEntry, problems: list[Problem]) -> HfTensor | None:
         packed = name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
         # Factors of a tensor that isn't packed would change its values. They count as tensors without a place, which are refused.
         if name.endswith((_SCALE, _SCALES)) and packed in self.raw and self.raw[packed][1].dtype in _PACKED:
@@ -96,7 +96,7 @@ class HfFiles:
             return None
         return HfTensor(entry.shape, entry.dtype, file, entry)
 
-    def _fp8(self, name: str, file: Path, entry: Entry, problems: list[Problem]) -> HfTensor | None:
+    def _fp8(self, name: str, file: Path, entry: TensorEntry, problems: list[Problem]) -> HfTensor | None:
         factors = self.raw.get(name + _SCALE)
         expected = tuple(-(-size // block) for size, block in zip(entry.shape, self.block))
         if len(entry.shape) != 2 or factors is None or factors[1].shape != expected or factors[1].dtype not in _FACTORS:
@@ -137,7 +137,7 @@ class HfFiles:
         self._read(stored.file, stored.entry, lead, first, blocks)
         out[...] = dequantize_mxfp4(blocks, exponents)
 
-    def _read(self, file: Path, entry: Entry, lead: tuple[int, ...], first: int, out: Array) -> None:
+    def _read(self, file: Path, entry: TensorEntry, lead: tuple[int, ...], first: int, out: Array) -> None:
         """Fill `out` with stored elements of tensor[lead] from row `first` on, in one read. Raises DamagedFile."""
         width = prod(entry.shape[len(lead) + 1 :])
         index = sum(at * prod(entry.shape[dim + 1 :]) for dim, at in enumerate(lead))
@@ -190,7 +190,7 @@ def first_of(problems: list[Problem]) -> list[Problem]:
     return [*problems[:_PROBLEMS], more]
 
 
-def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Problem]]:
+def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, TensorEntry]], list[Problem]]:
     """(file, entry) of every tensor in the folder's safetensors files, by name, and the problems of the files. Raises
     ConfigError.
     """
@@ -208,7 +208,7 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Proble
             raise ConfigError(_problem(str(index), outside[:_SHOWN], "must name files of its own folder"))
     else:
         names = _unlisted(folder)
-    tensors: dict[str, tuple[Path, Entry]] = {}
+    tensors: dict[str, tuple[Path, TensorEntry]] = {}
     problems = [_problem(str(folder / name), "missing", f"{INDEX} names it") for name in names if not (folder / name).is_file()]
     for name in names:
         if (folder / name).is_file():
@@ -227,7 +227,7 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, Entry]], list[Proble
     return tensors, problems
 
 
-def _add_file(path: Path, tensors: dict[str, tuple[Path, Entry]]) -> list[Problem]:
+def _add_file(path: Path, tensors: dict[str, tuple[Path, TensorEntry]]) -> list[Problem]:
     try:
         header = read_header(path)
     except DamagedFile as error:

@@ -26,7 +26,7 @@ from pretrain.checkpoint.allowed_changes import architecture
 from pretrain.checkpoint.manifest import FORMAT, Manifest, piece_key
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import COMPLETE
 from tools.convert.file_plan import PlannedTensor, WriteUnit, cut_rows, plan_files
@@ -150,7 +150,7 @@ def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedT
         edges = (mapping.row for mapping in mappings if mapping.row)
         cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
         for first, count in cuts:
-            box = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
+            box = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
             parts = ((lead, first, count),)
             yield PlannedTensor(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, parts, not plain)
 

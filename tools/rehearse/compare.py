@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from tools.rehearse.train_rank import RankResult, SliceKey
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -48,7 +48,7 @@ def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
     count: Tensors = {}
     for part in slices:
         for (name, shape, box, first, stop), values in part.items():
-            index = box.slices_of(Box((0,) * len(shape), shape))
+            index = box.slices_of(TensorSlice((0,) * len(shape), shape))
             for target, content in ((whole, values), (count, np.ones_like(values))):
                 tensor = target.setdefault(name, np.zeros(shape, dtype=np.float32))
                 flat = tensor[index].flatten()

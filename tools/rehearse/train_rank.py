@@ -26,14 +26,14 @@ from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from tools.rehearse.shrink import VOCAB_SIZE
 
 # Scores closer than this may change their order when additions are done in another order.
 NEAR_TIE = 1e-6
 
 # (name, shape of the whole tensor, box, first and last element of the box)
-SliceKey = tuple[str, tuple[int, ...], Box, int, int]
+SliceKey = tuple[str, tuple[int, ...], TensorSlice, int, int]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.tensor_file import DamagedFile, read_bytes, read_header, write_tensor_file
 from pretrain.checkpoint.write import CheckpointWriter, prune, remove_leftovers
 from pretrain.engine.base import Piece
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder
 from tests.ranks import run_ranks
 
@@ -30,18 +30,18 @@ def manifest(step: int) -> Manifest:
     )  # fmt: skip
 
 
-def piece(box: Box, start: int, stop: int, fill: bool) -> Piece:
-    values = FULL[box.slices_of(Box((0, 0), (ROWS, COLUMNS)))].flatten()[start:stop]
+def piece(box: TensorSlice, start: int, stop: int, fill: bool) -> Piece:
+    values = FULL[box.slices_of(TensorSlice((0, 0), (ROWS, COLUMNS)))].flatten()[start:stop]
     return Piece("weight", "w", (ROWS, COLUMNS), box, start, stop, values.clone() if fill else torch.full((stop - start,), -1.0))
 
 
-def sharded(rank: int, world: int, dim: int, cuts: int) -> list[tuple[Box, int, int]]:
+def sharded(rank: int, world: int, dim: int, cuts: int) -> list[tuple[TensorSlice, int, int]]:
     """This rank's share of w: split over tensor ranks on `dim`, each part flat over `cuts` data ranks."""
     tensor, data = divmod(rank, cuts)
     size = (ROWS, COLUMNS)[dim] // (world // cuts)
     offset, shape = [0, 0], [ROWS, COLUMNS]
     offset[dim], shape[dim] = tensor * size, size
-    box = Box((offset[0], offset[1]), (shape[0], shape[1]))
+    box = TensorSlice((offset[0], offset[1]), (shape[0], shape[1]))
     length = -(-box.size // cuts)
     return [(box, min(data * length, box.size), min((data + 1) * length, box.size))]
 
@@ -87,7 +87,7 @@ def test_streamed_file_round_trips_every_type(tmp_path: Path) -> None:
 
 
 def test_keys_name_slices_both_ways() -> None:
-    for box, start, stop in [(Box((0,), (5,)), 0, 5), (Box((2, 3), (4, 5)), 7, 20), (Box((), ()), 0, 1)]:
+    for box, start, stop in [(TensorSlice((0,), (5,)), 0, 5), (TensorSlice((2, 3), (4, 5)), 7, 20), (TensorSlice((), ()), 0, 1)]:
         key = piece_key("exp_avg", "decoder.layers.3.mlp.weight", box, start, stop)
         assert parse_key(key) == ("exp_avg", "decoder.layers.3.mlp.weight", box, start, stop)
 
@@ -110,13 +110,13 @@ def test_damage_is_found(tmp_path: Path, fault: str) -> None:
     else:
         (folder / f"{fault}.json").write_text("{")
     with pytest.raises(DamagedFile):
-        CheckpointReader(folder).fill([piece(Box((0, 0), (ROWS, COLUMNS)), 0, ROWS * COLUMNS, False)])
+        CheckpointReader(folder).fill([piece(TensorSlice((0, 0), (ROWS, COLUMNS)), 0, ROWS * COLUMNS, False)])
 
 
 def test_missing_slices_are_damage(tmp_path: Path) -> None:
     run_ranks(1, save, str(tmp_path), 0, 1, True)
     reader = CheckpointReader(step_folder(tmp_path, 3))
-    absent = Piece("weight", "other", (4,), Box((0,), (4,)), 0, 4, torch.zeros(4))
+    absent = Piece("weight", "other", (4,), TensorSlice((0,), (4,)), 0, 4, torch.zeros(4))
     with pytest.raises(DamagedFile, match="holds 0 of the 4 elements"):
         reader.fill([absent])
 

@@ -42,7 +42,7 @@ def test_plain_lines_align_and_respect_the_interval() -> None:
     console = make_console(200, 10, out)
     for step in (1, 10, 15, 200):
         console.write(row(step, **({"val_loss": 6.9} if step == 15 else {})))
-    console.note("saved step 200")
+    console.show_message("saved step 200")
     console.close(Outcome(1, "finished", "all 200 steps", 200, 1600))
     assert out.getvalue().splitlines() == [
         "step  10/200  loss   7.5000  grad norm    1.250  lr 3.00e-04   12.3k tokens/s    0.500 s/step  eta     1:35",
@@ -91,7 +91,7 @@ def test_a_lost_terminal_does_not_stop_training() -> None:
         for step in range(1, 4):
             console._refreshed_s = 0.0
             console.write(row(step))
-        console.note("still here")
+        console.show_message("still here")
         console.close(None)
 
 
@@ -104,7 +104,7 @@ def test_a_paused_terminal_does_not_stop_training() -> None:
         for step in range(1, 3001):
             console._refreshed_s = 0.0
             console.write(row(step))
-            console.note("a line that is longer than what a terminal takes in one piece " * 3)
+            console.show_message("a line that is longer than what a terminal takes in one piece " * 3)
         assert time.monotonic() - started_s < 60
         console.close(None)
         os.close(master)

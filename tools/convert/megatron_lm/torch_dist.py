@@ -22,7 +22,7 @@ import numpy as np
 
 from configs.errors import ConfigError, Problem
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.model.tensor_slice import Box
+from pretrain.model.tensor_slice import TensorSlice
 from tools.convert.hf_files import read_exactly
 from tools.convert.megatron_lm.pickles import MALFORMED, StandIn, load, storage_dtype
 from tools.convert.tensors.dtypes import FLOATS, Array
@@ -36,7 +36,7 @@ _SMALL_BYTES = 1 << 20
 class TensorChunk:
     """A rectangular part of a tensor. Its zip archive is the bytes [start, start + length) of `file`."""
 
-    box: Box
+    box: TensorSlice
     file: str
     start: int
     length: int
@@ -99,7 +99,7 @@ class TorchDist:
         """Fill `out` [rows, columns] with the rows of tensor[lead] from `first` on, in the tensor's type. Raises DamagedFile."""
         stored = self.tensors[name]
         inner = stored.shape[len(lead) + 1 :]
-        wanted = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
+        wanted = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
         result = out.reshape(wanted.shape)
         filled = 0
         for chunk in _candidates(stored, wanted):
@@ -138,7 +138,7 @@ class TorchDist:
         self._opened = {}
 
 
-def _candidates(stored: ShardedTensor, wanted: Box) -> list[TensorChunk]:
+def _candidates(stored: ShardedTensor, wanted: TensorSlice) -> list[TensorChunk]:
     """The chunks that may overlap `wanted`, found by their offsets in the leading dims of size 1."""
     if any(size != 1 for size in wanted.shape[: stored.depth]):
         return [chunk for group in stored.chunks.values() for chunk in group]
@@ -254,7 +254,7 @@ def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]],
     size = tuple(map(int, value.size))  # type: ignore[attr-defined]
     chunks = []
     for part in value.chunks:  # type: ignore[attr-defined]
-        box = Box(tuple(map(int, part.offsets)), tuple(map(int, part.sizes)))
+        box = TensorSlice(tuple(map(int, part.offsets)), tuple(map(int, part.sizes)))
         if any(low < 0 or n < 1 or low + n > whole for low, n, whole in zip(box.offset, box.shape, size, strict=True)):
             raise ValueError(f"{name}: a chunk at {box.offset} of {box.shape} lies outside {size}")
         info = places[(name, box.offset)]

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.checkpoint.manifest import Manifest, Stored, read_index, read_manifest
-from pretrain.checkpoint.tensor_file import DamagedFile, Entry, read_header
-from pretrain.model.tensor_slice import Box, split_range
+from pretrain.checkpoint.manifest import Manifest, StoredSlice, read_index, read_manifest
+from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_header
+from pretrain.model.tensor_slice import TensorSlice, split_range
 from tools.convert.hf_files import read_exactly
 from tools.convert.tensors.dtypes import FLOATS, Array, convert
 
@@ -31,13 +31,13 @@ _CHUNK_BYTES = 8 << 20
 class _Slices:
     """The slices of one tensor, sorted by their first dim, so that the slices with some rows (or one expert) are found fast."""
 
-    def __init__(self, slices: list[Stored]) -> None:
+    def __init__(self, slices: list[StoredSlice]) -> None:
         self.slices = sorted(slices, key=lambda stored: stored.box.offset[:1])
         self.starts = [sum(stored.box.offset[:1]) for stored in self.slices]
         ends = (start + prod(stored.box.shape[:1]) for start, stored in zip(self.starts, self.slices))
         self.ends = list(accumulate(ends, max))
 
-    def near(self, wanted: Box) -> list[Stored]:
+    def near(self, wanted: TensorSlice) -> list[StoredSlice]:
         """All slices that may overlap `wanted`."""
         first, last = sum(wanted.offset[:1]), sum(wanted.offset[:1]) + prod(wanted.shape[:1])
         return self.slices[bisect_right(self.ends, first) : bisect_left(self.starts, last)]
@@ -49,15 +49,15 @@ class CheckpointTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        slices: dict[str, list[Stored]] = {}
+        slices: dict[str, list[StoredSlice]] = {}
         for stored in read_index(folder):
             if stored.kind == "weight":
                 slices.setdefault(stored.name, []).append(stored)
         self._slices = {name: _Slices(group) for name, group in slices.items()}
-        self._headers: dict[str, dict[str, Entry]] = {}
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._opened: dict[str, int] = {}
         self._checked: set[str] = set()
-        self._begun: dict[str, tuple[Stored, Entry, int, int]] = {}
+        self._begun: dict[str, tuple[StoredSlice, TensorEntry, int, int]] = {}
         self._lock = threading.Lock()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -76,14 +76,14 @@ class CheckpointTensors:
         The checksums of slices that were read in part are open until `verify_pending` is called.
         """
         inner = self.shape(name)[len(lead) + 1 :]
-        wanted = Box((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
+        wanted = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), len(out), *inner))
         result, dtype = out.reshape(wanted.shape), self.dtype(name)
         slices = self._slices[name].near(wanted) if name in self._slices else []
         filled = sum(self._fill(stored, wanted, result, dtype) for stored in slices)
         if filled != wanted.size:
             raise DamagedFile(f"{self.folder} holds {filled} of {wanted.size} elements of {name}[{first}:{first + len(out)}]")
 
-    def _fill(self, stored: Stored, wanted: Box, result: Array, dtype: str) -> int:
+    def _fill(self, stored: StoredSlice, wanted: TensorSlice, result: Array, dtype: str) -> int:
         """Copy the part of `wanted` that `stored` holds. Returns the number of elements."""
         if stored.box.overlap(wanted) is None:
             return 0
@@ -107,7 +107,7 @@ class CheckpointTensors:
             filled += common.size
         return filled
 
-    def _entry(self, stored: Stored) -> Entry:
+    def _entry(self, stored: StoredSlice) -> TensorEntry:
         with self._lock:
             if stored.file not in self._headers:
                 self._headers[stored.file] = read_header(self.folder / stored.file)
@@ -119,7 +119,7 @@ class CheckpointTensors:
             raise DamagedFile(f"{self.folder / stored.file}: {stored.key} is of type {entry.dtype}")
         return entry
 
-    def _check(self, stored: Stored, entry: Entry, position: int = 0, total: int = 0) -> None:
+    def _check(self, stored: StoredSlice, entry: TensorEntry, position: int = 0, total: int = 0) -> None:
         """Compare a slice with its checksum. `total`: the CRC-32 of its bytes before `position`."""
         buffer = memoryview(bytearray(min(_CHUNK_BYTES, entry.stop - entry.start - position)))
         position += entry.start
@@ -132,7 +132,7 @@ class CheckpointTensors:
             raise DamagedFile(f"{self.folder / stored.file} holds other bytes than were written: {stored.key}")
         self._checked.add(stored.key)
 
-    def _read(self, stored: Stored, entry: Entry, first: int, out: Array) -> None:
+    def _read(self, stored: StoredSlice, entry: TensorEntry, first: int, out: Array) -> None:
         """Read elements of a slice from `first` on, and add them to the slice's CRC-32."""
         view = out.reshape(-1).view(np.uint8).data
         start = first * out.itemsize

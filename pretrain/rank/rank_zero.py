@@ -21,22 +21,22 @@ from pretrain.run.folder import EXIT_BAD_INPUT
 T = TypeVar("T")
 
 
-def refuse(problems: Sequence[Problem]) -> None:
+def raise_problems(problems: Sequence[Problem]) -> None:
     """Raises ConfigError when there are any."""
     if problems:
         raise ConfigError(problems)
 
 
-def ask_machines(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
+def gather_machine_problems(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
     """What `check` finds on each machine, on rank 0 (elsewhere nothing): one problem for all machines that have it."""
     world = dist.get_world_size()
     mine = (socket.gethostname(), check()) if local_rank == 0 else None
     answers: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
     dist.gather_object(mine, answers, dst=0)
-    return by_problem([answer for answer in answers or [] if answer is not None])
+    return group_by_problem([answer for answer in answers or [] if answer is not None])
 
 
-def by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
+def group_by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
     """(machine, its problems) as problems that say how many machines have them, and which is the first."""
     alike: dict[str, tuple[Problem, list[str]]] = {}
     for host, problems in found:
@@ -50,7 +50,7 @@ def by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
     ]
 
 
-def lead(work: Callable[[], T]) -> T:
+def run_on_rank_0(work: Callable[[], T]) -> T:
     """Rank 0 does it, all ranks get its (picklable) result; a ConfigError becomes one report and exit 2 everywhere."""
     rank = dist.get_rank()
     answer: list[Any] = [None]

@@ -7,7 +7,7 @@ import os
 import torch.distributed as dist
 
 from configs.errors import Problem
-from pretrain.rank.consensus import ask_machines, by_problem
+from pretrain.rank.rank_zero import gather_machine_problems, group_by_problem
 from tests.ranks import run_ranks
 
 LACKS = Problem("zero.nvme_path", "/local", "must be a folder that can be written", "make it")
@@ -16,11 +16,11 @@ OTHER = Problem("cluster.device", "cuda", "training on a GPU needs Transformer E
 
 def test_one_problem_for_all_machines_that_have_it() -> None:
     found = [("node0", []), ("node1", [LACKS]), ("node2", [OTHER, LACKS])]
-    assert [(problem.path, problem.rule) for problem in by_problem(found)] == [
+    assert [(problem.path, problem.rule) for problem in group_by_problem(found)] == [
         (LACKS.path, f"{LACKS.rule}; so on 2 of 3 machines, the first is node1"),
         (OTHER.path, f"{OTHER.rule}; so on 1 of 3 machines, the first is node2"),
     ]
-    assert by_problem([("here", [LACKS])]) == [LACKS]
+    assert group_by_problem([("here", [LACKS])]) == [LACKS]
 
 
 def ask() -> tuple[int, list[str]]:
@@ -32,7 +32,7 @@ def ask() -> tuple[int, list[str]]:
         asked += 1
         return [LACKS] if rank >= 2 else []
 
-    told = [problem.rule for problem in ask_machines(rank % 2, check)]
+    told = [problem.rule for problem in gather_machine_problems(rank % 2, check)]
     return asked, told
 
 

@@ -1,18 +1,36 @@
 """Phalanx: plans, rehearses, launches and carries home the pretraining of Mixture-of-Experts transformers."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+OURS = find_packages(include=["configs*", "parallel*", "pretrain*", "launch*", "tools*"])
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "configs" / "__init__.py").read_text(), re.MULTILINE)
 
 setup(
     name="phalanx",
-    version="0.1.0",
+    version=VERSION,
     description="Plans, rehearses, launches and carries home the pretraining of Mixture-of-Experts transformers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["configs*", "parallel*", "pretrain*", "launch*", "tools*"]),
-    package_data={"configs": ["**/*.yaml", "*.json"], "launch": ["slurm/templates/*"], "tools": ["planner/data/*"]},
+    # The console script is a package of its own name: folders named tools or configs in a user's project can't shadow it.
+    packages=[*OURS, "phalanx"],
+    package_dir={"phalanx": "tools/entry"},
+    package_data={
+        "": ["py.typed"],
+        "configs": ["**/*.yaml", "*.json"],
+        "launch": ["slurm/templates/*"],
+        "tools": ["planner/data/*"],
+    },
     install_requires=[
         "torch>=2.6",
+        # Private names of these two are replaced (parallel/compat): the bounds are the versions that were tested.
         "megatron-core>=0.16.1,<0.17",
-        "deepspeed>=0.19.8",
+        "deepspeed>=0.19.8,<0.20",
         "wandb>=0.22",
         "omegaconf>=2.3",
         "sentencepiece>=0.2",
@@ -26,6 +44,8 @@ setup(
         "pyarrow>=15",
         "zstandard>=0.22",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"]},
-    entry_points={"console_scripts": ["phalanx=tools.cli:main"]},
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft", "setuptools", "wheel"]
+    },
+    entry_points={"console_scripts": ["phalanx=phalanx:main"]},
 )

@@ -7,13 +7,12 @@ Torch-free.
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from configs import own_packages
 from configs.errors import Problem
 from configs.schema import Config
 from launch.watch.beats import Policy, make_policy
@@ -61,7 +60,7 @@ class LaunchPlan:
         """The agent's command. Restarts are none: a restart is a new attempt, decided by whoever started this one."""
         local = ["--local-addr", LOOPBACK] if self.nodes == 1 else []
         return [
-            *(self.python, "-P", "-m", "launch.torchrun"),
+            *own_packages.command(self.python, "launch.torchrun"),
             *("--nnodes", str(self.nodes), "--nproc-per-node", str(self.processes_per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous, "--rdzv-id", self.name),
             *local,
@@ -79,10 +78,8 @@ def rank_env(config: Config) -> list[tuple[str, str, str]]:
 
 
 def program_path() -> str:
-    """pretrain/main.py of the installed package, from any working folder."""
-    found = importlib.util.find_spec("pretrain")
-    assert found is not None and found.origin is not None, "the package pretrain is installed beside launch"
-    return str(Path(found.origin).parent / "main.py")
+    """pretrain/main.py of this installation, from any working folder."""
+    return str(own_packages.ROOT / "pretrain" / "main.py")
 
 
 def make_plan(

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Started by its path: our packages come from here, and no room of pretrain/ shadows a library.
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "own_packages.py"))
 
 from pretrain.run.beat import BEAT_DIR, BUILDING, READING, RESTORING
 from pretrain.run.process import importing

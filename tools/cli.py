@@ -11,12 +11,15 @@ import difflib
 import importlib
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs import __version__
 from configs.errors import ConfigError, json_problem, report
 from pretrain.run.process import open_standard_streams, print_in_any_locale
+from pretrain.run.provenance import package_version
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "bench": Command("tools.bench.cli", "measurements side by side: a step, a save, tokenising, conversion"),
     },
 }
+VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers", "wandb", "omegaconf")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
@@ -75,9 +79,17 @@ def help_text() -> str:
         "  phalanx check quickstart parallel.tensor=2 launch.processes_per_node=8",
         "  phalanx launch quickstart run.steps=100 optimizer.lr=1e-3",
         "",
-        "`phalanx COMMAND --help` says more. Exit codes: 0 fine, 2 bad input, 1 broke.",
+        "`phalanx COMMAND --help` says more; `phalanx --version` names the libraries. Exit codes: 0 fine, 2 bad input, 1 broke.",
     ]
     return "\n".join(lines)
+
+
+def version_text() -> str:
+    """Our version, Python's, and those of the libraries that decide a run's numbers; none of them is imported."""
+    lines = [("phalanx", __version__), ("python", platform.python_version())]
+    lines += [(name, package_version(name) or "not installed") for name in VERSIONED]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}} {version}" for name, version in lines)
 
 
 def _unknown(name: str) -> int:
@@ -89,6 +101,9 @@ def _unknown(name: str) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name) and give its exit code."""
+    if argv and argv[0] in ("-V", "--version", "version"):
+        print(version_text())
+        return 0
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0

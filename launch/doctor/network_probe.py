@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import statistics
 import sys
 import time
@@ -19,6 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Started by its path, as pretrain/main.py.
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "configs" / "own_packages.py"))
 
 import torch
 import torch.distributed as dist

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from configs import own_packages
 from configs.schema import Config, Slurm
 from launch.plan import program_path, rank_env
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
@@ -90,6 +91,7 @@ def common_words(config: Config, place: Place) -> dict[str, Any]:
         "port": launch.master_port or f"$(({PORT_BASE} + SLURM_JOB_ID % {PORT_COUNT}))",
         "cwd": str(place.cwd.absolute()),
         "python": python,
+        "starter": own_packages.STARTER,
         "rank_python": container.python if container.kind != "none" else python,
         "srun": srun_words(slurm),
         "enter": apptainer_words(slurm) if container.kind == "apptainer" else "",

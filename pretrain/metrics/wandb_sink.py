@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from configs import own_packages
 from configs.schema import Config
 from pretrain.metrics.sinks import NullSink, Sink
 from pretrain.metrics.wandb_copy import GAVE_UP, CopyJob, warn
@@ -48,15 +49,13 @@ class WandbSink:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """A copying process that sends what W&B lacks of the record, and then what comes."""
-        root = Path(__file__).resolve().parents[2]
-        paths = [str(root), self._environ.get("PYTHONPATH", "")]
         # A W&B service of the process that started us ends with that process, and takes its clients' runs along.
         inherited = {name: value for name, value in self._environ.items() if name not in _FOREIGN_SERVICE}
         process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain.metrics.wandb_copy"],
+            own_packages.command(sys.executable, "pretrain.metrics.wandb_copy"),
             stdin=subprocess.PIPE,
             stdout=2,
-            env={**inherited, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            env=inherited,
         )
         self._tell(process, asdict(self._job))
         return process

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from configs import __version__
+
 PACKAGES = (
     "phalanx",
     "torch",
@@ -38,7 +40,7 @@ def make_provenance(origin: Mapping[str, str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": sys.version.split()[0],
         "code_version": code_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "origin": dict(origin),
     }
 
@@ -51,13 +53,14 @@ def code_version() -> str:
         try:
             found = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (FileNotFoundError, subprocess.TimeoutExpired):
-            return _version("phalanx") or "unknown"
+            return __version__
         if found.returncode == 0:
             return found.stdout.strip()
-    return _version("phalanx") or "unknown"
+    return __version__
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version, without importing the package; None where it is absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

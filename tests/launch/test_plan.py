@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from configs.own_packages import STARTER
 from configs.schema import Config
 from launch.plan import ENV_DEFAULTS, by_hand, check_local, make_plan, program_path, torchrun_line
 
@@ -22,7 +23,7 @@ def test_the_line_is_what_a_person_would_type() -> None:
     line = torchrun_line(plan)
     assert line == (
         "CUDA_DEVICE_MAX_CONNECTIONS=1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=false "
-        f"{sys.executable} -P -m launch.torchrun --nnodes 1 --nproc-per-node 4 --rdzv-backend c10d "
+        f"{sys.executable} -P {STARTER} launch.torchrun --nnodes 1 --nproc-per-node 4 --rdzv-backend c10d "
         "--rdzv-endpoint 127.0.0.1:0 --rdzv-id 'a run' --local-addr 127.0.0.1 --max-restarts 0 "
         f"{shlex.quote(program_path())} --config 'my config.yaml' run.steps=5 'data.train=[{{path: x, weight: 1}}]'"
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from configs import own_packages
 from pretrain.run.files import write_json
 from tools.convert.exporting import planned_tensors
 from tools.convert.families.qwen3_moe import QWEN3_MOE
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as made:
         folder = Path(made)
         size = make_source(folder / "hf", args.gib)
-        phalanx = [sys.executable, "-m", "tools.cli", "convert"]
+        phalanx = [*own_packages.command(sys.executable, "tools.cli"), "convert"]
         commands = {
             "copy": [sys.executable, "-c", COPY, str(folder / "hf"), str(folder / "out_copy")],
             "import": [*phalanx, "import", str(folder / "hf"), str(folder / "out_import")],

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from configs.own_packages import STARTER
 from launch.local.parent_guard import MARK_NAME, marked_pids
 from launch.status import read_status
 from launch.watch.failures import find_failures
@@ -253,7 +254,7 @@ def test_dry_run_starts_nothing(start: Callable[..., Launch]) -> None:
     assert code == 0 and out.count("\n") == 1 and out.endswith("--config c.yaml run.steps=7\n")
     assert not launch.run.path.exists()
     code, out, _ = start("launch", "c.yaml", "--dry-run", "--json").end()
-    assert json.loads(out)["command"][1:4] == ["-P", "-m", "launch.torchrun"]
+    assert json.loads(out)["command"][1:4] == ["-P", STARTER, "launch.torchrun"]
     code, out, _ = start("launch", "c.yaml", "--dry-run", "launch.nodes=2").end()
     assert code == 0 and "--rdzv-endpoint HOST:29500" in out
     code, _, err = start("launch", "c.yaml", "launch.nodes=2").end()

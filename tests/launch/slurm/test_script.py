@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import from_yaml_text, to_yaml
+from configs.own_packages import STARTER
 from configs.schema import Config
 from configs.units import seconds_of
 from launch.slurm.scheduler import SchedulerError, call_again
@@ -61,8 +62,8 @@ def test_containers() -> None:
     pyxis.launch.slurm.container.mounts = ["/data:/data"]
     text = script(pyxis)
     assert "--container-image='nvcr.io#nvidia/pytorch:25.09-py3'" in text.replace("'--container-image=", "--container-image='")
-    assert "--container-mounts=/data:/data" in text and "python3 -P -m launch.slurm.node_agent" in text
-    assert "/usr/bin/python3 -P -m launch.slurm.batch_step" in text, "the batch step stays on the host"
+    assert "--container-mounts=/data:/data" in text and f"python3 -P {STARTER} launch.slurm.node_agent" in text
+    assert f"/usr/bin/python3 -P {STARTER} launch.slurm.batch_step" in text, "the batch step stays on the host"
     apptainer = config()
     apptainer.launch.slurm.container.kind, apptainer.launch.slurm.container.image = "apptainer", "/images/a b.sif"
     assert "  apptainer exec --nv '/images/a b.sif' \\\n" in script(apptainer)

@@ -118,5 +118,6 @@ def test_folders_of_a_project_do_not_get_in_the_way(installed: Path, tmp_path: P
     shell("phalanx doctor --quick", project, env)
     program = installed / "pretrain" / "main.py"
     by_hand = words.replace("runs/mine", "runs/by_hand").replace("quickstart", "")
-    shell(f"{sys.executable} -P -m torch.distributed.run --nproc-per-node 2 {program} --config quickstart {by_hand}", project, env)
+    torchrun = f"{sys.executable} -P -m torch.distributed.run --nproc-per-node 2"
+    shell(f"{torchrun} {program} --config quickstart {by_hand}", project, env)
     assert (project / "runs" / "by_hand" / "DONE").exists()

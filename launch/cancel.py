@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from launch.slurm import scheduler
-from launch.slurm.lifecycle import OVER, Life, read_life
+from launch.slurm.lifecycle import OVER, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
@@ -33,7 +33,7 @@ def cancel(folder: RunFolder, wait_s: float, at_once: bool = False) -> str:
 
     `at_once`: a Slurm job is ended by scancel instead; its ranks have Slurm's KillWait (often 30 s) to save.
     """
-    life = read_life(folder)
+    life = read_lifecycle(folder)
     if life.jobs and life.phase != OVER:
         try:
             return _cancel_jobs(folder, life, wait_s, at_once)
@@ -54,7 +54,7 @@ def cancel(folder: RunFolder, wait_s: float, at_once: bool = False) -> str:
     return f"asked {name} (process {pid}) to save and stop; it still saves. Again after 5 s ends it at once."
 
 
-def _cancel_jobs(folder: RunFolder, life: Life, wait_s: float, at_once: bool) -> str:
+def _cancel_jobs(folder: RunFolder, life: RunLifecycle, wait_s: float, at_once: bool) -> str:
     jobs = [job for job in scheduler.find_jobs(life.jobs).values() if job.live]
     if not jobs:
         return "nothing to cancel: no job of this run is live"
@@ -71,7 +71,7 @@ def _cancel_jobs(folder: RunFolder, life: Life, wait_s: float, at_once: bool) ->
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if not any(job.live for job in scheduler.find_jobs(running).values()):
-            life = read_life(folder)
+            life = read_lifecycle(folder)
             return f"{life.state or life.phase}: {life.why}"
         time.sleep(JOB_POLL_S)
     return f"asked job {', '.join(map(str, running))} to save and stop; it still saves. --now ends it by scancel."

@@ -19,9 +19,9 @@ from configs.errors import ConfigError, Problem
 from configs.load import Loaded, load_config
 from configs.schema import Config
 from launch.cancel import cancel
-from launch.local.run import LocalResult, report, run_local
-from launch.logs import show, show_all
-from launch.plan import LaunchPlan, by_hand, check_local, make_plan, torchrun_line
+from launch.local.run import LocalRunResult, report, run_local
+from launch.logs import print_all_logs, print_rank_log
+from launch.plan import LaunchPlan, check_local, make_plan, manual_start_text, torchrun_line
 from launch.slurm.submit import as_json as submit_json
 from launch.slurm.submit import check_slurm, script_of, submit
 from launch.slurm.submit import describe as describe_submitted
@@ -119,10 +119,10 @@ def _print_plan(plan: LaunchPlan, as_document: bool) -> None:
         document = {"command": plan.argv, "env": dict(plan.env), "line": torchrun_line(plan), "run_dir": str(plan.folder.path)}
         print(json.dumps(document, indent=2))
     else:
-        print(torchrun_line(plan) if plan.nodes == 1 else by_hand(plan))
+        print(torchrun_line(plan) if plan.nodes == 1 else manual_start_text(plan))
 
 
-def _result_json(result: LocalResult, folder: RunFolder) -> str:
+def _result_json(result: LocalRunResult, folder: RunFolder) -> str:
     outcome = folder.read_outcome()
     ended = outcome.as_dict() if outcome is not None and outcome.attempt == result.attempt else None
     first = result.failures[0] if result.failures else None
@@ -169,9 +169,9 @@ def _logs(words: list[str]) -> int:
     found = parser.parse_args(words)
     folder = require_run_folder(found.run_dir)
     if found.rank is None:
-        show_all(folder, found.attempt, sys.stdout)
+        print_all_logs(folder, found.attempt, sys.stdout)
     else:
-        show(folder, found.rank, found.attempt, found.follow, sys.stdout)
+        print_rank_log(folder, found.rank, found.attempt, found.follow, sys.stdout)
     return 0
 
 

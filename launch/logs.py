@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
-from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_life
-from launch.watch.beats import NodeReport, read_reports
+from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_lifecycle
 from launch.watch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
+from launch.watch.heartbeats import NodeReport, read_reports
 from pretrain.run.folder import RunFolder, live_holder
 
 POLL_S = 0.2
@@ -74,7 +74,7 @@ def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> 
     raise ConfigError(Problem("--rank", rank, f"the rank must have a log; have one: {known}", "choose one of them"))
 
 
-def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
+def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
     """Print the first failure, if any, and the rank's log; `follow` goes on, over later attempts too, until the run is over."""
     batch = sorted((folder.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if attempt is None and batch and not any((folder.path / "logs").glob("attempt_*/*")):
@@ -100,7 +100,7 @@ def show(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: T
         print(f"--- {log.path}", file=out)
 
 
-def show_all(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
+def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
     """The first failure, if any, then the last lines of every rank, each line with its origin."""
     log_dir = choose_log_dir(folder, attempt)
     if failures := find_failures(log_dir):
@@ -128,7 +128,7 @@ def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
 
 def _next_log_dir(folder: RunFolder, log_dir: Path) -> Path | None:
     """The logs of the next attempt of a Slurm run, waited for while it is in the queue; None: there will be none."""
-    while read_life(folder).phase in (QUEUED, RUNNING, ENDED):
+    while read_lifecycle(folder).phase in (QUEUED, RUNNING, ENDED):
         newest = choose_log_dir(folder, None)
         if newest != log_dir and any(newest.glob("rank_*.log")):
             return newest

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from configs import own_packages
 from configs.errors import Problem
 from configs.schema import Config
-from launch.watch.beats import Policy, make_policy
+from launch.watch.heartbeats import WatchPolicy, make_watch_policy
 from pretrain.run.folder import RunFolder, folder_of
 
 # Every rank's environment unless the user's environment or launch.env says otherwise: variable → value, reason.
@@ -52,7 +52,7 @@ class LaunchPlan:
     rendezvous: str
     name: str
     env: tuple[tuple[str, str], ...]
-    watch: Policy
+    watch: WatchPolicy
     python: str = sys.executable
 
     @property
@@ -109,7 +109,7 @@ def make_plan(
         rendezvous=rendezvous,
         name=config.run.name,
         env=tuple(sorted({**env, **launch.env}.items())),
-        watch=make_policy(config),
+        watch=make_watch_policy(config),
     )
 
 
@@ -119,7 +119,7 @@ def torchrun_line(plan: LaunchPlan) -> str:
     return " ".join([*env, shlex.join(plan.argv)])
 
 
-def by_hand(plan: LaunchPlan) -> str:
+def manual_start_text(plan: LaunchPlan) -> str:
     """How several machines are started without a scheduler."""
     return (
         f"# on each of the {plan.nodes} machines, HOST replaced by the address of one of them;\n"

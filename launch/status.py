@@ -1,4 +1,4 @@
-"""How a run stands, from its folder's files and, for a Slurm run, its queue. In: the run folder. Out: `Status`.
+"""How a run stands, from its folder's files and, for a Slurm run, its queue. In: the run folder. Out: `RunStatus`.
 
 Works while the run trains, from any host that sees the folder, and long after; without Slurm's commands it says so.
 
@@ -18,8 +18,8 @@ from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
 from configs.units import duration
 from launch.slurm.interruptions import Interruption, interruptions
-from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, Life, read_life
-from launch.slurm.scheduler import Job, SchedulerError, find_jobs
+from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, read_lifecycle
+from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
 from pretrain.run.events import EventKind
 from pretrain.run.files import last_row, recent_rows
@@ -32,7 +32,7 @@ _QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """`state`: queued, starting, running, an outcome's state, gave_up, or died (it ended without a word). None: not known.
 
     `job`: what Slurm says of the run's job, or why it says nothing; `nodes`: of the last attempt; `events`: the last few.
@@ -79,14 +79,14 @@ def require_run_folder(path: str) -> RunFolder:
     raise ConfigError(Problem("RUN_DIR", path, f"must be a run folder; {found}", fix))
 
 
-def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
+def read_status(folder: RunFolder, now_s: float | None = None) -> RunStatus:
     """`now_s`: seconds since the epoch, for the age of the last row."""
     now_s = time.time() if now_s is None else now_s
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
-    life = read_life(folder)
+    life = read_lifecycle(folder)
     job, silence = _job(life)
     state, why = _state(folder, attempt, holder is not None, row) if not life.jobs else _slurm_state(life, job, silence, row)
     total_steps = _total_steps(folder)
@@ -94,7 +94,7 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
     step_time_s = statistics.median(times_s) if times_s else None
     step = row.get("step", 0)
     left = max(0, total_steps - step) if total_steps is not None else None
-    return Status(
+    return RunStatus(
         run_dir=str(folder.path),
         state=state,
         why=why,
@@ -117,7 +117,7 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> Status:
     )
 
 
-def describe(status: Status) -> str:
+def describe(status: RunStatus) -> str:
     """A few aligned lines for people."""
     steps = f"{status.step}/{status.total_steps}" if status.total_steps is not None else str(status.step)
     lines = [
@@ -147,18 +147,18 @@ def describe(status: Status) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-def as_json(status: Status) -> str:
+def as_json(status: RunStatus) -> str:
     return json.dumps(status.as_dict(), indent=2)
 
 
-def list_runs(parent: Path) -> list[Status]:
+def list_runs(parent: Path) -> list[RunStatus]:
     """The runs whose folders lie in `parent`, the one that moved last first."""
     folders = [RunFolder(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     found = [folder for folder in folders if is_run_folder(folder)]
     return [read_status(folder) for folder in sorted(found, key=lambda folder: folder.events.stat().st_mtime, reverse=True)]
 
 
-def line_of(status: Status) -> str:
+def line_of(status: RunStatus) -> str:
     """One line of a list of runs."""
     steps = f"{status.step}/{status.total_steps}" if status.total_steps is not None else str(status.step)
     loss = f"loss {status.loss:.4f}" if status.loss is not None else ""
@@ -166,7 +166,7 @@ def line_of(status: Status) -> str:
     return f"{status.run_dir:<32} {status.state:<10} {steps:>13}  {loss}{why}"
 
 
-def _job(life: Life) -> tuple[Job | None, str]:
+def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
     """The newest job that Slurm knows, a live one first; else why nothing is known."""
     if not life.jobs:
         return None, ""
@@ -178,7 +178,7 @@ def _job(life: Life) -> tuple[Job | None, str]:
     return (live or jobs[-1:] or [None])[0], f"Slurm no longer knows job {life.jobs[-1]}"
 
 
-def _slurm_state(life: Life, job: Job | None, silence: str, row: dict[str, Any]) -> tuple[str, str]:
+def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: dict[str, Any]) -> tuple[str, str]:
     if life.phase == OVER:
         return life.state, life.why
     if job is None:

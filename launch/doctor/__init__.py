@@ -1,1 +1,1 @@
-"""`phalanx doctor`: is this machine, or each node of an allocation, fit to train? Facts are collected apart from judged."""
+"""`phalanx doctor`: is this machine, or each node of an allocation, fit to train? NodeFacts are collected apart from judged."""

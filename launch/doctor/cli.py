@@ -1,4 +1,6 @@
-"""The command doctor. In: the words after `phalanx doctor`. Out: verdicts; exit code 0 fit, 1 a node failed or is silent, 2.
+"""The command `phalanx doctor`. In: its command-line arguments. Out: verdicts and an exit code.
+
+Exit code 0: fit to train. 1: a node failed or is silent. 2: bad input.
 
 Torch-free.
 """
@@ -19,12 +21,12 @@ from configs.fields import check_keys
 from configs.load import load_config
 from configs.schema import Config
 from launch.doctor import slurm
-from launch.doctor.gpus import gpu_facts
+from launch.doctor.gpu_facts import gpu_facts
 from launch.doctor.local import check_here
-from launch.doctor.report import CheckUp, as_document, describe, judge
-from launch.doctor.request import NODES, NONCE, Request, Sizes, make_request
+from launch.doctor.report import CheckupReport, as_document, describe, judge
+from launch.doctor.request import NODES, NONCE, CheckupRequest, ProbeSizes, make_request
 from launch.doctor.results import read_hostnames, read_results
-from launch.slurm.script import Place
+from launch.slurm.script import ScriptLocation
 from launch.slurm.submit import check_slurm
 from parallel.legality.slurm import RULES
 from pretrain.run.files import storage_problem, write_atomically, write_json
@@ -32,10 +34,10 @@ from pretrain.run.folder import check_run_folder, folder_of
 from pretrain.run.process import node_name
 
 TIMEOUT_S = 1800.0
-QUICK = Sizes(disk_mib=8, network_mib=(1, 8))
+QUICK = ProbeSizes(disk_mib=8, network_mib=(1, 8))
 _HELP = """\
-Is this machine, or each node of a Slurm allocation, fit to train? Every node gets a verdict (ok, warn, fail), and what is
-wrong a rule and a way out.
+Is this machine, or each node of a Slurm allocation, fit to train? Every node gets a verdict (ok, warn, fail). Every problem
+comes with its rule and a fix.
 
 Without CONFIG: this machine and the working folder. With one: its run folder, processes and cluster section; under
 launch.target=slurm a job of at most 10 minutes on launch.nodes nodes, with the modules, environment and container of the run.
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
     on_slurm = config.launch.target == "slurm" and not found.local
     if problems := _problems(config, found.timeout, on_slurm):
         raise ConfigError(problems)
-    sizes = QUICK if found.quick else Sizes()
+    sizes = QUICK if found.quick else ProbeSizes()
     if found.dry_run and on_slurm:
         text = _dry_run(config, sizes)
         print(json.dumps({"script": text}, indent=2) if found.json else text, end="")
@@ -90,7 +92,7 @@ def _config(source: str | None, overrides: list[str]) -> Config:
 
 
 def _problems(config: Config, timeout_s: float, on_slurm: bool) -> list[Problem]:
-    """What a check-up itself depends on; whether the run is legal, `phalanx check` says."""
+    """Problems of the settings that the check-up itself needs. `phalanx check` examines the whole config."""
     problems = [found for found in check_keys(config) if found.path.startswith(("launch.", "cluster."))]
     bad = {found.path for found in problems}
     problems += [found for rule in RULES if rule.applies(bad) for found in rule.check(config)]
@@ -99,30 +101,30 @@ def _problems(config: Config, timeout_s: float, on_slurm: bool) -> list[Problem]
     return problems + (check_slurm(config) if on_slurm else [])
 
 
-def _on_slurm(config: Config, sizes: Sizes, timeout_s: float) -> CheckUp:
+def _on_slurm(config: Config, sizes: ProbeSizes, timeout_s: float) -> CheckupReport:
     cwd, launch = Path.cwd(), config.launch
     folder = _new_folder(config, cwd)
     request = make_request(config, folder, cwd, launch.nodes, launch.processes_per_node, sizes)
     _prepare(request)
-    number = slurm.submit(config, request, Place(folder, cwd, sys.executable))
+    number = slurm.submit(config, request, ScriptLocation(folder, cwd, sys.executable))
     print(f"job {number}: {folder}", file=sys.stderr)
     ended = slurm.wait(number, folder, timeout_s, launch.slurm.partition, sys.stderr)
     expected = read_hostnames(folder)
     job = {"number": number, "state": ended.job.state, "reason": ended.job.reason}
     results = read_results(folder, request, expected)
     if ended.error and not expected:
-        # Nothing has begun: that the network was not measured goes without saying.
+        # The job never began, so the missing network measurement is not a second error.
         results = replace(results, network_error="")
-    return _kept(judge(results, request, expected, job, ended.error))
+    return _with_verdict_file(judge(results, request, expected, job, ended.error))
 
 
-def _here(config: Config, sizes: Sizes, named: bool) -> CheckUp:
+def _here(config: Config, sizes: ProbeSizes, named: bool) -> CheckupReport:
     cwd, node = Path.cwd(), node_name(os.environ)
     if named:
         folder, processes = _new_folder(config, cwd), config.launch.processes_per_node
     else:
-        # Two ranks show that ranks can talk, where no config says how many there will be.
-        folder, processes = _passing_folder(cwd), len(gpu_facts()["gpus"]) or 2
+        # Without a config, two ranks are enough to show that ranks can communicate.
+        folder, processes = _temporary_folder(cwd), len(gpu_facts()["gpus"]) or 2
     try:
         request = make_request(config, folder, cwd, 1, processes, sizes)
         _prepare(request)
@@ -133,11 +135,11 @@ def _here(config: Config, sizes: Sizes, named: bool) -> CheckUp:
     finally:
         if not named:
             shutil.rmtree(folder, ignore_errors=True)
-    return _kept(checkup) if named else replace(checkup, folder="")
+    return _with_verdict_file(checkup) if named else replace(checkup, folder="")
 
 
-def _kept(checkup: CheckUp) -> CheckUp:
-    """The verdict lies beside what it was made of."""
+def _with_verdict_file(checkup: CheckupReport) -> CheckupReport:
+    """Write the verdict into the check-up's folder, beside the facts. Returns the check-up."""
     try:
         write_json(Path(checkup.folder) / "verdict.json", as_document(checkup))
     except OSError as error:
@@ -145,11 +147,11 @@ def _kept(checkup: CheckUp) -> CheckUp:
     return checkup
 
 
-def _dry_run(config: Config, sizes: Sizes) -> str:
+def _dry_run(config: Config, sizes: ProbeSizes) -> str:
     cwd, launch = Path.cwd(), config.launch
     folder = _folder(config, cwd, 1)
     request = make_request(config, folder, cwd, launch.nodes, launch.processes_per_node, sizes)
-    return slurm.render(config, request, Place(folder, cwd, sys.executable))
+    return slurm.render(config, request, ScriptLocation(folder, cwd, sys.executable))
 
 
 def _folder(config: Config, cwd: Path, number: int) -> Path:
@@ -173,14 +175,14 @@ def _new_folder(config: Config, cwd: Path) -> Path:
         return folder
 
 
-def _passing_folder(cwd: Path) -> Path:
+def _temporary_folder(cwd: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=".phalanx-doctor-", dir=cwd))
     except OSError as error:
         raise ConfigError(storage_problem("working folder", cwd, error)) from error
 
 
-def _prepare(request: Request) -> None:
+def _prepare(request: CheckupRequest) -> None:
     folder = Path(request.folder)
     try:
         (folder / NODES).mkdir()

@@ -1,4 +1,4 @@
-"""What a check found. Pure values.
+"""The result of one check: a level, the value found, the rule and the fix.
 
 Torch-free.
 """
@@ -15,7 +15,7 @@ _LEVELS = (OK, WARN, FAIL)
 
 @dataclass(frozen=True)
 class Finding:
-    """`name`: the check. `value` was found, `expected` is the rule with its number, `fix` says what to do (empty when ok)."""
+    """`name` is the check, `value` what it found, `expected` the rule with its numbers, `fix` the advice (empty at level ok)."""
 
     name: str
     level: str
@@ -32,6 +32,13 @@ def worst(findings: Iterable[Finding]) -> str:
     return max((finding.level for finding in findings), key=_LEVELS.index, default=OK)
 
 
+def level_of(fails: bool, warns: bool) -> str:
+    """`fail` if it fails, else `warn` if it warns, else `ok`."""
+    if fails:
+        return FAIL
+    return WARN if warns else OK
+
+
 def graded(name: str, level: str, value: str, expected: str, fix: str) -> Finding:
-    """A finding whose fix is left out when nothing is wrong."""
+    """A finding. Its fix is left out at level ok."""
     return Finding(name, level, value, expected, fix if level != OK else "")

@@ -1,4 +1,6 @@
-"""The check-up of this machine. In: a config, a request. Out: facts and figures in the request's folder; no process left.
+"""The check-up of this machine. In: a config and a request. Out: facts and measurements in the request's folder.
+
+No process of the check-up is left when it returns.
 
 Torch-free.
 """
@@ -12,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import Config
-from launch.doctor.node import look
-from launch.doctor.request import NETWORK, NETWORK_LOG, Request
+from launch.doctor.node import write_node_facts
+from launch.doctor.request import NETWORK, NETWORK_LOG, CheckupRequest
 from launch.doctor.results import ready_nodes
 from launch.local.parent_guard import MARK_NAME, clear_up
 from launch.plan import make_plan
@@ -26,20 +28,23 @@ def probe_path() -> str:
     return str(Path(__file__).resolve().with_name("network_probe.py"))
 
 
-def probe_arguments(request: Request) -> list[str]:
+def probe_arguments(request: CheckupRequest) -> list[str]:
     sizes = ",".join(map(str, request.sizes.network_mib))
     return ["--out", str(Path(request.folder) / NETWORK), "--sizes-mib", sizes]
 
 
-def check_here(config: Config, request: Request, node: str, environ: Mapping[str, str]) -> None:
-    """The node's facts; then its ranks, where there are several and they can be started. Raises OSError: the folder."""
-    look(request, node)
+def check_here(config: Config, request: CheckupRequest, node: str, environ: Mapping[str, str]) -> None:
+    """Collect the facts of this machine, then measure the network between its ranks if several can be started.
+
+    Raises OSError if the request's folder cannot be written.
+    """
+    write_node_facts(request, node)
     several = request.processes_per_node > 1 and request.sizes.network_mib
     if several and ready_nodes(Path(request.folder), request, [node]):
         _measure(config, request, environ)
 
 
-def _measure(config: Config, request: Request, environ: Mapping[str, str]) -> None:
+def _measure(config: Config, request: CheckupRequest, environ: Mapping[str, str]) -> None:
     launch = replace(config.launch, target="local", nodes=1, processes_per_node=request.processes_per_node)
     plan = make_plan(replace(config, launch=launch), "", (), environ, program=probe_path())
     plan = replace(plan, arguments=tuple(probe_arguments(request)))
@@ -52,7 +57,7 @@ def _measure(config: Config, request: Request, environ: Mapping[str, str]) -> No
     try:
         agent.wait(NETWORK_S)
     except subprocess.TimeoutExpired:
-        pass  # What the ranks came to know stands in their file, and that they did not end is read from it.
+        pass  # The ranks wrote each finished part to their file. The reader sees there that they did not end.
     finally:
         agent.kill()
         agent.wait()

@@ -40,7 +40,7 @@ PRODUCTS_S = 0.5
 
 
 @dataclass(frozen=True)
-class World:
+class ProbeWorld:
     """The ranks of each node, nodes in the order of their lowest rank; `node` is the index of this rank's own."""
 
     runtime: Runtime
@@ -70,15 +70,15 @@ def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return [group for group in (ring[0::2], ring[1::2], odd_end) if group]
 
 
-def find_world(runtime: Runtime) -> World:
+def find_world(runtime: Runtime) -> ProbeWorld:
     names: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(names, node_name(os.environ))
     nodes = tuple(dict.fromkeys(names))
     ranks = tuple(tuple(rank for rank, name in enumerate(names) if name == node) for node in nodes)
-    return World(runtime, nodes, ranks, nodes.index(names[runtime.rank]))
+    return ProbeWorld(runtime, nodes, ranks, nodes.index(names[runtime.rank]))
 
 
-def _wait(world: World) -> None:
+def _wait(world: ProbeWorld) -> None:
     if world.runtime.is_cuda:
         torch.cuda.synchronize()
 
@@ -88,7 +88,7 @@ def _meet() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def _all_reduce_gbit_s(world: World, ranks: Sequence[int], sizes_mib: Sequence[int]) -> dict[str, float]:
+def _all_reduce_gbit_s(world: ProbeWorld, ranks: Sequence[int], sizes_mib: Sequence[int]) -> dict[str, float]:
     """Size in MiB → bus bandwidth of all-reduce among `ranks`; {} for a rank alone. All ranks of the world call this alike:
     torch names a group by how many groups its maker has made, and ranks that disagree on the name wait for ever.
     """
@@ -101,7 +101,7 @@ def _all_reduce_gbit_s(world: World, ranks: Sequence[int], sizes_mib: Sequence[i
     return {str(mib): _one_size_gbit_s(world, group, len(ranks), mib) for mib in sizes_mib} if len(ranks) > 1 else {}
 
 
-def _one_size_gbit_s(world: World, group: dist.ProcessGroup | None, ranks: int, mib: int) -> float:
+def _one_size_gbit_s(world: ProbeWorld, group: dist.ProcessGroup | None, ranks: int, mib: int) -> float:
     """The better one of two medians: the rest of the machine only ever makes it slower."""
     tensor = torch.zeros(mib << 18, dtype=torch.float32, device=world.runtime.device)
     first_s = min(_timed_all_reduce(world, tensor, group) for _ in range(2))
@@ -112,21 +112,21 @@ def _one_size_gbit_s(world: World, group: dist.ProcessGroup | None, ranks: int, 
     return round(bus_gbit_s(ranks, tensor.numel() * 4, min(times_s)), 3)
 
 
-def _timed_all_reduce(world: World, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> float:
+def _timed_all_reduce(world: ProbeWorld, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> float:
     begin_s = time.perf_counter()
     dist.all_reduce(tensor, group=group)
     _wait(world)
     return time.perf_counter() - begin_s
 
 
-def _gather(world: World, value: Any) -> list[Any]:
+def _gather(world: ProbeWorld, value: Any) -> list[Any]:
     """Each rank's value, by rank."""
     values: list[Any] = [None] * world.runtime.world_size
     dist.all_gather_object(values, value)
     return values
 
 
-def measure_clocks(world: World) -> list[dict[str, Any]]:
+def measure_clocks(world: ProbeWorld) -> list[dict[str, Any]]:
     """Each node's clock against the first's: offset in seconds, true within ± bound (half of the quickest round trip)."""
     rows = [{"node": world.names[0], "offset_s": 0.0, "bound_s": 0.0}]
     for name, ranks in zip(world.names[1:], world.ranks[1:], strict=True):
@@ -149,7 +149,7 @@ def _ping(rank: int) -> tuple[float, float]:
     return (end_s - begin_s) / 2, float(answer) - (begin_s + end_s) / 2
 
 
-def measure_compute(world: World) -> list[dict[str, Any]]:
+def measure_compute(world: ProbeWorld) -> list[dict[str, Any]]:
     """The quickest of half a second of matrix products, all ranks at once: seconds of each node's slowest rank."""
     size, dtype = MATRIX[world.runtime.device.type]
     left = torch.ones(size, size, dtype=dtype, device=world.runtime.device)
@@ -164,7 +164,7 @@ def measure_compute(world: World) -> list[dict[str, Any]]:
     return [{"node": name, "product_s": max(found[rank] for rank in ranks)} for name, ranks in zip(world.names, world.ranks)]
 
 
-def measure_inside(world: World, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
+def measure_inside(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
     """All-reduce among the ranks of each node, all nodes at once; empty where a node has one rank."""
     ranks = world.ranks[world.node]
     found = _gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib))
@@ -175,7 +175,7 @@ def measure_inside(world: World, sizes_mib: Sequence[int]) -> list[dict[str, Any
     ]
 
 
-def measure_between(world: World, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
+def measure_between(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
     """All-reduce between neighbours: GPU n of one node with GPU n of the other, all at once, each over its own network card.
 
     On CPUs the first rank of each only: more would measure the cores. The figure is the slowest pair's.
@@ -194,7 +194,7 @@ def measure_between(world: World, sizes_mib: Sequence[int]) -> list[dict[str, An
     return rows
 
 
-def measure_all(world: World, sizes_mib: Sequence[int]) -> dict[str, Any]:
+def measure_all(world: ProbeWorld, sizes_mib: Sequence[int]) -> dict[str, Any]:
     ranks = range(world.runtime.world_size)
     return {"ranks": len(ranks), "gbit_s": _slowest(_gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib)))}
 

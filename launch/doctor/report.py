@@ -1,4 +1,4 @@
-"""The verdict over a check-up, and how it is told. In: what was collected. Out: text for people, a document for scripts. Pure.
+"""The verdict of a check-up as text for people and as a document for scripts. In: the collected results. No side effects.
 
 Torch-free.
 """
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.doctor.checks import check_node
 from launch.doctor.finding import FAIL, OK, Finding, worst
 from launch.doctor.network_checks import compare, gbit_s
-from launch.doctor.request import NETWORK_LOG, NODES_LOG, Request
-from launch.doctor.results import Results
+from launch.doctor.node_checks import check_node
+from launch.doctor.request import NETWORK_LOG, NODES_LOG, CheckupRequest
+from launch.doctor.results import CheckupResults
 
-# More sound nodes than this are counted, not listed; more ways than this are cut to the slowest.
+# Longer lists are shortened: good nodes are counted, and only the slowest connections are shown.
 _LISTED = 32
 
 
@@ -31,8 +31,12 @@ class NodeVerdict:
 
 
 @dataclass(frozen=True)
-class CheckUp:
-    """`job`: number, state and reason of the Slurm job; None: this machine. `job_error`: why it told nothing, or not all."""
+class CheckupReport:
+    """Everything that a check-up found.
+
+    `job` has number, state and reason of the Slurm job, and is None for a check-up of this machine. `job_error` says why
+    the job delivered no results or incomplete ones.
+    """
 
     folder: str
     nodes: tuple[NodeVerdict, ...]
@@ -48,28 +52,32 @@ class CheckUp:
 
 
 def judge(
-    results: Results, request: Request, expected: Sequence[str], job: Mapping[str, Any] | None = None, job_error: str = ""
-) -> CheckUp:
-    """`expected`: the nodes in the order in which they are told."""
-    together = compare(results.facts, results.network, request) if results.facts else {}
+    results: CheckupResults,
+    request: CheckupRequest,
+    expected: Sequence[str],
+    job: Mapping[str, Any] | None = None,
+    job_error: str = "",
+) -> CheckupReport:
+    """The verdicts of the `expected` nodes, in their order."""
+    cross_node_findings = compare(results.facts, results.network, request) if results.facts else {}
     nodes = []
     for node in expected:
-        findings = [] if node in results.silent else [*check_node(results.facts[node], request), *together[node]]
-        nodes.append(NodeVerdict(node, (*findings, *_told_by_logs(node, results)), results.facts.get(node, {})))
-    return CheckUp(request.folder, tuple(nodes), results.network, results.network_error, job, job_error)
+        findings = [] if node in results.silent else [*check_node(results.facts[node], request), *cross_node_findings[node]]
+        nodes.append(NodeVerdict(node, (*findings, *_findings_from_logs(node, results)), results.facts.get(node, {})))
+    return CheckupReport(request.folder, tuple(nodes), results.network, results.network_error, job, job_error)
 
 
-def _told_by_logs(node: str, results: Results) -> Iterator[Finding]:
-    """What a node's own words say, where it had no time for facts or figures."""
+def _findings_from_logs(node: str, results: CheckupResults) -> Iterator[Finding]:
+    """Findings from the logs about a node that delivered no facts or no measurements."""
     if node in results.silent:
         fix = f"see {NODES_LOG}; launch.slurm.exclude keeps the node out"
-        yield Finding("answer", FAIL, results.silent[node], "the node tells its facts", fix)
+        yield Finding("answer", FAIL, results.silent[node], "the node reports its facts", fix)
     if node in results.broke:
         fix = f"its ranks ended before the others': see {NETWORK_LOG}; launch.slurm.exclude keeps the node out"
         yield Finding("ranks", FAIL, results.broke[node], "its ranks measure to the end", fix)
 
 
-def as_document(found: CheckUp) -> dict[str, Any]:
+def as_document(found: CheckupReport) -> dict[str, Any]:
     """What --json prints."""
     nodes = [
         {
@@ -87,8 +95,8 @@ def as_document(found: CheckUp) -> dict[str, Any]:
     return {"ok": found.ok, "nodes": nodes, "network": network, "job": job, "folder": found.folder}
 
 
-def describe(found: CheckUp) -> str:
-    """One line a node, then what is wrong and what to do, then the network."""
+def describe(found: CheckupReport) -> str:
+    """One line for each node, then the findings with their fixes, then the network table."""
     lines = [*_node_lines(found.nodes), *_finding_lines(found.nodes)]
     if found.network:
         lines += ["", *_network_lines(found.network)]
@@ -124,7 +132,7 @@ def _one_line(node: NodeVerdict) -> str:
 
 
 def _finding_lines(nodes: Sequence[NodeVerdict]) -> Iterator[str]:
-    """Each finding that isn't ok once, with the nodes that share it; failures first."""
+    """Every finding above `ok` once, with all nodes that share it. Failures come first."""
     shared: dict[Finding, list[str]] = {}
     for node in nodes:
         for finding in node.findings:
@@ -159,7 +167,7 @@ def _network_lines(network: Mapping[str, Any]) -> list[str]:
     return [head, *table, *([f"and {cut} faster ones"] if cut else [])]
 
 
-def _summary(found: CheckUp) -> str:
+def _summary(found: CheckupReport) -> str:
     counts = [(level, sum(node.verdict == level for node in found.nodes)) for level in (FAIL, "warn", OK)]
     told = ", ".join(f"{count} {level}" for level, count in counts if count) or "none was looked at"
     files = f"; files: {found.folder}" if found.folder else ""

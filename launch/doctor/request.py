@@ -1,4 +1,4 @@
-"""What a check-up is to find out, as a value that travels to every node in a command line. In: a config. Out: `Request`.
+"""The questions of a check-up, as a value that every node receives in its command line. In: a config. Out: `CheckupRequest`.
 
 Torch-free.
 """
@@ -15,24 +15,27 @@ from typing import Any
 from configs.schema import Config
 
 _GPUS = Path(__file__).resolve().parents[2] / "configs" / "gpus.json"
-# Files of a check-up's folder.
+# Names in a check-up's folder.
 NODES, NETWORK, NONCE = "nodes", "network.json", "nonce"
 NODES_LOG, NETWORK_LOG, HOSTNAMES, FINISHED = "nodes.log", "network.log", "hostnames", "finished"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much is moved to measure: `disk_mib` written and read back a node, `network_mib` all-reduced a rank; () is none."""
+class ProbeSizes:
+    """Sizes of the measurements, in MiB: `disk_mib` is written and read back on each node; `network_mib` is all-reduced by each
+    rank, and () skips the network.
+    """
 
     disk_mib: int = 64
     network_mib: tuple[int, ...] = (1, 16, 64)
 
 
 @dataclass(frozen=True)
-class Request:
-    """`folder`: of the check-up, in the run folder, absolute. `network_gbit_s`: one rank's share, one direction; None: unknown.
+class CheckupRequest:
+    """What each node needs to know to check itself.
 
-    `packages` must be there on every node, `files` must be readable.
+    `folder` is the absolute path of the check-up's folder inside the run folder. `network_gbit_s` is the share of one rank in
+    one direction, or None if unknown. Every node must have the `packages` and must be able to read the `files`.
     """
 
     folder: str
@@ -47,7 +50,7 @@ class Request:
     slow_ratio: float
     packages: tuple[str, ...]
     files: tuple[str, ...]
-    sizes: Sizes
+    sizes: ProbeSizes
 
     @property
     def wants_gpus(self) -> bool:
@@ -57,17 +60,19 @@ class Request:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Request:
+    def from_json(text: str) -> CheckupRequest:
         value: dict[str, Any] = json.loads(text)
-        sizes = Sizes(value["sizes"]["disk_mib"], tuple(value["sizes"]["network_mib"]))
+        sizes = ProbeSizes(value["sizes"]["disk_mib"], tuple(value["sizes"]["network_mib"]))
         lists = {name: tuple(value[name]) for name in ("packages", "files")}
-        return Request(**{**value, **lists, "sizes": sizes})
+        return CheckupRequest(**{**value, **lists, "sizes": sizes})
 
 
-def make_request(config: Config, folder: Path, cwd: Path, nodes: int, processes_per_node: int, sizes: Sizes) -> Request:
-    """Paths of the config are taken from `cwd`, as the ranks take them."""
+def make_request(
+    config: Config, folder: Path, cwd: Path, nodes: int, processes_per_node: int, sizes: ProbeSizes
+) -> CheckupRequest:
+    """The request for `config`. Relative paths in it start at `cwd`, as they do for the ranks."""
     cluster = config.cluster
-    return Request(
+    return CheckupRequest(
         folder=str(folder),
         nonce=secrets.token_hex(16),
         nodes=nodes,
@@ -91,7 +96,7 @@ def typical_gbit_s(gpu: str | None) -> float | None:
 
 
 def needed_packages(config: Config) -> tuple[str, ...]:
-    """Distributions without which a rank of this config can't start."""
+    """The distributions that a rank of this config needs to start."""
     names = ["torch", "megatron-core"]
     if config.zero.engine == "deepspeed":
         names.append("deepspeed")
@@ -103,7 +108,7 @@ def needed_packages(config: Config) -> tuple[str, ...]:
 
 
 def needed_files(config: Config) -> list[str]:
-    """What the ranks of every node open."""
+    """The files that the ranks of every node open."""
     parts = [*config.data.train, *config.data.valid]
     files = [part.path + ending for part in parts if part.path for ending in (".bin", ".idx")]
     return files + ([config.data.tokenizer.path] if config.data.tokenizer.path else [])

@@ -1,6 +1,6 @@
-"""What a check-up has left in its folder. In: the folder. Out: facts a node, why a node is silent, the network's figures.
+"""Reads the results of a check-up from its folder: the facts of each node, why a node is silent, the network measurements.
 
-Standard library and light modules only: the batch step reads it with the host's Python.
+Only the standard library and light modules are imported, because the batch step runs it with the host's Python.
 
 Torch-free.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.checks import can_meet
-from launch.doctor.request import HOSTNAMES, NETWORK, NETWORK_LOG, NODES, NODES_LOG, Request
+from launch.doctor.node_checks import can_join_network_probe
+from launch.doctor.request import HOSTNAMES, NETWORK, NETWORK_LOG, NODES, NODES_LOG, CheckupRequest
 from pretrain.run.files import read_json
 
 _TAIL_BYTES = 1 << 16
-# What a log's reader looks for first; a Python traceback ends with the first form.
+# The line that explains an error best. A Python traceback ends with the first form.
 _ERROR = re.compile(r"(error|exception)\b.*?:|No such file|not found|Permission denied|Killed|can't write", re.IGNORECASE)
 _ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<task>[\d,-]+): (?P<how>.*)")
-# srun and torchrun on their way out, about what others have said already.
+# Closing messages of srun and torchrun, which only repeat earlier errors.
 _NOISE = re.compile(
     r"Exited with exit code|task \d+: Killed|STEP .* ON "
     r"|ChildFailedError|error_file|traceback :|Failures:|Root Cause|exitcode|Sending process"
@@ -31,10 +31,12 @@ _NOISE = re.compile(
 
 
 @dataclass(frozen=True)
-class Results:
-    """`silent`: node → why there are no facts of it. `network` None and `network_error` empty: not asked for.
+class CheckupResults:
+    """What the check-up left behind.
 
-    `broke`: the one node whose ranks ended before the others', with their words; empty: all measured, or several ended at once.
+    `silent` maps a node without facts to the reason. `network` is None with an empty `network_error` if no measurement was
+    requested. `broke` maps the one node whose ranks ended before the others to their error message. It is empty if all ranks
+    finished or several nodes ended at once.
     """
 
     facts: dict[str, dict[str, Any]]
@@ -44,8 +46,8 @@ class Results:
     broke: dict[str, str]
 
 
-def read_results(folder: Path, request: Request, expected: Sequence[str]) -> Results:
-    """`expected`: the nodes that were to answer, in the order of their tasks."""
+def read_results(folder: Path, request: CheckupRequest, expected: Sequence[str]) -> CheckupResults:
+    """`expected` are the nodes of the job, in the order of their tasks."""
     facts = read_facts(folder)
     log = _lines(folder / NODES_LOG)
     silent = {node: _why_silent(log, task, node) for task, node in enumerate(expected) if node not in facts}
@@ -57,7 +59,7 @@ def read_results(folder: Path, request: Request, expected: Sequence[str]) -> Res
         ready = ready_nodes(folder, request, expected)
         error = _why_no_network(folder, network) if ready else "not measured: no node can start ranks"
         broke = _who_broke(_lines(folder / NETWORK_LOG), facts)
-    return Results(facts, silent, network, error, broke)
+    return CheckupResults(facts, silent, network, error, broke)
 
 
 def read_facts(folder: Path) -> dict[str, dict[str, Any]]:
@@ -65,19 +67,19 @@ def read_facts(folder: Path) -> dict[str, dict[str, Any]]:
     return {value["node"]: value for value in found if isinstance(value, dict)}
 
 
-def ready_nodes(folder: Path, request: Request, expected: Sequence[str]) -> list[str]:
-    """Those whose ranks can be started to measure the network."""
+def ready_nodes(folder: Path, request: CheckupRequest, expected: Sequence[str]) -> list[str]:
+    """The nodes whose ranks can be started for the network measurement."""
     facts = read_facts(folder)
-    return [node for node in expected if node in facts and can_meet(facts[node], request)]
+    return [node for node in expected if node in facts and can_join_network_probe(facts[node], request)]
 
 
 def read_hostnames(folder: Path) -> list[str]:
-    """The nodes of the job, as its batch step was told them; none: it has not begun."""
+    """The nodes of the job, as the batch step wrote them. Empty if the job has not begun."""
     return _lines(folder / HOSTNAMES)
 
 
 def _why_silent(log: Sequence[str], task: int, node: str) -> str:
-    """The task's own words: srun --label puts its number before each line. Else what srun says of the node."""
+    """The task's own error message (srun --label prefixes each line with the task number), or else srun's message on the node."""
     own = [line.partition(":")[2].strip() for line in log if re.match(rf"\s*{task}:", line)]
     about = [line for line in log if re.search(rf"\b{re.escape(node)}\b", line)]
     own = [re.sub(r"^slurmstepd[^ ]*: (error: )?", "", line) for line in own]
@@ -94,7 +96,7 @@ def _why_no_network(folder: Path, network: dict[str, Any] | None) -> str:
 
 
 def _who_broke(log: Sequence[str], facts: Mapping[str, Any]) -> dict[str, str]:
-    """srun tells who ended, in that order: the first one's end is the cause of the others'."""
+    """The node whose task ended first. srun reports ends in order, and the first end causes the others."""
     first = next((match for line in log if (match := _ENDED.search(line))), None)
     if first is None or first["node"] not in facts:
         return {}
@@ -111,7 +113,7 @@ def _last(lines: Sequence[str]) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines that aren't empty, of the file's end; none without the file."""
+    """The non-empty lines at the end of the file, or none if there is no file."""
     if not file.exists():
         return []
     with open(file, "rb") as opened:
@@ -121,10 +123,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """For the batch script: the nodes that can meet, separated by commas. Exit code 1: none can."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor.results", description="The nodes that can meet.")
-    parser.add_argument("--request", type=Request.from_json, required=True, help="launch/doctor/request.py's Request as JSON")
-    request: Request = parser.parse_args(list(argv)).request
+    """Print the nodes that can take part in the network measurement, separated by commas. Exit code 1 if there are none."""
+    parser = argparse.ArgumentParser(prog="python -m launch.doctor.results", description="Prints the measurable nodes.")
+    parser.add_argument(
+        "--request", type=CheckupRequest.from_json, required=True, help="a CheckupRequest as JSON (launch/doctor/request.py)"
+    )
+    request: CheckupRequest = parser.parse_args(list(argv)).request
     folder = Path(request.folder)
     ready = ready_nodes(folder, request, read_hostnames(folder))
     print(",".join(ready))

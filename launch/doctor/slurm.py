@@ -1,6 +1,7 @@
-"""The check-up of an allocation, as a short Slurm job. In: a config and a request. Out: the script; the job run to its end.
+"""The check-up of an allocation as a short Slurm job. In: a config and a request. Out: the script, and how the job ended.
 
-The job asks for what the training job asks for, less its time, so that it waits in the same queue for the same nodes.
+The job requests the same resources as the training job with a shorter time limit. It therefore waits in the same queue
+for the same nodes.
 
 Torch-free.
 """
@@ -18,31 +19,31 @@ from configs.errors import ConfigError, Problem
 from configs.schema import Config
 from configs.units import duration
 from launch.doctor.local import probe_arguments, probe_path
-from launch.doctor.request import FINISHED, HOSTNAMES, NETWORK_LOG, NODES_LOG, Request
+from launch.doctor.request import FINISHED, HOSTNAMES, NETWORK_LOG, NODES_LOG, CheckupRequest
 from launch.doctor.results import read_hostnames
 from launch.slurm import scheduler
 from launch.slurm.job_file import SCRIPT_NAME
-from launch.slurm.scheduler import Job, SchedulerError
-from launch.slurm.script import Place, common_words, fill, option_lines, output_pattern, placement
+from launch.slurm.scheduler import SchedulerError, SlurmJob
+from launch.slurm.script import ScriptLocation, common_words, fill, option_lines, output_pattern, placement
 from pretrain.run.files import storage_problem, write_atomically
 
-# The first import of torch over a network file system, and the slowest of networks, fit into these.
+# Long enough for the first import of torch over a network file system, and for the slowest networks.
 LOOK_S, WAIT_S, NETWORK_S, JOB_MINUTES = 180, 90, 300, 10
 POLL_S, SAY_S = 1.0, 30.0
-# A network file system shows a job's last files this much later.
+# A network file system may show a job's last files this much later.
 SEEN_WITHIN_S = 10.0
 OUTPUT = "slurm.out"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """`error`: why the job told nothing or not all; empty: it ran to its end."""
+class CheckupJobEnd:
+    """`error` says why the job delivered no results or incomplete ones. It is empty if the job ran to its end."""
 
-    job: Job
+    job: SlurmJob
     error: str
 
 
-def render(config: Config, request: Request, place: Place) -> str:
+def render(config: Config, request: CheckupRequest, place: ScriptLocation) -> str:
     """The batch script; `place.job_dir` is the check-up's folder."""
     folder = place.job_dir
     options = {
@@ -55,7 +56,7 @@ def render(config: Config, request: Request, place: Place) -> str:
         "doctor.sh.j2",
         **common_words(config, place),
         script=shlex.quote(str(folder / SCRIPT_NAME)),
-        # A node that is lost must not take the others' answers with it.
+        # One lost node must not end the job, which would lose the results of the other nodes.
         sbatch=[*option_lines(options), "--no-requeue", "--no-kill", *config.launch.slurm.extra],
         folder=str(folder),
         request=request.to_json(),
@@ -71,15 +72,15 @@ def render(config: Config, request: Request, place: Place) -> str:
     )
 
 
-def submit(config: Config, request: Request, place: Place) -> int:
-    """Write and submit; the job's number. Raises ConfigError: the disk's or Slurm's refusal."""
+def submit(config: Config, request: CheckupRequest, place: ScriptLocation) -> int:
+    """Write the script and submit it. Returns the job id. Raises ConfigError if the disk or Slurm refuses."""
     script = place.job_dir / SCRIPT_NAME
     try:
         write_atomically(script, render(config, request, place))
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", place.job_dir, error)) from error
     try:
-        # Not tried by sbatch --test-only first, as a run is: that also refuses what only waits for a drained node.
+        # Not tested by sbatch --test-only first: that also refuses a job that only has to wait for a drained node.
         return scheduler.submit(script)
     except SchedulerError as error:
         fix = "correct launch.slurm to what this cluster has (sinfo, sacctmgr show assoc), or see --dry-run for the script"
@@ -87,10 +88,10 @@ def submit(config: Config, request: Request, place: Place) -> int:
         raise ConfigError(Problem("launch.slurm", got, f"Slurm must take the job: {error}", fix)) from error
 
 
-def wait(number: int, folder: Path, timeout_s: float, partition: str | None, err: TextIO) -> Ended:
-    """Until the job has ended, or for `timeout_s`: then it is cancelled. An interrupt cancels it too."""
+def wait(number: int, folder: Path, timeout_s: float, partition: str | None, err: TextIO) -> CheckupJobEnd:
+    """Wait until the job has ended. After `timeout_s` seconds, or at an interrupt, the job is cancelled."""
     begin_s, said, said_s = time.monotonic(), "", 0.0
-    job = Job(number, "PENDING")
+    job = SlurmJob(number, "PENDING")
     try:
         while job.live and (passed_s := time.monotonic() - begin_s) < timeout_s:
             text = _progress(job)
@@ -104,9 +105,9 @@ def wait(number: int, folder: Path, timeout_s: float, partition: str | None, err
         raise
     if job.live:
         _cancel(number, err)
-        return Ended(job, _too_late(job, timeout_s, partition))
+        return CheckupJobEnd(job, _too_late(job, timeout_s, partition))
     _wait_for_files(folder, job)
-    return Ended(job, _why_incomplete(job, folder))
+    return CheckupJobEnd(job, _why_incomplete(job, folder))
 
 
 def _cancel(number: int, err: TextIO) -> None:
@@ -116,21 +117,21 @@ def _cancel(number: int, err: TextIO) -> None:
         print(f"job {number} is still there: {error}; scancel {number} ends it", file=err, flush=True)
 
 
-def _look(before: Job) -> Job:
-    """As Slurm sees it now; while its controller is away, as before. A job that it has forgotten has ended."""
+def _look(before: SlurmJob) -> SlurmJob:
+    """The job's current state, or `before` while the controller does not answer. A job that Slurm has forgotten has ended."""
     try:
-        return scheduler.find_jobs([before.number]).get(before.number, Job(before.number, "ENDED"))
+        return scheduler.find_jobs([before.number]).get(before.number, SlurmJob(before.number, "ENDED"))
     except SchedulerError:
         return before
 
 
-def _progress(job: Job) -> str:
+def _progress(job: SlurmJob) -> str:
     why = f" ({job.reason})" if job.reason and job.state == "PENDING" else ""
     where = f" on {job.nodes}" if job.nodes else ""
     return f"job {job.number}: {job.state.lower()}{why}{where}"
 
 
-def _too_late(job: Job, timeout_s: float, partition: str | None) -> str:
+def _too_late(job: SlurmJob, timeout_s: float, partition: str | None) -> str:
     lost = "; ".join(_unavailable(partition))
     return f"{_progress(job)} for {duration(timeout_s)}, and was cancelled; --timeout S waits longer" + (
         f"\n      not available: {lost}" if lost else ""
@@ -138,7 +139,7 @@ def _too_late(job: Job, timeout_s: float, partition: str | None) -> str:
 
 
 def _unavailable(partition: str | None) -> list[str]:
-    """Nodes that Slurm holds for lost or drained, with its reason: node3 down* (Not responding)."""
+    """Nodes that Slurm lists as down or drained, with its reason, for example `node3 down* (Not responding)`."""
     where = [f"--partition={partition}"] if partition else []
     try:
         rows = scheduler.call(["sinfo", "--noheader", "--Node", *where, "--format=%N|%T|%E"]).splitlines()
@@ -149,13 +150,13 @@ def _unavailable(partition: str | None) -> list[str]:
     return [f"{node} {state} ({reason})" if reason != "none" else f"{node} {state}" for node, state, reason in lost]
 
 
-def _wait_for_files(folder: Path, job: Job) -> None:
+def _wait_for_files(folder: Path, job: SlurmJob) -> None:
     deadline = time.monotonic() + (SEEN_WITHIN_S if job.state in ("COMPLETED", "ENDED") else 0.0)
     while not (folder / FINISHED).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
-def _why_incomplete(job: Job, folder: Path) -> str:
+def _why_incomplete(job: SlurmJob, folder: Path) -> str:
     if (folder / FINISHED).exists():
         return ""
     said = _tail(folder / OUTPUT)

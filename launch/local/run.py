@@ -57,7 +57,7 @@ FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class LocalResult:
+class LocalRunResult:
     """`state` is an outcome's state, with its `why`, or bad_input, or died (no outcome was written), or hung, with its triage."""
 
     attempt: int
@@ -69,7 +69,7 @@ class LocalResult:
     why: str = ""
 
 
-def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalResult:
+def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
     """Start the ranks and stay until all are gone. Raises ConfigError when the run folder refuses.
 
     `out` shows the run while it trains (launch/local/view.py). The launcher's own words go to `err`.
@@ -141,7 +141,7 @@ def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
 
 
-def report(result: LocalResult, folder: RunFolder) -> str:
+def report(result: LocalRunResult, folder: RunFolder) -> str:
     """What the launcher says at the end; empty when all is well."""
     if result.state in ("finished", "stopped", "preempted"):
         return ""
@@ -199,14 +199,14 @@ def _dismiss(guard: subprocess.Popen[bytes]) -> None:
         guard.wait()
 
 
-def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> LocalResult:
+def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> LocalRunResult:
     """The result, from the outcome that this launch's rank 0 wrote; torchrun's own exit code says only that all was well."""
     attempt = _begun_attempt(folder, log_dir) or claimed
     failures = tuple(find_failures(log_dir))
     outcome = folder.read_outcome()
     state = outcome.state if outcome is not None and outcome.attempt == attempt else ""
     if failures and failures[0].kind == "bad_input":
-        return LocalResult(attempt, "bad_input", EXIT_BAD_INPUT, log_dir, failures)
+        return LocalRunResult(attempt, "bad_input", EXIT_BAD_INPUT, log_dir, failures)
     if not asked and failures and state in ("stopped", "preempted"):
         # torchrun's SIGTERM after another rank's failure, taken by rank 0 for a request to make room.
         state = "failed"
@@ -214,10 +214,10 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> Loc
         # They died of the signal before they had anything to save.
         state = asked
     why = outcome.why if outcome is not None and state == outcome.state else ""
-    return LocalResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures, why=why)
+    return LocalRunResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures, why=why)
 
 
-def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalResult | None:
+def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalRunResult | None:
     """Nobody else can write this outcome: rank 0 hung with the others. None: it had written its own before.
 
     Raises ConfigError when the disk refuses it.
@@ -228,7 +228,7 @@ def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triag
             return None
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
-    return LocalResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)
+    return LocalRunResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)
 
 
 def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:

@@ -65,16 +65,16 @@ class SignalForwarder:
         if self._count == 1:
             self._first_s = time.monotonic()
             self.asked = state
-            self._say(f"{number.name}: the ranks finish their step and save; again after {REPEAT_S:g} s: at once")
+            self._print(f"{number.name}: the ranks finish their step and save; again after {REPEAT_S:g} s: at once")
         elif self._count == 2:
-            self._say(f"{number.name} again: the ranks end at once; once more: everything is killed")
+            self._print(f"{number.name} again: the ranks end at once; once more: everything is killed")
         else:
-            self._say(f"{number.name} once more: everything is killed")
+            self._print(f"{number.name} once more: everything is killed")
             kill_marked(self._mark, quiet_s=0.2)
             return
-        self._pass_on(passed)
+        self._forward(passed)
 
-    def _pass_on(self, number: signal.Signals) -> None:
+    def _forward(self, number: signal.Signals) -> None:
         """To the ranks: the agent's own children. Before there are any, to the agent."""
         ranks = [pid for pid in marked_pids(self._mark) if _parent(pid) == self.agent]
         for pid in ranks or [self.agent]:
@@ -83,7 +83,7 @@ class SignalForwarder:
             except ProcessLookupError:
                 continue
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         try:
             print(f"phalanx: {text}", file=self._err, flush=True)
         except OSError:

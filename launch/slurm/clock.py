@@ -22,7 +22,7 @@ REFRESH_S = 60.0
 MARGIN_S = 30.0
 
 
-class Clock:
+class TimeLimitClock:
     """Asks the controller now and then; while it is away, the last answer holds, or what Slurm set at the start."""
 
     def __init__(self, folder: RunFolder, job: int, stop_before_s: float, environ: Mapping[str, str]) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from launch.slurm.lifecycle import Policy
-from launch.watch.beats import Policy as WatchPolicy
-from launch.watch.beats import make_policy
+from launch.slurm.lifecycle import RequeuePolicy
+from launch.watch.heartbeats import WatchPolicy, make_watch_policy
 from pretrain.run.files import read_json, write_json
 
 JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
@@ -27,7 +26,7 @@ class JobFile:
     sizes: tuple[int, ...]
     stop_step: int
     stop_before_s: float
-    policy: Policy
+    policy: RequeuePolicy
     watch: WatchPolicy
 
     def write(self, job_dir: Path) -> None:
@@ -52,7 +51,7 @@ class JobFile:
             tuple(value["sizes"]),
             value["stop_step"],
             value["stop_before_s"],
-            Policy(**value["policy"]),
+            RequeuePolicy(**value["policy"]),
             WatchPolicy.from_json(value["watch"]),
         )
 
@@ -60,5 +59,5 @@ class JobFile:
 def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence[int]) -> JobFile:
     """`run_dir` absolute: the batch step may start anywhere."""
     slurm = config.launch.slurm
-    policy = Policy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
-    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, make_policy(config))
+    policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
+    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, make_watch_policy(config))

@@ -67,7 +67,7 @@ class AttemptEnd:
 
 
 @dataclass(frozen=True)
-class Policy:
+class RequeuePolicy:
     """How often a run is started again; see launch.slurm of the config."""
 
     requeue: bool = True
@@ -77,7 +77,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Decision:
+class NextAction:
     """`action`: over, requeue, or wait (Slurm starts it again by itself). `state`: of a run that is over. `exclude`: nodes."""
 
     action: str
@@ -91,7 +91,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Life:
+class RunLifecycle:
     """The run since its last submission. `lost`: an attempt that began and whose end nobody wrote; 0: none."""
 
     phase: str = NEW
@@ -110,21 +110,21 @@ class Life:
         return self.attempt if self.phase == RUNNING else 0
 
 
-def replay(rows: Iterable[Mapping[str, Any]]) -> Life:
+def replay(rows: Iterable[Mapping[str, Any]]) -> RunLifecycle:
     """Fold the rows, oldest first; rows of other kinds pass."""
-    life = Life()
+    life = RunLifecycle()
     for row in rows:
         life = advance(life, row)
     return life
 
 
-def read_life(folder: RunFolder) -> Life:
+def read_lifecycle(folder: RunFolder) -> RunLifecycle:
     """The life in a run folder's events; a new one without any."""
     events = folder.events
-    return replay(row for _, row in iterate_lines(events) if row is not None) if events.exists() else Life()
+    return replay(row for _, row in iterate_lines(events) if row is not None) if events.exists() else RunLifecycle()
 
 
-def advance(life: Life, row: Mapping[str, Any]) -> Life:
+def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
     """One row. A submission begins a new life: its bounds count from there."""
     kind = row.get("kind", "")
     if kind not in TRANSITIONS:
@@ -134,7 +134,7 @@ def advance(life: Life, row: Mapping[str, Any]) -> Life:
         return replace(life, jobs=tuple(dict.fromkeys([*row["jobs"], *life.jobs])))
     life = replace(life, phase=TRANSITIONS[kind], why=str(row.get("why", "")))
     if kind == EventKind.JOB_SUBMITTED:
-        return Life(QUEUED, jobs=tuple(row["jobs"]))
+        return RunLifecycle(QUEUED, jobs=tuple(row["jobs"]))
     if kind == EventKind.JOB_ATTEMPT:
         nodes = tuple(row.get("nodes", ()))
         return replace(life, attempt=row["attempt"], step_before=row["step_before"], nodes=nodes, begun=life.begun + 1)
@@ -146,29 +146,29 @@ def advance(life: Life, row: Mapping[str, Any]) -> Life:
     return replace(life, state=row["state"])
 
 
-def decide(life: Life, policy: Policy, slurm_requeues: bool = False) -> Decision:
+def decide(life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = False) -> NextAction:
     """What follows the last end of `life`. `slurm_requeues`: Slurm has put the job back into its queue by itself."""
     assert life.ends, "a decision follows an end"
     last = life.ends[-1]
     state = CAUSES[last.cause]
     if state is not None:
-        return Decision("over", last.why, state)
+        return NextAction("over", last.why, state)
     if len(life.ends) >= policy.max_attempts:
-        return Decision("over", f"{len(life.ends)} attempts, launch.slurm.max_attempts = {policy.max_attempts}", "gave_up")
+        return NextAction("over", f"{len(life.ends)} attempts, launch.slurm.max_attempts = {policy.max_attempts}", "gave_up")
     stuck = without_progress(life.ends)
     if stuck >= policy.max_without_progress:
         why = (
             f"{stuck} attempts in a row ended {last.cause} without a new checkpoint (at step {last.step_after}), "
             f"launch.slurm.max_without_progress = {policy.max_without_progress}: {last.why}"
         )
-        return Decision("over", why, "gave_up")
+        return NextAction("over", why, "gave_up")
     exclude = tuple(node for node in failed_nodes(life.ends, policy) if node not in life.excluded)
     why = last.why if last.why.startswith(last.cause) else f"{last.cause}: {last.why}"
     if slurm_requeues and not exclude:
-        return Decision("wait", why)
+        return NextAction("wait", why)
     if not policy.requeue and not slurm_requeues:
-        return Decision("over", f"{why}; launch.slurm.requeue is false", "preempted")
-    return Decision("requeue", why, exclude=exclude)
+        return NextAction("over", f"{why}; launch.slurm.requeue is false", "preempted")
+    return NextAction("requeue", why, exclude=exclude)
 
 
 def without_progress(ends: Sequence[AttemptEnd]) -> int:
@@ -181,7 +181,7 @@ def without_progress(ends: Sequence[AttemptEnd]) -> int:
     return count
 
 
-def failed_nodes(ends: Sequence[AttemptEnd], policy: Policy) -> list[str]:
+def failed_nodes(ends: Sequence[AttemptEnd], policy: RequeuePolicy) -> list[str]:
     """Nodes blamed often enough to be kept off, by name."""
     blamed = Counter(end.node for end in ends if end.node and end.cause in BLAMES_NODE)
     limit = policy.exclude_after_failures

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
-from launch.watch.beats import NodeReport, Policy, write_report
 from launch.watch.failures import AGENT_LOG, Failure, find_failures
-from launch.watch.gather import GatheredLogs
+from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
+from launch.watch.heartbeats import NodeReport, WatchPolicy, write_report
 from launch.watch.processes import catches, children_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.files import write_atomically
@@ -52,7 +52,7 @@ class RankSignals:
         self._waiting: list[int] = []
         self._asked: list[int] = []
         self._first_s = 0.0
-        self._told: set[tuple[int, int]] = set()
+        self._delivered: set[tuple[int, int]] = set()
 
     def install(self) -> None:
         for number in _SIGNALS:
@@ -74,8 +74,8 @@ class RankSignals:
             self._asked.append(number)
         for place, number in enumerate(self._asked):
             for pid in ranks:
-                if (place, pid) not in self._told and catches(pid, number):
-                    self._told.add((place, pid))
+                if (place, pid) not in self._delivered and catches(pid, number):
+                    self._delivered.add((place, pid))
                     try:
                         os.kill(pid, number)
                     except ProcessLookupError:
@@ -85,7 +85,9 @@ class RankSignals:
 class NodeAgent:
     """One torchrun and its ranks. `beats` and `own_logs` (None: logs aren't gathered) are folders of this machine."""
 
-    def __init__(self, attempt_dir: Path, log_dir: Path, policy: Policy, node: str, beats: Path, own_logs: Path | None) -> None:
+    def __init__(
+        self, attempt_dir: Path, log_dir: Path, policy: WatchPolicy, node: str, beats: Path, own_logs: Path | None
+    ) -> None:
         self._attempt_dir, self._log_dir, self._policy, self._node = attempt_dir, log_dir, policy, node
         self._beats, self._logs = beats, own_logs or log_dir
         self._agent_log = self._logs / (AGENT_LOG if own_logs else f"{node}.{AGENT_LOG}")
@@ -104,7 +106,7 @@ class NodeAgent:
         while (code := torchrun.poll()) is None:
             time.sleep(POLL_S)
             if signals.asked:
-                self._pass_on(signals, torchrun)
+                self._forward(signals, torchrun)
             if (now_s := time.monotonic()) >= self._look_s:
                 self._look_s = now_s + _LOOK_S
                 self._look(now_s)
@@ -124,7 +126,7 @@ class NodeAgent:
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_as_child
             )
 
-    def _pass_on(self, signals: RankSignals, torchrun: subprocess.Popen[bytes]) -> None:
+    def _forward(self, signals: RankSignals, torchrun: subprocess.Popen[bytes]) -> None:
         ranks = children_of(torchrun.pid)
         self._had_ranks = self._had_ranks or bool(ranks)
         signals.deliver(ranks)
@@ -138,19 +140,19 @@ class NodeAgent:
         if changed and self._hang.stacks:
             # Beside gathered logs they are one more log of this node.
             path = self._log_dir / f"{self._node}.stacks.txt" if self._gathered is None else self._logs / "stacks.log"
-            self._quietly(lambda: write_atomically(path, self._hang.stacks))
+            self._write_if_possible(lambda: write_atomically(path, self._hang.stacks))
         if changed or now_s >= self._report_s:
             self._report_s = now_s + self._policy.report_interval_s
             self._report(None, ())
         if self._gathered is not None:
-            self._quietly(self._gathered.pump)
+            self._write_if_possible(self._gathered.pump)
 
     def _end(self, code: int) -> None:
         failures = [replace(failure, node=failure.node or self._node) for failure in find_failures(self._logs)]
         failures = [failure for failure in failures if failure.node == self._node]
         if self._gathered is not None:
             gathered = self._gathered
-            self._quietly(lambda: gathered.close(failures))
+            self._write_if_possible(lambda: gathered.close(failures))
         self._hang.look()
         self._report(code, failures)
 
@@ -158,9 +160,9 @@ class NodeAgent:
         found = tuple(asdict(failure) for failure in failures)
         hang = self._hang
         report = NodeReport(self._node, time.time(), os.getpid(), exit_code, hang.hung, tuple(hang.states), found)
-        self._quietly(lambda: write_report(self._attempt_dir, report))
+        self._write_if_possible(lambda: write_report(self._attempt_dir, report))
 
-    def _quietly(self, write: Callable[[], None]) -> None:
+    def _write_if_possible(self, write: Callable[[], None]) -> None:
         """A shared file system that is away or full for a while must not end training: said once, tried again."""
         try:
             write()
@@ -183,7 +185,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--attempt-dir", type=Path, required=True, help="launch/attempt_N of the run folder")
     parser.add_argument("--log-dir", type=Path, required=True, help="logs/attempt_N of the run folder")
-    parser.add_argument("--policy", type=Policy.from_json, required=True, help="launch/watch/beats.py's Policy as JSON")
+    parser.add_argument(
+        "--policy", type=WatchPolicy.from_json, required=True, help="launch/watch/heartbeats.py's WatchPolicy as JSON"
+    )
     parser.add_argument("command", nargs="+", help="torchrun's command, after --")
     found = parser.parse_args(list(argv))
     with ExitStack() as stack:

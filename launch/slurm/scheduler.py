@@ -33,7 +33,7 @@ class SchedulerError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job as squeue or sacct shows it. `start`: when it began or is expected to; empty: not known."""
 
     number: int
@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class JobDetails:
+class SlurmJobDetails:
     """What the running job asks about itself. `limit_s`: when its time limit ends, seconds since the epoch; infinite without one.
 
     Slurm's EndTime is not the limit: a preemption moves it to the end of the partition's grace time.
@@ -101,9 +101,9 @@ def submit(script: Path, dependency: str | None = None) -> int:
     return int(call(["sbatch", "--parsable", *options, str(script)]).strip().split(";")[0])
 
 
-def find_jobs(numbers: Sequence[int]) -> dict[int, Job]:
+def find_jobs(numbers: Sequence[int]) -> dict[int, SlurmJob]:
     """By number; those that neither squeue nor sacct knows (any more) are left out. Raises SchedulerError."""
-    found: dict[int, Job] = {}
+    found: dict[int, SlurmJob] = {}
     for number in numbers:
         try:
             rows = call(["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N|%S"]).splitlines()
@@ -113,13 +113,13 @@ def find_jobs(numbers: Sequence[int]) -> dict[int, Job]:
             rows = []
         for row in rows:
             _, state, reason, nodes, start = row.split("|", 4)
-            found[number] = Job(number, state, "" if reason == "None" else reason, nodes, "" if start == "N/A" else start)
+            found[number] = SlurmJob(number, state, "" if reason == "None" else reason, nodes, "" if start == "N/A" else start)
         if number not in found and (job := _accounted(number)):
             found[number] = job
     return found
 
 
-def _accounted(number: int) -> Job | None:
+def _accounted(number: int) -> SlurmJob | None:
     """From the accounting, where a site has one."""
     try:
         rows = call(["sacct", "--noheader", "--parsable2", "-X", f"--jobs={number}", "--format=State,NodeList,Start"])
@@ -128,17 +128,17 @@ def _accounted(number: int) -> Job | None:
         return None
     for row in rows.splitlines()[-1:]:
         state, nodes, start = row.split("|")
-        return Job(number, state.split()[0], "", "" if nodes == "None assigned" else nodes, start)
+        return SlurmJob(number, state.split()[0], "", "" if nodes == "None assigned" else nodes, start)
     return None
 
 
-def details(number: int) -> JobDetails:
+def details(number: int) -> SlurmJobDetails:
     """Raises SchedulerError."""
     text = call(["scontrol", "show", "job", "-o", str(number)], timeout_s=10.0)
     values = dict(word.split("=", 1) for word in text.split() if "=" in word)
     begin_s, length_s = _seconds(values.get("StartTime", "")), seconds_of(values.get("TimeLimit"))
     limit_s = begin_s + length_s if begin_s is not None and length_s is not None else math.inf
-    return JobDetails(int(values.get("Restarts", 0)), limit_s)
+    return SlurmJobDetails(int(values.get("Restarts", 0)), limit_s)
 
 
 def _seconds(text: str) -> float | None:

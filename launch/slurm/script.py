@@ -20,7 +20,7 @@ from configs import own_packages
 from configs.schema import Config, Slurm
 from launch.plan import program_path, rank_env
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
-from launch.watch.beats import make_policy
+from launch.watch.heartbeats import make_watch_policy
 from pretrain.run.folder import RunFolder
 
 # A port of a job without launch.master_port: below the ephemeral range of Linux (32768), above the registered crowd.
@@ -28,7 +28,7 @@ PORT_BASE, PORT_COUNT = 20000, 10000
 
 
 @dataclass(frozen=True)
-class Place:
+class ScriptLocation:
     """Where the script is written from: absolute paths, the submitter's working folder and Python."""
 
     job_dir: Path
@@ -46,7 +46,7 @@ def job_numbers(folder: RunFolder) -> list[int]:
     return sorted(int(path.name.removeprefix("job_")) for path in (folder.path / "launch").glob("job_[0-9]*"))
 
 
-def render(config: Config, folder: RunFolder, place: Place) -> str:
+def render(config: Config, folder: RunFolder, place: ScriptLocation) -> str:
     """The whole batch script of a run."""
     job_dir = place.job_dir.absolute()
     return fill(
@@ -55,7 +55,7 @@ def render(config: Config, folder: RunFolder, place: Place) -> str:
         script=shlex.quote(str(job_dir / SCRIPT_NAME)),
         sbatch=sbatch_lines(config, folder),
         job_dir=str(job_dir),
-        watch=make_policy(config).to_json(),
+        watch=make_watch_policy(config).to_json(),
         config_file=str(job_dir / CONFIG_NAME),
         program=program_path(),
     )
@@ -76,7 +76,7 @@ def fill(template: str, **words: Any) -> str:
     return environment.get_template(template).render(**words)
 
 
-def common_words(config: Config, place: Place) -> dict[str, Any]:
+def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
     """What every job of a config shares: its environment, and how a node's ranks are started."""
     launch, slurm = config.launch, config.launch.slurm
     python, container = slurm.python or place.python, slurm.container

@@ -20,9 +20,9 @@ from configs.load import Loaded
 from configs.schema import Config
 from launch.slurm import scheduler
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME, make_job_file
-from launch.slurm.lifecycle import OVER, read_life
-from launch.slurm.scheduler import Job, SchedulerError
-from launch.slurm.script import Place, job_folder, job_numbers, render
+from launch.slurm.lifecycle import OVER, read_lifecycle
+from launch.slurm.scheduler import SchedulerError, SlurmJob
+from launch.slurm.script import ScriptLocation, job_folder, job_numbers, render
 from parallel.batch import steps_of
 from parallel.legality.rules import data_size
 from parallel.legality.verdict import check_config
@@ -87,7 +87,7 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
     config, folder = loaded.config, folder_of(loaded.config)
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
-    life = read_life(folder)
+    life = read_lifecycle(folder)
     # Of an attempt whose end is recorded the ranks are on their way out: the new job waits for them.
     if (holder := live_holder(folder)) is not None and not (life.phase == OVER and holder.attempt == life.attempt):
         raise ConfigError(held_problem(folder, holder))
@@ -112,13 +112,13 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
     return Submitted(tuple(jobs), script, estimate)
 
 
-def _place(config: Config, cwd: Path) -> Place:
+def _place(config: Config, cwd: Path) -> ScriptLocation:
     folder = folder_of(config)
     number = max([0, *job_numbers(folder)]) + 1
-    return Place((cwd / job_folder(folder, number)).absolute(), cwd, sys.executable)
+    return ScriptLocation((cwd / job_folder(folder, number)).absolute(), cwd, sys.executable)
 
 
-def _write(loaded: Loaded, folder: RunFolder, cwd: Path) -> Place:
+def _write(loaded: Loaded, folder: RunFolder, cwd: Path) -> ScriptLocation:
     config, place = loaded.config, _place(loaded.config, cwd)
     sizes = sizes_of(config)
     config = _asking_for(config, sizes)
@@ -134,15 +134,15 @@ def _write(loaded: Loaded, folder: RunFolder, cwd: Path) -> Place:
     return place
 
 
-def find_run_jobs(folder: RunFolder) -> list[Job]:
+def find_run_jobs(folder: RunFolder) -> list[SlurmJob]:
     """The jobs of the run's last submission that Slurm knows, unless the run is over. Raises SchedulerError."""
-    life = read_life(folder)
+    life = read_lifecycle(folder)
     if life.phase == OVER or not life.jobs:
         return []
     return list(scheduler.find_jobs(life.jobs).values())
 
 
-def _live_problem(folder: RunFolder, job: Job) -> Problem:
+def _live_problem(folder: RunFolder, job: SlurmJob) -> Problem:
     rule = f"one job at a time trains in a run folder; job {job.number} is {job.state.lower()}"
     return Problem("run.dir", str(folder.path), rule, f"wait for it, or end it: phalanx cancel {folder.path}")
 

@@ -1,4 +1,4 @@
-"""Why an attempt ended, from everything that was seen of it. In: `Seen`. Out: a cause of launch/slurm/lifecycle.py. Pure.
+"""Why an attempt ended. In: `AttemptEvidence`. Out: a cause of launch/slurm/lifecycle.py. No side effects.
 
 Torch-free.
 """
@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launch.watch.beats import NodeReport
 from launch.watch.failures import Failure
+from launch.watch.heartbeats import NodeReport
 from pretrain.run.folder import Outcome
 
-# What the batch step was asked for, by signal or clock.
+# The stop that a signal or the time limit requested.
 PREEMPT, TIME_LIMIT, STOP, TERMINATE = "preempted", "time_limit", "stopped", "terminated"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """`asked`: empty, or one of the words above; `hang`: the triage's line and node; `lost`: nodes that are down or fell silent.
+class AttemptEvidence:
+    """Everything that is known about the end of an attempt.
 
-    `outcome` is this attempt's own, None: rank 0 wrote none. `node_of` maps ranks to nodes, as far as known. `restarted`:
-    Slurm has put the job back by itself; `out_of_time`: the time limit is over.
+    `asked` is empty or one of the words above. `outcome` is what rank 0 of this attempt wrote, or None. `hang` is the line
+    and the node of the triage. `lost` are the nodes that are down or fell silent. `node_of` maps ranks to nodes, as far as
+    known. `restarted`: Slurm has requeued the job by itself. `out_of_time`: the time limit has passed.
     """
 
     asked: str = ""
@@ -36,11 +37,11 @@ class Seen:
 
 
 def fell_silent(reports: Sequence[NodeReport], first_failure_s: float | None, interval_s: float) -> list[str]:
-    """Nodes that stopped reporting before anything else went wrong: without power, or cut off. Slurm notices minutes later.
+    """Nodes that stopped reporting before anything else failed: without power or cut off. Slurm notices them minutes later.
 
-    An agent's last report says that it ends. One without that was killed: after the others' failure, by srun (which waits
-    for Slurm's KillWait, some reports later), or with its node, before the first rank elsewhere could notice.
-    `first_failure_s`: when the first rank failed, seconds since the epoch like the reports' times.
+    The last report of an agent says that the agent ends. An agent without such a report was killed. srun kills agents only
+    after a failure elsewhere plus KillWait, some reports later. A lost node goes silent before the first rank elsewhere can
+    fail. `first_failure_s` is the time of the first rank's failure, in seconds since the epoch like the reports' times.
     """
     newest_s = max((report.time for report in reports), default=0.0)
     mute = [report for report in reports if report.exit_code is None]
@@ -54,8 +55,8 @@ def fell_silent(reports: Sequence[NodeReport], first_failure_s: float | None, in
     return [report.host for report in mute if was_first(report)]
 
 
-def judge(seen: Seen) -> tuple[str, str, str]:
-    """(cause, why, blamed node or empty). What rank 0 wrote counts first, then what was asked, then what broke."""
+def judge(seen: AttemptEvidence) -> tuple[str, str, str]:
+    """(cause, reason, blamed node or empty). Rank 0's outcome counts first, then a hang, lost nodes, a request, a failure."""
     outcome, failures = seen.outcome, seen.failures
     if outcome is not None and outcome.state in ("finished", "diverged"):
         return outcome.state, outcome.why, ""
@@ -73,17 +74,17 @@ def judge(seen: Seen) -> tuple[str, str, str]:
         first = failures[0]
         return "crashed", f"rank {first.rank}: {_last_line(first.text)}", seen.node_of.get(first.rank, "")
     if outcome is not None and saved:
-        # Somebody signalled the ranks past this batch step.
+        # The ranks were signalled directly, not through this batch step.
         return outcome.state, outcome.why, ""
     if outcome is not None:
         return "crashed", outcome.why, ""
-    return "killed", f"the ranks ended without a word, srun with exit code {seen.exit_code}", ""
+    return "killed", f"the ranks ended without a message, srun with exit code {seen.exit_code}", ""
 
 
-def _asked(seen: Seen) -> tuple[str, str, str]:
+def _asked(seen: AttemptEvidence) -> tuple[str, str, str]:
     step = f" after step {seen.outcome.step}" if seen.outcome is not None else " before the first step"
     if seen.asked == TERMINATE:
-        # Slurm ends a job for one of three reasons, and says which only by what it does with the job.
+        # Slurm ends a job for one of three reasons. Only its treatment of the job tells which one it was.
         if seen.restarted:
             return "preempted", f"ended by Slurm, which starts it again{step}", ""
         if seen.out_of_time:
@@ -94,7 +95,7 @@ def _asked(seen: Seen) -> tuple[str, str, str]:
 
 
 def _last_line(text: str) -> str:
-    """The message of a traceback, or a text's first line."""
+    """The message of a traceback, or the first line of any other text."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "no message"

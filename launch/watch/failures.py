@@ -17,7 +17,8 @@ from pathlib import Path
 from pretrain.run.files import iterate_lines, read_json
 from pretrain.run.folder import EXIT_CODE
 
-# torchrun's own log; over several nodes NODE.torchrun.log. Gathered (launch/watch/gather.py): NODE.log, NODE.failures.jsonl.
+# torchrun's own log is torchrun.log, or NODE.torchrun.log over several nodes. Gathered logs (launch/watch/gathered_logs.py)
+# are NODE.log and NODE.failures.jsonl.
 AGENT_LOG = "torchrun.log"
 NODE_LOG = ".log"
 GATHERED = ".failures.jsonl"

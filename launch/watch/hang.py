@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from launch.watch.beats import BeatWatch, Policy, RankState, hung
+from launch.watch.heartbeats import HeartbeatReader, RankState, WatchPolicy, hung
 from launch.watch.stacks import collect_stacks
 
 
 class HangWatch:
     """Call `look` every second or so. `states`, `hung` and `stacks` (text, all threads) are what it saw last."""
 
-    def __init__(self, folder: Path, policy: Policy, node: str) -> None:
+    def __init__(self, folder: Path, policy: WatchPolicy, node: str) -> None:
         self._folder, self._policy = folder, policy
-        self._watch = BeatWatch(folder, policy, node)
+        self._watch = HeartbeatReader(folder, policy, node)
         self._frames: dict[int, tuple[str, ...]] = {}
         self.states: list[RankState] = []
         self.hung = False

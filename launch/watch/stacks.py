@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from launch.watch.beats import RankState
+from launch.watch.heartbeats import RankState
 from launch.watch.processes import catches
 from pretrain.run.beat import stack_path
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from configs.units import duration
-from launch.watch.beats import MISSING, NodeReport, Policy, RankState, hung
+from launch.watch.heartbeats import MISSING, NodeReport, RankState, WatchPolicy, hung
 from launch.watch.stacks import waits_in
 from pretrain.run.beat import WAITING
 from pretrain.run.event_log import append_event
@@ -82,8 +82,8 @@ def find_late(ranks: Sequence[RankState], silent: Sequence[str] = ()) -> Triage:
     return Triage(tuple(late), nodes, why, line, "\n".join(lines))
 
 
-def combine(reports: Sequence[NodeReport], policy: Policy) -> Triage | None:
-    """None: no hang, by launch/watch/beats.py's rule over the ranks of all nodes that still run and speak."""
+def combine(reports: Sequence[NodeReport], policy: WatchPolicy) -> Triage | None:
+    """None: no hang, by launch/watch/heartbeats.py's rule over the ranks of all nodes that still run and speak."""
     silence_s = max(_SILENT_S, _SILENT_INTERVALS * policy.report_interval_s)
     running = [report for report in reports if report.exit_code is None]
     silent = [report.host for report in running if report.silent_s > silence_s]

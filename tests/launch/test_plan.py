@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.own_packages import STARTER
 from configs.schema import Config
-from launch.plan import ENV_DEFAULTS, by_hand, check_local, make_plan, program_path, torchrun_line
+from launch.plan import ENV_DEFAULTS, check_local, make_plan, manual_start_text, program_path, torchrun_line
 
 
 def config(nodes: int = 1, processes: int = 4) -> Config:
@@ -61,7 +61,7 @@ def test_several_machines_get_the_line_to_run_by_hand() -> None:
     made = config(nodes=2)
     (problem,) = check_local(made)
     assert problem.path == "launch.nodes" and problem.got == 2 and "--dry-run" in problem.fix
-    text = by_hand(make_plan(made, "c", [], {}))
+    text = manual_start_text(make_plan(made, "c", [], {}))
     assert "--nnodes 2" in text and "--rdzv-endpoint HOST:29500" in text and "--local-addr" not in text
     assert check_local(config()) == []
     made.launch.target = "slurm"

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from launch.slurm.lifecycle import OVER, RUNNING, Life, read_life
+from launch.slurm.lifecycle import OVER, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import find_jobs
 from pretrain.run.beat import BEAT_DIR, beat_path, decode
 from pretrain.run.files import iterate_lines
@@ -49,8 +49,8 @@ class Run:
     hit: list[str] = field(default_factory=list)
 
     @property
-    def life(self) -> Life:
-        return read_life(self.folder)
+    def life(self) -> RunLifecycle:
+        return read_lifecycle(self.folder)
 
     @property
     def job(self) -> int:
@@ -102,7 +102,7 @@ class Run:
     def _first_rank(self) -> list[psutil.Process]:
         return [process for process in self.ranks()[:1] if process.environ()["RANK"] == "0"]
 
-    def wait_over(self, timeout_s: float = 240) -> Life:
+    def wait_over(self, timeout_s: float = 240) -> RunLifecycle:
         deadline = time.monotonic() + timeout_s
         while self.life.phase != OVER:
             assert time.monotonic() < deadline, f"it is not over: {self.story()}"

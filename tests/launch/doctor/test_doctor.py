@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from configs.schema import BlendPart, Config
-from launch.doctor.checks import can_meet, check_node
-from launch.doctor.disk import disk_facts
-from launch.doctor.facts import memory_facts
+from launch.doctor.disk_facts import disk_facts
 from launch.doctor.finding import FAIL, OK, WARN, worst
-from launch.doctor.gpus import BASIC, HEALTH, parse_gpus
+from launch.doctor.gpu_facts import BASIC, HEALTH, parse_gpus
 from launch.doctor.network_checks import compare
+from launch.doctor.node_checks import can_join_network_probe, check_node
+from launch.doctor.node_facts import memory_facts
 from launch.doctor.report import as_document, describe, judge
-from launch.doctor.request import Request, Sizes, make_request
-from launch.doctor.results import Results, read_results, ready_nodes
+from launch.doctor.request import CheckupRequest, ProbeSizes, make_request
+from launch.doctor.results import CheckupResults, read_results, ready_nodes
 from launch.doctor.slurm import render
-from launch.slurm.script import Place
+from launch.slurm.script import ScriptLocation
 from pretrain.run.folder import RunFolder, check_run_folder
 from tests.launch.slurm.test_script import hostile
 from tools import cli
@@ -32,10 +32,10 @@ H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "570.1", "total_mib": 81559, 
         "uncorrected_errors": 0, "rows_pending": False, "hot": False, "power_brake": False}  # fmt: skip
 
 
-def request(**changed: Any) -> Request:
+def request(**changed: Any) -> CheckupRequest:
     config = Config()
     config.cluster.gpu, config.cluster.interface = "H100-SXM-80GB", "ib0"
-    made = make_request(config, Path("/runs/a/doctor/0001"), Path("/work"), 4, 8, Sizes())
+    made = make_request(config, Path("/runs/a/doctor/0001"), Path("/work"), 4, 8, ProbeSizes())
     return replace(made, **changed)
 
 
@@ -137,8 +137,8 @@ def test_on_cpus_no_gpu_is_asked_for() -> None:
     made = request(gpu=None, device="cpu")
     bare = sound(gpus={"error": "nvidia-smi is not on PATH", "gpus": []}, torch__gpus=[], memory__shm_free_gib=0.5)
     assert worst(check_node(bare, made)) == OK
-    assert not can_meet(sound(), made), "hidden they must be"
-    assert not can_meet(bare, request()), "8 ranks can't start on no GPU"
+    assert not can_join_network_probe(sound(), made), "hidden they must be"
+    assert not can_join_network_probe(bare, request()), "8 ranks can't start on no GPU"
 
 
 def four(**planted: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -261,7 +261,7 @@ srun: error: Node failure on node5
 """
 
 
-def folder_of_results(folder: Path, nodes: dict[str, Any]) -> Request:
+def folder_of_results(folder: Path, nodes: dict[str, Any]) -> CheckupRequest:
     (folder / "nodes").mkdir()
     for name, facts in nodes.items():
         (folder / "nodes" / f"{name}.json").write_text(json.dumps(facts))
@@ -317,7 +317,7 @@ def test_what_the_ranks_measured_before_they_broke_off_stands(tmp_path: Path) ->
 def test_a_thousand_nodes_are_told_in_a_page() -> None:
     nodes = {f"n{index}": {**sound(limits__open_files=1024), "node": f"n{index}"} for index in range(1000)}
     nodes["n7"]["disk"]["error"] = "Stale file handle: /runs"
-    text = describe(judge(Results(nodes, {}, None, "", {}), request(nodes=1000), list(nodes)))
+    text = describe(judge(CheckupResults(nodes, {}, None, "", {}), request(nodes=1000), list(nodes)))
     assert text.count("open files on n0, n1") == 1 and "and 968 more" in text
     assert text.index("FAIL  run folder on n7") < text.index("WARN  open files")
 
@@ -328,8 +328,8 @@ def test_a_thousand_nodes_are_told_in_a_page() -> None:
 def test_no_string_of_the_config_is_a_command(payload: str, tmp_path: Path) -> None:
     made = hostile(payload)
     made.data.train = [BlendPart(path=payload)]
-    asked = make_request(made, tmp_path / payload, tmp_path, 2, 2, Sizes())
-    text = render(made, asked, Place(tmp_path / payload, tmp_path, "/usr/bin/python3"))
+    asked = make_request(made, tmp_path / payload, tmp_path, 2, 2, ProbeSizes())
+    text = render(made, asked, ScriptLocation(tmp_path / payload, tmp_path, "/usr/bin/python3"))
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     lines = f"module() {{ :; }}\nscontrol() {{ :; }}\nsrun() {{ :; }}\ntimeout() {{ :; }}\n{text}"
     env = {
@@ -342,14 +342,14 @@ def test_no_string_of_the_config_is_a_command(payload: str, tmp_path: Path) -> N
     subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=env, capture_output=True, check=False)
     assert not list(tmp_path.rglob("canary"))
     (line,) = [line for line in text.splitlines() if line.startswith("request=")]
-    assert Request.from_json(shlex.split(line.removeprefix("request="))[0]) == asked
+    assert CheckupRequest.from_json(shlex.split(line.removeprefix("request="))[0]) == asked
 
 
 def test_the_job_is_short_and_asks_for_the_runs_nodes() -> None:
     config = Config()
     config.launch.nodes, config.launch.slurm.time, config.launch.slurm.partition = 4, "7-00:00:00", "gpu"
     config.launch.slurm.requeue, config.launch.slurm.dependency = True, "afterok:1"
-    text = render(config, request(), Place(Path("/runs/a/doctor/0001"), Path("/work"), "/usr/bin/python3"))
+    text = render(config, request(), ScriptLocation(Path("/runs/a/doctor/0001"), Path("/work"), "/usr/bin/python3"))
     lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"--nodes=4", "--partition=gpu", "--time=10", "--no-requeue", "--no-kill", "--job-name=run-doctor"} <= set(lines)
     assert not any(line.startswith(("--signal", "--dependency")) for line in lines)

@@ -18,8 +18,8 @@ from launch.slurm.lifecycle import (
     SUSPECT,
     TRANSITIONS,
     AttemptEnd,
-    Life,
-    Policy,
+    RequeuePolicy,
+    RunLifecycle,
     decide,
     failed_nodes,
     replay,
@@ -27,7 +27,7 @@ from launch.slurm.lifecycle import (
 )
 from pretrain.run.folder import EXIT_CODE
 
-POLICY = Policy(max_attempts=6, max_without_progress=2, exclude_after_failures=2)
+POLICY = RequeuePolicy(max_attempts=6, max_without_progress=2, exclude_after_failures=2)
 
 
 def rows(*ends: tuple[str, int, int, str]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def rows(*ends: tuple[str, int, int, str]) -> list[dict[str, Any]]:
     return found
 
 
-def life(*ends: tuple[str, int, int, str]) -> Life:
+def life(*ends: tuple[str, int, int, str]) -> RunLifecycle:
     return replay(rows(*ends))
 
 
@@ -85,7 +85,7 @@ def test_some_ends_are_final(cause: str) -> None:
 def test_the_others_go_on(cause: str) -> None:
     assert decide(life((cause, 0, 3, "")), POLICY).action == "requeue"
     assert decide(life((cause, 0, 3, "")), POLICY, slurm_requeues=True).action == "wait"
-    without = decide(life((cause, 0, 3, "")), Policy(requeue=False))
+    without = decide(life((cause, 0, 3, "")), RequeuePolicy(requeue=False))
     assert (without.action, without.state, without.exit_code) == ("over", "preempted", 75)
 
 
@@ -113,7 +113,7 @@ def test_a_node_that_failed_twice_is_excluded_once() -> None:
     excluded = [*rows(*ends), {"kind": "job_requeued", "why": "so", "exclude": ["node2"]}]
     later = replay([*excluded, *rows(("preempted", 4, 6, ""))[1:]])
     assert later.excluded == ("node2",) and decide(later, POLICY).exclude == ()
-    assert decide(life(*ends), Policy(exclude_after_failures=0)).exclude == ()
+    assert decide(life(*ends), RequeuePolicy(exclude_after_failures=0)).exclude == ()
 
 
 def test_attempts_are_bounded_and_a_new_submission_counts_anew() -> None:
@@ -130,7 +130,7 @@ def test_every_history_is_decided_and_no_bound_is_passed(history: list[tuple[str
     for number, (cause, gain, node) in enumerate(history, 1):
         ends.append(AttemptEnd(number, cause, "so", step, step + gain, node))
         step += gain
-    decision = decide(Life(ENDED, ends=tuple(ends)), POLICY)
+    decision = decide(RunLifecycle(ENDED, ends=tuple(ends)), POLICY)
     if decision.action != "over":
         assert len(ends) < POLICY.max_attempts and without_progress(ends) < POLICY.max_without_progress
         assert CAUSES[ends[-1].cause] is None

@@ -18,9 +18,9 @@ import pytest
 
 from configs.schema import Config
 from launch.local.parent_guard import MARK_NAME, kill_marked, marked_pids
-from launch.logs import show
-from launch.watch.beats import Policy, RankState, make_policy, read_reports
+from launch.logs import print_rank_log
 from launch.watch.failures import find_failures
+from launch.watch.heartbeats import RankState, WatchPolicy, make_watch_policy, read_reports
 from launch.watch.triage import combine
 from pretrain.run.folder import RunFolder
 
@@ -37,7 +37,7 @@ launch: {processes_per_node: 2}
 class Agent:
     """python -m launch.slurm.node_agent for attempt 1 of a run folder, in a session of its own."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any], policy: Policy) -> None:
+    def __init__(self, folder: Path, plan: dict[str, Any], policy: WatchPolicy) -> None:
         (folder / "c.yaml").write_text(CONFIG)
         self.run = RunFolder(folder / "run")
         self.attempt_dir, self.log_dir = self.run.launch_dir(1), self.run.log_dir(1)
@@ -76,7 +76,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     def make(plan: dict[str, Any], **changes: Any) -> Agent:
         config = Config()
         config.launch.processes_per_node = 2
-        policy = replace(make_policy(config), report_interval_s=0.5)
+        policy = replace(make_watch_policy(config), report_interval_s=0.5)
         agents.append(Agent(tmp_path, plan, replace(policy, **changes)))
         return agents[-1]
 
@@ -122,7 +122,7 @@ def test_logs_and_failures_of_a_large_run_are_gathered(start: Callable[..., Agen
     (report,) = read_reports(agent.attempt_dir)
     assert report.exit_code == 1 and report.failures[0]["rank"] == 0
     shown = io.StringIO()
-    show(agent.run, 0, None, False, shown)
+    print_rank_log(agent.run, 0, None, False, shown)
     assert shown.getvalue().startswith("rank 0 on node7 failed first:") and "\nstep 1\nstep 2\n" in shown.getvalue()
 
 
@@ -139,7 +139,7 @@ def test_a_hang_is_reported_and_the_agents_death_leaves_nothing(start: Callable[
     agent.wait_until(lambda: states()[0].frames != () and states()[1].process == "stopped")
     reports = read_reports(agent.attempt_dir)
     assert reports[0].hung and any("wait_for_ever" in frame for frame in states()[0].frames)
-    found = combine(reports, replace(make_policy(Config()), step_timeout_s=1.0))
+    found = combine(reports, replace(make_watch_policy(Config()), step_timeout_s=1.0))
     assert found is not None and [state.rank for state in found.ranks] == [1] and found.nodes == ("node7",)
     assert found.line.startswith("hung: rank 1 on node7 is late: its process is stopped (SIGSTOP) in step ")
     assert "wait_for_ever" in (agent.log_dir / "node7.stacks.txt").read_text()

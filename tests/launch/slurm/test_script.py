@@ -14,7 +14,7 @@ from configs.own_packages import STARTER
 from configs.schema import Config
 from configs.units import seconds_of
 from launch.slurm.scheduler import SchedulerError, call_again
-from launch.slurm.script import Place, render, sbatch_lines
+from launch.slurm.script import ScriptLocation, render, sbatch_lines
 from launch.slurm.submit import check_slurm, script_of, sizes_of
 from parallel.legality.verdict import check_config
 from pretrain.run.folder import folder_of
@@ -30,7 +30,7 @@ def config(**slurm: object) -> Config:
 
 
 def script(made: Config, folder: Path = Path("/work")) -> str:
-    return render(made, folder_of(made), Place(folder / "runs/run/launch/job_0001", folder, "/usr/bin/python3"))
+    return render(made, folder_of(made), ScriptLocation(folder / "runs/run/launch/job_0001", folder, "/usr/bin/python3"))
 
 
 def test_it_says_what_the_config_says() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, Seen, fell_silent, judge
-from launch.watch.beats import NodeReport
+from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
 from launch.watch.failures import Failure
+from launch.watch.heartbeats import NodeReport
 from pretrain.run.folder import Outcome
 
 CRASH = Failure(3, 1.0, "exception", "Traceback (most recent call last):\n  File x\nRuntimeError: ECC error")
@@ -21,30 +21,35 @@ def outcome(state: str) -> Outcome:
 @pytest.mark.parametrize(
     ("seen", "cause", "words", "node"),
     [
-        (Seen(outcome=outcome("finished")), "finished", "it finished", ""),
-        (Seen(asked=TERMINATE, outcome=outcome("finished")), "finished", "it finished", ""),
-        (Seen(outcome=outcome("diverged")), "diverged", "it diverged", ""),
-        (Seen(failures=(Failure(0, 1.0, "bad_input", "1 problem\n  data.train"),)), "bad_input", "data.train", ""),
-        (Seen(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
-        (Seen(asked=PREEMPT), "preempted", "before the first step", ""),
-        (Seen(asked=TIME_LIMIT, outcome=outcome("preempted")), "time_limit", "time limit is near", ""),
-        (Seen(asked=STOP, outcome=outcome("stopped")), "stopped", "phalanx cancel", ""),
-        (Seen(asked=TERMINATE, outcome=outcome("preempted")), "stopped", "scancel", ""),
-        (Seen(asked=TERMINATE, outcome=outcome("preempted"), restarted=True), "preempted", "starts it again", ""),
-        (Seen(asked=TERMINATE, out_of_time=True), "time_limit", "time limit", ""),
-        (Seen(asked=TERMINATE, lost=("node2",), restarted=True), "bad_node", "node2", "node2"),
-        (Seen(failures=(CRASH, KILLED), exit_code=1, node_of=NODES), "crashed", "rank 3: RuntimeError: ECC error", "node2"),
-        (Seen(failures=(KILLED,), exit_code=1, node_of=NODES), "crashed", "rank 1: killed by signal 9", "node1"),
-        (Seen(failures=(CRASH,), outcome=outcome("preempted"), node_of=NODES), "crashed", "ECC", "node2"),
-        (Seen(asked=PREEMPT, failures=(CRASH,), node_of=NODES), "crashed", "ECC", "node2"),
-        (Seen(asked=PREEMPT, failures=(KILLED,)), "preempted", "before the first step", ""),
-        (Seen(hang=("rank 1 is late", "node1"), failures=(KILLED,)), "hung", "rank 1 is late", "node1"),
-        (Seen(outcome=outcome("failed")), "crashed", "it failed", ""),
-        (Seen(outcome=outcome("preempted")), "preempted", "it preempted", ""),
-        (Seen(exit_code=137), "killed", "exit code 137", ""),
+        (AttemptEvidence(outcome=outcome("finished")), "finished", "it finished", ""),
+        (AttemptEvidence(asked=TERMINATE, outcome=outcome("finished")), "finished", "it finished", ""),
+        (AttemptEvidence(outcome=outcome("diverged")), "diverged", "it diverged", ""),
+        (AttemptEvidence(failures=(Failure(0, 1.0, "bad_input", "1 problem\n  data.train"),)), "bad_input", "data.train", ""),
+        (AttemptEvidence(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
+        (AttemptEvidence(asked=PREEMPT), "preempted", "before the first step", ""),
+        (AttemptEvidence(asked=TIME_LIMIT, outcome=outcome("preempted")), "time_limit", "time limit is near", ""),
+        (AttemptEvidence(asked=STOP, outcome=outcome("stopped")), "stopped", "phalanx cancel", ""),
+        (AttemptEvidence(asked=TERMINATE, outcome=outcome("preempted")), "stopped", "scancel", ""),
+        (AttemptEvidence(asked=TERMINATE, outcome=outcome("preempted"), restarted=True), "preempted", "starts it again", ""),
+        (AttemptEvidence(asked=TERMINATE, out_of_time=True), "time_limit", "time limit", ""),
+        (AttemptEvidence(asked=TERMINATE, lost=("node2",), restarted=True), "bad_node", "node2", "node2"),
+        (
+            AttemptEvidence(failures=(CRASH, KILLED), exit_code=1, node_of=NODES),
+            "crashed",
+            "rank 3: RuntimeError: ECC error",
+            "node2",
+        ),
+        (AttemptEvidence(failures=(KILLED,), exit_code=1, node_of=NODES), "crashed", "rank 1: killed by signal 9", "node1"),
+        (AttemptEvidence(failures=(CRASH,), outcome=outcome("preempted"), node_of=NODES), "crashed", "ECC", "node2"),
+        (AttemptEvidence(asked=PREEMPT, failures=(CRASH,), node_of=NODES), "crashed", "ECC", "node2"),
+        (AttemptEvidence(asked=PREEMPT, failures=(KILLED,)), "preempted", "before the first step", ""),
+        (AttemptEvidence(hang=("rank 1 is late", "node1"), failures=(KILLED,)), "hung", "rank 1 is late", "node1"),
+        (AttemptEvidence(outcome=outcome("failed")), "crashed", "it failed", ""),
+        (AttemptEvidence(outcome=outcome("preempted")), "preempted", "it preempted", ""),
+        (AttemptEvidence(exit_code=137), "killed", "exit code 137", ""),
     ],
 )
-def test_each_end_has_its_cause(seen: Seen, cause: str, words: str, node: str) -> None:
+def test_each_end_has_its_cause(seen: AttemptEvidence, cause: str, words: str, node: str) -> None:
     found = judge(seen)
     assert found[0] == cause and words in found[1] and found[2] == node
 

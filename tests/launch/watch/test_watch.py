@@ -18,20 +18,20 @@ from hypothesis import strategies as st
 
 from configs.schema import Config
 from launch.local.scratch import scratch_folder
-from launch.watch.beats import (
+from launch.watch.gathered_logs import GatheredLogs
+from launch.watch.heartbeats import (
     MISSING,
-    BeatWatch,
+    HeartbeatReader,
     NodeReport,
-    Policy,
     RankState,
     ReportReader,
+    WatchPolicy,
     hung,
-    make_policy,
+    make_watch_policy,
     read_reports,
     timeout_s,
     write_report,
 )
-from launch.watch.gather import GatheredLogs
 from launch.watch.processes import catches, children_of, state_of
 from launch.watch.stacks import collect_stacks, main_frames, waits_in
 from launch.watch.triage import combine, find_late, stragglers
@@ -42,12 +42,12 @@ ALL_REDUCE = ("all_reduce (torch/distributed/distributed_c10d.py:3012)", "wrappe
 PRODUCT = ("forward (torch/nn/modules/linear.py:125)", "forward (megatron/core/distributed/data_parallel_base.py:22)")
 
 
-def policy(**launch_watch: Any) -> Policy:
+def policy(**launch_watch: Any) -> WatchPolicy:
     config = Config()
     config.launch.processes_per_node = 4
     for name, value in launch_watch.items():
         setattr(config.launch.watch, name, value)
-    return make_policy(config)
+    return make_watch_policy(config)
 
 
 def state(rank: int, **changes: Any) -> RankState:
@@ -141,7 +141,7 @@ def test_a_stopped_process_is_a_hang_in_any_phase() -> None:
 
 def test_beats_of_a_folder(tmp_path: Path) -> None:
     now = [1000.0]
-    watch = BeatWatch(tmp_path, policy(), "node0", clock=lambda: now[0])
+    watch = HeartbeatReader(tmp_path, policy(), "node0", clock=lambda: now[0])
     assert [s.rank for s in watch.look()] == [MISSING] * 4
     for rank in range(4):
         beat_path(tmp_path, rank).write_bytes(encode(Beat(rank, os.getpid(), 0, COMPUTING, 5, 1000.0)))
@@ -171,9 +171,9 @@ def test_reports_are_read_back_and_silence_is_measured(tmp_path: Path) -> None:
     now[0] = 40.0
     write_report(tmp_path, report("b", state(2), time=2.0))
     assert [found.silent_s for found in reader.read()] == [40.0, 0.0]
-    assert Policy.from_json(policy().to_json()) == policy()
+    assert WatchPolicy.from_json(policy().to_json()) == policy()
     with pytest.raises(ValueError, match="a policy has exactly the keys"):
-        Policy.from_json("{}")
+        WatchPolicy.from_json("{}")
 
 
 # Who is late.
@@ -308,7 +308,7 @@ def test_a_process_stuck_in_c_gives_its_stack_and_a_stopped_one_its_state(tmp_pa
             time.sleep(0.01)
         assert set(children_of(os.getpid())) >= {process.pid for process in ranks}
         assert catches(ranks[0].pid, signal.SIGUSR2) and not catches(ranks[0].pid, signal.SIGUSR1)
-        states = BeatWatch(tmp_path, replace(policy(), processes_per_node=2), "node0").look()
+        states = HeartbeatReader(tmp_path, replace(policy(), processes_per_node=2), "node0").look()
         assert [s.process for s in states] == ["alive", "stopped"]
         found, text = collect_stacks(tmp_path, states, answer_s=20.0)
         assert found[0].frames[0].startswith("stuck_in_c (") and "=== rank 0" in text
@@ -318,7 +318,7 @@ def test_a_process_stuck_in_c_gives_its_stack_and_a_stopped_one_its_state(tmp_pa
         for process in ranks:
             process.kill()
             process.wait()
-    assert [s.process for s in BeatWatch(tmp_path, replace(policy(), processes_per_node=2), "n").look()] == ["gone", "gone"]
+    assert [s.process for s in HeartbeatReader(tmp_path, replace(policy(), processes_per_node=2), "n").look()] == ["gone", "gone"]
 
 
 # Folders and logs of a node.

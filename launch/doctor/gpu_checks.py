@@ -1,4 +1,4 @@
-"""One node's GPUs judged. In: facts and the request. Out: a `Finding` a check. Pure.
+"""Checks of one node's GPUs. In: the node's facts and the request. Out: one `Finding` for each check.
 
 Torch-free.
 """
@@ -9,22 +9,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from launch.doctor.finding import FAIL, OK, WARN, Finding, graded
-from launch.doctor.request import Request
+from launch.doctor.finding import FAIL, OK, WARN, Finding, graded, level_of
+from launch.doctor.request import CheckupRequest
 
-# What a driver and a display hold on an idle GPU; more is another process's.
+# Driver and display use less than this on an idle GPU. More belongs to another process.
 IDLE_MIB = 2048
 
 
-def check_gpu_count(facts: Mapping[str, Any], request: Request) -> Finding:
+def check_gpu_count(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
     seen, listed = len(facts["torch"].get("gpus", ())), len(facts["gpus"]["gpus"])
     value = f"torch sees {seen}, nvidia-smi lists {listed}"
     if not request.wants_gpus:
         bad = request.device == "cpu" and seen > 0
         fix = "set CUDA_VISIBLE_DEVICES= (empty) in launch.env, or cluster.device=cuda"
-        return graded("GPUs", FAIL if bad else OK, value, "none: cluster.device=cpu" if bad else "no GPU is asked for", fix)
+        expected = "none: cluster.device=cpu" if bad else "no GPU is asked for"
+        return graded("GPUs", FAIL if bad else OK, value, expected, fix)
     expected = f"{request.processes_per_node} for the ranks, {request.gpus_per_node} a node (cluster.gpus_per_node)"
-    level = FAIL if seen < request.processes_per_node else WARN if max(seen, listed) < request.gpus_per_node else OK
+    level = level_of(fails=seen < request.processes_per_node, warns=max(seen, listed) < request.gpus_per_node)
     why = f" ({facts['gpus']['error']})" if facts["gpus"]["error"] else ""
     if listed > seen and level == FAIL:
         fix = "ask for the GPUs (launch.slurm.gpus_per_node), and install a torch built for this driver's CUDA"
@@ -33,7 +34,7 @@ def check_gpu_count(facts: Mapping[str, Any], request: Request) -> Finding:
     return graded("GPUs", level, value + why, expected, fix)
 
 
-def check_gpu_kind(facts: Mapping[str, Any], request: Request) -> Finding:
+def check_gpu_kind(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
     """H100-SXM-80GB names a H100: the family must be a word of the driver's name (NVIDIA H100 80GB HBM3)."""
     names = sorted({row["name"] for row in facts["gpus"]["gpus"]} or set(facts["torch"].get("gpus", ())))
     if request.gpu is None or not names:
@@ -44,12 +45,13 @@ def check_gpu_kind(facts: Mapping[str, Any], request: Request) -> Finding:
     return graded("GPU kind", WARN if other else OK, ", ".join(other or names), request.gpu, fix)
 
 
-def check_gpu_health(facts: Mapping[str, Any], request: Request) -> Finding:
+def check_gpu_health(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
     faults = [f"GPU {row['index']}: {text}" for row in facts["gpus"]["gpus"] for text in _faults(row)]
     broken = any("memory error" in fault for fault in faults)
     fix = "keep the node out (launch.slurm.exclude) and tell its administrators"
     expected = "no uncorrected memory errors, not slowed down by heat or power"
-    return graded("GPU health", FAIL if broken else WARN if faults else OK, "; ".join(faults) or "no faults", expected, fix)
+    level = level_of(fails=broken, warns=bool(faults))
+    return graded("GPU health", level, "; ".join(faults) or "no faults", expected, fix)
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
@@ -65,7 +67,7 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def check_gpu_memory(facts: Mapping[str, Any], request: Request) -> Finding:
+def check_gpu_memory(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
     held = {row["index"]: row["used_mib"] for row in facts["gpus"]["gpus"] if (row["used_mib"] or 0) > IDLE_MIB}
     value = "; ".join(f"GPU {index}: {used / 1024:.1f} GiB in use" for index, used in held.items()) or "free"
     fix = "end what runs there (nvidia-smi shows it); a dead process that still holds memory needs a reset of the GPU"

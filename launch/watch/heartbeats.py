@@ -35,7 +35,7 @@ MISSING = -1
 
 
 @dataclass(frozen=True)
-class Policy:
+class WatchPolicy:
     """launch.watch, and the size of the run; what a node's agent needs of the config. `gather`: one log a node."""
 
     step_timeout_s: float | None
@@ -51,19 +51,19 @@ class Policy:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Policy:
+    def from_json(text: str) -> WatchPolicy:
         """What `to_json` wrote. Raises ValueError: something else."""
         value = json.loads(text)
-        names = {item.name for item in fields(Policy)}
+        names = {item.name for item in fields(WatchPolicy)}
         if not isinstance(value, dict) or set(value) != names:
             raise ValueError(f"a policy has exactly the keys {', '.join(sorted(names))}")
-        return Policy(**value)
+        return WatchPolicy(**value)
 
 
-def make_policy(config: Config) -> Policy:
+def make_watch_policy(config: Config) -> WatchPolicy:
     """Pure."""
     watch, launch = config.launch.watch, config.launch
-    return Policy(
+    return WatchPolicy(
         step_timeout_s=watch.step_timeout_s,
         start_timeout_s=watch.start_timeout_s,
         stacks=watch.stacks,
@@ -127,20 +127,20 @@ class NodeReport:
     silent_s: float = 0.0
 
 
-def timeout_s(state: RankState, policy: Policy) -> float:
+def timeout_s(state: RankState, policy: WatchPolicy) -> float:
     """How long this rank may be in its phase; infinite: for ever."""
     is_known = state.phase in OF_A_STEP and state.step_time_s is not None
     return step_timeout_s(state, policy) if is_known else policy.start_timeout_s or float("inf")
 
 
-def step_timeout_s(state: RankState, policy: Policy) -> float:
+def step_timeout_s(state: RankState, policy: WatchPolicy) -> float:
     """How long a phase of a step may last, and a process be stopped."""
     if policy.step_timeout_s is None:
         return max(_LEAST_TIMEOUT_S, _STEPS_PER_TIMEOUT * (state.step_time_s or 0.0))
     return policy.step_timeout_s or float("inf")
 
 
-def hung(states: Sequence[RankState], policy: Policy) -> bool:
+def hung(states: Sequence[RankState], policy: WatchPolicy) -> bool:
     """By the rule above, of ranks of one node or of all. Those that have ended don't count."""
     waiting = [state for state in states if not state.has_ended]
     if any(state.stuck_s > step_timeout_s(state, policy) for state in waiting):
@@ -150,10 +150,10 @@ def hung(states: Sequence[RankState], policy: Policy) -> bool:
     return bool(behind) and all(state.age_s > timeout_s(state, policy) for state in behind)
 
 
-class BeatWatch:
+class HeartbeatReader:
     """Reads one node's beats, again and again, and remembers those that a torn read would lose."""
 
-    def __init__(self, folder: Path, policy: Policy, node: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path, policy: WatchPolicy, node: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
         self._policy = policy
         self._node = node

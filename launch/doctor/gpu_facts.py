@@ -1,6 +1,7 @@
-"""What nvidia-smi says about a node's GPUs. In: nothing, or its output. Out: facts as plain values.
+"""Facts about a node's GPUs from nvidia-smi, as plain values.
 
-nvidia-smi and not torch: it also answers where torch was built without CUDA, and it alone knows of faults and clocks.
+nvidia-smi is asked instead of torch because it also works where torch was built without CUDA, and because only
+nvidia-smi reports memory errors and throttling.
 
 Torch-free.
 """
@@ -11,7 +12,7 @@ import subprocess
 from typing import Any
 
 TIMEOUT_S = 30.0
-# Our name → nvidia-smi's. The second group is missing on some cards and old drivers, and an unknown field fails the query.
+# Our name → the field of nvidia-smi. Some cards and old drivers lack the second group, and one unknown field fails the query.
 BASIC = {"index": "index", "name": "name", "driver": "driver_version", "total_mib": "memory.total", "used_mib": "memory.used"}
 HEALTH = {
     "celsius": "temperature.gpu",
@@ -24,7 +25,7 @@ _NUMBERS = ("index", "total_mib", "used_mib", "celsius", "uncorrected_errors")
 
 
 def gpu_facts() -> dict[str, Any]:
-    """{"error", "gpus"}: a row a GPU; `error` is empty, or why there are none (no nvidia-smi, no driver)."""
+    """{"error", "gpus"} with one row for each GPU. `error` says why there are no rows, for example no nvidia-smi or no driver."""
     error = ""
     for fields in (BASIC | HEALTH, BASIC):
         command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
@@ -42,7 +43,7 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def parse_gpus(text: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of nvidia-smi's CSV. What a card doesn't know ([N/A], [Not Supported]) is None."""
+    """The rows of nvidia-smi's CSV output. A field that a card does not support ([N/A], [Not Supported]) is None."""
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     return [{name: _value(name, cell) for name, cell in zip(names, row, strict=True)} for row in rows if len(row) == len(names)]
 

@@ -1,7 +1,7 @@
-"""How much room a folder's file system has and how fast it is. In: a folder, MiB to move. Out: facts as plain values.
+"""Measures free space and speed of a folder's file system. In: a folder, the size in MiB. Out: facts as plain values.
 
-The file is flushed to disk, and its pages are given back to the kernel before it is read: what is timed is the file system,
-as far as a user can make sure of that (a file server's own cache can't be emptied from here).
+The file is flushed to disk, and its pages are dropped from the page cache before it is read. The cache of a file server
+cannot be emptied from here, so reading may still be too fast.
 
 Torch-free.
 """
@@ -20,9 +20,10 @@ _SMALL_FILES = 16
 
 
 def disk_facts(folder: Path, node: str, nonce: str, mib: int) -> dict[str, Any]:
-    """`error` is the first thing that failed, in the system's words; what was measured before it stands.
+    """Free space in GiB, speed in MiB/s, latency in ms. `error` is the system's message of the first failure.
 
-    `nonce`: the text that the one who asked has left in `folder`; not `same`: this is another folder of that name.
+    `nonce` is the text that the requesting host wrote into `folder`. `same` is False if this node sees another folder under
+    that path.
     """
     facts: dict[str, Any] = {"path": str(folder), "error": "", "same": False}
     try:
@@ -30,7 +31,7 @@ def disk_facts(folder: Path, node: str, nonce: str, mib: int) -> dict[str, Any]:
         room = os.statvfs(folder)
         facts["free_gib"] = round(room.f_bavail * room.f_frsize / 2**30, 2)
         facts["total_gib"] = round(room.f_blocks * room.f_frsize / 2**30, 2)
-        # Some file systems (btrfs, many network ones) have no fixed number of inodes and say 0.
+        # Some file systems (btrfs, many network file systems) have no fixed number of inodes and report 0.
         facts["free_inodes"] = room.f_favail if room.f_files else None
         facts |= _speed(folder / f".speed-{node}-{os.getpid()}", mib) if mib else {}
         facts["small_file_ms"] = _small_file_ms(folder, node)
@@ -40,7 +41,7 @@ def disk_facts(folder: Path, node: str, nonce: str, mib: int) -> dict[str, Any]:
 
 
 def _speed(path: Path, mib: int) -> dict[str, float]:
-    """MiB/s of `mib` blocks of random bytes: a file system that compresses must not shine."""
+    """Speed in MiB/s, measured with `mib` blocks of random bytes, which a compressing file system cannot shrink."""
     block = os.urandom(1 << 20)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -62,14 +63,14 @@ def _speed(path: Path, mib: int) -> dict[str, float]:
 
 
 def _write_all(descriptor: int, block: bytes) -> None:
-    """A full disk takes part of a block first, and refuses the rest."""
+    """Write all of `block`. A full disk accepts part of a block before it refuses the rest."""
     view = memoryview(block)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _small_file_ms(folder: Path, node: str) -> float:
-    """Median time to make, close and remove an empty file: what a run does with thousands of them."""
+    """Median time in ms to create, close and remove an empty file. A run does this thousands of times."""
     times_s = []
     for index in range(_SMALL_FILES):
         path = folder / f".small-{node}-{os.getpid()}-{index}"

@@ -1,6 +1,7 @@
-"""One node's facts judged by themselves. In: facts (launch/doctor/facts.py) and the request. Out: a `Finding` a check. Pure.
+"""Checks of a single node. In: its facts (launch/doctor/node_facts.py) and the request. Out: one `Finding` for each check.
 
-A `fail` would end the run or spoil it; a `warn` makes it slow or may end it later. Thresholds stand beside their reasons.
+Level `fail`: the run would end or give wrong results. Level `warn`: the run would be slow or might end later. Each
+threshold has its reason beside it.
 
 Torch-free.
 """
@@ -10,30 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launch.doctor.check_gpus import GPU_CHECKS, check_gpu_count
-from launch.doctor.finding import FAIL, OK, WARN, Finding, graded
-from launch.doctor.request import Request
+from launch.doctor.finding import FAIL, OK, WARN, Finding, graded, level_of
+from launch.doctor.gpu_checks import GPU_CHECKS, check_gpu_count
+from launch.doctor.request import CheckupRequest
 
-Facts = Mapping[str, Any]
-Check = Callable[[Facts, Request], Finding]
+NodeFacts = Mapping[str, Any]
+Check = Callable[[NodeFacts, CheckupRequest], Finding]
 
-# A rank's Python with torch and Megatron-Core holds about 1 GiB before the first weight.
+# A rank's Python process with torch and Megatron-Core uses about 1 GiB before the first weight.
 MEMORY_FAIL_GIB, MEMORY_WARN_GIB = 1.0, 2.0
-# Heartbeats, the data loader's and NCCL's buffers between the ranks of a node; Docker gives 64 MiB unless told otherwise.
+# /dev/shm holds heartbeats and the buffers of the data loader and NCCL. Docker gives 64 MiB by default.
 SHM_WARN_GIB, SHM_WARN_GPU_GIB = 0.06, 1.0
 # A checkpoint that doesn't fit loses the steps since the last one.
 DISK_FAIL_GIB, DISK_WARN_GIB = 1.0, 10.0
 INODES_WARN = 10_000
-# Below these a checkpoint of some GiB a rank takes minutes, and starting Python over the file system too.
+# Slower than this, a checkpoint of a few GiB for each rank takes minutes, and so does starting Python.
 DISK_WARN_MIB_S, SMALL_FILE_WARN_MS = 50.0, 20.0
-# A rank listens and talks to every other one, and holds some hundred files of its own.
+# A rank has a connection to every other rank and some hundred files of its own.
 FILES_BASE, FILES_A_RANK = 256, 8
-# Over InfiniBand and RoCE the buffers of a transfer are locked into memory.
+# InfiniBand and RoCE lock the buffers of a transfer into memory.
 LOCKED_WARN_KIB = 64 << 20
 TORCH_IMPORT_WARN_S = 30.0
 
 
-def check_torch(facts: Facts, request: Request) -> Finding:
+def check_torch(facts: NodeFacts, request: CheckupRequest) -> Finding:
     torch = facts["torch"]
     where = facts["python"]["executable"]
     if torch["error"]:
@@ -45,14 +46,15 @@ def check_torch(facts: Facts, request: Request) -> Finding:
     return graded("torch", level, value, f"imported within {TORCH_IMPORT_WARN_S:g} s", fix)
 
 
-def check_packages(facts: Facts, request: Request) -> Finding:
+def check_packages(facts: NodeFacts, request: CheckupRequest) -> Finding:
     missing = [name for name in request.packages if not facts["packages"].get(name)]
     fix = f"install them for {facts['python']['executable']} (pip install -c constraints.txt), or name another Python"
     expected = "installed: " + ", ".join(request.packages)
-    return graded("packages", FAIL if missing else OK, "missing: " + ", ".join(missing) if missing else "there", expected, fix)
+    value = "missing: " + ", ".join(missing) if missing else "installed"
+    return graded("packages", FAIL if missing else OK, value, expected, fix)
 
 
-def check_disk(facts: Facts, request: Request) -> Finding:
+def check_disk(facts: NodeFacts, request: CheckupRequest) -> Finding:
     disk = facts["disk"]
     expected = f"writable, the same on every node, {DISK_WARN_GIB:g} GiB free"
     if disk["error"]:
@@ -62,12 +64,12 @@ def check_disk(facts: Facts, request: Request) -> Finding:
         return Finding("run folder", FAIL, f"{disk['path']} is another folder here", expected, fix)
     free, inodes = disk["free_gib"], disk["free_inodes"]
     few = inodes is not None and inodes < INODES_WARN
-    level = FAIL if free < DISK_FAIL_GIB else WARN if free < DISK_WARN_GIB or few else OK
+    level = level_of(fails=free < DISK_FAIL_GIB, warns=free < DISK_WARN_GIB or few)
     value = f"{free:g} GiB free" + (f", {inodes} files more" if few else "")
     return graded("run folder", level, value, expected, "free some space, keep fewer checkpoints, or choose another run.dir")
 
 
-def check_disk_speed(facts: Facts, request: Request) -> Finding:
+def check_disk_speed(facts: NodeFacts, request: CheckupRequest) -> Finding:
     disk = facts["disk"]
     expected = f"at least {DISK_WARN_MIB_S:g} MiB/s, a small file within {SMALL_FILE_WARN_MS:g} ms"
     if disk["error"] or "write_mib_s" not in disk:
@@ -78,7 +80,7 @@ def check_disk_speed(facts: Facts, request: Request) -> Finding:
     return graded("disk speed", WARN if slow else OK, value, expected, fix)
 
 
-def check_files(facts: Facts, request: Request) -> Finding:
+def check_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
     missing = facts["files"]["missing"]
     value = (
         f"{len(missing)} of {len(request.files)} can't be read, first {missing[0]}" if missing else f"{len(request.files)} there"
@@ -87,24 +89,24 @@ def check_files(facts: Facts, request: Request) -> Finding:
     return graded("data", FAIL if missing else OK, value, "data and tokenizer are readable", fix)
 
 
-def check_memory(facts: Facts, request: Request) -> Finding:
+def check_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
     memory, ranks = facts["memory"], request.processes_per_node
     share = memory["available_gib"] / ranks
-    level = FAIL if share < MEMORY_FAIL_GIB else WARN if share < MEMORY_WARN_GIB else OK
+    level = level_of(fails=share < MEMORY_FAIL_GIB, warns=share < MEMORY_WARN_GIB)
     limit = f" under a limit of {memory['limit_gib']:g}" if memory["limit_gib"] is not None else ""
     value = f"{memory['available_gib']:.1f} GiB available{limit} of {memory['total_gib']:.1f}, {share:.1f} a rank"
     fix = "find what holds the memory (ps aux --sort -rss), or ask for more: launch.slurm.mem"
     return graded("memory", level, value, f"{MEMORY_WARN_GIB:g} GiB a rank", fix)
 
 
-def check_shared_memory(facts: Facts, request: Request) -> Finding:
+def check_shared_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
     free, least = facts["memory"]["shm_free_gib"], SHM_WARN_GPU_GIB if request.wants_gpus else SHM_WARN_GIB
     value = "none" if free is None else f"{free:.2f} GiB free"
     fix = "remove what dead processes left in /dev/shm; in a container raise it (docker --shm-size, or mount the host's)"
     return graded("/dev/shm", WARN if free is None or free < least else OK, value, f"{least:g} GiB", fix)
 
 
-def check_open_files(facts: Facts, request: Request) -> Finding:
+def check_open_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
     limit = facts["limits"]["open_files"]
     least = FILES_BASE + FILES_A_RANK * request.nodes * request.processes_per_node
     fix = f"raise it in launch.slurm.prologue (ulimit -n {least}), or in the site's limits"
@@ -112,7 +114,7 @@ def check_open_files(facts: Facts, request: Request) -> Finding:
     return graded("open files", WARN if limit is not None and limit < least else OK, value, f"{least} for this world", fix)
 
 
-def check_locked_memory(facts: Facts, request: Request) -> Finding:
+def check_locked_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
     limit = facts["limits"]["locked_kib"]
     matters = request.wants_gpus and request.nodes > 1
     low = matters and limit is not None and limit < LOCKED_WARN_KIB
@@ -122,7 +124,7 @@ def check_locked_memory(facts: Facts, request: Request) -> Finding:
     return graded("locked memory", WARN if low else OK, value, expected, fix)
 
 
-def check_interface(facts: Facts, request: Request) -> Finding:
+def check_interface(facts: NodeFacts, request: CheckupRequest) -> Finding:
     found: Mapping[str, Any] = facts["interfaces"]
     here = ", ".join(sorted(name for name, entry in found.items() if entry["up"] and entry["addresses"]))
     if request.interface is None:
@@ -137,7 +139,10 @@ def check_interface(facts: Facts, request: Request) -> Finding:
 
 
 def _interface_fault(name: str, found: Mapping[str, Any]) -> str:
-    """Empty: none. NCCL also takes =NAME, a prefix, NAME:PORT, and ^NAME for all others; those are left to it."""
+    """Why the interface cannot be used, or an empty text.
+
+    NCCL also accepts =NAME, a prefix, NAME:PORT, and ^NAME for all others. A name with ^ is not checked.
+    """
     if name.startswith("^"):
         return ""
     plain = name.lstrip("=").partition(":")[0]
@@ -153,14 +158,14 @@ NODE_CHECKS: tuple[Check, ...] = (
     check_torch, check_packages, check_disk, check_disk_speed, check_files, check_memory, check_shared_memory,
     check_open_files, check_locked_memory, check_interface, *GPU_CHECKS,
 )  # fmt: skip
-# A node that fails one of these can't take part in the measurement between the nodes.
-NEEDED_TO_MEET: tuple[Check, ...] = (check_torch, check_interface, check_gpu_count)
+# A node that fails one of these checks cannot take part in the network measurement.
+NEEDED_FOR_NETWORK: tuple[Check, ...] = (check_torch, check_interface, check_gpu_count)
 
 
-def check_node(facts: Facts, request: Request) -> list[Finding]:
+def check_node(facts: NodeFacts, request: CheckupRequest) -> list[Finding]:
     return [check(facts, request) for check in NODE_CHECKS]
 
 
-def can_meet(facts: Facts, request: Request) -> bool:
-    """May this node's ranks be started?"""
-    return all(check(facts, request).level != FAIL for check in NEEDED_TO_MEET)
+def can_join_network_probe(facts: NodeFacts, request: CheckupRequest) -> bool:
+    """Can this node's ranks be started for the network measurement?"""
+    return all(check(facts, request).level != FAIL for check in NEEDED_FOR_NETWORK)

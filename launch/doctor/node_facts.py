@@ -1,6 +1,6 @@
-"""What one node says about itself, without torch.distributed. In: a `Request`. Out: facts as JSON takes them, unjudged.
+"""Collects the facts of one node, without torch.distributed. In: a `CheckupRequest`. Out: facts as JSON values.
 
-What can't be found out is a fact too: its place holds None or the reason, and judging that is launch/doctor/checks.py's.
+A fact that cannot be found out is None, or its reason. launch/doctor/node_checks.py judges the facts.
 
 Torch-free.
 """
@@ -21,16 +21,16 @@ from typing import Any
 
 import psutil
 
-from launch.doctor.disk import disk_facts
-from launch.doctor.gpus import gpu_facts
-from launch.doctor.request import Request
+from launch.doctor.disk_facts import disk_facts
+from launch.doctor.gpu_facts import gpu_facts
+from launch.doctor.request import CheckupRequest
 from pretrain.run.files import parse_line
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "wandb", "transformer-engine", "phalanx")
 # The first import over a busy network file system takes minutes.
 TORCH_TIMEOUT_S = 120.0
 
-# Run by the ranks' Python in a process of its own: a broken driver can end the process, not the check-up.
+# Runs in a separate process of the ranks' Python: a broken driver may end that process, but not the check-up.
 _TORCH = """
 import json, time
 start = time.perf_counter()
@@ -44,8 +44,8 @@ print(json.dumps({
 """
 
 
-def node_facts(request: Request, node: str) -> dict[str, Any]:
-    """Everything, in some seconds. Raises nothing for what is broken on the machine."""
+def node_facts(request: CheckupRequest, node: str) -> dict[str, Any]:
+    """All facts of this node. Takes some seconds. Faults of the machine are reported as facts and raise nothing."""
     return {
         "node": node,
         "hostname": socket.gethostname(),
@@ -66,7 +66,7 @@ def node_facts(request: Request, node: str) -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """Its versions and the GPUs that it sees; `error`: why it can't be imported, in the last line that it left."""
+    """The versions of torch and the GPUs that it sees. `error` is the last line of output if torch cannot be imported."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TORCH], capture_output=True, timeout=TORCH_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
@@ -81,7 +81,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def memory_facts(cgroup: Path = Path("/sys/fs/cgroup"), shm: str = "/dev/shm") -> dict[str, Any]:
-    """GiB. `limit_gib`: of the container or job; None: the machine's own memory is the limit."""
+    """Memory in GiB. `limit_gib` is the limit of the container or job, or None without one."""
     memory = psutil.virtual_memory()
     limit, used = _cgroup_bytes(cgroup)
     available = memory.available if limit is None else min(memory.available, max(0, limit - used))
@@ -98,7 +98,7 @@ def memory_facts(cgroup: Path = Path("/sys/fs/cgroup"), shm: str = "/dev/shm") -
 
 
 def _cgroup_bytes(root: Path) -> tuple[int | None, int]:
-    """(limit, in use without the page cache that can be given back) of this process's cgroup or the nearest one above."""
+    """(limit, usage without reclaimable page cache) in bytes, of this process's cgroup or the tightest one above it."""
     try:
         rows = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -135,7 +135,7 @@ def _inactive_cache(folder: Path) -> int:
 
 
 def _limits() -> dict[str, int | None]:
-    """None: unlimited."""
+    """The limits of open files and of locked memory in KiB. None means unlimited."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     infinity = resource.RLIM_INFINITY
@@ -143,7 +143,7 @@ def _limits() -> dict[str, int | None]:
 
 
 def _interfaces() -> dict[str, dict[str, Any]]:
-    """Name → is it up, its IP addresses."""
+    """Each interface's name with its state and its IP addresses."""
     states = psutil.net_if_stats()
     families = (socket.AF_INET, socket.AF_INET6)
     return {
@@ -156,7 +156,7 @@ def _interfaces() -> dict[str, dict[str, Any]]:
 
 
 def _address() -> dict[str, str]:
-    """Does this machine know itself by name? gloo asks for that where no interface is named."""
+    """The address of this machine's own host name. gloo needs it where no interface is configured."""
     try:
         return {"address": socket.gethostbyname(socket.gethostname()), "address_error": ""}
     except OSError as error:

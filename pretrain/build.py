@@ -67,8 +67,8 @@ def make_engine(config: Config, model: list[PaddedVocabGPT], groups: ProcessGrou
 
 
 def import_deepspeed(device_type: str) -> ModuleType:
-    """Our engine on DeepSpeed: 3 s of imports, for which the other engine's ranks need not wait."""
-    # Else it guesses, and warns on stdout.
+    """The module of our DeepSpeed engine. It is imported only when it is needed: the import takes 3 s."""
+    # Without it DeepSpeed guesses the accelerator, and warns on stdout.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     return importlib.import_module("pretrain.engine.deepspeed")
 

@@ -32,7 +32,7 @@ MAD_SCALE = 1.4826
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What to do with a step; `rule` is one line for people, with numbers; empty for an accepted step."""
+    """The action for a step. `rule`: the broken rule with its numbers, one line; empty for an accepted step."""
 
     action: str
     rule: str = ""
@@ -40,7 +40,7 @@ class StepDecision:
 
 @dataclass(frozen=True)
 class RefusedStep:
-    """A step that was not applied. `samples`: consumed when it is counted in, its batch included."""
+    """A step that was not applied. `samples`: consumed samples since the run began, the batch of this step included."""
 
     step: int
     samples: int
@@ -50,17 +50,17 @@ class RefusedStep:
 
     @classmethod
     def of(cls, row: dict[str, Any], decision: StepDecision) -> RefusedStep:
-        """From the step's row of the record."""
+        """Made from the step's row of the record and the decision on it."""
         return cls(row["step"], row["samples"], row["loss"], row["grad_norm"], decision.rule)
 
     def as_fields(self) -> dict[str, Any]:
-        """Of an event."""
+        """The fields of an event."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run has been through: losses of its last applied steps, oldest first, and what was counted so far."""
+    """A run's history: losses of its last applied steps, oldest first, and the numbers of skips and rollbacks."""
 
     losses: tuple[float, ...] = ()
     skips: int = 0
@@ -87,7 +87,7 @@ def read_history(
 
 
 class DivergencePolicy:
-    """Judges one step after the other. Told of a step once: an accepted loss enters the window, a skip is counted."""
+    """Judges one step after the other. `judge`, called once a step, adds an accepted loss to the window and counts a skip."""
 
     def __init__(self, section: Divergence, history: History) -> None:
         self._section = section
@@ -113,7 +113,7 @@ class DivergencePolicy:
         return StepDecision(ACCEPT)
 
     def _spike(self, loss: float) -> str | None:
-        """The rule with its numbers when the loss breaks it."""
+        """The spike rule with its numbers when the loss breaks it; else None."""
         section, losses = self._section, self._losses
         if len(losses) < section.spike_min_steps:
             return None

@@ -64,7 +64,7 @@ TABLE: dict[str, str] = {
 
 
 def rule_of(key: str) -> str:
-    """free, word or refused for a dotted key."""
+    """The rule of a dotted key: free, word or refused."""
     parts = key.replace("[", ".").split(".")
     for length in range(len(parts), 0, -1):
         if rule := TABLE.get(".".join(parts[:length])):
@@ -79,12 +79,12 @@ def architecture(model: Model, vocab_size: int) -> dict[str, Any]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf key with its value."""
+    """Every leaf key of a nested config, dotted, with its value."""
     return {path: value for path, value, _ in walk(config)}
 
 
 def is_named(key: str, allowed: list[str]) -> bool:
-    """Does `allowed` hold the key or a section above it?"""
+    """Whether `allowed` contains the key or a section that contains it."""
     plain = key.replace("[", ".").replace("]", "")
     return any(plain == name or plain.startswith(name + ".") for name in allowed)
 

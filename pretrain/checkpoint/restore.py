@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest complete checkpoint that is whole, or the weights named for a warm start.
+"""Loading a checkpoint at a start: the newest undamaged checkpoint of the run, or the weights of a warm start.
 
 In: the run folder, what the checkpoint must match. Out: the `TrainingPosition` to go on from, with the engine filled. Rank 0
 decides which folder; every rank reads its own part; damage found by one rank is known to all before anyone goes on.
@@ -43,7 +43,7 @@ class TrainingPosition:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must agree with."""
+    """The model and the tokenizer that a checkpoint must match."""
 
     model: dict[str, Any]
     tokenizer: dict[str, Any] | None
@@ -103,7 +103,7 @@ def _all_damaged(checkpoints: Path) -> Problem:
 
 
 def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
-    """Announce loudly that a checkpoint is damaged, and move it aside so that nobody takes it again. Rank 0."""
+    """Announce that a checkpoint is damaged, and rename its folder so that no attempt loads it again. Rank 0."""
     aside = move_aside(folder, "damaged")
     announce(EventKind.CHECKPOINT_DAMAGED, folder=folder.name, why=str(damage), kept_as=aside.name)
 
@@ -148,17 +148,17 @@ def warm_start(folder: Path, engine: Engine) -> None:
 
 
 def _worst_damage(damage: DamagedFile | None) -> str | None:
-    """What the first damaged rank says, on all ranks."""
+    """The error text of the first rank that found damage, on all ranks; None: no rank found any."""
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, str(damage) if damage else None)
     return next((text for text in texts if text), None)
 
 
-# Random state: dropout and jitter go on where they stopped. It belongs to a rank, so only the same layout can use it.
+# Random state: dropout and jitter continue where they stopped. A state belongs to a rank, so only the same layout can use it.
 
 
 def _tracker() -> Any:
-    """Megatron-Core's named generators, which tensor and expert ranks draw from."""
+    """The named random generators of Megatron-Core, which tensor and expert ranks use."""
     return get_cuda_rng_tracker()
 
 
@@ -182,7 +182,7 @@ def random_pieces(rank: int) -> list[Piece]:
 
 
 def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
-    """This rank's generator states; None when other many ranks wrote them: the generators then stay freshly seeded."""
+    """This rank's generator states; None when another number of ranks wrote them: they then stay as seeded."""
     if reader.manifest.world_size != dist.get_world_size() or not reader.has("rng"):
         return None
     pieces = random_pieces(dist.get_rank())
@@ -200,5 +200,5 @@ def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line for an outcome."""
+    """The error as one line of at most 500 characters, for an outcome."""
     return traceback.format_exception_only(error)[-1].strip()[:500]

@@ -1,4 +1,4 @@
-"""Checkpoints that a run went back behind. In: the run folder's events and checkpoints. Out: where to go on. Rank 0.
+"""Returning a run to an earlier checkpoint. In: the run folder's events and checkpoints. Out: checkpoints to load. Rank 0.
 
 A rollback is its event, `rolled_back` {from_step, to_step, consumed_samples, …}: on the disk before anything else is done.
 From then on the run stands at `to_step` with `consumed_samples` behind it, the refused batch included. Every checkpoint
@@ -33,14 +33,14 @@ Announce = Callable[..., None]
 
 @dataclass(frozen=True)
 class Rollback:
-    """Where the newest rollback went: the step, and the samples that no later step may read again."""
+    """The target of the newest rollback: the step, and the number of samples that no later step reads again."""
 
     to_step: int
     consumed_samples: int
 
 
 def newest_rollback(events: Iterable[dict[str, Any]]) -> Rollback | None:
-    """None: the run never went back."""
+    """The newest rollback in the events; None: the run was never rolled back."""
     found = [event for event in events if event.get("kind") == EventKind.ROLLED_BACK]
     return Rollback(found[-1]["to_step"], found[-1]["consumed_samples"]) if found else None
 
@@ -74,7 +74,7 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -
 
 
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
-    """What judges the steps of a run that stands at the end of its record. Rank 0, after the record was cut."""
+    """The divergence policy of a run whose newest step is the record's last row. Rank 0, after the record was cut."""
     rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
     return DivergencePolicy(section, read_history(section, rows, _events(folder), consumed_samples))
 
@@ -108,12 +108,12 @@ def _events(folder: RunFolder) -> Iterator[dict[str, Any]]:
 
 
 def step_of(folder: Path) -> int:
-    """Of a checkpoint's folder, set aside or not."""
+    """The step in the name of a checkpoint's folder, whether or not the folder was renamed."""
     return int(folder.name.split(".")[0].removeprefix("step_"))
 
 
 def move_aside(folder: Path, suffix: str) -> Path:
-    """Give a checkpoint a name that is none of a checkpoint; returns it."""
+    """Rename a checkpoint's folder so that it is no longer taken for a checkpoint. Returns the new path."""
     aside = folder.with_name(f"{folder.name}.{suffix}")
     number = 1
     while aside.exists():
@@ -125,7 +125,7 @@ def move_aside(folder: Path, suffix: str) -> Path:
 
 
 def drop_passed(checkpoints: Path, saved_step: int, milestone_interval: int | None) -> list[Path]:
-    """Delete what was set aside at `saved_step` or before, milestones excepted; returns what went."""
+    """Delete the renamed checkpoints of `saved_step` and before, except milestones. Returns the deleted folders."""
     gone = []
     for folder in sorted(checkpoints.glob(f"step_*.{ASIDE}*")):
         step = step_of(folder)

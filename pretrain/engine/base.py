@@ -21,7 +21,7 @@ Accept = Callable[[float, float], bool]
 
 
 def is_finite(loss: float, grad_norm: float) -> bool:
-    """The least that every step must be."""
+    """Whether loss and gradient norm are finite. Every step must satisfy this."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
@@ -80,5 +80,5 @@ class Engine(Protocol):
         ...
 
     def optimizer_steps(self) -> int:
-        """Updates made so far, as the optimizer's bias correction counts them."""
+        """Number of updates so far, as the optimizer's bias correction counts them."""
         ...

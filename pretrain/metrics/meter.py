@@ -26,14 +26,14 @@ GIB = 2**30
 
 @cache
 def gpu_table() -> dict[str, dict[str, Any]]:
-    """GPU name -> its figures, with sources."""
+    """GPU name -> its row of configs/gpus.json, with sources."""
     text = (Path(__file__).resolve().parents[2] / "configs" / "gpus.json").read_text()
     return {row["name"]: row for row in json.loads(text)["gpus"]}
 
 
 @dataclass(frozen=True)
 class Meter:
-    """What a run's rows need to know besides the step."""
+    """Constants that a run's rows need. `peak_tflops`: the GPU's dense bf16 peak; None: not known."""
 
     flops_per_token: float
     world_size: int

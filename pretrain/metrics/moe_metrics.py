@@ -1,4 +1,4 @@
-"""What the routers did: expert load and the values of auxiliary losses, the same numbers under any layout.
+"""Metrics of the routers: expert load and the values of auxiliary losses. The numbers are the same under any layout.
 
 In: the chunks of this rank. Out: numbers by name, equal on all ranks. Shapes: L layers, E experts.
 """

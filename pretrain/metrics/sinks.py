@@ -21,7 +21,7 @@ class Sink(Protocol):
         ...
 
     def show_message(self, text: str) -> None:
-        """One line for people: a save, a resume."""
+        """Show one line of text, for example on a resume."""
         ...
 
     def close(self, outcome: Outcome | None) -> None:
@@ -30,7 +30,7 @@ class Sink(Protocol):
 
 
 class NullSink:
-    """What ranks other than 0 write to."""
+    """A sink that discards everything."""
 
     def write(self, row: dict[str, Any]) -> None:
         return

@@ -1,4 +1,4 @@
-"""The end of a run, for people. In: what is known about it. Out: a short table, as text.
+"""The summary at the end of a run. In: a `RunSummary`. Out: a short table, as text.
 
 Torch-free.
 """
@@ -46,7 +46,7 @@ def make_summary(
     checkpoint: Path | None,
     wandb_place: str | None,
 ) -> RunSummary:
-    """What the record and the data say of the run. Reads the whole record once."""
+    """Collect the summary from the record and the data. Reads the whole record once."""
     rows = list(read_rows(folder.metrics))
     speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]

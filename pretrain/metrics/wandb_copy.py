@@ -39,7 +39,7 @@ GAVE_UP = 4
 
 @dataclass(frozen=True)
 class CopyJob:
-    """What rank 0 asks for. `mode` is online or offline; the key stays in the environment or in netrc."""
+    """The task of the copying process. `mode` is online or offline. The API key stays in the environment or in netrc."""
 
     run_dir: str
     wandb_id: str
@@ -80,7 +80,7 @@ class Copy:
             self._save_cursor()
 
     def finish(self, exit_code: int) -> None:
-        """Send the rest, wait for W&B, and note what it has."""
+        """Send the remaining rows, wait for W&B, and record which steps it has."""
         self.send()
         self._run.finish(exit_code=exit_code)
         # Offline, finish returns before the file is written; teardown waits for wandb-core, which writes it.

@@ -38,7 +38,7 @@ _KILL_AFTER_S = 2.0
 
 
 class WandbSink:
-    """The rank's side of the copy."""
+    """Rank 0's side of the copy: starts the copying process, watches it and ends it."""
 
     def __init__(self, job: CopyJob, environ: Mapping[str, str]) -> None:
         self._job = job
@@ -171,7 +171,7 @@ def _netrc_names(path: Path, host: str) -> bool:
 
 
 def wandb_place(config: Config, folder: RunFolder, environ: Mapping[str, str]) -> str | None:
-    """Where the summary sends people for W&B."""
+    """The place of the W&B run that the summary names: a URL or a folder."""
     mode = choose_mode(config.metrics.wandb.mode, environ)
     if "wandb" not in config.metrics.sinks or mode == "disabled":
         return None

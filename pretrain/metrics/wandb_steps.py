@@ -35,7 +35,7 @@ class Cursor:
         self.server_step: int = int(known.get("server_step", 0))
 
     def save(self) -> None:
-        """Raises OSError."""
+        """Write the cursor. Raises OSError."""
         write_json(self._path, {"segments": self.segments, "server_step": self.server_step})
 
 

@@ -1,4 +1,4 @@
-"""A micro-batch as the model of this rank takes it: its context rank's tokens, on its device, with the mask it needs."""
+"""The model's inputs of one micro-batch: the tokens of this context rank, on its device, with the attention mask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ModelInputs:
 
 
 def make_model_inputs(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.device) -> ModelInputs:
-    """Slice for context parallelism and move. Costs a [b, 1, s, S] mask when documents are kept apart."""
+    """Slice for context parallelism and move to the device. Costs a [b, 1, s, S] mask when documents are kept apart."""
     positions = zigzag(batch.tokens.shape[1], groups.cp.size(), groups.cp.rank())
 
     def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Arithmetic of slices: boxes of a tensor, flat ranges of a box, and what two of them share.
+"""Arithmetic of rectangular slices of a tensor: overlaps, indices, and flat ranges of a slice.
 
-A box is a rectangular slice. A flat range of a box (what a data-parallel rank of a sharded optimizer owns) is a union of
-a few smaller boxes, each contiguous in the flat order: a partial row, whole rows, a partial row, in every dim.
+A data-parallel rank of a sharded optimizer owns a flat range of a slice. Such a range is a union of a few smaller slices, each
+contiguous in the flat order: in every dim a partial row, whole rows, and a partial row.
 
 Torch-free.
 """
@@ -15,7 +15,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """The slice [offset[d], offset[d] + shape[d]) of every dim d. The box of a scalar has no dims and one element."""
+    """The slice [offset[d], offset[d] + shape[d]) of every dim d. The slice of a scalar has no dims and one element."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class TensorSlice:
         return prod(self.shape)
 
     def overlap(self, other: TensorSlice) -> TensorSlice | None:
-        """What both hold, or None."""
+        """The slice that both contain; None: they are disjoint."""
         low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         high = tuple(min(a + m, b + n) for a, m, b, n in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
         if any(h <= lo for lo, h in zip(low, high, strict=True)):
@@ -33,7 +33,7 @@ class TensorSlice:
         return TensorSlice(low, tuple(h - lo for lo, h in zip(low, high, strict=True)))
 
     def slices_of(self, outer: TensorSlice) -> tuple[slice, ...]:
-        """Where this box lies inside `outer`, as an index."""
+        """The index of this slice inside `outer`, one Python slice a dim."""
         starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 

@@ -1,1 +1,1 @@
-"""May this run start? The one answer that check, launch, resume and the ranks give."""
+"""The preflight: whether a run may start. check, launch, resume and the ranks share its answer."""

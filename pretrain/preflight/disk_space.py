@@ -1,4 +1,4 @@
-"""Is there room for what a run writes? In: config, vocabulary, run folder. Out: problems.
+"""Whether the disk has room for what a run writes. In: config, vocabulary, run folder. Out: problems.
 
 Torch-free.
 """
@@ -19,14 +19,14 @@ STATE_BYTES, BF16_BYTES = 12, 2
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
-    """One checkpoint: nothing is written twice, whatever the layout."""
+    """Size of one checkpoint in bytes. It doesn't depend on the layout, because every element is written once."""
     parameters = count_parameters(config.model, padded_vocab(config.model, vocab_size))
     each = STATE_BYTES + (BF16_BYTES if config.precision.params == "bf16" else 0)
     return (parameters.total + parameters.mtp) * each
 
 
 def free_bytes(path: Path) -> int:
-    """What the file system of a path, which need not be there yet, has for this user."""
+    """Free bytes for this user on the file system of a path. The path need not exist."""
     here = path.absolute()
     while not here.exists():
         here = here.parent

@@ -47,7 +47,7 @@ def compiler_problems() -> list[Problem]:
 
 
 def _build_error(compiler: list[str]) -> str | None:
-    """The compiler's or linker's first error."""
+    """The first error line of the compiler or linker."""
     with tempfile.TemporaryDirectory() as folder:
         include = sysconfig.get_paths()["include"]
         words = [*compiler, "-I", include, "-x", "c++", "-", "-laio", "-o", str(Path(folder) / "program")]

@@ -33,7 +33,7 @@ class ProfileWindow:
             self._profiler.start()
 
     def after(self, step: int) -> None:
-        """Called after it; the trace is written when the window ends."""
+        """Called after step number `step`. The trace is written when the window ends."""
         if self._profiler is None or step < (self.section.start_step or 0) + self.section.num_steps - 1:
             return
         self._profiler.stop()

@@ -1,6 +1,6 @@
-"""Ranks that refuse together: rank 0 decides and reports, all of them leave with the same exit code.
+"""Decisions of rank 0 for all ranks: rank 0 decides and reports a refusal, and all ranks exit with the same code.
 
-What differs from machine to machine is asked of the first rank of each.
+What may differ between machines is checked by the first rank of each machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def gather_machine_problems(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
-    """What `check` finds on each machine, on rank 0 (elsewhere nothing): one problem for all machines that have it."""
+    """Run `check` on each machine; rank 0 gets one problem for all machines that have it, and other ranks get none."""
     world = dist.get_world_size()
     mine = (socket.gethostname(), check()) if local_rank == 0 else None
     answers: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
@@ -37,7 +37,10 @@ def gather_machine_problems(local_rank: int, check: Callable[[], list[Problem]])
 
 
 def group_by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem]:
-    """(machine, its problems) as problems that say how many machines have them, and which is the first."""
+    """Merge equal problems of several machines. Each says how many machines have it and names the first.
+
+    `found`: (machine, its problems).
+    """
     alike: dict[str, tuple[Problem, list[str]]] = {}
     for host, problems in found:
         for problem in problems:
@@ -51,7 +54,10 @@ def group_by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem
 
 
 def run_on_rank_0(work: Callable[[], T]) -> T:
-    """Rank 0 does it, all ranks get its (picklable) result; a ConfigError becomes one report and exit 2 everywhere."""
+    """Run `work` on rank 0 and return its picklable result on all ranks. Collective.
+
+    A ConfigError becomes one report by rank 0 and SystemExit(2) on all ranks.
+    """
     rank = dist.get_rank()
     answer: list[Any] = [None]
     if rank == 0:

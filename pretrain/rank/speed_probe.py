@@ -1,7 +1,7 @@
-"""A fixed small computation, timed now and then. In: the device. Out: its seconds, in the rank's heartbeat.
+"""A small fixed computation that is timed at intervals. In: the device. Out: its duration in seconds, in the rank's heartbeat.
 
 Collectives make every rank's step as long as the slowest's, so step times don't tell who is slow: a throttled GPU, a node
-that something else uses. The same product everywhere does. It costs about 1 ms every `interval_steps`, takes no random
+that something else uses. The same product on every rank does. It costs about 1 ms every `interval_steps`, takes no random
 numbers and touches nothing of the model.
 """
 

@@ -1,4 +1,4 @@
-"""How a run is asked to end. In: signals. Out: `StopSignals.requested`, read once a step, agreed on by the ranks.
+"""Signals that ask a run to end. In: signals. Out: `StopSignals.requested`, which the loop reads once a step on all ranks.
 
 SIGINT asks to stop (a person did), SIGTERM and SIGUSR1 to make room (a scheduler did: the run is preempted and may go
 on later), SIGHUP too, unless it is ignored (nohup). Each: finish the step, save, write the outcome. Repeats within 5 s

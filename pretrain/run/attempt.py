@@ -22,12 +22,12 @@ from pretrain.run.files import storage_problem, write_atomically, write_json
 from pretrain.run.folder import Outcome, RunFolder, check_run_folder
 from pretrain.run.lock import FolderLock, acquire
 
-# Given the config text of the attempt before (None: a new run): the problems that forbid going on from it.
+# Takes the config text of the previous attempt (None: a new run). Returns the problems that forbid a resume from it.
 MayGoOn = Callable[[str | None], Sequence[Problem]]
 
 
 class Attempt:
-    """One held attempt: the only writer of its run folder's records. A context manager; leaving it frees the folder."""
+    """An attempt that holds its run folder: the only writer of the records. A context manager; leaving it frees the folder."""
 
     def __init__(self, folder: RunFolder, number: int, lock: FolderLock, wandb_id: str) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Attempt:
 
     @property
     def own_dir(self) -> Path:
-        """What belongs to this attempt alone: its config, its command, rows that it cut from the record."""
+        """The folder of this attempt alone: its config, its command, the rows that it cut from the record."""
         return self.folder.launch_dir(self.number)
 
     def event(self, kind: EventKind, **fields: Any) -> None:
@@ -137,7 +137,7 @@ def _open_held(
         (folder.config, config_yaml),
     ):
         write_atomically(path, text)
-    # A run that is to go on isn't done; a crash from here on must not look like a finished run.
+    # A run that is resumed is not finished: a crash from here on must not look like a finished run.
     folder.done.unlink(missing_ok=True)
     attempt = Attempt(folder, number, lock, wandb_id)
     attempt.event(
@@ -152,7 +152,7 @@ def _open_held(
 
 
 def _allocate(folder: RunFolder, environ: Mapping[str, str]) -> int:
-    """The attempt's number: the launcher's claim when it is unused and newer than all others that began, else the next one."""
+    """The attempt's number: the number that the launcher claimed when no later attempt has begun, else the next free number."""
     begun = folder.last_attempt()
     hint = environ.get("PHALANX_ATTEMPT", "")
     if hint.isdecimal() and int(hint) > begun:

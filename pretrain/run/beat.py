@@ -62,7 +62,7 @@ def beat_path(folder: Path, rank: int) -> Path:
 
 
 def stack_path(folder: Path, rank: int) -> Path:
-    """Where the rank's faulthandler writes when it gets SIGUSR2."""
+    """The file into which the rank's faulthandler writes all stacks when the rank receives SIGUSR2."""
     return folder / f"rank_{rank}.stack"
 
 
@@ -74,7 +74,7 @@ def encode(beat: Beat) -> bytes:
 
 
 def decode(data: bytes) -> Beat | None:
-    """None: torn, empty, or not a beat."""
+    """The beat in `data`; None when it is incomplete, empty or no beat."""
     if len(data) != SIZE_BYTES or data[:8] != b"%08x" % zlib.crc32(data[9:-1]):
         return None
     value: dict[str, Any] = json.loads(data[9:-1])

@@ -44,7 +44,7 @@ class Heartbeat:
         self._pid = self._start_ticks = 0
 
     def start(self) -> None:
-        """Once a process, early: make SIGUSR2 print all stacks, then beat for the first time. Raises OSError."""
+        """Make SIGUSR2 print all stacks, and write the first beat. Call it once a process, early. Raises OSError."""
         if self._folder is None:
             return
         # In C: it works while the main thread is stuck in a collective. Appended, for a watchdog may ask twice.
@@ -75,15 +75,15 @@ class Heartbeat:
         self._write()
 
     def probed(self, probe_s: float) -> None:
-        """The speed probe took this long."""
+        """Record the duration of the speed probe, in seconds."""
         self._probes_s.append(probe_s)
 
     def end(self) -> None:
-        """The last phase. A watchdog takes a process that is gone after it for one that ended well."""
+        """Write the last phase. A watchdog regards a process that exits after this phase as one that ended well."""
         self.enter(ENDING)
 
     def describe(self) -> str:
-        """For people: "step 12, forward and backward"."""
+        """The step and the phase as text, for example "step 12, forward and backward"."""
         return f"step {self.step}, {self.phase}" if self.step else self.phase
 
     def _write(self) -> None:

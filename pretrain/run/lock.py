@@ -44,17 +44,17 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
 
     def hold(self, attempt: int) -> None:
-        """Write who holds it, and begin the heartbeat."""
+        """Write the holder into the lock file, and start the heartbeat."""
         self._holder = replace(self._holder, attempt=attempt)
         self._write(self._holder)
         self._thread.start()
 
     def is_ours(self) -> bool:
-        """False once somebody removed the lock file: another attempt may be writing here."""
+        """False once the lock file was removed or replaced: another attempt may be writing to the folder."""
         return _same_file(self._folder, self._descriptor)
 
     def release(self) -> None:
-        """Let the next attempt in at once, on any host."""
+        """Free the folder: the next attempt can take it at once, on any host."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -105,7 +105,7 @@ def _try_flock(descriptor: int) -> bool:
 
 
 def _same_file(folder: RunFolder, descriptor: int) -> bool:
-    """Is the open file still the one of that name?"""
+    """Whether the open file is still the file at that path."""
     try:
         return os.path.samestat(os.stat(folder.lock), os.fstat(descriptor))
     except FileNotFoundError:

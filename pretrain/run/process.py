@@ -30,7 +30,7 @@ def die_with_parent() -> None:
 
 
 def node_name(environ: Mapping[str, str]) -> str:
-    """As the scheduler calls this machine, which is what it can be told to keep off; else the host's own name."""
+    """The scheduler's name of this machine, which its list of excluded nodes accepts; without a scheduler, the hostname."""
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -100,7 +100,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         entries = {key: _entry(value, first) for key, value in header.items() if key != "__metadata__"}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path} has a header that is not of safetensors: {error}") from error
-    end = max((entry.stop for entry in entries.values()), default=first)
+    end = first
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            kind = "overlaps another tensor" if entry.start < end else f"leaves {entry.start - end} bytes before it unused"
+            raise DamagedFile(f"{path}: data_offsets must be contiguous from 0 on, but {key} {kind}")
+        end = entry.stop
     if size != end:
         raise DamagedFile(f"{path} is {size} bytes long, its header says {end}")
     return entries

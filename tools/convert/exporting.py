@@ -26,6 +26,7 @@ from tools.convert.hf_config.model_differences import model_differences
 from tools.convert.hf_config.preset import HARMLESS
 from tools.convert.hf_files import INDEX
 from tools.convert.output_folder import OutputFolder, WorkShare, check_output_path
+from tools.convert.overflow import check_range
 from tools.convert.tensors.checkpoint_tensors import CheckpointTensors
 from tools.convert.tensors.dtypes import FLOATS, NAMES, Array, convert, widest
 from tools.convert.tensors.import_source import read_rows
@@ -162,10 +163,15 @@ def export_model(
         entries = list(planned_tensors(weight_map, dtypes, copies))
         files = plan_files(entries, FILE_BYTES, _file_name, {"format": "pt"})
         config = hf_config(family, model, folder, tokenizer, set(dtypes.values()))
+
+        def fill(unit: WriteUnit, rows: Array) -> None:
+            fill_hf_tensor(unit, rows, weight_map, checkpoint)
+
+        if dtype != "keep":
+            has_f64 = any(checkpoint.dtype(name) == "F64" for name in weight_map.shapes)
+            check_range(files, share, workers, fill, has_f64)
         output = OutputFolder(place, files, [manifest.as_json(), config], force, summed=False)
-        written = output.write(
-            share, workers, lambda unit, out: fill_hf_tensor(unit, out, weight_map, checkpoint), checkpoint.verify_pending
-        )
+        written = output.write(share, workers, fill, checkpoint.verify_pending)
 
         def complete(partial: Path, sums: dict[str, dict[str, int]]) -> None:
             write_json(partial / "config.json", config)

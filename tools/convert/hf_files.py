@@ -31,6 +31,10 @@ _REPEATED = re.compile(r"\.rotary_emb\.inv_freq$")
 _PACKED = ("F8_E4M3", "U8")
 _FACTORS = ("F32", "BF16")
 """DeepSeek's files hold the factors of fp8 blocks in fp32, Qwen's in bf16."""
+_READABLE = ("fp8", "mxfp4")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files of ModelOpt, GPTQ and AWQ that describe quantized weights beside an ordinary config.json."""
 _SHOWN = 6
 _PROBLEMS = 16
 
@@ -180,6 +184,33 @@ def _block_size(config: Mapping[str, Any]) -> tuple[tuple[int, int], list[Proble
         return (block[0], block[1]), []
     rule = "must be two sizes from 1 on: rows and columns of a block"
     return (128, 128), [_problem("config.json: weight_block_size", block, rule, "mend the config.json")]
+
+
+def check_quantization(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
+    """A problem for weights that are quantized by a method whose numbers can't be read, by the method's name."""
+    problems, fix = [], "convert the model's unquantized folder"
+    for name in _QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            rule = f"must be absent: it says that the weights are quantized; readable are {' and '.join(_READABLE)}"
+            problems.append(Problem(str(folder / name), _quantization_of(read_json(folder / name)), rule, fix))
+    for key in _QUANTIZATION_KEYS:
+        value = config.get(key)
+        if not value:
+            continue
+        method = _quantization_of(value)
+        if method not in _READABLE:
+            rule = f"the quantization method must be {' or '.join(_READABLE)}: the numbers of others can't be read"
+            problems.append(Problem(f"config.json: {key}.quant_method", method, rule, fix))
+    return problems
+
+
+def _quantization_of(value: Any) -> Any:
+    """The name of the quantization method: of config.json, or as GPTQ's, AWQ's and ModelOpt's own files give it."""
+    if not isinstance(value, Mapping):
+        return value
+    inner = value.get("quantization")
+    where = inner if isinstance(inner, Mapping) else value
+    return next((where[key] for key in ("quant_method", "quant_algo", "quant_type", "bits") if key in where), sorted(where)[:6])
 
 
 def first_of(problems: list[Problem]) -> list[Problem]:

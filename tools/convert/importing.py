@@ -29,12 +29,14 @@ from pretrain.data.tokenizer import load_tokenizer
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import COMPLETE
+from tools.convert.families import text_part
 from tools.convert.file_plan import PlannedTensor, WriteUnit, cut_rows, plan_files
 from tools.convert.hf_config.family import Family
 from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
-from tools.convert.hf_files import HfFiles, first_of
+from tools.convert.hf_files import HfFiles, check_quantization, first_of
 from tools.convert.megatron_lm.open_checkpoint import is_megatron, open_megatron
 from tools.convert.output_folder import OutputFolder, WorkShare, check_output_path
+from tools.convert.overflow import check_range
 from tools.convert.tensors.dtypes import NAMES, RAW, Array, convert, widest
 from tools.convert.tensors.import_source import ImportSource, TensorReader, check_model, read_rows
 from tools.convert.tensors.row_mappings import RowMapping
@@ -49,11 +51,13 @@ def open_huggingface(folder: Path) -> ImportSource:
     """Read and check everything of a Hugging Face folder except the numbers. Raises ConfigError with all problems."""
     config = read_config(folder)
     family, model, problems, notes = interpret_config(config)
+    whole_config = {**text_part(config), **config}
+    problems += check_quantization(folder, whole_config)
     if not problems:
         problems = check_model(model)
     if problems:
         raise ConfigError(problems)
-    files = HfFiles(folder, config)
+    files = HfFiles(folder, whole_config)
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
         notes.append(
             f"config.json names {model.mtp.num_layers} MTP layers, the files hold none: the model was imported without MTP"
@@ -195,11 +199,16 @@ def import_model(
     dtypes = _dtypes(source, dtype)
     entries = list(_entries(source.weight_map, dtypes))
     files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
-    output = OutputFolder(place, files, [source.identity, dtype], force)
+
+    def fill(unit: WriteUnit, rows: Array) -> None:
+        fill_canonical_tensor(unit, rows, source.weight_map, source.files)
+
     try:
-        written = output.write(
-            share, workers, lambda unit, out: fill_canonical_tensor(unit, out, source.weight_map, source.files)
-        )
+        if dtype != "keep":
+            has_f64 = any(source.files.dtype(name) == "F64" for name in source.weight_map.hf_shapes)
+            check_range(files, share, workers, fill, has_f64)
+        output = OutputFolder(place, files, [source.identity, dtype], force)
+        written = output.write(share, workers, fill)
     except DamagedFile as error:
         raise ConfigError(Problem(str(source.folder), "damaged", str(error), "copy or download the folder again")) from error
     finished = output.finish(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configs.errors import ConfigError
@@ -25,6 +26,7 @@ from tests.tools.convert.tiny import make
 from tools.cli import run
 from tools.convert import file_plan, importing
 from tools.convert.hf_config.preset import read_config
+from tools.convert.hf_files import HfFiles
 from tools.convert.output_folder import WorkShare
 from tools.convert.tensors.dtypes import E4M3, dequantize_fp8, dequantize_mxfp4, from_float32, to_float32
 from tools.convert.verify import verify
@@ -250,6 +252,87 @@ def test_a_header_that_is_none(header: Any, hf: Path) -> None:
     text = json.dumps(header).encode()
     (hf / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     refused(hf, "not of safetensors")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ([[0, 8], [0, 8]], "overlaps another tensor"),
+        ([[0, 8], [4, 12]], "overlaps another tensor"),
+        ([[0, 8], [12, 20]], "leaves 4 bytes before it unused"),
+        ([[8, 16], [16, 24]], "leaves 8 bytes before it unused"),
+        ([[0, 8], [8, 12]], "has another number of bytes"),
+    ],
+)
+def test_offsets_that_overlap_or_leave_holes(offsets: list[list[int]], words: str, tmp_path: Path) -> None:
+    """The library refuses the same files."""
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": pair} for name, pair in zip("ab", offsets)}
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(max(stop for _, stop in offsets)))
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.raises(ConfigError, match=words):
+        HfFiles(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "named"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, None, "awq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, None, "gptq"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, None, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, None, "modelopt"),
+        ({"quantization_config": {"bits": 4}}, None, "4"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, None, "awq"),
+        ({"compression_config": {"quant_method": "sparseml"}}, None, "sparseml"),
+        ({}, ("hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}), "FP8"),
+        ({}, ("quantize_config.json", {"bits": 4, "group_size": 128}), "4"),
+    ],
+)
+def test_quantized_weights_are_refused_by_the_name_of_the_method(config: Any, file: Any, named: str, hf: Path) -> None:
+    whole = read_config(hf)
+    if "text_config" in config:
+        whole = {"model_type": whole["model_type"], "text_config": whole | config["text_config"]}
+    (hf / "config.json").write_text(json.dumps(whole | ({} if "text_config" in config else config)))
+    if file:
+        (hf / file[0]).write_text(json.dumps(file[1]))
+    with pytest.raises(ConfigError, match="quantiz") as caught:
+        run_import(hf, hf.parent / "out")
+    (problem,) = caught.value.problems
+    assert str(problem.got) == named
+    assert not (hf.parent / "out").exists() and not (hf.parent / "out.partial").exists()
+
+
+@pytest.mark.parametrize("share", [WorkShare(), WorkShare(0, 2)])
+def test_values_that_overflow_fp16_are_refused_before_anything_is_written(share: WorkShare, hf: Path, tmp_path: Path) -> None:
+    """65519 is the last value that rounds to a finite one."""
+
+    def enlarge(held: Any) -> None:
+        held["lm_head.weight"][3, 7] = -7e4
+        held["model.layers.2.mlp.experts.1.down_proj.weight"][5, 2] = 1e30
+        held["model.embed_tokens.weight"][0, 0] = 65519.0
+
+    run_import(hf, tmp_path / "finite", dtype="fp16")
+    edit(hf, enlarge)
+    run_import(hf, tmp_path / "checkpoint")
+    for convert in (lambda: run_import(hf, tmp_path / "out", dtype="fp16", share=share),
+                    lambda: run_export(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16", share=share)):  # fmt: skip
+        with pytest.raises(ConfigError, match="65504") as caught:
+            convert()
+        assert list(caught.value.problems[0].got.values()) == ["1e+30", "70000"]
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_fp64_values_that_overflow_fp32_are_refused(hf: Path, tmp_path: Path) -> None:
+    held = {name: tensor.double() for name, tensor in tensors(hf).items()}
+    held["lm_head.weight"][0, 0] = 1e39
+    save_file(held, hf / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("bf16", "fp32"):
+        with pytest.raises(ConfigError, match=r"output_layer\.weight.*1e\+39"):
+            run_import(hf, tmp_path / "out", dtype=dtype)
+    assert run_import(hf, tmp_path / "out")["finished"]
 
 
 def test_a_folder_that_is_wrong_throughout_is_a_short_report(hf: Path) -> None:

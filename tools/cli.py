@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "the tools themselves": {
         "bench": Command("tools.bench.cli", "measurements side by side: a step, a save, tokenising, conversion"),
+        "completion": Command("tools.completion", "the script that completes commands in bash or zsh"),
     },
 }
 VERSIONED = ("torch", "megatron-core", "deepspeed", "transformers", "wandb", "omegaconf")

@@ -5,6 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -14,12 +15,16 @@ from configs.errors import Problem
 
 @dataclass(frozen=True)
 class Rule:
-    """What a single key accepts, regardless of the others. `low` is inclusive, `above` is exclusive, `high` inclusive."""
+    """What a single key accepts, regardless of the others. `low` is inclusive, `above` is exclusive, `high` inclusive.
+
+    NaN is never accepted. Infinity is accepted where `infinite` says so.
+    """
 
     choices: tuple[str, ...] | None = None
     low: float | None = None
     above: float | None = None
     high: float | None = None
+    infinite: bool = False
 
     def broken_by(self, value: Any) -> str | None:
         """The rule in words when `value` breaks it, else None. None (unset) always passes; a list passes item by item."""
@@ -32,6 +37,8 @@ class Rule:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if value != value:
                 return "a number, not NaN"
+            if abs(value) == math.inf and not self.infinite:
+                return "a finite number"
             if self.low is not None and value < self.low:
                 return f"at least {self.low:g}"
             if self.above is not None and value <= self.above:
@@ -50,9 +57,10 @@ def key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and its rule."""
-    metadata = {"doc": doc, "rule": Rule(choices, low, above, high)}
+    metadata = {"doc": doc, "rule": Rule(choices, low, above, high, infinite)}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)

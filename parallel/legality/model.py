@@ -5,11 +5,13 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from configs.errors import Problem
 from configs.schema import Config
 from parallel import architecture as arch
+from parallel.layout import sequence_parallel
 from parallel.legality.rules import has_experts, near_divisors, near_multiples, on_gpu, reads
 
 
@@ -259,6 +261,28 @@ def dispatcher_fits(config: Config) -> Iterator[Problem]:
         yield Problem("model.moe.dispatcher", "flex", rule, "set model.moe.dispatcher=alltoall")
 
 
+@reads("model.moe", "batch", "parallel.tensor", "parallel.sequence", "parallel.context")
+def capacity_fits_micro_batch(config: Config) -> Iterator[Problem]:
+    """An expert that is padded to its capacity takes that many different tokens of one rank's micro-batch.
+
+    Capacity is ceil(T k f / E): T tokens of a rank, top_k k, capacity_factor f, E experts (GShard, arXiv 2006.16668).
+    """
+    moe, p, batch = config.model.moe, config.parallel, config.batch
+    if not has_experts(config) or not moe.pad_to_capacity or moe.capacity_factor is None:
+        return
+    split = p.context * (p.tensor if sequence_parallel(config) else 1)
+    tokens = batch.micro_batch_seqs * batch.seq_length_tokens // split
+    capacity = math.ceil(tokens * moe.top_k / moe.num_experts * moe.capacity_factor)
+    if tokens and capacity > tokens:
+        most = math.floor(100 * moe.num_experts / moe.top_k) / 100
+        rule = (
+            f"padding an expert to its capacity, ceil({tokens} x {moe.top_k} / {moe.num_experts} x factor) = {capacity}, needs "
+            f"more than the {tokens} tokens of a rank's micro-batch"
+        )
+        fix = f"set model.moe.capacity_factor to {most:g} or less, or model.moe.pad_to_capacity=false"
+        yield Problem("model.moe.capacity_factor", moe.capacity_factor, rule, fix)
+
+
 @reads("model.mtp", "model.position.kind")
 def prediction_depths(config: Config) -> Iterator[Problem]:
     depths, kind = config.model.mtp.num_layers, config.model.position.kind
@@ -305,5 +329,6 @@ RULES = (
     router_weights,
     shared_expert_keys,
     dispatcher_fits,
+    capacity_fits_micro_batch,
     prediction_depths,
 )

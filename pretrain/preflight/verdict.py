@@ -24,7 +24,7 @@ from pretrain.preflight.disk_space import check_disk_space
 from pretrain.preflight.memory import memory_verdict
 from pretrain.preflight.nvme import check_nvme
 from pretrain.preflight.resume import ResumePoint, find_resume_point
-from pretrain.preflight.world import check_device, check_world
+from pretrain.preflight.world import check_device, check_world, computes_on_cpu
 from pretrain.run.folder import folder_of
 
 # The sections that `check_data` reads.
@@ -59,6 +59,8 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
     tokens = known_vocab_size(config)
+    if verdict.ok and computes_on_cpu(config, os.environ):
+        problems += check_backend(config, detect_machine(cuda=False))
     if verdict.ok and config.launch.target == "local":
         problems += check_nvme(config)
         if with_data and tokens is not None:

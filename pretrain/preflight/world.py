@@ -8,10 +8,14 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from configs.errors import Problem
 from configs.schema import Config
 from parallel.layout import world_size
+
+# The device through which every CUDA program reaches the driver.
+_DRIVER = Path("/dev/nvidiactl")
 
 
 def check_world(environ: Mapping[str, str], config: Config) -> list[Problem]:
@@ -28,6 +32,17 @@ def check_world(environ: Mapping[str, str], config: Config) -> list[Problem]:
             f"start {processes} processes on each of {nodes} nodes, or state the {started} that you start",
         )
     ]
+
+
+def computes_on_cpu(config: Config, environ: Mapping[str, str]) -> bool:
+    """Is it certain, before the ranks start, that they compute on CPUs?
+
+    cluster.device = auto is certain for a local run on a machine that has no NVIDIA driver, or hides its GPUs.
+    """
+    cluster = config.cluster
+    if cluster.device == "auto" and cluster.gpu is None and config.launch.target == "local":
+        return environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not _DRIVER.exists()
+    return cluster.device == "cpu"
 
 
 def check_device(wanted: str, found: str) -> list[Problem]:

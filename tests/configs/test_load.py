@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
-from configs.fields import walk
+from configs.fields import Rule, check_keys, walk
+from configs.keys import all_keys
 from configs.load import from_yaml_text, load_config, to_yaml
 from configs.schema import BlendPart, Config
 from configs.sources import shipped_names
@@ -247,3 +249,26 @@ def test_text_states_every_key_in_the_schemas_order() -> None:
     text = to_yaml(Config())
     positions = [text.index(f"\n{item.name}:") if item.name != "run" else 0 for item in dataclasses.fields(Config)]
     assert positions == sorted(positions)
+
+
+FLOATS = [key.path for key in all_keys().values() if key.type is float and key.kind == "scalar"]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])
+def test_no_float_is_infinite(value: str) -> None:
+    """Each float key on the command line, and each weight of a blend."""
+    assert len(FLOATS) > 30
+    for path in FLOATS:
+        problems = check_keys(load_config("quickstart", [f"{path}={value}"]).config)
+        assert any(problem.path == path and re.search(r"finite number|number, not NaN", problem.rule) for problem in problems), (
+            path
+        )
+    blend = load_config("quickstart", [f"data.train=[{{path: a, weight: {value}}}]"]).config
+    assert [problem.path for problem in check_keys(blend)] == ["data.train[0].weight"]
+
+
+def test_a_key_may_say_that_it_takes_infinity() -> None:
+    assert Rule(low=0, infinite=True).broken_by(float("inf")) is None
+    assert Rule(low=0, infinite=True).broken_by(float("-inf")) == "at least 0"
+    assert Rule(low=0, infinite=True).broken_by(float("nan")) == "a number, not NaN"
+    assert Rule(low=0).broken_by(10**400) is None, "a large integer is finite"

@@ -29,7 +29,7 @@ from tools.rehearse.compare import Comparison, compare
 from tools.rehearse.covering_layouts import MICRO_BATCHES, covering_subset, legal_layouts
 from tools.rehearse.local_ranks import RankFailed, run_ranks
 from tools.rehearse.reference import reference_micro_batch_seqs, reference_of
-from tools.rehearse.shrink import CommonDivisors, common_divisors, fit_degrees, omitted_features, shrink
+from tools.rehearse.shrink import CommonDivisors, common_divisors, fit_degrees, omitted_features, replaced_precision, shrink
 from tools.rehearse.train_rank import RankResult, train
 
 # Sections that a rehearsal replaces: it has its own batches and steps, and no data.
@@ -170,7 +170,8 @@ def rehearse(args: argparse.Namespace) -> int:
             "steps": args.steps,
             "router_near_ties": sum(found.near_ties for found in references.values()),
         }
-        print(json.dumps({"reference": reference, "layouts": lines, "left_out": omitted_features(configs[0].model)}))
+        report = {"reference": reference, "layouts": lines, "left_out": omitted_features(configs[0].model)}
+        print(json.dumps(report | {"replaced_by_fp32": replaced_precision(configs[0])}))
     return 1 if wrong else 0
 
 
@@ -190,6 +191,9 @@ def notes(configs: list[Config], references: dict[int, RankResult]) -> list[str]
     found = []
     if without := omitted_features(configs[0].model):
         found.append(f"left out, since they depend on the layout by design: {', '.join(without)}")
+    if precision := replaced_precision(configs[0]):
+        values = ", ".join(f"{path}={value}" for path, value in precision.items())
+        found.append(f"rehearsed in fp32, in which layouts can be compared to 1e-4, in place of {values}")
     if any(reference_micro_batch_seqs(config) > 1 for config in configs):
         balance = configs[0].model.moe.router.balance
         found.append(f"{balance} depends on how the global batch is cut: each layout's reference is cut like the layout")

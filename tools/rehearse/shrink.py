@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from configs.model_schema import Model
-from configs.schema import Config
+from configs.schema import Config, Precision
 from parallel.architecture import is_mla, num_query_groups
 from parallel.layout import make_layout, world_size
 
@@ -94,7 +94,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     small = deepcopy(config)
     small.model = shrink_model(config.model, common)
     small.run.steps, small.run.tokens = 3, None
-    small.precision.params, small.precision.fp8 = "fp32", "none"
+    small.precision = Precision(params="fp32", grads="fp32")
     batch = small.batch
     batch.global_batch_seqs = common.batch
     batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
@@ -106,6 +106,16 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None
     return small
+
+
+def replaced_precision(config: Config) -> dict[str, str]:
+    """Keys of `precision` that a rehearsal replaces with fp32, with the run's values.
+
+    In bf16 the same sums in another order differ by 1e-3, and a wrong gradient could hide in that.
+    """
+    precision = config.precision
+    used = {"precision.params": precision.params, "precision.grads": precision.grads, "precision.fp8": precision.fp8}
+    return {path: value for path, value in used.items() if value not in ("fp32", "none")}
 
 
 def omitted_features(model: Model) -> list[str]:

@@ -125,6 +125,15 @@ def test_micro_batches_that_no_rehearsal_has() -> None:
         cli.main([*QUICK, "--micro-batches", "1,3"])
 
 
+def test_low_precision_is_rehearsed_in_fp32_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["precision={params: bf16, grads: bf16}", "zero={engine: deepspeed, stage: 2}", "parallel.pipeline=1"]
+    code, found = rehearse([*QUICK, *words, "launch.processes_per_node=2"], capsys)
+    assert code == 0, found
+    assert found["replaced_by_fp32"] == {"precision.params": "bf16", "precision.grads": "bf16"}
+    assert cli.main([*QUICK, *words, "launch.processes_per_node=2"]) == 0
+    assert "in place of precision.params=bf16, precision.grads=bf16" in capsys.readouterr().out
+
+
 def test_layouts_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layouts.json"
     path.write_text(json.dumps([{"parallel.context": 2, "parallel.pipeline": 1}, {"parallel.pipeline": 1, "zero.stage": 0}]))

@@ -6,11 +6,14 @@ as one `ProcessGroupCollection`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel.layout import Layout
+from parallel.random_streams import stream_seed
 
 # collection field -> (grid of the layout, axes)
 _AXES = {
@@ -44,7 +47,8 @@ def make_groups(layout: Layout, seed: int) -> ProcessGroupCollection:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     _verify(groups, layout)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    place = groups.pp.rank(), groups.dp.rank(), groups.cp.rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(stream_seed(seed, *place))
     return groups
 
 
@@ -56,6 +60,19 @@ def _verify(groups: ProcessGroupCollection, layout: Layout) -> None:
         lines = layout.groups(axes) if grid == "attention" else layout.expert_groups(axes)
         want = next(list(line) for line in lines if rank in line)
         assert sorted(got) == sorted(want), f"group {field} holds ranks {got}, the layout says {want}"
+
+
+def current_degrees() -> dict[str, int]:
+    """The degrees of the groups that this process is in, by the layout's names."""
+    degrees: dict[str, Any] = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    return degrees
 
 
 def close_groups() -> None:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
+from parallel.compat.expert_capacity import measure_before_dropping
 from parallel.compat.megatron_guards import mark_expert_parameters
+from parallel.compat.prediction_losses import sum_prediction_losses
 from parallel.compat.router_losses import weigh_router_losses
 from parallel.layout import Layout
 from parallel.stages import Chunk
@@ -56,6 +58,8 @@ def make_model(
             fill(tensor, shards[name], config.model, config.run.seed)
     mark_expert_parameters(model, groups)
     weigh_router_losses(model)
+    measure_before_dropping(model)
+    sum_prediction_losses()
     return model
 
 

@@ -19,7 +19,7 @@ class Restored:
 
     `checkpoint_step`: the step of the checkpoint that was loaded; None: the run starts at step 0. `horizon_steps`: the length
     of the learning-rate schedule. `seeded`: this rank's generators as the attempt seeded them, uint8 by name. A checkpoint
-    of another world size leaves the generators in this state.
+    of another layout leaves the generators in this state.
     """
 
     position: TrainingPosition

@@ -64,7 +64,11 @@ _REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
     # True although Transformer Engine is absent; isinstance(x, None) then raises.
     "megatron.core.transformer.multi_latent_attention": (("    HAVE_TE = True", "    HAVE_TE = False"),),
     # Takes its default, False, for fp8 being on, whose names are undefined without Transformer Engine (recomputed layer norms).
-    "megatron.core.tensor_parallel.random": (("self.fp8 = fp8 is not None", "self.fp8 = False"),),
+    "megatron.core.tensor_parallel.random": (
+        ("self.fp8 = fp8 is not None", "self.fp8 = False"),
+        # Its streams are the CPU's generator here: the warning would come with every dropout.
+        ("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
+    ),
     # Adds to its input in place, which autograd forbids where a reduction over one rank returned it as it came.
     "megatron.core.transformer.mlp": (
         (

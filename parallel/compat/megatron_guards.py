@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from parallel.compat.private_names import require_names
+from parallel.compat.private_names import replaced, require_names
 from parallel.layout import Layout
 
 require_names(__name__)
@@ -57,6 +59,27 @@ def without_jitter(models: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         config.moe_input_jitter_eps = jitter
+
+
+@contextmanager
+def router_losses_of_all_tokens(share: torch.Tensor) -> Iterator[None]:
+    """Give router losses the weight that their definitions have, whatever labels are masked. `share`: see below; one number.
+
+    The loss of the language model is a mean over the valid tokens of the global batch. Router losses are means over all
+    tokens that are routed, masked labels or not: Switch Transformer (arXiv 2101.03961, equation 4) and ST-MoE (arXiv
+    2202.08906, equation 5) sum over the tokens of a batch. The tokens of a masked label load experts like any other.
+
+    Fault (megatron-core 0.16.1, with calculate_per_token_loss): it adds router losses times all tokens, and divides
+    gradients by the valid ones. Symptom: their weight grows with the number of masked labels. `share` is valid tokens over
+    all tokens of the global batch, and takes that back.
+    """
+    set_loss_scale = MoEAuxLossAutoScaler.set_loss_scale
+
+    def set_share(scale: torch.Tensor) -> None:
+        set_loss_scale(scale * share)
+
+    with replaced(MoEAuxLossAutoScaler, "set_loss_scale", staticmethod(set_share)):
+        yield
 
 
 def router_loss_weight(layout: Layout) -> int:

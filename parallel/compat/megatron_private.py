@@ -21,7 +21,6 @@ from parallel.compat.private_names import LibraryImports, require_names
 with LibraryImports(__name__):
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
     from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 require_names(__name__)
 
 
@@ -68,16 +67,6 @@ def take_router_losses() -> dict[str, torch.Tensor]:
     totals = {key: entry["values"].sum().double() for key, entry in get_moe_layer_wise_logging_tracker().items()}
     clear_aux_losses_tracker()
     return totals
-
-
-def take_prediction_loss() -> torch.Tensor | None:
-    """Sum over depths and micro-batches of the multi-token prediction losses that this rank tracked; the tracker starts anew."""
-    values = MTPLossLoggingHelper.tracker.get("values")
-    if values is None:
-        return None
-    total = values.sum().double()
-    values.zero_()
-    return total
 
 
 def watch_routing(router: TopKRouter, watcher: Callable[[torch.Tensor], None]) -> None:

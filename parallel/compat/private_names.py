@@ -106,7 +106,8 @@ def installed_version(library: str) -> str:
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`owner.name` is `value` inside the block, and what it was before afterwards."""
-    before = getattr(owner, name)
+    # Not getattr: of a class it would lose that a method is static.
+    before = vars(owner)[name]
     setattr(owner, name, value)
     try:
         yield

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from configs.errors import ConfigError, Problem
 from configs.schema import Checkpoint
+from parallel.groups import current_degrees
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
@@ -182,8 +183,14 @@ def random_pieces(rank: int) -> list[Piece]:
 
 
 def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
-    """This rank's generator states; None when another number of ranks wrote them: they then stay as seeded."""
-    if reader.manifest.world_size != dist.get_world_size() or not reader.has("rng"):
+    """This rank's generator states; None when another layout wrote them: the generators then stay freshly seeded.
+
+    The states of another layout must not be taken, even on as many ranks: data ranks would draw what tensor ranks drew.
+    """
+    written = reader.manifest
+    if written.world_size != dist.get_world_size() or not reader.has("rng"):
+        return None
+    if any(written.layout.get(axis, degree) != degree for axis, degree in current_degrees().items()):
         return None
     pieces = random_pieces(dist.get_rank())
     reader.fill(pieces)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -64,7 +63,7 @@ class DeepSpeedZero:
     # A step.
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
-        num_tokens = self._count_tokens(batches)
+        num_tokens = int(self.schedule.count_tokens(batches))
         # The loss is a sum over tokens, gradients are averaged over data-parallel ranks. The schedule scales the main loss,
         # multi-token prediction and the router's losses alike.
         scale = self.groups.dp_cp.size() / max(num_tokens, 1)
@@ -81,12 +80,6 @@ class DeepSpeedZero:
             update_expert_bias(self.chunks, self.transformer)
         clear_step_tensors(self.chunks, self.transformer)
         return StepResult(self.loss, self.grad_norm, num_tokens, self.applied)
-
-    def _count_tokens(self, batches: Sequence[MicroBatch]) -> int:
-        """Valid tokens of the global batch: known before the forward pass, context ranks read the same sequences."""
-        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(self.device)
-        dist.all_reduce(total, group=self.groups.dp)
-        return int(total.item())
 
     def _finish_gradients(self) -> bool:
         """Called by DeepSpeed's step() when all is reduced over data-parallel ranks; False: no update."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.compat.megatron_guards import without_jitter
+from parallel.compat.megatron_guards import router_losses_of_all_tokens, without_jitter
 from pretrain.data.batches import MicroBatch
 from pretrain.model.inputs import make_model_inputs
 
@@ -28,12 +28,13 @@ class PipelineSchedule:
         self.micro_batch_seqs = config.batch.micro_batch_seqs
         self.seq_length_tokens = config.batch.seq_length_tokens
         self.has_mtp = config.model.mtp.num_layers > 0
+        self.has_experts = config.model.moe.num_experts > 0
 
     def run(self, models: Sequence[nn.Module], batches: Sequence[MicroBatch], forward_only: bool) -> tuple[float, int]:
         """(sum of token losses over the global batch, its valid tokens), equal on all ranks. Collective."""
         run = get_forward_backward_func()
         iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in models]
-        with without_jitter(models) if forward_only else nullcontext():
+        with without_jitter(models) if forward_only else self._router_losses(batches):
             reports = run(
                 forward_step_func=self._forward,
                 data_iterator=iterators if len(models) > 1 else iterators[0],
@@ -44,6 +45,24 @@ class PipelineSchedule:
                 forward_only=forward_only,
             )
         return self._reduce(reports)
+
+    def count_tokens(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Valid tokens of the global batch, float64 scalar on the device. Collective over data ranks.
+
+        Context ranks read the same sequences, and are counted once.
+        """
+        total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(self.device)
+        dist.all_reduce(total, group=self.groups.dp)
+        return total
+
+    def _router_losses(self, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+        """Router losses are means over all tokens. Costs one all-reduce of a number."""
+        if not self.has_experts:
+            return nullcontext()
+        all_tokens = sum(batch.loss_mask.numel() for batch in batches) * self.groups.dp.size()
+        # The engines divide by one where no token is valid.
+        share = self.count_tokens(batches).clamp(min=1) / all_tokens
+        return router_losses_of_all_tokens(share.float())
 
     def _forward(
         self, iterator: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False

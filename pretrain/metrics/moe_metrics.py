@@ -16,7 +16,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from configs.model_schema import Model
 from parallel.architecture import moe_layers
-from parallel.compat.megatron_private import take_prediction_loss, take_router_losses
+from parallel.compat.expert_capacity import routed_before_dropping
+from parallel.compat.megatron_private import take_router_losses
+from parallel.compat.prediction_losses import take_prediction_losses
 from pretrain.model.shards import layer_of
 
 
@@ -36,7 +38,10 @@ class MoeMetrics:
         self.losses = _enabled_losses(model) if self.moe_layers else {}
         self.has_z_loss = bool(self.moe_layers) and model.moe.router.z_loss_coeff > 0
         device = next(chunks[0].parameters()).device
-        self.counts = torch.zeros(model.num_layers, max(model.moe.num_experts, 1), dtype=torch.float64, device=device)
+        # Columns: the tokens that chose each expert, before dropping; then those that their experts took.
+        columns = max(model.moe.num_experts, 1) + 1
+        self.counts = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=device)
+        self.drops_tokens = bool(self.moe_layers) and model.moe.capacity_factor is not None
         for chunk in chunks:
             for layer in chunk.decoder.layers:
                 router = getattr(layer.mlp, "router", None)
@@ -47,28 +52,39 @@ class MoeMetrics:
         def count(module: TopKRouter, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
             # With full recomputation the forward pass runs twice; the shares that are reported stay the same.
             if module.training:
-                self.counts[layer] += output[1].detach().sum(dim=0)
+                taken = output[1]
+                routed = routed_before_dropping(taken)
+                self.counts[layer, :-1] += routed.sum(dim=0)
+                self.counts[layer, -1] += (routed & taken).sum()
 
         return count
 
     def take(self, num_micro_batches: int, shown_layers: int) -> dict[str, float]:
-        """Means over layers and micro-batches of the losses before their coefficients; load of the hottest expert as a
-        multiple of the mean; experts without a token."""
+        """The numbers of one step.
+
+        Losses are means over layers and micro-batches, before their coefficients. `mtp_loss` is the mean over depths and
+        valid tokens. The load of the hottest expert, as a multiple of the mean, and the number of experts that no token
+        chose are measured before dropping. `expert_drop_fraction`, with a capacity factor: the share of routed tokens
+        (a token counts once for each expert that it chose) that were dropped.
+        """
         if not self.moe_layers and not self.mtp_depth:
             return {}
         groups = self.groups
-        packed = torch.cat([self.counts.flatten(), self._tracked(num_micro_batches)])
+        prediction = take_prediction_losses(max(self.mtp_depth, 1), self.counts.device)
+        packed = torch.cat([self.counts.flatten(), self._tracked(num_micro_batches), prediction.flatten()])
         dist.all_reduce(packed, group=groups.tp_dp_cp)
         dist.all_reduce(packed, group=groups.pp)
         self.counts.zero_()
         result = {}
-        tracked = packed[self.counts.numel() :].tolist()
-        for name, value in zip([*self.losses, "z_loss", "mtp_loss"], tracked, strict=True):
-            if (name == "mtp_loss" and not self.mtp_depth) or (name == "z_loss" and not self.has_z_loss):
-                continue
-            result[name] = value
+        counts, tracked, prediction = packed.split([self.counts.numel(), len(self.losses) + 1, prediction.numel()])
+        for name, value in zip([*self.losses, "z_loss"], tracked.tolist(), strict=True):
+            if name != "z_loss" or self.has_z_loss:
+                result[name] = value
+        if self.mtp_depth:
+            totals = prediction.view(-1, 2)
+            result["mtp_loss"] = float((totals[:, 0] / totals[:, 1].clamp(min=1)).mean())
         if self.moe_layers:
-            result |= self._loads(packed[: self.counts.numel()].view_as(self.counts)[self.moe_layers], shown_layers)
+            result |= self._loads(counts.view_as(self.counts)[self.moe_layers], shown_layers)
         return result
 
     def _tracked(self, num_micro_batches: int) -> torch.Tensor:
@@ -84,15 +100,15 @@ class MoeMetrics:
         # Partial sums over tensor and context ranks, means over data ranks; the global loss is partial over all of them.
         values = [total(key) / (routers * (1 if name == "global_aux_loss" else dp)) for name, key in self.losses.items()]
         values.append(total("z_loss") / (routers * world) if routers else total("z_loss"))
-        mtp = take_prediction_loss()
-        share = num_micro_batches * world * max(self.mtp_depth, 1)
-        values.append(mtp / share if mtp is not None else self.counts.new_zeros(()))
         return torch.stack(values)
 
-    def _loads(self, loads: torch.Tensor, shown_layers: int) -> dict[str, float]:
-        """loads [MoE layers, E] of the global batch."""
+    def _loads(self, counts: torch.Tensor, shown_layers: int) -> dict[str, float]:
+        """counts [MoE layers, E + 1] of the global batch."""
+        loads, taken = counts[:, :-1], counts[:, -1]
         ratio = loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9)
         result = {"expert_load_max_over_mean": float(ratio.max()), "dead_experts": float((loads == 0).sum())}
+        if self.drops_tokens:
+            result["expert_drop_fraction"] = float(1 - taken.sum() / loads.sum().clamp(min=1))
         for index in spread(len(self.moe_layers), shown_layers):
             result[f"expert_load_max_over_mean/layer_{self.moe_layers[index]}"] = float(ratio[index])
         return result

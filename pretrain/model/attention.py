@@ -8,11 +8,13 @@ Transformer Engine's ring holds s; exact, and fine for what a CPU rehearses.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -96,11 +98,22 @@ class SDPAttention(MegatronModule):
         scale = self.scale if self.scale is not None else q.shape[-1] ** -0.5
         if self.softmax_offset is not None:
             k, v, visible = self._with_sink(q, k, v, visible)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        with self._random_stream():
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale,
+                dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _random_stream(self) -> AbstractContextManager[Any]:
+        """Where dropout draws from. Tensor ranks hold other heads, and must draw other masks.
+
+        With sequence parallelism Megatron-Core's block has entered their stream already.
+        """
+        if self.config.sequence_parallel or not self.training or self.dropout == 0.0:
+            return nullcontext()
+        streams: Any = get_cuda_rng_tracker()
+        return streams.fork()
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
         """[s, b, g, d] in zigzag order -> [S, b, g, d] in natural order."""

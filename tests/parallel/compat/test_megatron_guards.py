@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,7 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from configs.schema import Config
 from parallel.compat import megatron_private
 from parallel.compat.megatron_private import watch_routing
+from parallel.compat.prediction_losses import take_prediction_losses
 from pretrain.engine import megatron as engine_module
+from pretrain.metrics.moe_metrics import MoeMetrics
 from tests.pretrain.engine.test_deepspeed_state import make
 from tests.pretrain.world import batches_of, small_config
 from tests.ranks import RankFailed, run_ranks
@@ -94,13 +99,14 @@ def test_routing_is_watched() -> None:
 
 
 def losses_twice(config: Config) -> list[list[str]]:
+    """Names of the losses that are not zero, when they are taken after a step and when they are taken again."""
     engine, groups = make(config)
     engine.step(batches_of(config, 0, groups.dp.rank(), groups.dp.size()), 1e-3)
     found = []
     for _ in range(2):
-        losses, prediction = megatron_private.take_router_losses(), megatron_private.take_prediction_loss()
-        assert prediction is not None
-        found.append([key for key, value in losses.items() if value != 0] + ["mtp"] * bool(prediction != 0))
+        losses = megatron_private.take_router_losses()
+        prediction = take_prediction_losses(1, torch.device("cpu"))
+        found.append([key for key, value in losses.items() if value != 0] + ["mtp"] * bool(prediction.any()))
     return found
 
 
@@ -124,3 +130,63 @@ def test_routers_count_each_step_alone() -> None:
         zero__engine="deepspeed", zero__stage=1, model__moe__router__score="sigmoid", model__moe__router__expert_bias=True
     )
     assert run_ranks(1, expert_loads, config)[0] == [0.0] * 4
+
+
+def router_gradients(config: Config, masked: bool) -> list[np.ndarray]:
+    """Gradients of the routers' weights for one step; `masked`: most labels of the global batch are."""
+    engine, groups = make(config)
+    batches = batches_of(config, 0, groups.dp.rank(), groups.dp.size())
+    for number, batch in enumerate(batches):
+        batch.loss_mask.fill_(1.0)
+        if masked:
+            batch.loss_mask[:, number + 2 :] = 0.0
+    engine.step(batches, 0.0)
+    model: Any = engine
+    routers: list[Any] = [module for module in model.models[0].modules() if isinstance(module, TopKRouter)]
+    return [router.weight.main_grad.float().numpy().copy() for router in routers]
+
+
+@pytest.mark.parametrize("name", ["aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss"])
+def test_masked_labels_do_not_change_router_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient with a router loss, less the gradient without: what the loss adds, whatever labels count."""
+    balance = "none" if name == "z_loss" else name
+    weights = {"model__moe__router__balance": balance, "zero__stage": 0, "optimizer__clip_grad_norm": 0.0}
+    key = "model__moe__router__z_loss_coeff" if name == "z_loss" else "model__moe__router__aux_loss_coeff"
+
+    def added(masked: bool) -> list[np.ndarray]:
+        with_loss, without = (run_ranks(1, router_gradients, small_config(**weights, **{key: c}), masked)[0] for c in (1.0, 0.0))
+        return [a - b for a, b in zip(with_loss, without, strict=True)]
+
+    def differ() -> float:
+        pairs = list(zip(added(masked=True), added(masked=False), strict=True))
+        return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+    assert differ() < 1e-4
+    monkeypatch.setattr("pretrain.engine.schedule_step.router_losses_of_all_tokens", lambda share: nullcontext())
+    assert differ() > 1, "the masked batch has a quarter of the valid tokens"
+
+
+def prediction_loss(config: Config) -> float:
+    """mtp_loss of a step in whose first sequence no label counts."""
+    engine, groups = make(config)
+    model: Any = engine
+    moe = MoeMetrics([chunk.module for chunk in model.models], config.model, groups)
+    batches = batches_of(config, 0, groups.dp.rank(), groups.dp.size())
+    batches[0].loss_mask[0] = 0.0
+    engine.step(batches, 0.0)
+    return moe.take(len(batches), 1)["mtp_loss"]
+
+
+def test_prediction_losses_are_means_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the global batch is cut, and without a NaN from sequences that have no valid token."""
+    model = {"model__mtp__num_layers": 2}
+
+    def cut(micro_batch_seqs: int) -> float:
+        return run_ranks(1, prediction_loss, small_config(batch__micro_batch_seqs=micro_batch_seqs, **model))[0]
+
+    whole = cut(4)
+    assert whole > 1 and cut(1) == pytest.approx(whole, rel=1e-6) and cut(2) == pytest.approx(whole, rel=1e-6)
+    ranks = run_ranks(2, prediction_loss, small_config(launch__processes_per_node=2, parallel__context=2, **model))
+    assert ranks == [pytest.approx(whole, rel=1e-6)] * 2
+    monkeypatch.setattr("pretrain.build.sum_prediction_losses", lambda: None)
+    assert not cut(1) > 0, "nothing is summed without the guard"

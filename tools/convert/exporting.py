@@ -154,7 +154,7 @@ def export_model(
     family = choose_family(model, folder, family_name)
     tokenizer = find_tokenizer(manifest, folder, tokenizer_path)
     weight_map = make_weight_map(family, model)
-    notes: list[str] = []
+    notes = family.notes(family.to_hf_config(model), model)
     try:
         checkpoint = CheckpointTensors(folder)
         _check_tensors(weight_map, checkpoint)

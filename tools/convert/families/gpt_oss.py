@@ -9,6 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, FixedValue, RepeatedKey, tensor_rule
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, alternating
@@ -42,8 +43,8 @@ GPT_OSS = Family(
         ConfigKey("num_local_experts", "moe.num_experts", 128),
         ConfigKey("num_experts_per_tok", "moe.top_k", 4),
         RepeatedKey("experts_per_token", "moe.top_k"),
-        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.AllSparse(),
+        AuxLossCoefficient(absent=0.001),
         *settings.softmax_router(
             **{"moe.router.bias": True, "moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}
         ),

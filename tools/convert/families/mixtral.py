@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import ConfigKey, Family, FixedValue
 from tools.convert.hf_config.rope import Rope
 from tools.convert.tensors import shared_rules as tensors
@@ -26,9 +27,9 @@ MIXTRAL = Family(
         *settings.plain_attention("attention.window_size_tokens"),
         ConfigKey("num_local_experts", "moe.num_experts", 8),
         ConfigKey("num_experts_per_tok", "moe.top_k", 2),
-        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         ConfigKey("router_jitter_noise", "moe.router.jitter_eps", 0.0, float),
         settings.AllSparse(),
+        AuxLossCoefficient(absent=0.001),
         *settings.softmax_router(**{"moe.router.normalize_top_k": True, "moe.shared_ffn_hidden_size": None}),
     ),
     tensors=(

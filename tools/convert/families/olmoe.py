@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
 
@@ -25,8 +26,8 @@ OLMOE = Family(
         ConfigKey("num_experts", "moe.num_experts", 64),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.01, float),
         settings.AllSparse(),
+        AuxLossCoefficient(absent=0.01),
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
     planning_only="its norms of queries and keys span all heads, megatron-core's one head",

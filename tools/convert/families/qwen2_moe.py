@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import ConfigKey, Family, tensor_rule
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, unclear
@@ -28,8 +29,8 @@ QWEN2_MOE = Family(
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         ConfigKey("shared_expert_intermediate_size", "moe.shared_ffn_hidden_size", 5632),
         ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.SparsePattern(),
+        AuxLossCoefficient(absent=0.001),
         *settings.softmax_router(**{"moe.shared_gate": True}),
     ),
     tensors=(

@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.biases import BIASES, Biases
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
@@ -29,8 +30,8 @@ QWEN3_MOE = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 768),
         ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
-        ConfigKey("router_aux_loss_coef", "moe.router.aux_loss_coeff", 0.001, float),
         settings.SparsePattern(),
+        AuxLossCoefficient(absent=0.001),
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts()),

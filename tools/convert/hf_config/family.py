@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import ConfigError, Problem
 from configs.fields import walk
@@ -76,6 +76,15 @@ class Setting(Protocol):
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         """Set the keys of config.json from `model`. Yields each reason why the family can't express the model."""
+        ...
+
+
+@runtime_checkable
+class WithNote(Protocol):
+    """A setting whose two sides mean the same by different values."""
+
+    def note(self, hf_config: Mapping[str, Any], model: Model) -> str | None:
+        """The note for a config.json and the `model` section that belongs to it; None when there is nothing to say."""
         ...
 
 
@@ -248,6 +257,11 @@ class Family:
             rule = f"must be a model of the family {self.name}: {'; '.join(reasons)}"
             raise ConfigError(Problem("model", model.name, rule, "export it as another family (--family)"))
         return hf_config | dict(self.extra)
+
+    def notes(self, hf_config: Mapping[str, Any], model: Model) -> list[str]:
+        """What a user should know about a config.json and the `model` section that belongs to it."""
+        found = [setting.note(hf_config, model) for setting in self.settings if isinstance(setting, WithNote)]
+        return [note for note in found if note is not None]
 
     def known(self) -> set[str]:
         """The keys of config.json that the family understands."""

@@ -60,7 +60,7 @@ def interpret_config(config: Mapping[str, Any]) -> tuple[Family, Model, list[Pro
     for name in sorted(set(hf_config) - family.known() - HARMLESS):
         if hf_config[name] not in (None, False, 0, 0.0, [], {}):
             notes.append(f"config.json: {name} = {hf_config[name]!r} is unknown for the family {family.name} and was ignored")
-    return family, model, problems, notes
+    return family, model, problems, notes if problems else [*notes, *family.notes(hf_config, model)]
 
 
 def preset_yaml(model: Model, header: str = "") -> str:

@@ -1,0 +1,74 @@
+"""router_aux_loss_coef of config.json, which weighs another load balancing loss than model.moe.router.aux_loss_coeff.
+
+Legend: E experts, k experts per token, L MoE layers, f_e(l) tokens of layer l that choose expert e over all tokens, P_e(l) mean
+router probability of expert e in layer l.
+
+transformers (load_balancing_loss_func, the same in every family that has the key, 4.57 to 5.23) pools all layers:
+    coef * E * sum_e mean_l f_e(l) * mean_l P_e(l)
+Megatron-Core (switch_load_balancing_loss_func) divides by k and adds the losses of the layers:
+    coeff * sum_l E / k * sum_e f_e(l) * P_e(l)
+With coeff = coef * k / L the two are equal in one layer, in layers that route alike, and at perfect balance, where both are
+coef * k. Elsewhere transformers multiplies means over layers, and Megatron-Core means over layers of products.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from parallel import architecture as arch
+from tools.convert.hf_config.family import wrong_value
+
+NAME, MODEL_KEY = "router_aux_loss_coef", "moe.router.aux_loss_coeff"
+_DIGITS = 12
+"""Significant digits of a converted value, so that a round trip gives the same number."""
+
+
+@dataclass(frozen=True)
+class AuxLossCoefficient:
+    """router_aux_loss_coef. `absent`: the value of an absent key. Must follow the settings of top-k and of the MoE layers."""
+
+    absent: float
+
+    def names(self) -> tuple[str, ...]:
+        return (NAME,)
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = hf_config.get(NAME)
+        value = self.absent if value is None else value
+        wrong = wrong_value(NAME, value, MODEL_KEY, (float,))
+        if wrong:
+            yield wrong
+            return
+        model.moe.router.aux_loss_coeff = _rounded(value * _factor(model))
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        router = model.moe.router
+        hf_config[NAME] = 0.0 if router.balance == "none" else _rounded(router.aux_loss_coeff / _factor(model))
+        return iter(())
+
+    def note(self, hf_config: Mapping[str, Any], model: Model) -> str | None:
+        """How the two values of a model belong together; None when they are equal."""
+        ours, theirs = model.moe.router.aux_loss_coeff, hf_config.get(NAME, self.absent)
+        if ours == theirs or model.moe.router.balance == "none":
+            return None
+        return (
+            f"config.json: {NAME} = {theirs:g} is model.{MODEL_KEY} = {ours:g} (times top-k / MoE layers = {model.moe.top_k} / "
+            f"{sum(arch.moe_layers(model))}): transformers averages over layers and adds up the top-k, Megatron-Core adds up "
+            "layers and divides by top-k; equal for layers that route alike"
+        )
+
+
+def _factor(model: Model) -> float:
+    """k / L; 1 for a config whose MoE layers or top-k are missing, which has problems of its own."""
+    layers = sum(arch.moe_layers(model))
+    return model.moe.top_k / layers if layers and model.moe.top_k else 1.0
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

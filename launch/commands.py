@@ -29,6 +29,7 @@ from launch.status import as_json, describe, line_of, list_runs, read_status, re
 from parallel.batch import steps_of
 from parallel.legality.verdict import check_config
 from pretrain.preflight.verdict import preflight
+from pretrain.run.decision import pending_step
 from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
 
 WATCH_S = 2.0
@@ -84,7 +85,7 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
 def _finished_at(config: Config, folder: RunFolder) -> int | None:
     """The step that a legal config stops at, where its run has got that far."""
     done = folder.done_step()
-    if done is None or check_config(config).problems:
+    if done is None or check_config(config).problems or pending_step(folder, config.checkpoint.resume_step) is not None:
         return None
     return stop_step if done >= (stop_step := steps_of(config)) else None
 

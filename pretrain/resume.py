@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.batch import horizon_steps
+from pretrain.checkpoint.going_back import go_back
 from pretrain.checkpoint.restore import TrainingPosition, random_state, restore, warm_start
 from pretrain.engine.base import Engine
+from pretrain.rank.rank_zero import run_on_rank_0
 from pretrain.run.events import EventKind
 from pretrain.session import Session
 
@@ -35,13 +37,15 @@ def restore_engine(session: Session, engine: Engine) -> Restored:
     """
     config, start, journal = session.context.config, session.start, session.journal
     seeded, horizon = random_state(), horizon_steps(config)
-    is_asked_for = config.checkpoint.resume_step is not None
-    found = restore(start.checkpoints, engine, is_asked_for, journal.announce)
+    back_to_step = start.back_to_step
+    found = restore(start.checkpoints, engine, back_to_step is not None, journal.announce)
     position = found[0] if found is not None else TrainingPosition()
     position = replace(position, consumed_samples=max(position.consumed_samples, start.passed_samples))
     checkpoint_step = None
     if found is not None:
-        manifest = found[1]
+        manifest, folder = found[1], session.context.folder
+        if back_to_step is not None:
+            run_on_rank_0(lambda: go_back(folder, back_to_step, manifest.consumed_samples, journal.announce))
         checkpoint_step = position.step
         if config.schedule.horizon_steps is None and manifest.horizon_steps:
             horizon = manifest.horizon_steps

@@ -23,6 +23,7 @@ from configs.schema import Config
 from parallel.batch import steps_of
 from parallel.runtime import Runtime
 from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
+from pretrain.checkpoint.going_back import check_target, finish_going_back
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_checkpoints, describe_error, warm_start_folder
 from pretrain.checkpoint.rollback import finish_rollback
@@ -34,6 +35,7 @@ from pretrain.metrics.summary import make_summary, summary
 from pretrain.metrics.wandb_sink import wandb_place
 from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.attempt import Attempt, open_attempt
+from pretrain.run.decision import pending_step
 from pretrain.run.folder import EXIT_CODE, RunFolder, finished_text, folder_of
 from pretrain.run.journal import Journal
 from pretrain.run.provenance import make_provenance
@@ -68,12 +70,13 @@ class StartPoint:
 
     `checkpoints`: folders of this run to try, best first; empty: the run starts at step 0. `warm_start`: the checkpoint
     whose weights a run at step 0 begins with. `passed_samples`: the samples that the newest rollback skips, counted from the
-    first one; no step reads them again.
+    first one; no step reads them again. `back_to_step`: the run goes back to this step by decision, once the engine holds it.
     """
 
     checkpoints: list[Path]
     warm_start: Path | None
     passed_samples: int
+    back_to_step: int | None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def open_session(context: RunContext) -> Session | None:
     def begin() -> StartPoint | None:
         nonlocal rank_zero
         done_step = context.folder.done_step()
-        if done_step is not None and done_step >= context.stop_step:
+        going_back = pending_step(context.folder, context.config.checkpoint.resume_step) is not None
+        if done_step is not None and done_step >= context.stop_step and not going_back:
             print(finished_text(context.folder, context.stop_step))
             return None
         start, rank_zero = _begin_attempt(context)
@@ -147,17 +151,25 @@ def _begin_attempt(context: RunContext) -> tuple[StartPoint, RankZero]:
     """Take the run folder and find the start point. Rank 0. Raises ConfigError; the outcome is then written."""
     config, folder = context.config, context.folder
     provenance = make_provenance(context.loaded.origin)
-    attempt = open_attempt(folder, context.loaded.text, provenance, os.environ, lambda before: _resume_problems(context, before))
+    resume_step = config.checkpoint.resume_step
+
+    def problems(before: str | None) -> list[Problem]:
+        return _resume_problems(context, before)
+
+    attempt = open_attempt(folder, context.loaded.text, provenance, os.environ, problems, resume_step)
     announce = Journal(attempt).announce
     try:
         remove_leftovers(folder.checkpoints)
-        passed_samples = finish_rollback(folder, announce)
-        checkpoints = choose_checkpoints(config.checkpoint, folder.checkpoints, context.identity, announce)
+        finish_going_back(folder, announce)
+        back_to_step = pending_step(folder, resume_step)
+        # A decision to go back replaces every rollback before it: the new line reads what follows its checkpoint.
+        passed_samples = finish_rollback(folder, announce) if back_to_step is None else 0
+        checkpoints = choose_checkpoints(back_to_step, folder.checkpoints, context.identity, announce)
         data = data_identity(config)
         if checkpoints:
             raise_problems(check_data_change(read_manifest(checkpoints[0]).data, data, config))
         warm_start = None if checkpoints else warm_start_folder(config.checkpoint, context.identity)
-        return StartPoint(checkpoints, warm_start, passed_samples), RankZero(attempt, data)
+        return StartPoint(checkpoints, warm_start, passed_samples, back_to_step), RankZero(attempt, data)
     except ConfigError as error:
         AttemptEnding(attempt).write(TrainingEnd("failed", error.problems[0].rule, TrainingPosition()))
         raise
@@ -165,6 +177,8 @@ def _begin_attempt(context: RunContext) -> tuple[StartPoint, RankZero]:
 
 def _resume_problems(context: RunContext, config_before: str | None) -> list[Problem]:
     """What the config of the attempt before forbids to change. No checkpoint exists: everything may change."""
+    asked_step = pending_step(context.folder, context.config.checkpoint.resume_step)
+    missing = check_target(context.folder, asked_step) if asked_step is not None else []
     if config_before is None or not any(context.folder.checkpoints.glob("step_*")):
-        return []
-    return check_changes(flatten(from_yaml_text(config_before)), context.config)
+        return missing
+    return missing + check_changes(flatten(from_yaml_text(config_before)), context.config)

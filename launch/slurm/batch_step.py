@@ -25,6 +25,7 @@ from launch.slurm.clock import TimeLimitClock
 from launch.slurm.job_file import SCRIPT_NAME, JobFile
 from launch.slurm.lifecycle import ENDED, OVER, NextAction, RequeuePolicy, RunLifecycle, decide, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
+from pretrain.run.decision import pending_step
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import SILENCE_S, RunFolder
@@ -41,7 +42,7 @@ def run(context: JobContext) -> int:
         # Submitted by hand, or requeued by an administrator after the run was over.
         append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[context.job])
     done = folder.done_step()
-    if done is not None and done >= spec.stop_step:
+    if done is not None and done >= spec.stop_step and pending_step(folder, spec.resume_step) is None:
         return carry_out(context, NextAction("over", f"finished at step {done}", "finished"))
     life = read_lifecycle(folder)
     if life.lost:

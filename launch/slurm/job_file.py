@@ -20,7 +20,8 @@ JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
 
 @dataclass(frozen=True)
 class JobFile:
-    """`sizes`: the numbers of nodes that the run may go on with, ascending; the last is launch.nodes."""
+    """`sizes`: the numbers of nodes that the run may go on with, ascending; the last is launch.nodes. `resume_step`: of
+    section `checkpoint`."""
 
     run_dir: str
     sizes: tuple[int, ...]
@@ -28,6 +29,7 @@ class JobFile:
     stop_before_s: float
     policy: RequeuePolicy
     watch: WatchPolicy
+    resume_step: int | None = None
 
     def write(self, job_dir: Path) -> None:
         value: dict[str, Any] = {
@@ -37,6 +39,7 @@ class JobFile:
             "stop_before_s": self.stop_before_s,
             "policy": asdict(self.policy),
             "watch": self.watch.to_json(),
+            "resume_step": self.resume_step,
         }
         write_json(job_dir / JOB_NAME, value)
 
@@ -53,6 +56,7 @@ class JobFile:
             value["stop_before_s"],
             RequeuePolicy(**value["policy"]),
             WatchPolicy.from_json(value["watch"]),
+            value.get("resume_step"),
         )
 
 
@@ -60,4 +64,5 @@ def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence
     """`run_dir` absolute: the batch step may start anywhere."""
     slurm = config.launch.slurm
     policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
-    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, make_watch_policy(config))
+    watch, resume_step = make_watch_policy(config), config.checkpoint.resume_step
+    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step)

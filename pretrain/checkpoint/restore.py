@@ -50,14 +50,14 @@ class Identity:
     tokenizer: dict[str, Any] | None
 
 
-def choose_checkpoints(section: Checkpoint, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
-    """Folders to try, best first; empty: the run starts at step 0. Reads manifests only. Rank 0.
+def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
+    """Folders to try, best first; empty: the run starts at step 0. Reads manifests only. Rank 0. `asked_step`: this one only.
 
     Raises ConfigError: the step asked for is missing or damaged, it is another model's checkpoint, or all are damaged.
     """
-    if section.resume_step is not None:
-        folder = step_folder(checkpoints, section.resume_step)
-        _require(folder, "checkpoint.resume_step", section.resume_step, identity)
+    if asked_step is not None:
+        folder = step_folder(checkpoints, asked_step)
+        _require(folder, "checkpoint.resume_step", asked_step, identity)
         return [folder]
     found = [folder for _, folder in complete_checkpoints(checkpoints)]
     whole = []

@@ -1,5 +1,7 @@
 """Returning a run to an earlier checkpoint. In: the run folder's events and checkpoints. Out: checkpoints to load. Rank 0.
 
+A run goes back when a step diverges (here), and when `checkpoint.resume_step` says so (pretrain/checkpoint/going_back.py).
+
 A rollback is its event, `rolled_back` {from_step, to_step, consumed_samples, …}: on the disk before anything else is done.
 From then on the run stands at `to_step` with `consumed_samples` behind it, the refused batch included. Every checkpoint
 saved since has consumed more, every one from before has not: so whatever a kill leaves undone is known, and done at the
@@ -11,8 +13,8 @@ Torch-free.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from configs.schema import Divergence
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.divergence import DivergencePolicy, RefusedStep, read_history
+from pretrain.run.decision import events_of
 from pretrain.run.events import EventKind
-from pretrain.run.files import iterate_lines, sync_folder
+from pretrain.run.files import sync_folder
 from pretrain.run.folder import RunFolder, complete_checkpoints
 from pretrain.run.record import read_rows
 
@@ -33,16 +36,23 @@ Announce = Callable[..., None]
 
 @dataclass(frozen=True)
 class Rollback:
-    """The target of the newest rollback: the step, and the number of samples that no later step reads again."""
+    """Where the run went back to last: the step, and the samples that no later step may read again.
+
+    `is_asked_for`: by `checkpoint.resume_step`, not after a refused step.
+    """
 
     to_step: int
     consumed_samples: int
+    is_asked_for: bool = False
 
 
 def newest_rollback(events: Iterable[dict[str, Any]]) -> Rollback | None:
-    """The newest rollback in the events; None: the run was never rolled back."""
-    found = [event for event in events if event.get("kind") == EventKind.ROLLED_BACK]
-    return Rollback(found[-1]["to_step"], found[-1]["consumed_samples"]) if found else None
+    """The newest return to an earlier checkpoint in the events; None: the run never went back."""
+    kinds = (EventKind.ROLLED_BACK, EventKind.WENT_BACK)
+    found = [event for event in events if event.get("kind") in kinds]
+    if not found:
+        return None
+    return Rollback(found[-1]["to_step"], found[-1]["consumed_samples"], found[-1]["kind"] == EventKind.WENT_BACK)
 
 
 def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback | None) -> list[Path]:
@@ -54,7 +64,7 @@ def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback 
     found = [(step, folder) for step, folder in complete_checkpoints(checkpoints) if step <= at_step]
     if not found:
         return []
-    again = before is not None and found[0][0] <= before.to_step
+    again = before is not None and not before.is_asked_for and found[0][0] <= before.to_step
     index = max(back - 1, 1) if again else back - 1
     return [folder for _, folder in found[min(index, len(found) - 1) :]]
 
@@ -76,7 +86,7 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
     """The divergence policy of a run whose newest step is the record's last row. Rank 0, after the record was cut."""
     rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
-    return DivergencePolicy(section, read_history(section, rows, _events(folder), consumed_samples))
+    return DivergencePolicy(section, read_history(section, rows, events_of(folder), consumed_samples))
 
 
 def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep, announce: Announce) -> list[Path]:
@@ -84,27 +94,25 @@ def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep,
 
     From the event on, the run stands there, whatever is killed when.
     """
-    before = newest_rollback(_events(folder))
+    before = newest_rollback(events_of(folder))
     folders = choose_targets(folder.checkpoints, refused.step - 1, section.rollback_checkpoints, before)
     if folders:
         rollback = Rollback(step_of(folders[0]), refused.samples)
         numbers = {"loss": refused.loss, "grad_norm": refused.grad_norm, "rule": refused.rule}
-        announce(EventKind.ROLLED_BACK, from_step=refused.step, **asdict(rollback), **numbers)
+        place = {"to_step": rollback.to_step, "consumed_samples": rollback.consumed_samples}
+        announce(EventKind.ROLLED_BACK, from_step=refused.step, **place, **numbers)
         set_newer_aside(folder.checkpoints, rollback, announce)
     return folders
 
 
 def finish_rollback(folder: RunFolder, announce: Announce) -> int:
     """At a start: do what a kill left undone of the newest rollback; the samples that no step may read again (0: none)."""
-    rollback = newest_rollback(_events(folder))
+    rollback = newest_rollback(events_of(folder))
     if rollback is None:
         return 0
-    set_newer_aside(folder.checkpoints, rollback, announce)
+    if not rollback.is_asked_for:
+        set_newer_aside(folder.checkpoints, rollback, announce)
     return rollback.consumed_samples
-
-
-def _events(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    return (row for _, row in iterate_lines(folder.events) if row is not None)
 
 
 def step_of(folder: Path) -> int:

@@ -29,10 +29,9 @@ MayGoOn = Callable[[str | None], Sequence[Problem]]
 class Attempt:
     """An attempt that holds its run folder: the only writer of the records. A context manager; leaving it frees the folder."""
 
-    def __init__(self, folder: RunFolder, number: int, lock: FolderLock, wandb_id: str) -> None:
+    def __init__(self, folder: RunFolder, number: int, lock: FolderLock) -> None:
         self.folder = folder
         self.number = number
-        self.wandb_id = wandb_id
         self._lock = lock
         self._closed = False
 
@@ -40,6 +39,11 @@ class Attempt:
     def own_dir(self) -> Path:
         """The folder of this attempt alone: its config, its command, the rows that it cut from the record."""
         return self.folder.launch_dir(self.number)
+
+    @property
+    def wandb_id(self) -> str:
+        """The id of the run's W&B run. Going back to an earlier checkpoint gives the run another one."""
+        return self.folder.wandb_id.read_text().strip()
 
     def event(self, kind: EventKind, **fields: Any) -> None:
         """Append one line to events.jsonl. Raises ConfigError when the disk refuses it."""
@@ -92,10 +96,12 @@ def open_attempt(
     provenance: Mapping[str, Any],
     environ: Mapping[str, str],
     may_go_on: MayGoOn = lambda _: (),
+    resume_step: int | None = None,
 ) -> Attempt:
-    """Take the folder and begin an attempt in it. Raises ConfigError: foreign, held, read-only or full folder, or `may_go_on`.
+    """Take the folder and begin an attempt in it. `resume_step`: checkpoint.resume_step of the config, which the event keeps.
 
-    Nothing of the run is changed before all of these passed: the config of a refused attempt never replaces the old one.
+    Raises ConfigError: the folder is foreign, held, read-only or full, or `may_go_on` has a problem. Nothing
+    of the run is changed before all of these passed: the config of a refused attempt never replaces the old one.
     """
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
@@ -104,7 +110,7 @@ def open_attempt(
             part.mkdir(parents=True, exist_ok=True)
         lock = acquire(folder)
         try:
-            return _open_held(folder, lock, config_yaml, provenance, environ, may_go_on)
+            return _open_held(folder, lock, config_yaml, provenance, environ, may_go_on, resume_step)
         except BaseException:
             lock.release()
             raise
@@ -119,6 +125,7 @@ def _open_held(
     provenance: Mapping[str, Any],
     environ: Mapping[str, str],
     may_go_on: MayGoOn,
+    resume_step: int | None,
 ) -> Attempt:
     before = folder.config.read_text() if folder.config.exists() else None
     if problems := list(may_go_on(before)):
@@ -139,9 +146,13 @@ def _open_held(
         write_atomically(path, text)
     # A run that is resumed is not finished: a crash from here on must not look like a finished run.
     folder.done.unlink(missing_ok=True)
-    attempt = Attempt(folder, number, lock, wandb_id)
+    attempt = Attempt(folder, number, lock)
     attempt.event(
-        EventKind.ATTEMPT, wandb_id=wandb_id, logs=environ.get("PHALANX_LOG_DIR"), slurm_job=environ.get("SLURM_JOB_ID")
+        EventKind.ATTEMPT,
+        wandb_id=wandb_id,
+        logs=environ.get("PHALANX_LOG_DIR"),
+        slurm_job=environ.get("SLURM_JOB_ID"),
+        resume_step=resume_step,
     )
     if torn_bytes:
         attempt.event(EventKind.EVENTS_MENDED, cut_bytes=torn_bytes)

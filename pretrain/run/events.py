@@ -44,6 +44,7 @@ class EventKind(StrEnum):
     # Steps that were not applied.
     SKIPPED_STEP = "skipped_step"
     ROLLED_BACK = "rolled_back"
+    WENT_BACK = "went_back"
     DIVERGED = "diverged"
     # What a supervisor sees of the ranks.
     HUNG = "hung"
@@ -108,9 +109,10 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         "An attempt has begun: rank 0 holds the run folder.",
         RANK_0,
         (
-            EventField("wandb_id", "string", "the id of the W&B run that all attempts share"),
+            EventField("wandb_id", "string", "the id of the W&B run when the attempt began"),
             EventField("logs", "string or null", "the log folder, where a launcher named one"),
             EventField("slurm_job", "string or null", "the Slurm job's number"),
+            EventField("resume_step", "integer or null, steps", "checkpoint.resume_step of its config", True),
         ),
     ),
     EventKind.EVENTS_MENDED: EventSpec("A crash had left an incomplete last line in events.jsonl.", RANK_0, (_CUT_BYTES,)),
@@ -183,7 +185,7 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         (_FOLDER, _WHY, _KEPT_AS),
     ),
     EventKind.CHECKPOINT_ROLLED_BACK: EventSpec(
-        "A rollback went to a step before this checkpoint, which was renamed.",
+        "The run went back to a step before this checkpoint, which was renamed.",
         RANK_0,
         (_FOLDER, _KEPT_AS),
     ),
@@ -200,6 +202,17 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             EventField("to_step", "integer, steps", "the step of the checkpoint"),
             EventField("consumed_samples", "integer, sequences", "samples that no later step reads again"),
             *_REFUSED,
+        ),
+    ),
+    EventKind.WENT_BACK: EventSpec(
+        "`checkpoint.resume_step` named an earlier checkpoint, and the run continues from there as another line.",
+        RANK_0,
+        (
+            EventField("from_step", "integer, steps", "the newest complete checkpoint of the line that was left"),
+            EventField("to_step", "integer, steps", "the step of the checkpoint that the run continues from"),
+            EventField("consumed_samples", "integer, sequences", "samples consumed at that checkpoint"),
+            EventField("checkpoints", "list of strings", "folders of the line that was left: they are set aside"),
+            EventField("wandb_id", "string", "the id of the W&B run of the new line"),
         ),
     ),
     EventKind.DIVERGED: EventSpec("A step was not applied, and the run ends.", RANK_0, _REFUSED_STEP),

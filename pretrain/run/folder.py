@@ -14,7 +14,7 @@ runs/NAME/
     checkpoints/       step_0000100/ …
     profile/           rank_0.trace.json and rank_0.memory.pickle, where metrics.profile asks for them
     wandb/             W&B's own files, and cursor.json
-    wandb_id           the id of the one W&B run that all attempts share
+    wandb_id           the id of the W&B run that all attempts share; another one after going back to an earlier checkpoint
     doctor/            0001/ …: what phalanx doctor found out here
     huggingface/       the newest checkpoint for transformers, where it was exported here (make demo)
     lock               which process trains here now

@@ -148,7 +148,9 @@ class Checkpoint:
     asynchronous: bool = key(True, "train on while the files are written")
     save_at_end: bool = key(True, "save after the last step, and when stopped")
     load: Optional[str] = key(None, "start from the weights of this checkpoint (warm start): fresh optimizer, step 0")
-    resume_step: Optional[int] = key(None, "resume from this step's checkpoint instead of the newest", low=1)
+    resume_step: Optional[int] = key(
+        None, "go back to this step's checkpoint, once: later ones are set aside, and a restart goes on from the new line", low=1
+    )
     allow_change: List[str] = key(
         factory=list, doc="keys or sections that may differ from the resumed attempt: [optimizer.lr, data]"
     )

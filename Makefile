@@ -1,6 +1,6 @@
 # make demo   from a fresh clone to a trained MoE on this machine's CPU, exported and writing text in transformers
 # make test   what a user runs before trusting it; make prove: the long campaigns
-# make lint   ruff and pyright
+# make lint   ruff and pyright; make docs: the documentation, as a site in site/
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +17,7 @@ SLURM := slurmctld slurmd slurm-client munge
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install slurm libaio demo data test prove lint clean
+.PHONY: install slurm libaio demo data test prove lint docs clean
 
 install: $(VENV)/installed
 
@@ -78,5 +78,10 @@ lint: install
 	$(BIN)/ruff format --check configs parallel pretrain launch tools tests setup.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Material prints a notice about another project on its first line; nothing of it is a warning of this build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf site $(VENV) build *.egg-info

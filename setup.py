@@ -17,9 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The console script is a package of its own name: folders named tools or configs in a user's project can't shadow it.
-    packages=[*OURS, "phalanx"],
-    package_dir={"phalanx": "tools/entry"},
+    # The console script is a package of its own name, which no folder of a project, and no clone of this one, shadows.
+    packages=[*OURS, "phalanx_command"],
+    package_dir={"phalanx_command": "tools/entry"},
     package_data={
         "": ["py.typed"],
         "configs": ["**/*.yaml", "*.json"],
@@ -45,7 +45,10 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft", "setuptools", "wheel"]
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"),
+            *("mkdocs-material", "setuptools", "wheel"),
+        ]
     },
-    entry_points={"console_scripts": ["phalanx=phalanx:main"]},
+    entry_points={"console_scripts": ["phalanx=phalanx_command:main"]},
 )

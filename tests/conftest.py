@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
-FIRST = ("slurm", "test_readme.py", "run")
+FIRST = ("slurm", "test_docs.py", "run")
 
 
 def first_part(nodeid: str) -> str:

@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_file_of_data(wheel: Path) -> None:
 
 def test_every_command_works_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     env = environment(installed)
-    where = shell("python -c 'import phalanx, tools.cli; print(tools.cli.__file__)'", tmp_path, env)
+    where = shell("python -c 'import phalanx_command, tools.cli; print(tools.cli.__file__)'", tmp_path, env)
     assert where.startswith(str(installed)), "the test must not find the checkout"
     assert shell("phalanx --version", tmp_path, env).splitlines()[0].split() == ["phalanx", __version__]
     shell("phalanx data tokenizer --corpus embedded --vocab-size 600 --max-mb 0.3 --out t.model", tmp_path, env)

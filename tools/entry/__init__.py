@@ -1,4 +1,4 @@
-"""The console script `phalanx`: installed as a package of that name, which no folder of a user's project shadows.
+"""The console script `phalanx`: installed as the package phalanx_command, a name that no folder of a project shadows.
 
 It has no import of ours at the top: the finder of configs/own_packages.py must stand first.
 """

@@ -1,0 +1,122 @@
+"""The parts of the documentation that the code itself knows: keys, rules, tables. In: nothing. Out: Markdown.
+
+`make docs` puts them where a page has `<!-- generate: NAME -->`, so that they can't go stale.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from configs.fields import Rule as KeyRule
+from configs.keys import Key, keys_of
+from configs.schema import Config
+from parallel.compat import index as compat_index
+from parallel.legality import zero_table
+from parallel.legality.rules import Rule
+from parallel.legality.verdict import NOTICE_RULES, PROBLEM_RULES
+from pretrain.run import events
+from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_CODE
+
+MARKER = re.compile(r"^<!-- generate: ([a-z ]+) -->$", re.MULTILINE)
+
+
+def fill(markdown: str) -> str:
+    """The page with every marker replaced. Raises KeyError for a name that is not in GENERATORS."""
+    return MARKER.sub(lambda match: GENERATORS[match[1]](), markdown)
+
+
+def config_reference() -> str:
+    """Every key of the schema with type, default, allowed values and meaning, a table for each section."""
+    return "\n\n".join(_section(Config, "", 2))
+
+
+def _section(section: type, prefix: str, level: int) -> Iterable[str]:
+    keys = keys_of(section, prefix)
+    plain = [(item, keys[item.name]) for item in fields(section) if keys[item.name].kind != "section"]
+    if plain:
+        rows = ["| Key | Type | Default | Meaning |", "|---|---|---|---|"]
+        rows += [_row(item, key) for item, key in plain]
+        yield "\n".join(rows)
+    for item in fields(section):
+        key = keys[item.name]
+        if key.kind == "section":
+            yield f"{'#' * min(level, 4)} `{key.path}`"
+            yield from _section(key.type, f"{key.path}.", level + 1)
+        elif key.kind == "list" and is_dataclass(key.type):
+            yield f"{'#' * min(level, 4)} Items of `{key.path}`"
+            yield from _section(key.type, f"{key.path}[].", level + 1)
+
+
+def _row(item: Field[Any], key: Key) -> str:
+    allowed = _allowed(item.metadata.get("rule"))
+    meaning = str(item.metadata.get("doc", ""))
+    meaning += f". Allowed: {allowed}" if allowed else ""
+    cells = (f"`{key.path}`", key.words, _default(item), meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _default(item: Field[Any]) -> str:
+    if item.default is not MISSING:
+        return "unset" if item.default is None else f"`{item.default}`".replace("True", "true").replace("False", "false")
+    if item.default_factory is MISSING:
+        return "required"
+    made = item.default_factory()
+    return f"`{made}`" if made else "empty"
+
+
+def _allowed(rule: KeyRule | None) -> str:
+    if rule is None:
+        return ""
+    if rule.choices:
+        return ", ".join(f"`{choice}`" for choice in rule.choices)
+    bounds = ((rule.low, "at least"), (rule.above, "more than"), (rule.high, "at most"))
+    return ", ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+
+
+def rules_reference() -> str:
+    """Each rule between keys, in the order in which `phalanx check` asks them."""
+    return _rules(PROBLEM_RULES)
+
+
+def notices_reference() -> str:
+    """Each remark on what is legal but worth knowing."""
+    return _rules(NOTICE_RULES)
+
+
+def _rules(rules: Iterable[Rule[Any]]) -> str:
+    rows = ["| Rule | What it says | Keys |", "|---|---|---|"]
+    for rule in rules:
+        text = " ".join((rule.check.__doc__ or "").split()).replace("|", "\\|")
+        rows.append(f"| `{rule.name}` | {text} | {', '.join(f'`{key}`' for key in rule.reads)} |")
+    return "\n".join(rows)
+
+
+def exit_codes() -> str:
+    """What commands and ranks return."""
+    meanings = {
+        EXIT_CODE["finished"]: "finished, or the command did what was asked",
+        EXIT_CODE["failed"]: "failed: something broke",
+        EXIT_BAD_INPUT: "bad input: a config, a file or an argument must change first",
+        EXIT_CODE[
+            "diverged"
+        ]: "diverged: the loss or the gradients stopped being finite, or the loss spiked as the config forbids",
+        EXIT_CODE["preempted"]: "preempted: saved; the same command goes on",
+        EXIT_CODE["stopped"]: "stopped by a person (Ctrl-C, `phalanx cancel`)",
+    }
+    return "\n".join(["| Exit code | Meaning |", "|---|---|", *(f"| {code} | {text} |" for code, text in meanings.items())])
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "config reference": config_reference,
+    "engine table": zero_table.markdown,
+    "rules": rules_reference,
+    "notices": notices_reference,
+    "events": events.markdown,
+    "library guards": compat_index.markdown,
+    "exit codes": exit_codes,
+}

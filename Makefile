@@ -74,8 +74,8 @@ prove: install slurm libaio
 	$(BIN)/python -m pytest -q -m prove --timeout 3600
 
 lint: install
-	$(BIN)/ruff check configs parallel pretrain launch tools tests setup.py
-	$(BIN)/ruff format --check configs parallel pretrain launch tools tests setup.py
+	$(BIN)/ruff check configs parallel pretrain launch tools tests docs setup.py
+	$(BIN)/ruff format --check configs parallel pretrain launch tools tests docs setup.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Material prints a notice about another project on its first line; nothing of it is a warning of this build.

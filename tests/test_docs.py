@@ -1,4 +1,4 @@
-"""README and docs are run: their commands in order, in a copy of the tree; links, cited paths and quoted errors lead somewhere."""
+"""README and docs are run: commands in a copy of the tree; links, cited paths and quoted errors lead somewhere."""
 
 from __future__ import annotations
 

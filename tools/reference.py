@@ -102,9 +102,7 @@ def exit_codes() -> str:
         EXIT_CODE["finished"]: "finished, or the command did what was asked",
         EXIT_CODE["failed"]: "failed: something broke",
         EXIT_BAD_INPUT: "bad input: a config, a file or an argument must change first",
-        EXIT_CODE[
-            "diverged"
-        ]: "diverged: the loss or the gradients stopped being finite, or the loss spiked as the config forbids",
+        EXIT_CODE["diverged"]: "diverged: loss or gradients are no longer finite, or the loss spiked as the config forbids",
         EXIT_CODE["preempted"]: "preempted: saved; the same command goes on",
         EXIT_CODE["stopped"]: "stopped by a person (Ctrl-C, `phalanx cancel`)",
     }

@@ -179,7 +179,7 @@ def export_model(
                 weight_map = {key: name for name, keys in sums.items() for key in keys}
                 total = sum(prod(entry.shape) * FLOATS[entry.dtype].itemsize for entry in entries)
                 write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            notes.extend(write_tokenizer(partial, folder, tokenizer, config["model_type"]))
+            notes.extend(write_tokenizer(partial, folder, tokenizer, config["model_type"], tokenizer_path is not None))
 
         finished = output.finish(share, complete)
         checkpoint.close()

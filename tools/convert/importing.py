@@ -10,7 +10,7 @@ Torch-free.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,7 @@ from tools.convert.tensors.dtypes import NAMES, RAW, Array, convert, widest
 from tools.convert.tensors.import_source import ImportSource, TensorReader, check_model, read_rows
 from tools.convert.tensors.row_mappings import RowMapping
 from tools.convert.tensors.weight_map import TensorPart, WeightMap, make_weight_map, width
-from tools.convert.tokenizer_files import COMPANIONS, KEPT
+from tools.convert.tokenizer_files import COMPANIONS, companion_files, copy_files, left_out_note
 
 FILE_BYTES = 2 << 30
 _SHOWN = 8
@@ -70,8 +70,11 @@ def open_huggingface(folder: Path) -> ImportSource:
         raise ConfigError(first_of(problems))
     if not weight_map.by_hf:
         raise ConfigError(Problem(str(folder), 0, "must hold tensors", "name a model's folder"))
-    heads = {name: [str(file), entry.dtype, entry.shape, entry.start] for name, (file, entry) in files.raw.items()}
+    # Real paths: shards of one conversion may name the folder in different ways.
+    places = {file: os.path.realpath(file) for file, _ in files.raw.values()}
+    heads = {name: [places[file], entry.dtype, entry.shape, entry.start] for name, (file, entry) in files.raw.items()}
     num_tensors = len(weight_map.hf_shapes) + len(files.factors)
+    notes += left_out_note(folder)
     return ImportSource(folder, family.name, model, files, weight_map, [config, heads], num_tensors, True, notes)
 
 
@@ -231,11 +234,7 @@ def _complete(
 ) -> None:
     """Write index.json, manifest.json, the folder's own config and tokenizer files, and last the COMPLETE marker."""
     if source.companions:
-        companions = partial / COMPANIONS
-        companions.mkdir(exist_ok=True)
-        for name in ("config.json", *KEPT):
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, companions / name)
+        copy_files(source.folder, [Path("config.json"), *companion_files(source.folder)], partial / COMPANIONS)
     model = source.model
     write_atomically(partial / "model.yaml", preset_yaml(model, f"{model.name}: {model.source}"))
     write_atomically(partial / "index.json", json.dumps(sums))

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -79,6 +80,7 @@ class OutputFolder:
         self.out, self.files, self.summed = out, files, summed
         self.partial = out.with_name(out.name + ".partial")
         self.force = force
+        self._descriptors: dict[str, int] = {}
         headers = [hashlib.sha256(file.header).hexdigest() for file in files]
         self.plan = hashlib.sha256(json.dumps([identity, headers], sort_keys=True, default=str).encode()).hexdigest()
         is_new = False
@@ -106,11 +108,28 @@ class OutputFolder:
                 begun = None
             if begun is None:
                 write_atomically(self.partial / "plan.json", json.dumps({"plan": self.plan}))
+            self._remove_abandoned()
         missing = sum(file.num_bytes for file in self.files if self.sums_of(file) is None)
         free = shutil.disk_usage(self.partial).free
         if missing > free:
             rule = f"the disk must have {missing / 2**30:.2f} GiB free, it has {free / 2**30:.2f} GiB"
             raise ConfigError(Problem("OUT", str(self.out), rule, "free some space, or name another folder"))
+
+    def _remove_abandoned(self) -> None:
+        """Delete temporary files that a killed process left. A living one holds a lock on its own."""
+        names = {file.name for file in self.files}
+        for path in self.partial.glob(".*.tmp"):
+            match = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+            if match is None or match[1] not in names:
+                continue
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(descriptor)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -146,6 +165,7 @@ class OutputFolder:
                     if number + 1 == len(mine):
                         _wait(sealing)
                 except OSError as error:
+                    self._discard_unsealed()
                     problem = storage_problem("OUT", self.partial / file.name, error)
                     fix = f"{problem.fix}; the same command then continues: complete files are kept in {self.partial}"
                     raise ConfigError(Problem(problem.path, problem.got, problem.rule, fix)) from error
@@ -160,6 +180,13 @@ class OutputFolder:
             raise ConfigError(storage_problem("OUT", self.partial, error)) from error
         return written
 
+    def _discard_unsealed(self) -> None:
+        """Delete files that are filled and won't be sealed, since sealing an earlier one failed."""
+        for file in self.files:
+            if (descriptor := self._descriptors.pop(file.name, None)) is not None:
+                self._beside(file).unlink(missing_ok=True)
+                os.close(descriptor)
+
     def _through(self, index: int, count: int) -> Path:
         """The marker file of a share that is written."""
         return self.partial / f"share_{index}_of_{count}.through"
@@ -172,7 +199,10 @@ class OutputFolder:
     ) -> dict[str, int]:
         """Fill the file under a temporary name. Returns CRC-32 by key."""
         beside, buffers = self._beside(file), threading.local()
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        # The file is locked until `_seal` has renamed it: an unlocked one counts as abandoned.
+        with self._locked():
+            descriptor = self._descriptors[file.name] = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
         def work(unit: WriteUnit) -> tuple[str, int]:
             total = 0
@@ -192,23 +222,22 @@ class OutputFolder:
             verify_pending()
         except BaseException:
             beside.unlink(missing_ok=True)
+            os.close(self._descriptors.pop(file.name))
             raise
-        finally:
-            os.close(descriptor)
         return sums
 
     def _seal(self, file: PlannedFile, sums: dict[str, int]) -> None:
         """Sync a filled file, give it its final name, and record its checksums."""
         beside = self._beside(file)
-        descriptor = os.open(beside, os.O_WRONLY)
+        descriptor = self._descriptors.pop(file.name)
         try:
             os.fsync(descriptor)
+            os.replace(beside, self.partial / file.name)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)
-        os.replace(beside, self.partial / file.name)
         sync_folder(self.partial)
         write_atomically(self.partial / f"{file.name}.done", json.dumps(sums))
 

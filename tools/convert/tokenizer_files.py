@@ -7,8 +7,11 @@ Torch-free.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,62 @@ from tools.data import embedded_corpus
 from tools.data.tokenizer_json import equal_tokenizer
 
 COMPANIONS = "huggingface"
-KEPT = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "special_tokens_map.json", "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja",
+GENERATION = "generation_config.json"
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "tekken.json", "spiece.model", "sentencepiece*.model",
+    "spm*.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
+"""Names of files that hold a vocabulary. A folder without any of them has no tokenizer."""
+KEPT = (
+    GENERATION, *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "merges.txt", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "tokenization_*.py",
+)  # fmt: skip
+"""Names of files that belong to a tokenizer or to generation. They are copied as they are; code among them is never run."""
+_BESIDE = (
+    GENERATION, "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+"""Names of files that belong to a tokenizer.json in the same folder, which may be a folder of data."""
+_LEFT_OUT = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.pdf")
+"""Names of files that need no note when they are not carried over."""
+_SHOWN = 8
 SENTENCEPIECE_CLASS, SENTENCEPIECE_FILE = "BertGenerationTokenizer", "spiece.model"
 """The class of transformers 4 and 5 that runs sentencepiece itself and adds no token to a text, and the file it reads."""
 WITHOUT_SLOW_TOKENIZER = ("glm4_moe", "mixtral", "mistral")
 """Values of model_type for which AutoTokenizer of transformers 5 ignores tokenizer_class."""
 NUM_SAMPLES, SAMPLE_BYTES = 60, 4000
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Paths, relative to `folder`, of its tokenizer and generation files, with the Python modules that these import."""
+    found = {path.relative_to(folder) for pattern in KEPT for path in folder.glob(pattern) if path.is_file()}
+    waiting = [path for path in found if path.suffix == ".py"]
+    while waiting:
+        text = (folder / waiting.pop()).read_text(encoding="utf-8", errors="replace")
+        for name in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, re.MULTILINE):
+            module = Path(f"{name}.py")
+            if module not in found and (folder / module).is_file():
+                found.add(module)
+                waiting.append(module)
+    return sorted(found)
+
+
+def left_out_note(folder: Path) -> list[str]:
+    """A note that names the files of a Hugging Face folder that an import does not carry over."""
+    kept = {path.parts[0] for path in companion_files(folder)}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in kept and not path.name.startswith(".")]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in others if not any(map(path.match, _LEFT_OUT))]
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"not carried over: {', '.join(names[:_SHOWN])}{more}; code of the folder is never run"]
+
+
+def copy_files(source: Path, names: Iterable[Path], target: Path) -> None:
+    """Copy files of `source` to the same relative places in `target`."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Tokenizer | None:
@@ -47,13 +97,14 @@ def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Token
         tokenizer = load_tokenizer(schema.Tokenizer(section.get("kind", "sentencepiece"), section["path"], section.get("eod")))
         _same(tokenizer, manifest, section["path"])
         return tokenizer
-    own = folder / COMPANIONS / "tokenizer.json"
-    if own.is_file():
-        try:
-            return load_tokenizer(schema.Tokenizer(kind="huggingface", path=str(own)))
-        except ConfigError:
-            # A tokenizer without an end-of-document token can't be used here. Its files are still copied.
-            return None
+    for name in ("tokenizer.json", "tokenizer.model", SENTENCEPIECE_FILE):
+        own = folder / COMPANIONS / name
+        if own.is_file():
+            try:
+                return load_tokenizer(section_for(str(own)))
+            except ConfigError:
+                # A tokenizer without an end-of-document token, or of another format, can't be used here. Its files are copied.
+                continue
     return None
 
 
@@ -67,20 +118,37 @@ def _same(tokenizer: Tokenizer, manifest: Manifest, path: str) -> None:
         raise ConfigError(Problem("--tokenizer", tokenizer.vocab_size, rule, "name the tokenizer that it was trained with"))
 
 
-def write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer | None, model_type: str) -> list[str]:
-    """Write the tokenizer's files into `folder`. Returns notes."""
+def write_tokenizer(
+    folder: Path, checkpoint: Path, tokenizer: Tokenizer | None, model_type: str, is_named: bool = False
+) -> list[str]:
+    """Write the tokenizer's files into `folder`. Returns notes.
+
+    The files that came with an import are copied, unless another tokenizer `is_named` by the user.
+    """
     companions = checkpoint / COMPANIONS
-    if companions.is_dir():
-        for name in KEPT:
-            if (companions / name).is_file():
-                shutil.copyfile(companions / name, folder / name)
+    names = companion_files(companions) if companions.is_dir() else []
+    has_own = any(name.match(pattern) for name in names for pattern in VOCABULARIES)
+    if has_own and not (is_named and tokenizer and not _is_among(tokenizer, companions)):
+        copy_files(companions, names, folder)
         return []
+    copy_files(companions, [name for name in names if name.name == GENERATION], folder)
     if tokenizer is None:
         return ["no tokenizer was found: add its files, or name it with --tokenizer PATH"]
+    notes = [f"the tokenizer that came with the import was left out: --tokenizer names {tokenizer.path}"] if has_own else []
+    return [*notes, *_write_loaded(folder, tokenizer, model_type)]
+
+
+def _is_among(tokenizer: Tokenizer, companions: Path) -> bool:
+    """Whether the tokenizer's own file came with the import."""
+    candidates = [companions / name for name in ("tokenizer.json", "tokenizer.model", SENTENCEPIECE_FILE)]
+    return any(hashlib.sha256(path.read_bytes()).hexdigest() == tokenizer.sha256 for path in candidates if path.is_file())
+
+
+def _write_loaded(folder: Path, tokenizer: Tokenizer, model_type: str) -> list[str]:
+    """The files of a tokenizer that is loaded. Returns notes."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        for name in KEPT:
-            if (Path(tokenizer.path).parent / name).is_file():
-                shutil.copyfile(Path(tokenizer.path).parent / name, folder / name)
+        place = Path(tokenizer.path).parent
+        copy_files(place, [Path(name) for name in _BESIDE if (place / name).is_file()], folder)
         # The file may have another name, and stand beside the tokenizer.json of another tokenizer.
         shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
         return _write_rest(folder, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -188,6 +189,34 @@ def test_a_killed_import_goes_on(hf: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not partial.exists() and not list((tmp_path / "checkpoint").glob(".*"))
     run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(hf, tmp_path / "out")
+
+
+def test_shares_that_name_the_folder_differently_are_one_conversion(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "FILE_BYTES", 20_000)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(hf)
+    assert not run_import(Path("hf"), Path("checkpoint"), share=WorkShare(0, 3))["finished"]
+    assert not run_import(hf, tmp_path / "checkpoint", share=WorkShare(1, 3))["finished"]
+    assert run_import(Path("link"), Path("../") / tmp_path.name / "checkpoint", share=WorkShare(2, 3))["finished"]
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(hf, tmp_path / "out")
+
+
+def test_temporary_files_of_killed_tries_go_and_those_of_living_ones_stay(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "FILE_BYTES", 20_000)
+    run_import(hf, tmp_path / "checkpoint", share=WorkShare(0, 3))
+    dead, living = (tmp_path / "checkpoint.partial" / f".part_0000{n}.safetensors.99999{n}.tmp" for n in (1, 2))
+    dead.write_bytes(bytes(1000))
+    with open(living, "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run_import(hf, tmp_path / "checkpoint", share=WorkShare(1, 3))
+        assert not dead.exists() and living.exists()
+    assert run_import(hf, tmp_path / "checkpoint", share=WorkShare(2, 3))["finished"]
+    assert not list((tmp_path / "checkpoint").glob(".*"))
 
 
 def test_a_partial_of_another_source_is_not_mixed(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

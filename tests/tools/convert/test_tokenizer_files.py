@@ -17,8 +17,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from transformers import AutoTokenizer, BertGenerationTokenizer
 
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.data.tokenizer import load_tokenizer, section_for
-from tools.convert.tokenizer_files import SENTENCEPIECE_CLASS, SENTENCEPIECE_FILE, WITHOUT_SLOW_TOKENIZER, write_tokenizer
+from tests.tools.convert.test_families import run_export, run_import
+from tests.tools.convert.tiny import make as make_model
+from tools.convert.tokenizer_files import (
+    SENTENCEPIECE_CLASS,
+    SENTENCEPIECE_FILE,
+    WITHOUT_SLOW_TOKENIZER,
+    find_tokenizer,
+    write_tokenizer,
+)
 from tools.data.embedded_corpus import documents
 from tools.data.train_tokenizer import _passages
 
@@ -82,6 +91,67 @@ def test_autotokenizer_gives_the_ids_of_sentencepiece(kind: str, passages: list[
         if has_json:
             ids = [tokenizer.encode(text) for text in TEXTS]
             assert [loaded.decode(each) for each in ids] == [tokenizer.decode(each) for each in ids]
+
+
+KIMI = {
+    "tiktoken.model": "IQ== 0\n", "vocab.txt": "a\nb\n", "special_tokens_map.json": "{}", "chat_template.jinja": "{{ 1 }}",
+    "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["tokenization_kimi.X", null]}}',
+    "tokenization_kimi.py": "from .tool_declaration import y\nraise SystemExit('run')\n", "tool_declaration.py": "y = 1\n",
+    "additional_chat_templates/tools.jinja": "{{ 2 }}",
+}  # fmt: skip
+LEFT_OUT = {"modeling_kimi.py": "raise SystemExit('run')\n", "README.md": "", "docs/a.md": "", "pytorch_model.bin": ""}
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_every_tokenizer_file_of_an_import_is_carried_over(tmp_path: Path) -> None:
+    make_model("kimi", tmp_path / "hf")
+    write(tmp_path / "hf", KIMI | LEFT_OUT)
+    notes = run_import(tmp_path / "hf", tmp_path / "checkpoint")["notes"]
+    assert notes == ["not carried over: docs/, modeling_kimi.py, pytorch_model.bin; code of the folder is never run"]
+    assert not run_export(tmp_path / "checkpoint", tmp_path / "out")["notes"]
+    for name, text in KIMI.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert not any((tmp_path / "out" / name).exists() for name in LEFT_OUT)
+
+
+def test_a_named_tokenizer_is_exported_with_an_import_that_has_none(folder: Path, tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path / "hf", vocab_size=704)
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    notes = run_export(tmp_path / "checkpoint", tmp_path / "without")["notes"]
+    assert notes == ["no tokenizer was found: add its files, or name it with --tokenizer PATH"]
+    assert not run_export(tmp_path / "checkpoint", tmp_path / "with", tokenizer_path=str(folder / "tok.model"))["notes"]
+    tokenizer = load_tokenizer(section_for(str(folder / "tok.model")))
+    assert AutoTokenizer.from_pretrained(tmp_path / "with")(TEXTS[-1])["input_ids"] == tokenizer.encode(TEXTS[-1])
+    # An import's own generation settings stay.
+    assert (tmp_path / "with" / "generation_config.json").read_bytes() == (
+        tmp_path / "hf" / "generation_config.json"
+    ).read_bytes()
+
+
+def test_a_named_tokenizer_replaces_one_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path / "hf", vocab_size=704)
+    write(tmp_path / "hf", {"tiktoken.model": "IQ== 0\n"})
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    (note,) = run_export(tmp_path / "checkpoint", tmp_path / "out", tokenizer_path=str(folder / "tok.model"))["notes"]
+    assert "the tokenizer that came with the import was left out" in note
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "tiktoken.model").exists()
+
+
+def test_a_tokenizer_model_that_came_with_an_import_is_used(folder: Path, tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "hf", vocab_size=704)
+    write(tmp_path / "hf", {})
+    (tmp_path / "hf" / "tokenizer.model").write_bytes((folder / "tok.model").read_bytes())
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    checkpoint = tmp_path / "checkpoint"
+    found = find_tokenizer(read_manifest(checkpoint), checkpoint, None)
+    assert found is not None and found.encode(TEXTS[-1]) == load_tokenizer(section_for(str(folder / "tok.model"))).encode(
+        TEXTS[-1]
+    )
 
 
 def test_a_tokenizer_json_of_another_name_is_the_one_exported(tmp_path: Path) -> None:

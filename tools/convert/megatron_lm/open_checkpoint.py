@@ -9,6 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def open_megatron(folder: Path, preset: str | None) -> ImportSource:
         raise ConfigError(problems)
     if any(name.startswith(_NOT_WEIGHTS) for name in files.tensors):
         notes.append("the optimizer state was not imported: a run that starts from this import has a fresh optimizer")
-    identity = [str(name) for name in files.tensors] + [str(stored) for stored in files.tensors.values()]
+    # The real path: shards of one conversion may name the folder in different ways.
+    identity = [os.path.realpath(place), *map(str, files.tensors), *map(str, files.tensors.values())]
     return ImportSource(place, "megatron-lm", model, files, weight_map, identity, len(weight_map.hf_shapes), False, notes)
 
 

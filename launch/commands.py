@@ -79,6 +79,8 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
         raise ConfigError(problems)
     for notice in found.notices:
         print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
+    if found.resume is not None and found.resume.set_aside:
+        print(f"note: checkpoint.resume_step: {found.resume.describe()}", file=sys.stderr)
     return _start_slurm(loaded, options) if on_slurm else _start_local(config, source, overrides, options)
 
 

@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     else:
         _print(args.config, config, layout, problems, notices)
         if resume and not problems:
-            print(f"resume   from step {resume.step:,}, written by {resume.written_by}: {resume.exactness}")
+            print(f"resume   {resume.describe()}")
     if args.draw and config and layout:
         print("\n".join(drawing(config, layout)), file=sys.stderr if args.json else sys.stdout)
     return 2 if problems or (args.strict and notices) else 0

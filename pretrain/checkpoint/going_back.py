@@ -49,7 +49,8 @@ def check_target(folder: RunFolder, step: int) -> list[Problem]:
         fix = f"complete ones beside it: steps {steps}"
         if aside := sorted(path.name for path in folder.checkpoints.glob(f"{target.name}.{ASIDE}*")):
             fix += f"; the run went back behind {', '.join(aside)}"
-        return [Problem("checkpoint.resume_step", step, f"must be a complete checkpoint: {damage}", fix)]
+        why = str(damage) if target.exists() else "there is none of this step"
+        return [Problem("checkpoint.resume_step", step, f"must be a complete checkpoint: {why}", fix)]
     return []
 
 

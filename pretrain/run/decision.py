@@ -17,7 +17,9 @@ from pretrain.run.folder import RunFolder
 
 
 def events_of(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The whole rows of events.jsonl, oldest first."""
+    """The whole rows of events.jsonl, oldest first; none where the file is not there yet."""
+    if not folder.events.exists():
+        return iter(())
     return (row for _, row in iterate_lines(folder.events) if row is not None)
 
 

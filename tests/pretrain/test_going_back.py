@@ -13,6 +13,7 @@ from configs.schema import BlendPart
 from pretrain.run.files import iterate_lines
 from tests.pretrain.test_train import attempt, events, losses, outcome, rows
 from tests.pretrain.world import small_config
+from tests.wandb_read import offline_rows
 
 LINE = ("checkpoint.resume_step=2", "optimizer.lr=0.01", "checkpoint.allow_change=[optimizer]")
 
@@ -123,6 +124,19 @@ def test_a_step_that_is_not_there_changes_nothing(config: Path, run_dir: Path, c
     assert attempt(config, run_dir, "checkpoint.resume_step=3", "run.steps=8", world=1) == [2]
     assert "complete ones beside it: steps 6, 4, 2" in capfd.readouterr().err
     assert (run_dir / "events.jsonl").read_text() == text and (run_dir / "DONE").exists()
+
+
+@pytest.mark.prove
+def test_wandb_gets_a_run_of_its_own(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B can't take rows back: the left line's run keeps its rows, the new one has the rows of the record."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir, sinks = tmp_path / "run", "metrics.sinks=[jsonl, wandb]"
+    assert attempt(config, run_dir, sinks, world=1) == [0]
+    left, before = (run_dir / "wandb_id").read_text().strip(), losses(run_dir)
+    assert attempt(config, run_dir, *LINE, sinks, "run.steps=5", world=1) == [0]
+    kept, new = (offline_rows(run_dir, name) for name in (left, (run_dir / "wandb_id").read_text().strip()))
+    assert {int(row["step"]): float(row["loss"]) for row in kept} == pytest.approx(before)
+    assert {int(row["step"]): float(row["loss"]) for row in new} == pytest.approx(losses(run_dir))
 
 
 def test_damage_is_found_before_anything_is_set_aside(config: Path, run_dir: Path) -> None:

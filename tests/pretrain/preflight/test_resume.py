@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from configs.schema import Config
 from parallel.layout import make_layout
 from pretrain.checkpoint.allowed_changes import architecture
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.preflight.resume import BIT_EQUAL, ONE_ULP, REHEARSED, find_resume_point
-from pretrain.run.folder import COMPLETE
+from pretrain.preflight.resume import BIT_EQUAL, ONE_ULP, OTHER_RUN, REHEARSED, ResumePoint, find_resume_point
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
+from pretrain.run.folder import COMPLETE, folder_of
 
 VOCAB = 500
 
@@ -49,6 +52,83 @@ def test_each_change_of_layout_has_its_promise(config: Config) -> None:
     assert exactness(config) == ONE_ULP
     config.parallel.tensor = 2
     assert exactness(config) == REHEARSED
+
+
+def write_checkpoint(config: Config, step: int) -> None:
+    """A checkpoint as a run with this config would have saved it."""
+    folder = folder_of(config).checkpoints / f"step_{step:07d}"
+    folder.mkdir(parents=True)
+    data = {"seq_length_tokens": config.batch.seq_length_tokens, "train": [{"name": "train", "weight": 1.0}]}
+    degrees, model = make_layout(config).degrees(), architecture(config.model, VOCAB)
+    manifest = Manifest(
+        1, step, 8 * step, 1024 * step, step, None, "megatron", 1, degrees, model, VOCAB, None, data, asdict(config), ("weight",),
+        {}, {}, 4,
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.as_json())
+    (folder / COMPLETE).touch()
+
+
+def point_of(config: Config) -> tuple[ResumePoint, list[str]]:
+    point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
+    assert point is not None and not problems, problems
+    return point, [notice.text for notice in notices]
+
+
+def test_what_changes_what_is_learned_is_no_bit_for_bit(config: Config) -> None:
+    write_checkpoint(config, 8)
+    config.checkpoint.allow_change = ["optimizer", "data", "batch"]
+    assert point_of(config)[0].exactness == BIT_EQUAL
+    config.optimizer.lr *= 2
+    assert point_of(config)[0].exactness == f"{OTHER_RUN}: optimizer.lr"
+    config.optimizer.lr /= 2
+    config.data.train[0].weight = 3.0
+    assert point_of(config)[0].exactness == f"{OTHER_RUN}: data.train"
+    config.data.train[0].weight = 1.0
+    config.batch.micro_batch_seqs = 2
+    text = "the sequences that aux_loss balances at once (4 -> 2)"
+    assert point_of(config)[0].exactness == f"{OTHER_RUN}: {text}"
+    config.batch.micro_batch_seqs = 4
+    config.batch.seq_length_tokens = 64
+    point, (notice,) = point_of(config)
+    assert point.exactness == f"{OTHER_RUN}: batch.seq_length_tokens"
+    assert "was 128 in the checkpoint: the documents are cut into other samples" in notice
+
+
+def test_another_cut_of_a_loss_that_does_not_depend_on_it(config: Config) -> None:
+    config.model.moe.router.balance = "seq_aux_loss"
+    (folder_of(config).path / "config.yaml").write_text(to_yaml(config))
+    write_checkpoint(config, 8)
+    assert point_of(config)[0].exactness == BIT_EQUAL
+    config.batch.micro_batch_seqs = 2
+    assert point_of(config)[0].exactness == REHEARSED
+
+
+def test_going_back_says_what_will_happen(config: Config) -> None:
+    for step in (8, 9):
+        write_checkpoint(config, step)
+    config.checkpoint.resume_step = 8
+    point, notices = point_of(config)
+    assert (point.step, point.set_aside, notices) == (8, (9,), [])
+    assert point.describe().endswith("The run goes back: its checkpoints of steps 9 are set aside as .rolled_back")
+    config.checkpoint.resume_step = 5
+    _, (problem,), _ = find_resume_point(config, make_layout(config), VOCAB)
+    assert (problem.path, problem.got) == ("checkpoint.resume_step", 5) and "steps 9, 8, 7" in problem.fix
+    folder = folder_of(config)
+    for kind, fields in (
+        (EventKind.ATTEMPT, {"wandb_id": "", "logs": None, "slurm_job": None, "resume_step": 8}),
+        (EventKind.WENT_BACK, {"from_step": 9, "to_step": 8, "consumed_samples": 64, "checkpoints": [], "wandb_id": "x"}),
+    ):
+        append_event(folder, 2, kind, **fields)
+    config.checkpoint.resume_step = 8
+    point, (notice,) = point_of(config)
+    assert (point.step, point.set_aside) == (9, ())
+    assert "went back to step 8 before, and goes on from its newest checkpoint since then, step 9" in notice
+
+
+def test_a_step_to_go_back_to_in_a_new_folder_is_refused(config: Config, tmp_path: Path) -> None:
+    config.run.dir, config.checkpoint.resume_step = str(tmp_path / "new"), 3
+    _, (problem,), _ = find_resume_point(config, make_layout(config), VOCAB)
+    assert problem.path == "checkpoint.resume_step" and "steps none" in problem.fix
 
 
 def test_what_the_ranks_would_refuse_is_said_before(config: Config) -> None:

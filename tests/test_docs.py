@@ -116,11 +116,3 @@ def test_yaml_examples_are_configs(path: Path, tmp_path: Path) -> None:
         (tmp_path / f"example_{number}.yaml").write_text(example)
         config = load_config(str(tmp_path / f"example_{number}.yaml")).config
         assert not check_config(config).problems
-
-
-def test_troubleshooting_quotes_texts_that_exist() -> None:
-    """The words between quotes stand in the source: a text that changes must be changed on the page too."""
-    source = " ".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-    page = PAGES[ROOT / "docs" / "troubleshooting.md"]
-    quoted = [text for row in re.findall(r"^\| (\".*?) \|", page, re.MULTILINE) for text in re.findall(r'"([^"]+)"', row)]
-    assert len(quoted) > 8 and not [text for text in quoted if text not in source]

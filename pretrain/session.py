@@ -29,7 +29,7 @@ from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_check
 from pretrain.checkpoint.rollback import finish_rollback
 from pretrain.checkpoint.write import remove_leftovers
 from pretrain.data.streams import data_identity
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer, vocab_size
+from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 from pretrain.ending import AttemptEnding, TrainingEnd
 from pretrain.metrics.summary import make_summary, summary
 from pretrain.metrics.wandb_sink import wandb_place
@@ -48,7 +48,7 @@ class RunContext:
     loaded: Loaded
     runtime: Runtime
     folder: RunFolder
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     # The vocabulary of the model, not padded.
     vocab_size: int
     # The last step of the run.

@@ -30,7 +30,7 @@ from pretrain.run.files import read_json
 from pretrain.run.folder import COMPLETE
 
 FORMAT = 1
-_KEY = re.compile(r"^(?P<kind>\w+):(?P<name>[^\[]+)\[(?P<box>[^\]]*)\](?:\((?P<start>\d+):(?P<stop>\d+)\))?$")
+_KEY = re.compile(r"^(?P<kind>\w+):(?P<name>[^\[]+)\[(?P<slice>[^\]]*)\](?:\((?P<start>\d+):(?P<stop>\d+)\))?$")
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def identity_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A slice in a file: the flat range [start, stop) of `box` of tensor `name`."""
+    """A slice in a file: the flat range [start, stop) of `tensor_slice` of tensor `name`."""
 
     kind: str
     name: str
-    box: TensorSlice
+    tensor_slice: TensorSlice
     start: int
     stop: int
     file: str
@@ -83,25 +83,25 @@ class StoredSlice:
 
     @property
     def key(self) -> str:
-        return piece_key(self.kind, self.name, self.box, self.start, self.stop)
+        return slice_key(self.kind, self.name, self.tensor_slice, self.start, self.stop)
 
 
-def piece_key(kind: str, name: str, box: TensorSlice, start: int, stop: int) -> str:
+def slice_key(kind: str, name: str, slice_: TensorSlice, start: int, stop: int) -> str:
     """The name of a slice inside a file."""
-    spans = ",".join(f"{low}:{low + size}" for low, size in zip(box.offset, box.shape, strict=True))
-    part = "" if (start, stop) == (0, box.size) else f"({start}:{stop})"
+    spans = ",".join(f"{low}:{low + size}" for low, size in zip(slice_.offset, slice_.shape, strict=True))
+    part = "" if (start, stop) == (0, slice_.size) else f"({start}:{stop})"
     return f"{kind}:{name}[{spans}]{part}"
 
 
 def parse_key(key: str) -> tuple[str, str, TensorSlice, int, int]:
-    """(kind, name, box, start, stop) of a slice. Raises DamagedFile for other keys."""
+    """(kind, name, slice, start, stop) of a slice. Raises DamagedFile for other keys."""
     match = _KEY.match(key)
     if not match:
         raise DamagedFile(f"{key!r} does not name a slice of a tensor")
-    spans = [tuple(int(edge) for edge in span.split(":")) for span in match["box"].split(",") if span]
-    box = TensorSlice(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
-    start, stop = (int(match["start"]), int(match["stop"])) if match["start"] else (0, box.size)
-    return match["kind"], match["name"], box, start, stop
+    spans = [tuple(int(edge) for edge in span.split(":")) for span in match["slice"].split(",") if span]
+    slice_ = TensorSlice(tuple(low for low, _ in spans), tuple(high - low for low, high in spans))
+    start, stop = (int(match["start"]), int(match["stop"])) if match["start"] else (0, slice_.size)
+    return match["kind"], match["name"], slice_, start, stop
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -131,8 +131,8 @@ def read_index(folder: Path) -> Iterator[StoredSlice]:
         raise DamagedFile(f"{folder}/index.json is missing or no JSON")
     for file, sums in value.items():
         for key, crc32 in sums.items():
-            kind, name, box, start, stop = parse_key(key)
-            yield StoredSlice(kind, name, box, start, stop, file, crc32)
+            kind, name, slice_, start, stop = parse_key(key)
+            yield StoredSlice(kind, name, slice_, start, stop, file, crc32)
 
 
 def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:

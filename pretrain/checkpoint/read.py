@@ -1,6 +1,6 @@
 """Reading a checkpoint into any layout: what a rank holds is filled from the slices that overlap it.
 
-In: a folder. Out: numbers written into the tensors of `Piece`s. No process group is needed; every rank reads by itself.
+In: a folder. Out: numbers written into the tensors of `StateSlice`s. No process group is needed; every rank reads by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.manifest import Manifest, StoredSlice, piece_key, read_index, read_manifest
+from pretrain.checkpoint.manifest import Manifest, StoredSlice, read_index, read_manifest, slice_key
 from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_bytes, read_header
-from pretrain.engine.base import Piece
+from pretrain.engine.base import StateSlice
 from pretrain.model.tensor_slice import TensorSlice, split_range
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
@@ -21,10 +21,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(frozen=True)
 class _Part:
-    """A rectangular, contiguous part of a stored slice: `box` at element `position` of the slice."""
+    """A rectangular, contiguous part of a stored slice: `tensor_slice` at element `position` of the slice."""
 
     stored: StoredSlice
-    box: TensorSlice
+    tensor_slice: TensorSlice
     position: int
 
 
@@ -44,14 +44,19 @@ class CheckpointReader:
     def has(self, kind: str) -> bool:
         return kind in self.manifest.kinds
 
-    def fill(self, pieces: Iterable[Piece]) -> None:
-        """Write every piece's `data` in place. Raises DamagedFile, also when the checkpoint lacks part of a piece."""
-        for piece in pieces:
-            stored = self._exact.get(piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop))
+    def fill(self, state_slices: Iterable[StateSlice]) -> None:
+        """Write the `data` of every state slice in place.
+
+        Raises DamagedFile: a file is damaged, or the checkpoint lacks a part of a state slice.
+        """
+        for state_slice in state_slices:
+            stored = self._exact.get(
+                slice_key(state_slice.kind, state_slice.name, state_slice.tensor_slice, state_slice.start, state_slice.stop)
+            )
             if stored is not None:
-                piece.data.copy_(self.read(stored))
+                state_slice.data.copy_(self.read(stored))
             else:
-                self._assemble(piece)
+                self._assemble(state_slice)
 
     def read(self, stored: StoredSlice) -> torch.Tensor:
         """One slice, 1-D, checked against its sum."""
@@ -64,16 +69,18 @@ class CheckpointReader:
         raw = read_bytes(self.folder / stored.file, entry, stored.crc32)
         return torch.from_numpy(raw).view(DTYPES[entry.dtype])
 
-    def _assemble(self, piece: Piece) -> None:
+    def _assemble(self, state_slice: StateSlice) -> None:
         """Fill from slices of another layout."""
         filled = 0
-        for stored in self._by_tensor.get((piece.kind, piece.name), []):
-            if stored.box.overlap(piece.box) is None:
+        for stored in self._by_tensor.get((state_slice.kind, state_slice.name), []):
+            if stored.tensor_slice.overlap(state_slice.tensor_slice) is None:
                 continue
             data = None
-            for position, wanted in split_range(piece.box, piece.start, piece.stop):
-                target = piece.data[position - piece.start : position - piece.start + wanted.size].view(wanted.shape)
-                for at, held in split_range(stored.box, stored.start, stored.stop):
+            for position, wanted in split_range(state_slice.tensor_slice, state_slice.start, state_slice.stop):
+                target = state_slice.data[position - state_slice.start : position - state_slice.start + wanted.size].view(
+                    wanted.shape
+                )
+                for at, held in split_range(stored.tensor_slice, stored.start, stored.stop):
                     common = held.overlap(wanted)
                     if common is None:
                         continue
@@ -81,8 +88,8 @@ class CheckpointReader:
                     source = data[at - stored.start : at - stored.start + held.size].view(held.shape)
                     target[common.slices_of(wanted)] = source[common.slices_of(held)].to(target.dtype)
                     filled += common.size
-        if filled != piece.stop - piece.start:
+        if filled != state_slice.stop - state_slice.start:
             raise DamagedFile(
-                f"{self.folder} holds {filled} of the {piece.stop - piece.start} elements of "
-                f"{piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop)}"
+                f"{self.folder} holds {filled} of the {state_slice.stop - state_slice.start} elements of "
+                f"{slice_key(state_slice.kind, state_slice.name, state_slice.tensor_slice, state_slice.start, state_slice.stop)}"
             )

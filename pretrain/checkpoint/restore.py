@@ -24,7 +24,7 @@ from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.engine.base import MOMENTS, Engine, Piece
+from pretrain.engine.base import MOMENTS, Engine, StateSlice
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.events import EventKind
@@ -115,7 +115,7 @@ def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Anno
         try:
             reader = CheckpointReader(folder)
             with_optimizer = all(reader.has(kind) for kind in MOMENTS)
-            reader.fill(engine.held(with_optimizer))
+            reader.fill(engine.local_state(with_optimizer))
             states = read_random_state(reader)
             damage = None
         except DamagedFile as raised:
@@ -139,7 +139,7 @@ def warm_start(folder: Path, engine: Engine) -> None:
     """Weights only: the optimizer starts afresh. Collective. Raises ConfigError when the checkpoint is damaged."""
     damage = None
     try:
-        CheckpointReader(folder).fill(engine.held(with_optimizer=False))
+        CheckpointReader(folder).fill(engine.local_state(with_optimizer=False))
     except DamagedFile as raised:
         damage = raised
     if worst := _worst_damage(damage):
@@ -173,13 +173,13 @@ def random_state() -> dict[str, torch.Tensor]:
     return states
 
 
-def random_pieces(rank: int) -> list[Piece]:
+def random_state_slices(rank: int) -> list[StateSlice]:
     """The random state as slices of a checkpoint."""
-    pieces = []
+    state_slices = []
     for name, state in random_state().items():
-        box = TensorSlice((0,), (state.numel(),))
-        pieces.append(Piece("rng", f"rank_{rank:05d}/{name}", box.shape, box, 0, box.size, state))
-    return pieces
+        slice_ = TensorSlice((0,), (state.numel(),))
+        state_slices.append(StateSlice("rng", f"rank_{rank:05d}/{name}", slice_.shape, slice_, 0, slice_.size, state))
+    return state_slices
 
 
 def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
@@ -192,9 +192,9 @@ def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | Non
         return None
     if any(written.layout.get(axis, degree) != degree for axis, degree in current_degrees().items()):
         return None
-    pieces = random_pieces(dist.get_rank())
-    reader.fill(pieces)
-    return {piece.name.split("/", 1)[1]: piece.data for piece in pieces}
+    state_slices = random_state_slices(dist.get_rank())
+    reader.fill(state_slices)
+    return {state_slice.name.split("/", 1)[1]: state_slice.data for state_slice in state_slices}
 
 
 def set_random_state(states: dict[str, torch.Tensor] | None) -> None:

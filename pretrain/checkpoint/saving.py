@@ -18,10 +18,10 @@ from configs.schema import Config
 from parallel.layout import Layout
 from parallel.runtime import Runtime
 from pretrain.checkpoint.manifest import FORMAT, Manifest
-from pretrain.checkpoint.restore import Identity, TrainingPosition, random_pieces
+from pretrain.checkpoint.restore import Identity, TrainingPosition, random_state_slices
 from pretrain.checkpoint.rollback import drop_passed, step_of
 from pretrain.checkpoint.write import CheckpointWriter, prune
-from pretrain.engine.base import MOMENTS, WEIGHT, Engine, Piece
+from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StateSlice
 from pretrain.run.events import EventKind
 
 
@@ -80,7 +80,7 @@ class Saver:
         self._section = common.config.checkpoint
         self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
         # Adam's moments come with the first step: each is as large as the weights.
-        weights = sum(piece.data.nbytes for piece in engine.owned() if piece.kind == WEIGHT)
+        weights = sum(state_slice.data.nbytes for state_slice in engine.owned_state() if state_slice.kind == WEIGHT)
         self.writer.reserve((1 + len(MOMENTS)) * weights)
         self.last_step = -1
         self._began_s = 0.0
@@ -102,8 +102,10 @@ class Saver:
         self.settle()
         self._began_s = time.monotonic()
         self._before_save()
-        pieces = [*self._engine.owned(), *random_pieces(self._runtime.rank)]
-        self.writer.start(self._common.manifest(position, self._engine, self._tensors(pieces), self._runtime.world_size), pieces)
+        state_slices = [*self._engine.owned_state(), *random_state_slices(self._runtime.rank)]
+        self.writer.start(
+            self._common.manifest(position, self._engine, self._tensors(state_slices), self._runtime.world_size), state_slices
+        )
         self.last_step = position.step
         if not self.writer.asynchronous:
             self.settle()
@@ -115,9 +117,9 @@ class Saver:
             if self._runtime.rank == 0:
                 self._published(folder, self.error)
 
-    def _tensors(self, pieces: list[Piece]) -> dict[str, list[int]]:
+    def _tensors(self, state_slices: list[StateSlice]) -> dict[str, list[int]]:
         """Shapes of all weights by name, on rank 0; elsewhere empty."""
-        mine = {piece.name: list(piece.global_shape) for piece in pieces if piece.kind == WEIGHT}
+        mine = {state_slice.name: list(state_slice.global_shape) for state_slice in state_slices if state_slice.kind == WEIGHT}
         gathered: list[Any] | None = [None] * self._runtime.world_size if self._runtime.rank == 0 else None
         dist.gather_object(mine, gathered, dst=0)
         return {name: shape for part in gathered or [] for name, shape in part.items()}

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from pretrain.checkpoint.manifest import Manifest, piece_key
+from pretrain.checkpoint.manifest import Manifest, slice_key
 from pretrain.checkpoint.tensor_file import Written, write_tensor_file
-from pretrain.engine.base import Piece
+from pretrain.engine.base import StateSlice
 from pretrain.run.files import sync_folder, write_atomically
 from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder
 
@@ -71,7 +71,7 @@ class CheckpointWriter:
             self._touch = threading.Thread(target=self._buffer.fill, args=(0,), name="reserve", daemon=True)
             self._touch.start()
 
-    def start(self, manifest: Manifest, pieces: Sequence[Piece]) -> None:
+    def start(self, manifest: Manifest, state_slices: Sequence[StateSlice]) -> None:
         """Begin to save; with asynchronous=False the files are written when this returns. Needs no save under way."""
         assert self._save is None, "finish the save before"
         partial = step_folder(self.checkpoints, manifest.step).with_suffix(".partial")
@@ -91,30 +91,33 @@ class CheckpointWriter:
         if made.item():
             save.error = error or OSError("rank 0 could not make the folder")
             return
-        heads = [(_key(piece), DTYPE_NAMES[piece.data.dtype], (piece.stop - piece.start,)) for piece in pieces]
+        heads = [
+            (_key(state_slice), DTYPE_NAMES[state_slice.data.dtype], (state_slice.stop - state_slice.start,))
+            for state_slice in state_slices
+        ]
         path = partial / f"rank_{self.rank:05d}.safetensors"
         if not heads:
             save.written = Written(0, {})
         elif self.asynchronous:
-            values = self._snapshot(pieces)
+            values = self._snapshot(state_slices)
             save.thread = threading.Thread(target=self._write, args=(save, path, heads, values), name="checkpoint", daemon=True)
             save.thread.start()
         else:
-            self._write(save, path, heads, (_bytes(piece.data) for piece in pieces))
+            self._write(save, path, heads, (_bytes(state_slice.data) for state_slice in state_slices))
 
-    def _snapshot(self, pieces: Sequence[Piece]) -> list[NDArray[np.uint8]]:
+    def _snapshot(self, state_slices: Sequence[StateSlice]) -> list[NDArray[np.uint8]]:
         """Copies in one host buffer that is kept from save to save."""
-        sizes = [piece.data.numel() * piece.data.element_size() for piece in pieces]
+        sizes = [state_slice.data.numel() * state_slice.data.element_size() for state_slice in state_slices]
         self.reserve(sum(sizes))
         if self._touch is not None:
             self._touch.join()
         copies, position = [], 0
-        for piece, size in zip(pieces, sizes, strict=True):
+        for state_slice, size in zip(state_slices, sizes, strict=True):
             target = self._buffer[position : position + size]
-            torch.from_numpy(target).copy_(piece.data.detach().view(torch.uint8), non_blocking=True)
+            torch.from_numpy(target).copy_(state_slice.data.detach().view(torch.uint8), non_blocking=True)
             copies.append(target)
             position += size
-        if pieces and pieces[0].data.is_cuda:
+        if state_slices and state_slices[0].data.is_cuda:
             torch.cuda.synchronize()
         return copies
 
@@ -174,8 +177,8 @@ class CheckpointWriter:
             shutil.rmtree(replaced)
 
 
-def _key(piece: Piece) -> str:
-    return piece_key(piece.kind, piece.name, piece.box, piece.start, piece.stop)
+def _key(state_slice: StateSlice) -> str:
+    return slice_key(state_slice.kind, state_slice.name, state_slice.tensor_slice, state_slice.start, state_slice.stop)
 
 
 def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

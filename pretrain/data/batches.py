@@ -1,4 +1,4 @@
-"""Samples to the tensors of one rank's step. In: a stream and where the step stands. Out: `MicroBatch`es, prepared ahead.
+"""The tensors of one rank's step. In: a stream of samples and the step's first sample. Out: `MicroBatch`es, prepared ahead.
 
 Shapes: b = batch.micro_batch_seqs, s = batch.seq_length_tokens.
 """
@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels, position_ids int64 [b, s]; loss_mask float32 [b, s]; document_ids int32 [b, s], or None unmasked."""
+    """tokens, labels, position_ids: int64 [b, s]. loss_mask: float32 [b, s]. document_ids: int32 [b, s].
+
+    document_ids is None where attention may cross the borders of documents.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -31,7 +34,7 @@ class MicroBatch:
     document_ids: torch.Tensor | None
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on a device. From pinned memory the copy overlaps with computing."""
+        """A copy on a device. From pinned memory the copy overlaps with computing."""
         tensors = (getattr(self, item.name) for item in fields(self))
         return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))  # pyright: ignore
 
@@ -39,10 +42,10 @@ class MicroBatch:
 def micro_batches(
     stream: SampleStream, first_sample: int, global_batch_seqs: int, micro_batch_seqs: int, data_rank: int, data_size: int
 ) -> list[MicroBatch]:
-    """This data rank's part of the global batch of samples first_sample, first_sample + 1, …
+    """This data rank's micro-batches of the global batch that begins at `first_sample`.
 
-    The global batch is a row of micro-batches; rank r of d takes number r, r + d, r + 2d, … So the micro-batches are
-    the same for every d, only their owners change.
+    The global batch is cut into consecutive micro-batches, and rank r of d ranks takes numbers r, r + d, r + 2d, … The number
+    of ranks therefore changes which rank has a micro-batch, and never its content.
     """
     number, rest = divmod(global_batch_seqs, micro_batch_seqs * data_size)
     assert not rest, f"a global batch of {global_batch_seqs} is no multiple of {micro_batch_seqs} × {data_size} ranks"
@@ -62,9 +65,9 @@ def _micro_batch(stream: SampleStream, numbers: range) -> MicroBatch:
 
 
 class Prefetcher(Generic[T]):
-    """Runs an iterator in a thread, `depth` items ahead; an error in it is raised where the item would have come.
+    """Runs an iterator in a thread, `depth` items ahead. An error of the iterator is raised in place of the item.
 
-    A context manager: leaving it, or `close`, stops the thread after the item in work.
+    `close`, or the end of the context manager, stops the thread after the item that it is working on.
     """
 
     def __init__(self, source: Iterator[T], depth: int = 1) -> None:
@@ -85,7 +88,7 @@ class Prefetcher(Generic[T]):
             self._put("error", error)
 
     def _put(self, kind: str, item: T | BaseException | None) -> None:
-        """Waits for room, but not when nobody will take the item any more."""
+        """Put an item into the queue. Waits for room, and gives up after `close`."""
         while not self._stop.is_set():
             try:
                 self._queue.put((kind, item), timeout=0.1)
@@ -110,7 +113,7 @@ class Prefetcher(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop and wait for the thread. Items not yet taken are dropped."""
+        """Stop the thread and wait for it. Items that were not taken are dropped."""
         self._stop.set()
         self._ended = True
         self._thread.join()

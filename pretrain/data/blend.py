@@ -1,8 +1,9 @@
-"""Which part of a weighted blend gives which sample. In: weights. Out: `Blend.locate(sample) -> (part, number in part)`.
+"""The order of samples in a weighted blend. In: weights. Out: `Blend.locate(sample) -> (part, number in part)`.
 
-Megatron-Core's greedy rule (always the part that lags its share most) makes a pattern of 2^20 samples, which repeats. So
-the order needs no horizon, any sample is found at once, and memory is 10 MiB whatever the run's length. The first 2^20
-samples are Megatron's own; shares are kept to one sample in 2^20, which is why a part needs a share of 1e-5.
+Megatron-Core's greedy rule always takes the part that is furthest behind its share. Here it makes a pattern of 2^20 samples,
+and the pattern repeats. The order therefore doesn't depend on the length of the run, any sample is found in constant time, and
+the pattern takes 10 MiB. The first 2^20 samples are those of Megatron-Core. The pattern meets each share to within one sample
+in 2^20, so a part needs a share of at least 1e-5.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ PERIOD = 1 << 20
 
 
 class Blend:
+    """A repeating pattern of `period` samples. `weights`: one positive number a part, of any sum."""
+
     def __init__(self, weights: Sequence[float], period: int = PERIOD) -> None:
         self.period = period
         shares = np.asarray(weights, np.float64)
@@ -26,7 +29,7 @@ class Blend:
         self.counts = np.bincount(self.parts, minlength=len(shares))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(part, how many samples that part has given before)."""
+        """(index of the part that gives this sample, number of samples that the part has given before it)."""
         turn, place = divmod(sample, self.period)
         part = int(self.parts[place])
         return part, turn * int(self.counts[part]) + int(self.numbers[place])

@@ -1,7 +1,8 @@
-"""Megatron's token files: PREFIX.bin holds the tokens, PREFIX.idx says where each sequence begins. Numpy only.
+"""Megatron's token files: PREFIX.bin holds the tokens, PREFIX.idx says where each sequence begins.
 
-In: a prefix. Out: an `Index` (memory-mapped arrays) after cheap checks, or a ConfigError that names what lies; and
-the rules on how documents are split and counted. The writer is tools/data/dataset_writer.py.
+In: a prefix. Out: an `Index` of memory-mapped arrays after fast checks, or a ConfigError that names the contradiction. The
+rules by which documents are split into train and valid, and samples are counted, are here too. tools/data/dataset_writer.py
+writes the files.
 
 .idx, little endian: magic `MMIDIDX\\0\\0`, version u64 = 1, dtype code u8, sequences u64, document marks u64, then
 lengths int32 [sequences] in tokens, pointers int64 [sequences] in bytes, documents int64 [documents + 1] in sequences.
@@ -28,13 +29,13 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 SMALL_VOCAB = 65500
-"""Megatron's bound: below it two bytes a token, from it on four."""
+"""Megatron's bound. Vocabularies below it take two bytes a token, others four."""
 CHECKED_ENTRIES = 2_000_000
-"""Longer indices are checked in evenly spread blocks of this many entries together, so that a check takes 0.1 s."""
+"""The number of entries that a check reads, so that it takes 0.1 s. They are evenly spread blocks of a longer index."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The element of .bin that Megatron's own tool would choose."""
+    """The element type of .bin that Megatron's own tool chooses for a vocabulary."""
     return np.dtype(np.uint16 if vocab_size < SMALL_VOCAB else np.int32)
 
 
@@ -78,7 +79,7 @@ class Index:
         return self.tokens_before(self.num_sequences)
 
     def tokens_before(self, sequence: int) -> int:
-        """Tokens of all sequences before this one; exact because sequences lie one after another."""
+        """The number of tokens in all sequences before this one. It is exact, because the sequences are contiguous."""
         if sequence < self.num_sequences:
             return int(self.pointers[sequence]) // self.dtype.itemsize
         return 0 if not sequence else int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
@@ -94,7 +95,7 @@ class Index:
 
 
 def _missing(prefix: str, key: str) -> list[Problem]:
-    """Files that are not there, not files, or empty."""
+    """Problems of a .bin or .idx that doesn't exist, is no file, or is empty."""
     found = []
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
@@ -106,7 +107,7 @@ def _missing(prefix: str, key: str) -> list[Problem]:
 
 
 def _header_problem(prefix: str, raw: bytes, size: int) -> str | None:
-    """What the header or the size of an .idx breaks, in words, or None."""
+    """The rule that the header or the size of an .idx breaks. None: it breaks none."""
     if len(raw) < HEADER.size:
         return f"an .idx has a header of {HEADER.size} bytes, this file has {size}"
     magic, version, code, sequences, marks = HEADER.unpack(raw)
@@ -125,7 +126,10 @@ def _header_problem(prefix: str, raw: bytes, size: int) -> str | None:
 
 
 def open_index(prefix: str, key: str = "data") -> Index:
-    """Open PREFIX.idx after checking the header and both sizes. Raises ConfigError; `key` is the config key to name."""
+    """Open PREFIX.idx after checking its header and the sizes of both files.
+
+    Raises ConfigError, whose problems name the config key `key`.
+    """
     problems = _missing(prefix, key)
     if problems:
         raise ConfigError(problems)
@@ -153,7 +157,7 @@ def open_index(prefix: str, key: str = "data") -> Index:
 
 
 def _blocks(count: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cover [0, count), or `limit` entries of it in 64 evenly spread blocks that include both ends."""
+    """Ranges that cover [0, count), or, above `limit` entries, 64 evenly spread blocks of limit / 64 entries with both ends."""
     if count <= limit:
         yield 0, count
         return
@@ -163,7 +167,10 @@ def _blocks(count: int, limit: int) -> Iterator[tuple[int, int]]:
 
 
 def index_problems(index: Index, key: str = "data", limit: int | None = CHECKED_ENTRIES) -> list[Problem]:
-    """Entries of the index that contradict each other. `limit` None checks all of them (24 bytes read a sequence)."""
+    """Problems of entries that contradict each other. `limit`: how many entries to read.
+
+    None reads all of them, which costs 24 bytes a sequence.
+    """
     limit = limit or max(index.num_sequences, len(index.documents))
     path, fix = str(idx_path(index.prefix)), "the index is damaged: tokenise again"
     found: dict[str, Problem] = {}
@@ -192,9 +199,9 @@ def index_problems(index: Index, key: str = "data", limit: int | None = CHECKED_
 
 
 def held_out(index: Index, fraction: float) -> tuple[range, range]:
-    """(train, valid) sequences: the last `fraction` of the documents is held out, at least one; fraction 0: none.
+    """(train, valid) ranges of sequences. The last `fraction` of the documents, and at least one document, is held out.
 
-    With a single document nothing can be held out, and valid is empty.
+    `valid` is empty when `fraction` is 0 or the index has a single document.
     """
     count = min(max(round(index.num_documents * fraction), 1), index.num_documents - 1) if fraction > 0 else 0
     border = int(index.documents[index.num_documents - count])
@@ -202,7 +209,7 @@ def held_out(index: Index, fraction: float) -> tuple[range, range]:
 
 
 def samples_in(index: Index, sequences: range, seq_length_tokens: int) -> int:
-    """Training samples of one epoch: neighbours share one token, the last partial one is dropped."""
+    """The number of samples in one epoch. Neighbouring samples share one token, and an incomplete last sample is dropped."""
     if not len(sequences):
         return 0
     tokens = index.tokens_before(sequences.stop) - index.tokens_before(sequences.start)
@@ -210,7 +217,7 @@ def samples_in(index: Index, sequences: range, seq_length_tokens: int) -> int:
 
 
 def index_sha256(prefix: str) -> str:
-    """Identity of the data: sha256 of the .idx (20 bytes a document are read; remembered while the file is unchanged)."""
+    """The sha256 of the .idx, which identifies the data. Reads 20 bytes a document; cached while the file is unchanged."""
     stat = idx_path(prefix).stat()
     return _sha256(str(idx_path(prefix)), stat.st_size, stat.st_mtime_ns)
 
@@ -222,6 +229,6 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 
 def file_problem(error: OSError, path: os.PathLike[str] | str, key: str) -> Problem:
-    """The operating system's refusal as a problem."""
+    """The Problem that reports an error of the operating system on a file."""
     fix = "check that the folder exists, is writable and has space" if error.errno != 2 else "give an existing path"
     return Problem(key, str(path), f"the file must be usable: {error.strerror or error}", fix)

@@ -1,10 +1,10 @@
-"""The shuffled order of one part in one epoch: exactly Megatron-Core's GPTDataset built for one epoch (a test compares).
+"""The shuffled order of one part of the data in one epoch. A test compares it with Megatron-Core's GPTDataset of one epoch.
 
-In: sequence lengths, which sequences, sequence length, seed. Out: an `EpochOrder`, from memory or from files that ranks
-share. GPTDataset itself is built for a number of samples, and shuffles differently for another number; its cache knows
-neither the data's content nor a half-written file. So only its rule is kept, an epoch at a time.
+In: lengths of all sequences, the part's range of sequences, the length of a sample, a seed. Out: an `EpochOrder`, from memory
+or from files that the ranks share. GPTDataset itself is built for a number of samples, and another number gives another order.
+Its cache notices neither changed data nor a half-written file. So only its shuffling rule is used, one epoch at a time.
 
-Cost: 4 bytes a sequence and 12 a sample; 10 million documents and samples take about 1.5 s.
+Cost: 4 bytes a sequence and 12 bytes a sample. 10 million documents and samples take about 1.5 s.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ FIELDS = ("sequences", "starts", "shuffle")
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """sequences int32 [n]: the part's sequences, shuffled and laid end to end. starts int32 or int64 [samples + 1, 2]:
-    (place in `sequences`, offset in tokens) of each sample. shuffle uint32 or int64 [samples]: the order of the samples."""
+    """sequences: int32 [n], the numbers of the part's sequences in shuffled order, which are read as one row of tokens.
+
+    starts: int32 or int64 [samples + 1, 2], the (index into `sequences`, offset in tokens) where each sample begins.
+    shuffle: uint32 or int64 [samples], the order of the samples.
+    """
 
     sequences: np.ndarray
     starts: np.ndarray
@@ -35,7 +38,10 @@ class EpochOrder:
 
 
 def build_order(lengths: np.ndarray, sequences: range, seq_length_tokens: int, seed: int) -> EpochOrder:
-    """lengths int32 of all sequences in tokens; the random stream is GPTDataset's."""
+    """The order of one epoch, from GPTDataset's random stream.
+
+    `lengths`: int32, tokens of every sequence in the file. `sequences`: the range of the part's sequences.
+    """
     random = np.random.RandomState(seed % 2**32)
     order = np.arange(sequences.start, sequences.stop, dtype=np.int32)
     random.shuffle(order)
@@ -47,13 +53,16 @@ def build_order(lengths: np.ndarray, sequences: range, seq_length_tokens: int, s
     return EpochOrder(order, starts, shuffle)
 
 
-def order_key(**facts: Any) -> str:
-    """Name of a cached order: whatever it depends on, hashed."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def order_key(**inputs: Any) -> str:
+    """The name of a cached order: a hash of everything that it depends on."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def save_order(folder: Path, key: str, order: EpochOrder) -> None:
-    """Each file beside, synced, renamed: a reader finds whole files or none. Raises OSError."""
+    """Write the files of an order. Each is written under a temporary name, synced and renamed, so readers see whole files only.
+
+    Raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIELDS:
         final = folder / f"{key}.{name}.npy"
@@ -69,7 +78,7 @@ def save_order(folder: Path, key: str, order: EpochOrder) -> None:
 
 
 def load_order(folder: Path, key: str, samples: int) -> EpochOrder | None:
-    """A cached order, memory-mapped; None when it isn't there or isn't whole (said loudly)."""
+    """A cached order, memory-mapped. None: it doesn't exist, or it is damaged, which is logged as a warning."""
     paths = [folder / f"{key}.{name}.npy" for name in FIELDS]
     if not all(path.is_file() for path in paths):
         return None

@@ -1,4 +1,4 @@
-"""Where the shuffled orders of large data are kept, and from which size on.
+"""The cache of shuffled orders: its folder, and from which size of data on it is used.
 
 Torch-free.
 """
@@ -13,10 +13,10 @@ CACHED_ENTRIES = 1 << 22
 
 
 def cache_folder(data: Data, prefix: str) -> Path:
-    """Where the shuffled indices of one part are kept."""
+    """The folder of one part's shuffled orders: data.cache_dir, or PREFIX.cache."""
     return Path(data.cache_dir) if data.cache_dir else Path(f"{prefix}.cache")
 
 
 def needs_cache(sequences: int, samples: int) -> bool:
-    """Whether an epoch's indices (16 bytes an entry) are worth a file that the ranks share; smaller ones are remade in 0.2 s."""
+    """Whether the ranks share an epoch's order in a file of 16 bytes an entry. A rank makes a smaller order again in 0.2 s."""
     return sequences + samples >= CACHED_ENTRIES

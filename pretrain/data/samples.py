@@ -1,8 +1,8 @@
-"""Sample number → tokens and masks. In: opened parts with their weights. Out: `SampleStream`, endless and random access.
+"""The tokens and masks of a sample. In: opened parts with their weights. Out: a `SampleStream`, endless, with random access.
 
-Which tokens a sample number stands for depends on the data, the seed, the sequence length and the blend; not on the
-layout, the batch sizes or the number of steps. Sample i of a part is sample i mod n of epoch i div n, n being the part's
-samples an epoch; each epoch has its own shuffle (seed + epoch), and each sample once.
+The tokens of sample number i depend on the data, the seed, the sequence length and the blend. They don't depend on the layout,
+the batch sizes or the number of steps. Let a part have n samples an epoch. Its sample i is then sample i mod n of epoch i div n.
+Each epoch holds every sample once, in an order of its own (seed + epoch).
 
 Shapes: s = batch.seq_length_tokens.
 """
@@ -25,7 +25,10 @@ OPEN_EPOCHS = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens int64 [s + 1]: inputs are the first s, labels the last s. loss_mask float32 [s]. document_ids int32 [s]."""
+    """tokens: int64 [s + 1], of which the first s are inputs and the last s labels. loss_mask: float32 [s].
+
+    document_ids: int32 [s], or None without document masks.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -33,7 +36,7 @@ class Sample:
 
 
 class PartStream:
-    """One part's samples in one split, epoch after epoch without end."""
+    """The samples of one part in one split, over an endless row of epochs."""
 
     def __init__(self, index: Index, sequences: range, seq_length_tokens: int, seed: int, cache: Path) -> None:
         self.index, self.sequences, self.seq_length_tokens, self.seed, self.cache = (
@@ -50,27 +53,27 @@ class PartStream:
         self._orders: dict[int, EpochOrder] = {}
 
     def tokens(self, number: int) -> np.ndarray:
-        """int64 [s + 1] of the part's sample `number`, counted over all epochs."""
+        """The tokens of the part's sample `number`, counted over all epochs: int64 [s + 1]."""
         epoch, place = divmod(number, self.samples_per_epoch)
         order = self._order(epoch)
         sample = int(order.shuffle[place])
         (first, offset), (last, end) = order.starts[sample].tolist(), order.starts[sample + 1].tolist()
         if first == last:
-            pieces = [self.dataset.get(int(order.sequences[first]), offset, end - offset + 1)]
+            spans = [self.dataset.get(int(order.sequences[first]), offset, end - offset + 1)]
         else:
             middle = [self.dataset.get(int(sequence)) for sequence in order.sequences[first + 1 : last]]
             head = self.dataset.get(int(order.sequences[first]), offset)
-            pieces = [head, *middle, self.dataset.get(int(order.sequences[last]), 0, end + 1)]
-        return np.concatenate(pieces, dtype=np.int64)
+            spans = [head, *middle, self.dataset.get(int(order.sequences[last]), 0, end + 1)]
+        return np.concatenate(spans, dtype=np.int64)
 
     def build_cache(self, num_samples: int) -> None:
-        """Make the files of the epochs that so many samples need, where they are missing."""
+        """Write the missing order files of the epochs that the first `num_samples` samples need. Raises OSError."""
         for epoch in range(-(-num_samples // self.samples_per_epoch) if self.cached else 0):
             if load_order(self.cache, self._key(epoch), self.samples_per_epoch) is None:
                 save_order(self.cache, self._key(epoch), self._build(epoch))
 
     def _order(self, epoch: int) -> EpochOrder:
-        """The epoch's order. Beyond the epochs that were built ahead, each rank makes its own in memory."""
+        """The epoch's order. Each rank makes it in memory when no file was built ahead."""
         if epoch not in self._orders:
             order = load_order(self.cache, self._key(epoch), self.samples_per_epoch) if self.cached else None
             kept = list(self._orders.items())[1 - OPEN_EPOCHS :]
@@ -88,15 +91,18 @@ class PartStream:
 
 @dataclass(frozen=True)
 class SampleMasks:
-    """What a sample carries besides tokens."""
+    """Makes a sample's masks by the config's rules. `eod_id`: the id of the end-of-document token."""
 
     eod_id: int
     document_mask: bool
     mask_eod_loss: bool
 
     def sample(self, tokens: np.ndarray) -> Sample:
-        """Megatron's conventions: an end-of-document token belongs to the document that it ends; `mask_eod_loss` drops the
-        loss where the input is one (its label is the next document's first token)."""
+        """The sample of these tokens, int64 [s + 1], with masks by Megatron's conventions.
+
+        An end-of-document token belongs to the document that it ends. `mask_eod_loss` drops the loss at inputs that are such a
+        token, because their label is the first token of the next document.
+        """
         ends = tokens[:-1] == self.eod_id
         loss_mask = np.ones(len(ends), np.float32)
         if self.mask_eod_loss:
@@ -108,7 +114,7 @@ class SampleMasks:
 
 
 class SampleStream:
-    """A blend of parts as one endless sequence of samples; `len` is one pass over all of its parts' samples."""
+    """A blend of parts as one endless row of samples. `len`: the samples of one epoch, summed over the parts."""
 
     def __init__(self, parts: list[PartStream], weights: list[float], masks: SampleMasks) -> None:
         self.parts, self.masks = parts, masks
@@ -119,7 +125,7 @@ class SampleStream:
         return sum(part.samples_per_epoch for part in self.parts)
 
     def locate(self, sample_index: int) -> tuple[int, int]:
-        """(part, sample of that part)."""
+        """(index of the part, number of the sample in that part)."""
         return self._blend.locate(sample_index) if self._blend else (0, sample_index)
 
     def __getitem__(self, sample_index: int) -> Sample:
@@ -127,6 +133,6 @@ class SampleStream:
         return self.masks.sample(self.parts[part].tokens(number))
 
     def build_cache(self, num_samples: int) -> None:
-        """Index files for about the first `num_samples` samples, by each part's share and a little more."""
+        """Write the order files for the first `num_samples` samples: each part's share of them and 1% more. Raises OSError."""
         for part, weight in zip(self.parts, self.weights):
             part.build_cache(int(num_samples * weight * 1.01) + 1)

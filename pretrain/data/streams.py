@@ -1,7 +1,7 @@
-"""The data of a run. In: config and tokenizer. Out: `Streams` of samples, and what identifies the data.
+"""The data of a run. In: config and tokenizer. Out: `Streams` of samples, and the identity of the data.
 
-The rooms behind it: samples.py (sample number → tokens), order.py (shuffles), blend.py (weights), batches.py (a rank's
-micro-batches, prepared ahead). `check_data` (pretrain/preflight/data.py) comes first: here bad files are our own bug.
+The modules behind it: samples.py gives the tokens of a sample number, order.py shuffles, blend.py weighs the parts, and
+batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs first and reports bad files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
 from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
 from pretrain.data.order_cache import cache_folder
 from pretrain.data.samples import PartStream, Sample, SampleMasks, SampleStream
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import TextTokenizer
 
 __all__ = [
     "MicroBatch",
@@ -32,13 +32,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Streams:
+    """The samples of a run. `valid` is None where nothing is held out and data.valid is empty."""
+
     train: SampleStream
     valid: SampleStream | None
 
 
-def build_streams(config: Config, tokenizer: Tokenizer, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
-    """Open all data. The builder (one rank, or one a machine when caches are local) writes index files of large data first;
-    every rank calls `barrier` once. Expects what `check_data` passes; raises ConfigError or OSError else."""
+def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
+    """Open all data. Expects data that `check_data` accepts. Raises ConfigError or OSError.
+
+    The builder first writes the order files of large data. It is one rank, or one rank a machine where the cache folder is
+    local. Every rank then calls `barrier` once.
+    """
     data, seq = config.data, config.batch.seq_length_tokens
     masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
     fraction = 0.0 if data.valid else data.valid_fraction
@@ -65,14 +70,17 @@ def build_streams(config: Config, tokenizer: Tokenizer, *, is_builder: bool, bar
 
 
 def _planned_samples(config: Config) -> int:
-    """Samples of the run as configured: which epochs are built ahead, and nothing else, hangs on it."""
+    """The number of samples that the configured run reads. It only decides which epochs are built ahead."""
     by_steps = (config.run.steps or 0) * config.batch.global_batch_seqs
     by_tokens = -(-(config.run.tokens or 0) // config.batch.seq_length_tokens)
     return max(by_steps, by_tokens, 1)
 
 
 def data_identity(config: Config) -> dict[str, Any]:
-    """What the data order depends on, for checkpoints and the resume table. JSON. Raises ConfigError for unusable data."""
+    """Everything that the order of the data depends on, as JSON, for checkpoints and for the check of a resume.
+
+    Raises ConfigError for unusable data.
+    """
 
     def parts(blend: list[BlendPart]) -> list[dict[str, Any]]:
         found = []

@@ -1,7 +1,7 @@
-"""Text to token ids and back: sentencepiece .model and Hugging Face tokenizer.json. No torch.
+"""Text to token ids and back, with sentencepiece's .model and Hugging Face's tokenizer.json.
 
-In: the `data.tokenizer` section. Out: a `Tokenizer` with vocab_size, eod_id, encode, decode and identity.
-Special tokens in a text are ordinary characters for sentencepiece; a tokenizer.json may parse them.
+In: the `data.tokenizer` section. Out: a `TextTokenizer` with vocab_size, eod_id, encode, decode and identity. The name of a
+special token in a text is plain characters to sentencepiece. A tokenizer.json may parse it as the special token.
 
 Torch-free.
 """
@@ -22,11 +22,11 @@ from pretrain.data.indexed import file_problem
 
 KEY = "data.tokenizer"
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eod>", "<|eod|>", "<eos>", "</s>", "[EOS]", "<|eos|>")
-"""Names under which an end-of-document token is looked for, in this order; then what the tokenizer itself calls eos."""
+"""Names of end-of-document tokens, searched in this order. The last candidate is the tokenizer's own eos token."""
 
 
-class Tokenizer(ABC):
-    """A loaded tokenizer. `vocab_size` counts ids from 0 to the largest one; `eod_id` ends every document."""
+class TextTokenizer(ABC):
+    """A loaded tokenizer. `vocab_size`: the largest id + 1. `eod_id`: the id of the token that ends every document."""
 
     kind: str
     path: str
@@ -36,22 +36,22 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: nothing is put before or behind it."""
+        """The ids of the text. No special token is added before or after it."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """The text of the ids, without special tokens."""
 
     @abstractmethod
     def token(self, token_id: int) -> str:
-        """How the tokenizer writes one id, for people."""
+        """The tokenizer's name of one id, for display."""
 
     def identity(self) -> dict[str, Any]:
-        """What must agree between data, run and checkpoint."""
+        """The values that must be equal in data, run and checkpoint."""
         return {"kind": self.kind, "sha256": self.sha256, "vocab_size": self.vocab_size}
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(TextTokenizer):
     kind = "sentencepiece"
 
     def __init__(self, path: str, proto: bytes, eod: str | None) -> None:
@@ -82,7 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.id_to_piece(token_id)
 
 
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(TextTokenizer):
     kind = "huggingface"
 
     def __init__(self, path: str, raw: bytes, eod: str | None) -> None:
@@ -113,8 +113,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.id_to_token(token_id) or ""
 
 
-def load_tokenizer(section: schema.Tokenizer, key: str = KEY) -> Tokenizer:
-    """The tokenizer of the section. Raises ConfigError: no path, no file, another format, no end-of-document token."""
+def load_tokenizer(section: schema.Tokenizer, key: str = KEY) -> TextTokenizer:
+    """The tokenizer of the section.
+
+    Raises ConfigError when the section has no path, the file can't be read or has another format, or the tokenizer has no
+    end-of-document token.
+    """
     if not section.path:
         fix = f"set {key}.path, or make a tokenizer: phalanx data tokenizer --corpus SRC --out PATH.model"
         raise ConfigError(Problem(f"{key}.path", section.path, "a run needs a tokenizer", fix))
@@ -132,7 +136,7 @@ def load_tokenizer(section: schema.Tokenizer, key: str = KEY) -> Tokenizer:
 
 
 def section_for(path: str) -> schema.Tokenizer:
-    """The section for a file named on the command line: .json is Hugging Face's, anything else sentencepiece's."""
+    """The section for a file named on the command line. A .json file is Hugging Face's, any other file sentencepiece's."""
     return schema.Tokenizer(kind="huggingface" if str(path).endswith(".json") else "sentencepiece", path=str(path))
 
 
@@ -151,7 +155,7 @@ def _find_eod(path: str, names: list[str], find: Any) -> int:
 
 
 def _configured_eos(path: str) -> list[str]:
-    """eos_token of the tokenizer_config.json beside a tokenizer.json, when there is one."""
+    """The eos_token of the tokenizer_config.json beside a tokenizer.json, as a list of one name or none."""
     beside = Path(path).with_name("tokenizer_config.json")
     if not beside.is_file():
         return []
@@ -163,8 +167,11 @@ def _configured_eos(path: str) -> list[str]:
     return [text] if isinstance(text, str) else []
 
 
-def vocab_size(config: schema.Config, tokenizer: Tokenizer | None = None) -> int:
-    """Tokens of the vocabulary, before padding: model.vocab_size, or the tokenizer's. Raises ConfigError without either."""
+def vocab_size(config: schema.Config, tokenizer: TextTokenizer | None = None) -> int:
+    """Tokens of the vocabulary before padding: model.vocab_size, or the tokenizer's.
+
+    Raises ConfigError when neither is known.
+    """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     return (tokenizer or load_tokenizer(config.data.tokenizer)).vocab_size

@@ -1,4 +1,7 @@
-"""What an engine is: the owner of gradients and optimizer state. Both engines drive the same chunks with the same schedules."""
+"""The interface of an engine, which owns gradients and optimizer state.
+
+Both engines train the same chunks of the model with the same pipeline schedules.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ import torch
 from pretrain.data.batches import MicroBatch
 from pretrain.model.tensor_slice import TensorSlice
 
-# What a checkpoint holds of every parameter: fp32 main weights and Adam's two moments.
+# The kinds of tensors that a checkpoint has for every parameter: fp32 main weights, and Adam's two moments.
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# (loss, gradient norm) of a step before its update, equal on all ranks: may it be applied?
+# Takes loss and gradient norm of a step, equal on all ranks, before its update. Returns whether the update may be applied.
 Accept = Callable[[float, float], bool]
 
 
@@ -27,10 +30,11 @@ def is_finite(loss: float, grad_norm: float) -> bool:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, equal on all ranks.
+    """The result of one optimizer step, equal on all ranks.
 
-    `loss` is the mean over the global batch's valid tokens, in nats; `grad_norm` is the global norm before clipping.
-    `applied` is False when the step was refused: weights, optimizer state and expert bias are then as before it.
+    `loss`: mean over the valid tokens of the global batch, in nats. `grad_norm`: global L2 norm before clipping.
+    `num_tokens`: valid tokens of the global batch. `applied`: False when the step was refused; weights, optimizer state and
+    expert bias are then unchanged.
     """
 
     loss: float
@@ -40,26 +44,31 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a canonical tensor that this rank holds: the flat range [start, stop) of `box`. `data` is 1-D."""
+class StateSlice:
+    """A part of a canonical tensor on this rank: the flat range [start, stop) of `tensor_slice`.
+
+    `kind`: WEIGHT, one of MOMENTS, or "rng". `name`: the canonical name. `data`: [stop - start].
+    """
 
     kind: str
     name: str
     global_shape: tuple[int, ...]
-    box: TensorSlice
+    tensor_slice: TensorSlice
     start: int
     stop: int
     data: torch.Tensor
 
 
 class Engine(Protocol):
+    """The methods of both engines. All of them are collective except `optimizer_steps`."""
+
     name: str
     zero_stage: int
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
-        """Forward and backward on this rank's micro-batches of one global batch, and the update when `accept` allows it.
+        """Forward and backward passes of this rank's micro-batches of one global batch, then the update if `accept` allows it.
 
-        `accept` is called once a step on every rank, and must answer alike on all of them.
+        `accept` is called once a step on every rank and must return the same on all of them.
         """
         ...
 
@@ -67,18 +76,21 @@ class Engine(Protocol):
         """(sum of token losses, number of valid tokens) over the global batch, equal on all ranks."""
         ...
 
-    def owned(self) -> Iterator[Piece]:
-        """What this rank writes to a checkpoint: over all ranks, every element of every canonical tensor once."""
+    def owned_state(self) -> Iterator[StateSlice]:
+        """The slices that this rank writes to a checkpoint. Over all ranks they have every element of every tensor once."""
         ...
 
-    def held(self, with_optimizer: bool) -> Iterator[Piece]:
-        """What this rank must be given from a checkpoint; `data` is written in place, then `loaded` is called."""
+    def local_state(self, with_optimizer: bool) -> Iterator[StateSlice]:
+        """The slices that a checkpoint must fill on this rank. Write each `data` in place, then call `loaded`."""
         ...
 
     def loaded(self, optimizer_steps: int | None) -> None:
-        """After `held` was filled: bring low-precision weights up to date; None starts a fresh optimizer."""
+        """Update the low-precision weights after the slices of `local_state` were filled.
+
+        `optimizer_steps`: the number of updates so far; None starts with a fresh optimizer.
+        """
         ...
 
     def optimizer_steps(self) -> int:
-        """Number of updates so far, as the optimizer's bias correction counts them."""
+        """The number of updates so far, which the optimizer's bias correction uses."""
         ...

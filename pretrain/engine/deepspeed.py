@@ -1,7 +1,8 @@
 """Engine `deepspeed`: DeepSpeed's ZeRO 0 to 3, with offload, under Megatron-Core's schedules.
 
-DeepSpeed partitions, reduces over data-parallel ranks and updates; what the layout needs besides (tensor ranks, shared
-embedding, norm, clipping, expert bias) is done here on the partitioned gradients, once a step.
+DeepSpeed partitions the state, reduces gradients over data-parallel ranks and updates the weights. The engine does the rest
+once a step on the partitioned gradients: the sums over tensor ranks, the shared embedding, the norm, clipping and the expert
+bias.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from parallel.compat.deepspeed_swap import SwappedParameters
 from parallel.compat.megatron_private import clear_step_tensors, update_expert_bias
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
-from pretrain.engine.base import WEIGHT, Accept, Piece, StepResult, is_finite
+from pretrain.engine.base import WEIGHT, Accept, StateSlice, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
 from pretrain.engine.deepspeed_slots import make_slots
 from pretrain.engine.deepspeed_swap import swaps
@@ -28,7 +29,7 @@ from pretrain.model.shards import Shard, local_tensors, map_shards
 
 
 class DeepSpeedZero:
-    """Owns gradients and optimizer state of this rank's chunks through one DeepSpeed engine around all of them."""
+    """Owns the gradients and the optimizer state of this rank's chunks, through one DeepSpeed engine for all of them."""
 
     name = "deepspeed"
 
@@ -37,7 +38,7 @@ class DeepSpeedZero:
         self.zero_stage = config.zero.stage
         self.schedule = PipelineSchedule(config, groups, device)
         self.transformer = chunks[0].config
-        # Before DeepSpeed: stage 3 takes the shapes away.
+        # The shards are mapped before DeepSpeed starts: at stage 3 parameters lose their shapes.
         shards = [map_shards(chunk, groups) for chunk in chunks]
         by_id = {
             id(tensor): shards[index][name] for index, chunk in enumerate(chunks) for name, tensor in chunk.named_parameters()
@@ -64,8 +65,8 @@ class DeepSpeedZero:
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
         num_tokens = int(self.schedule.count_tokens(batches))
-        # The loss is a sum over tokens, gradients are averaged over data-parallel ranks. The schedule scales the main loss,
-        # multi-token prediction and the router's losses alike.
+        # The loss is a sum over tokens, and DeepSpeed averages gradients over data-parallel ranks. The schedule applies this
+        # scale to the main loss, the losses of multi-token prediction and those of the routers.
         scale = self.groups.dp_cp.size() / max(num_tokens, 1)
         self.transformer.grad_scale_func = lambda loss: loss * scale
         self.partition.begin()
@@ -82,7 +83,7 @@ class DeepSpeedZero:
         return StepResult(self.loss, self.grad_norm, num_tokens, self.applied)
 
     def _finish_gradients(self) -> bool:
-        """Called by DeepSpeed's step() when all is reduced over data-parallel ranks; False: no update."""
+        """DeepSpeed's step() calls this when gradients are reduced over data-parallel ranks. False: it makes no update."""
         slots, gradients = self.slots, self.partition.gradients()
         partial = [gradient for slot, gradient in zip(slots, gradients, strict=True) if id(slot.parameter) in self.tensor_partial]
         finish.sum_over_tensor_ranks(partial, self.groups.tp)
@@ -106,28 +107,31 @@ class DeepSpeedZero:
 
     # State.
 
-    def owned(self) -> Iterator[Piece]:
+    def owned_state(self) -> Iterator[StateSlice]:
         writers = ReplicaWriters()
         for slot in self.slots:
             if self._writes(slot.shard, slot.main.numel() if self.zero_stage == 0 else None, writers):
-                yield from slot.pieces(slot.values(self.partition))
+                yield from slot.state_slices(slot.values(self.partition))
         for slot in self.buffers:
             if self._writes(slot.shard, slot.main.numel(), writers):
-                yield from slot.pieces({WEIGHT: slot.main})
+                yield from slot.state_slices({WEIGHT: slot.main})
 
     def _writes(self, shard: Shard, shared_elements: int | None, writers: ReplicaWriters) -> bool:
-        """Is it this rank's to write? `shared_elements`: of what all data-parallel ranks hold; None: no other holds it."""
+        """Whether this rank writes the tensor.
+
+        `shared_elements`: the number of elements that all data-parallel ranks have; None: only this rank has them.
+        """
         mine = shared_elements is None or writers.assign(shard, shared_elements) == shard.data_rank
         return mine and not shard.tensor_replica and not shard.duplicate
 
-    def held(self, with_optimizer: bool) -> Iterator[Piece]:
+    def local_state(self, with_optimizer: bool) -> Iterator[StateSlice]:
         if with_optimizer:
             self.partition.make_moments()
         for slot in self.slots:
             values = slot.values(self.partition, writable=True)
-            yield from slot.pieces(values if with_optimizer else {WEIGHT: values[WEIGHT]})
+            yield from slot.state_slices(values if with_optimizer else {WEIGHT: values[WEIGHT]})
         for slot in self.buffers:
-            yield from slot.pieces({WEIGHT: slot.main})
+            yield from slot.state_slices({WEIGHT: slot.main})
 
     def loaded(self, optimizer_steps: int | None) -> None:
         self.updates = optimizer_steps or 0
@@ -137,7 +141,10 @@ class DeepSpeedZero:
         self.partition.publish()
 
     def _step_count(self, flat: torch.Tensor, steps: int) -> torch.Tensor | int:
-        """DeepSpeed's CPU Adam counts with a plain number, torch's with a tensor, which its fused form wants on the device."""
+        """The step count as the optimizer keeps it: an int in DeepSpeed's CPU Adam, a tensor in torch's AdamW.
+
+        The fused AdamW needs the tensor on the device.
+        """
         if not isinstance(self.adam, torch.optim.AdamW):
             return steps
         return torch.tensor(float(steps), device=flat.device if self.adam.defaults["fused"] else None)

@@ -1,8 +1,8 @@
-"""What Megatron-Core does to gradients after the data-parallel reduction, done to the parts that ZeRO left on this rank.
+"""The work on gradients after the data-parallel reduction, on the parts that ZeRO leaves on this rank.
 
-In: slots and their reduced gradients. Out: the same, summed over tensor ranks and over copies of the embedding where the
-layout needs it; the true global norm; clipped gradients. DeepSpeed 0.19.8's own norm counts experts wrongly and knows
-neither sequence parallelism nor copies over stages.
+In: slots and their reduced gradients. Out: gradients that are summed over tensor ranks and over copies of the embedding where
+the layout needs it, their global norm, and clipped gradients. Megatron-Core's engine does the same. DeepSpeed 0.19.8's own norm
+counts experts wrongly, and handles neither sequence parallelism nor copies on several stages.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pretrain.engine.deepspeed_slots import ZeroSlot
 
 
 def tensor_partial(chunk: GPTModel) -> set[int]:
-    """ids of parameters whose gradient is a sum over tensor ranks that the backward pass leaves out.
+    """The ids of parameters whose gradients the backward pass doesn't sum over tensor ranks.
 
-    Norms and biases that saw a part of the sequence, and the q/k norms that saw a part of the heads: the same condition as
-    in Megatron-Core's finalize_model_grads.
+    These are norms and biases that saw a part of the sequence, and query and key norms that saw a part of the heads. The
+    condition is that of Megatron-Core's finalize_model_grads.
     """
     config = chunk.config
     return {
@@ -34,7 +34,7 @@ def tensor_partial(chunk: GPTModel) -> set[int]:
 
 
 def sum_over_tensor_ranks(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """One all-reduce for all of them, in place. Tensor ranks hold the same ranges of these parameters: equal shapes."""
+    """Sum the gradients in place, with one all-reduce. Tensor ranks have the same ranges of these parameters."""
     if group.size() == 1 or not gradients:
         return
     flat = torch.cat(list(gradients))
@@ -44,14 +44,14 @@ def sum_over_tensor_ranks(gradients: Sequence[torch.Tensor], group: dist.Process
 
 
 class SharedEmbedding:
-    """The word embedding that the first and the last stage (tied, or read by multi-token prediction) both hold.
+    """The word embedding where the first and the last stage both have it: it is tied, or multi-token prediction reads it.
 
-    Its ranges differ from stage to stage, so the whole gradient is put together first: one fp32 copy of the embedding on
-    each of these ranks for the length of the reduction.
+    The ranges of ZeRO differ between the stages, so the whole gradient is assembled first. It takes one fp32 copy of the
+    embedding on each of these ranks during the reduction.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, sharded: bool, device: torch.device) -> None:
-        """`device` is where gradients are when they are reduced, also on a rank that has no part of this one."""
+        """`device`: where gradients are while they are reduced. A rank without a part of the embedding needs it too."""
         self.parameter: nn.Parameter | None = None
         self.groups, self.sharded, self.device = groups, sharded, device
         ranks = dist.get_process_group_ranks(groups.embd) if groups.embd is not None else []
@@ -64,7 +64,7 @@ class SharedEmbedding:
             self.parameter, self.numel = weight, weight.numel()
 
     def reduce(self, slots: Sequence[ZeroSlot], gradients: Sequence[torch.Tensor]) -> None:
-        """In place. Collective over the ranks that hold the embedding."""
+        """Sum the embedding's gradient over its copies, in place. Collective over the ranks that have the embedding."""
         if self.parameter is None:
             return
         mine = [pair for pair in zip(slots, gradients, strict=True) if pair[0].parameter is self.parameter]
@@ -81,7 +81,10 @@ class SharedEmbedding:
 def global_norm(
     slots: Sequence[ZeroSlot], gradients: Sequence[torch.Tensor], sharded: bool, device: torch.device
 ) -> torch.Tensor:
-    """L2 norm over all gradients of the model, every element counted once. Scalar, equal on all ranks. Collective."""
+    """The L2 norm of all gradients of the model, with every element counted once.
+
+    Returns a scalar tensor, equal on all ranks. Collective over the world.
+    """
     squares = torch.zeros((), device=device)
     for slot, gradient in zip(slots, gradients, strict=True):
         shard = slot.shard
@@ -92,7 +95,10 @@ def global_norm(
 
 
 def clip(gradients: Sequence[torch.Tensor], max_norm: float, norm: float) -> None:
-    """Scale all gradients by max_norm / norm where that is below 1, as Megatron-Core does; 0: not clipped."""
+    """Multiply all gradients in place by max_norm / (norm + 1e-6) if that is below 1, as Megatron-Core does.
+
+    `max_norm` 0: don't clip.
+    """
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1.0:
         for gradient in gradients:

@@ -1,6 +1,7 @@
-"""DeepSpeed's engine around this rank's chunks: its configuration, its groups, its AdamW, its calls by a Megatron schedule.
+"""DeepSpeed's engine for this rank's chunks: its configuration, its groups, its AdamW, and how a Megatron schedule calls it.
 
-In: config, chunks, groups. Out: a `GuardedEngine`, and one module a chunk for the schedule to call. Imports DeepSpeed: 3 s.
+In: config, chunks, groups. Out: a `GuardedEngine`, and one module a chunk for the schedule to call. Importing DeepSpeed takes
+3 s.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from parallel.compat.deepspeed_start import start_deepspeed
 from parallel.compat.deepspeed_swap import swap_small_groups
 from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swaps
 
-# Elements; DeepSpeed allocates buffers of this size (default 5e8: 2 GB in fp32) however small the model is.
+# In elements. DeepSpeed allocates buffers of this size even for a small model. Its default of 5e8 takes 2 GB in fp32.
 _BUCKET_ELEMENTS = 50_000_000
 
 
 class GroupAnswers:
-    """What DeepSpeed asks of an `mpu`. It knows no context axis: data-parallel ranks are those of dp x cp."""
+    """The process groups in the form of DeepSpeed's `mpu`. DeepSpeed has no context axis, so its data axis is dp x cp."""
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
         for name, group in (
@@ -47,7 +48,7 @@ class GroupAnswers:
 
 
 class Chunks(nn.Module):
-    """All chunks of this rank as the one module that DeepSpeed knows; called with the chunk's index."""
+    """All chunks of this rank as the single module that DeepSpeed takes. A call names the chunk by its index."""
 
     def __init__(self, chunks: Sequence[GPTModel]) -> None:
         super().__init__()
@@ -58,11 +59,11 @@ class Chunks(nn.Module):
 
 
 class ChunkCall(nn.Module):
-    """What a Megatron schedule takes for one chunk: its calls go through DeepSpeed, so that its hooks are set."""
+    """The module that a Megatron schedule calls in the place of a chunk. It calls through DeepSpeed, so that hooks run."""
 
     def __init__(self, runtime: GuardedEngine, index: int, chunk: GPTModel) -> None:
         super().__init__()
-        # Not submodules: the parameters have one owner.
+        # These are not submodules, because the parameters have one owner.
         object.__setattr__(self, "runtime", runtime)
         object.__setattr__(self, "chunk", chunk)
         self.index = index
@@ -73,7 +74,7 @@ class ChunkCall(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         runtime: Any = self.runtime
-        # Without ZeRO the engine refuses a backward pass that it doesn't run itself; it has no hooks to set either.
+        # Without ZeRO, DeepSpeed has no hooks, and it refuses a backward pass that it doesn't run itself.
         call = runtime if runtime.zero_optimization() else runtime.module
         return call(self.index, *args, **kwargs)
 
@@ -84,7 +85,10 @@ class ChunkCall(nn.Module):
 def make_runtime(
     config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device
 ) -> tuple[GuardedEngine, list[ChunkCall]]:
-    """Collective. Afterwards parameters are partitioned: at stage 3 their shapes are no longer those of the model."""
+    """DeepSpeed's engine, and one module a chunk for the schedule. Collective.
+
+    Afterwards the parameters are partitioned. At stage 3 they no longer have the shapes of the model.
+    """
     start_deepspeed()
     GuardedEngine.has_experts = place_experts(chunks, groups)
     compare_orders_within(groups.dp_cp)
@@ -107,12 +111,15 @@ def make_runtime(
 
 
 def engine_settings(config: Config, cuda: bool) -> dict[str, Any]:
-    """Our config in DeepSpeed's words. Clipping is ours: DeepSpeed's norms don't know this grid (deepspeed_gradients.py)."""
+    """DeepSpeed's settings for our config. Its clipping is off, because its norms are wrong for this grid.
+
+    pretrain/engine/deepspeed_gradients.py clips.
+    """
     zero, precision = config.zero, config.precision
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_seqs,
-        # The schedule accumulates. With a number above 1 DeepSpeed 0.19.8 makes no update at all at one step() a batch, and
-        # says nothing; unmanaged, each step() is one.
+        # The schedule accumulates gradients and calls step() once a batch. With a number above 1, DeepSpeed 0.19.8 would then
+        # make no update, without an error. Unmanaged, each step() is an update.
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
@@ -140,7 +147,7 @@ def engine_settings(config: Config, cuda: bool) -> dict[str, Any]:
 
 
 def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over dense and expert parameters apart; vectors (norms, biases) are not decayed, as in Megatron-Core."""
+    """AdamW with separate groups for dense and expert parameters. Norms and biases have no decay, as in Megatron-Core."""
     optimizer = config.optimizer
     grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for chunk in chunks:
@@ -159,7 +166,7 @@ def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) 
     values: dict[str, Any] = dict(lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
     offloaded = config.zero.offload != "none"
     if offloaded and can_compile():
-        # Vectorised on the host (ZeRO-Offload, arXiv 2101.06840).
+        # DeepSpeed's CPU Adam uses the host's vector instructions (ZeRO-Offload, arXiv 2101.06840).
         build_adam()
         return deepspeed.ops.adam.DeepSpeedCPUAdam(members, adamw_mode=True, **values)
     if offloaded and dist.get_rank() == 0:
@@ -170,5 +177,5 @@ def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) 
 
 
 def can_compile() -> bool:
-    """True when DeepSpeed can build its CPU Adam here; else torch's AdamW updates the offloaded state: same result, slower."""
+    """Whether DeepSpeed can build its CPU Adam here. Otherwise torch's AdamW gives the same result, more slowly."""
     return bool(shutil.which("ninja")) and bool(shutil.which("c++") or shutil.which("g++"))

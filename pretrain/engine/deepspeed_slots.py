@@ -1,7 +1,7 @@
-"""What DeepSpeed keeps on this rank, as slots of canonical tensors.
+"""DeepSpeed's state on this rank, as slots of canonical tensors.
 
-In: a `Partition` of parallel/compat/deepspeed_partition.py and the shards of this rank's parameters. Out: one `ZeroSlot` a
-range, in the order of the partition's gradients.
+In: a `Partition` of parallel/compat/deepspeed_partition.py and the shards of this rank's parameters. Out: one `ZeroSlot` for
+each range, in the order of the partition's gradients.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from pretrain.model.shards import Shard
 class ZeroSlot(Slot):
     """A slot whose main weights are a range of DeepSpeed's flat tensors."""
 
-    held: FlatRange
+    flat_range: FlatRange
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.held.parameter
+        return self.flat_range.parameter
 
     def values(self, partition: Partition, writable: bool = False) -> dict[str, torch.Tensor]:
-        """Main weights and moments by kind, 1-D. `writable`: to be written in place before the partition publishes them."""
-        main, moments = partition.values(self.held, writable)
+        """Main weights and moments by kind, each [stop - start].
+
+        `writable`: the caller writes them in place, and the partition publishes them afterwards.
+        """
+        main, moments = partition.values(self.flat_range, writable)
         return {WEIGHT: main, **moments}
 
 
 def make_slots(partition: Partition, shards: Mapping[int, Shard]) -> list[ZeroSlot]:
-    """The slots of a partition. `shards` is by id of the parameter."""
-    return [ZeroSlot(shards[id(held.parameter)], held.main, held.start, held.stop, held) for held in partition.ranges]
+    """The slots of a partition. `shards`: by id of the parameter."""
+    return [ZeroSlot(shards[id(part.parameter)], part.main, part.start, part.stop, part) for part in partition.ranges]

@@ -1,4 +1,4 @@
-"""Engine `megatron`: Megatron-Core's DDP with its plain (ZeRO 0) or distributed (ZeRO 1) AdamW."""
+"""Engine `megatron`: Megatron-Core's DDP, with its plain AdamW at ZeRO 0 and its distributed AdamW at ZeRO 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from configs.schema import Config
 from parallel.compat.megatron_private import publish_main_weights, sharded_main
 from pretrain.data.batches import MicroBatch
-from pretrain.engine.base import MOMENTS, WEIGHT, Accept, Piece, StepResult, is_finite
+from pretrain.engine.base import MOMENTS, WEIGHT, Accept, StateSlice, StepResult, is_finite
 from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.megatron_config import DTYPES
@@ -25,7 +25,7 @@ from pretrain.model.shards import Shard, local_tensors, map_shards
 
 
 class MegatronEngine:
-    """Owns gradient buffers and optimizer state of this rank's chunks."""
+    """Owns the gradient buffers and the optimizer state of this rank's chunks."""
 
     name = "megatron"
 
@@ -80,7 +80,7 @@ class MegatronEngine:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        # Megatron-Core moves the expert bias as part of the backward pass: a few numbers a layer, put back when refused.
+        # Megatron-Core changes the expert bias, a few numbers a layer, in the backward pass. A refused step restores it.
         biases = [bias.clone() for bias in self._expert_biases()]
         loss_sum, num_tokens = self.schedule.run(self.models, batches, forward_only=False)
         loss = loss_sum / max(num_tokens, 1)
@@ -143,9 +143,9 @@ class MegatronEngine:
                 if any(main is other for group in part.optimizer.param_groups for other in group["params"]):
                     return [OptimizerSlot(shard, main, 0, parameter.numel(), part)]
         assert self.zero_stage == 1, f"{shard.name} has no optimizer"
-        return []  # all of it is on other data-parallel ranks
+        return []  # its whole state is on other data-parallel ranks
 
-    def owned(self) -> Iterator[Piece]:
+    def owned_state(self) -> Iterator[StateSlice]:
         writers = ReplicaWriters()
         for slot in self.slots:
             shard = slot.shard
@@ -153,16 +153,16 @@ class MegatronEngine:
             mine = not whole or writers.assign(shard, slot.main.numel()) == shard.data_rank
             if mine and not shard.tensor_replica and not shard.duplicate:
                 state = slot.part.optimizer.state[slot.main] if slot.part else {}
-                yield from slot.pieces({WEIGHT: slot.main, **{kind: state[kind] for kind in MOMENTS if kind in state}})
+                yield from slot.state_slices({WEIGHT: slot.main, **{kind: state[kind] for kind in MOMENTS if kind in state}})
 
-    def held(self, with_optimizer: bool) -> Iterator[Piece]:
+    def local_state(self, with_optimizer: bool) -> Iterator[StateSlice]:
         for slot in self.slots:
             values = {WEIGHT: slot.main}
             if with_optimizer and slot.part:
                 state = {kind: torch.zeros_like(slot.main, dtype=torch.float32) for kind in MOMENTS}
                 slot.part.optimizer.state[slot.main] = state
                 values |= state
-            yield from slot.pieces(values)
+            yield from slot.state_slices(values)
 
     def loaded(self, optimizer_steps: int | None) -> None:
         self.updates = optimizer_steps or 0
@@ -180,7 +180,10 @@ class MegatronEngine:
 
     @staticmethod
     def _counts_in_groups(part: MegatronOptimizer) -> bool:
-        """Transformer Engine's FusedAdam counts its steps a group, torch's AdamW a tensor."""
+        """Whether the optimizer counts its steps for each group, as Transformer Engine's FusedAdam does.
+
+        torch's AdamW counts them for each tensor.
+        """
         return type(part.optimizer).__name__ == "FusedAdam"
 
     def optimizer_steps(self) -> int:
@@ -189,6 +192,6 @@ class MegatronEngine:
 
 @dataclass(frozen=True)
 class OptimizerSlot(Slot):
-    """`part` is the optimizer that updates `main`; None: a buffer."""
+    """`part`: the optimizer that updates `main`. None: `main` is a buffer."""
 
     part: MegatronOptimizer | None

@@ -1,4 +1,7 @@
-"""Megatron-Core's pipeline schedules driven over one global batch: what both engines share."""
+"""Megatron-Core's pipeline schedules over one global batch. In: chunks and micro-batches. Out: loss sum and token count.
+
+Both engines use it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from pretrain.model.inputs import make_model_inputs
 
 
 class PipelineSchedule:
-    """Runs forward (and backward) passes of this rank's micro-batches; knows nothing of gradients' owner."""
+    """Runs the forward and backward passes of this rank's micro-batches. The engines own the gradients."""
 
     def __init__(self, config: Config, groups: ProcessGroupCollection, device: torch.device) -> None:
         self.groups = groups
@@ -31,7 +34,7 @@ class PipelineSchedule:
         self.has_experts = config.model.moe.num_experts > 0
 
     def run(self, models: Sequence[nn.Module], batches: Sequence[MicroBatch], forward_only: bool) -> tuple[float, int]:
-        """(sum of token losses over the global batch, its valid tokens), equal on all ranks. Collective."""
+        """(sum of token losses in nats, number of valid tokens) of the global batch, equal on all ranks. Collective."""
         run = get_forward_backward_func()
         iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in models]
         with without_jitter(models) if forward_only else self._router_losses(batches):
@@ -47,34 +50,36 @@ class PipelineSchedule:
         return self._reduce(reports)
 
     def count_tokens(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """Valid tokens of the global batch, float64 scalar on the device. Collective over data ranks.
+        """The number of valid tokens of the global batch, a float64 scalar on the device. Collective over data ranks.
 
-        Context ranks read the same sequences, and are counted once.
+        Context ranks read the same sequences, so they are counted once.
         """
         total = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(self.device)
         dist.all_reduce(total, group=self.groups.dp)
         return total
 
     def _router_losses(self, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
-        """Router losses are means over all tokens. Costs one all-reduce of a number."""
+        """A context in which router losses are means over all tokens. Costs one all-reduce of one number."""
         if not self.has_experts:
             return nullcontext()
         all_tokens = sum(batch.loss_mask.numel() for batch in batches) * self.groups.dp.size()
-        # The engines divide by one where no token is valid.
+        # Where no token is valid, the engines divide by 1, and so does this share.
         share = self.count_tokens(batches).clamp(min=1) / all_tokens
         return router_losses_of_all_tokens(share.float())
 
     def _forward(
         self, iterator: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        """Token losses and what makes one number of them; `return_schedule_plan`: layers that the schedule runs part by part,
-        while tokens travel (parallel.overlap_expert_comm).
+        """(output of the model, function that reduces it to the loss), as Megatron-Core's schedules expect.
+
+        `return_schedule_plan`: the output is a plan whose parts the schedule runs while tokens are sent to experts
+        (parallel.overlap_expert_comm).
         """
-        feed = make_model_inputs(next(iterator), self.groups, self.device)
-        mtp = {"loss_mask": feed.loss_mask} if self.has_mtp else {}
+        inputs = make_model_inputs(next(iterator), self.groups, self.device)
+        mtp = {"loss_mask": inputs.loss_mask} if self.has_mtp else {}
         run = model.build_schedule_plan if return_schedule_plan else model
-        output = run(feed.tokens, feed.position_ids, feed.attention_mask, labels=feed.labels, **mtp)
-        return output, partial(_loss, feed.loss_mask)
+        output = run(inputs.tokens, inputs.position_ids, inputs.attention_mask, labels=inputs.labels, **mtp)
+        return output, partial(_loss, inputs.loss_mask)
 
     def _reduce(self, reports: list[torch.Tensor]) -> tuple[float, int]:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -88,9 +93,12 @@ class PipelineSchedule:
 
 
 def _loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token losses [b, s] -> (sum, number of valid tokens, report). The engine divides gradients by the global number."""
+    """Token losses [b, s] -> (sum over valid tokens, their number, report [2] float64 of both).
+
+    The engine divides the gradients by the global number of valid tokens.
+    """
     total = (output.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
-    # The schedule may divide the loss in place: the report is a copy.
+    # The report is a copy, because the schedule may divide the loss in place.
     report = torch.stack([total.detach().double(), num_tokens.double()])
     return total, num_tokens.int(), report

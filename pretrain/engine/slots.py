@@ -1,4 +1,4 @@
-"""What an engine's rank holds of canonical tensors, and who writes what all data-parallel ranks hold. Both engines use it."""
+"""The parts of canonical tensors that an engine has on this rank, and the choice of the rank that writes shared ones."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.engine.base import Piece
+from pretrain.engine.base import StateSlice
 from pretrain.model.shards import Shard
 
 
 @dataclass(frozen=True)
 class Slot:
-    """fp32 main weights (or a buffer) that this rank holds: the flat range [start, stop) of a local tensor."""
+    """The flat range [start, stop) of a local tensor on this rank. `main`: its fp32 main weights, or a buffer."""
 
     shard: Shard
     main: torch.Tensor
     start: int
     stop: int
 
-    def pieces(self, values: dict[str, torch.Tensor]) -> Iterator[Piece]:
-        """Each value, shaped like `main`, cut at the boxes of the canonical tensor; `data` shares its memory."""
+    def state_slices(self, values: dict[str, torch.Tensor]) -> Iterator[StateSlice]:
+        """Cut each value at the borders of the canonical tensor's slices.
+
+        `values`: tensors with the shape of `main`, by kind. The `data` of the results shares their memory.
+        """
         for kind, value in values.items():
             flat = value.detach().view(-1)
-            for position, box, start, stop in self.shard.pieces(self.start, self.stop):
+            for position, slice_, start, stop in self.shard.slice_ranges(self.start, self.stop):
                 data = flat[position - self.start : position - self.start + stop - start]
-                yield Piece(kind, self.shard.name, self.shard.global_shape, box, start, stop, data)
+                yield StateSlice(kind, self.shard.name, self.shard.global_shape, slice_, start, stop, data)
 
 
 class ReplicaWriters:
-    """Which data-parallel rank writes a tensor that all of them hold: the one with the least to write so far.
+    """Chooses the data-parallel rank that writes a tensor which all of them have: the rank with the fewest elements so far.
 
-    Every rank asks in the same order and gets the same answer, without a message.
+    All ranks ask in the same order, so they get the same answer without communication.
     """
 
     def __init__(self) -> None:
         self.loads: dict[int, list[int]] = {}
 
     def assign(self, shard: Shard, numel: int) -> int:
+        """The data rank that writes these `numel` elements."""
         loads = self.loads.setdefault(shard.num_data, [0] * shard.num_data)
         rank = loads.index(min(loads))
         loads[rank] += numel

@@ -1,1 +1,1 @@
-"""The Megatron-Core model: its settings, specs, weights by canonical name, inputs."""
+"""The Megatron-Core model: its settings, layer specs, inputs, and weights by canonical name."""

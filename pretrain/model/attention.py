@@ -1,9 +1,9 @@
 """Core attention for CPUs: torch's scaled_dot_product_attention behind Megatron-Core's interface.
 
-Shapes: s local tokens, S = s x cp all tokens, b micro-batch, n heads of this rank, g key/value heads, d and v head widths.
-Holds GQA, MLA's unequal widths, sliding windows, learned sinks, document masks, and context parallelism: keys and
-values of all ranks are gathered and brought from zigzag to natural order. Costs S keys and values a rank, where
-Transformer Engine's ring holds s; exact, and fine for what a CPU rehearses.
+Shapes: s local tokens, S = s x cp all tokens, b micro-batch, n heads of this rank, g key/value heads, d width of a query or key
+head, v width of a value head. It covers GQA, MLA's unequal widths, sliding windows, learned sinks, document masks and context
+parallelism. Under context parallelism each rank gathers the keys and values of all ranks and puts them from zigzag into natural
+order. A rank then holds S keys and values, where Transformer Engine's ring holds s. The result is exact.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 
 def zigzag(num_tokens: int, size: int, rank: int) -> torch.Tensor:
-    """Positions [num_tokens / size] that context rank `rank` holds: chunks `rank` and `2 size - 1 - rank` of 2 x size.
+    """The positions of context rank `rank`: int64 [num_tokens / size].
 
-    Under a causal mask every rank then has the same work.
+    The sequence is cut into 2 x size chunks. A rank has chunks `rank` and 2 x size - 1 - `rank`, so that under a causal mask
+    all ranks have the same work.
     """
     chunks = torch.arange(num_tokens).chunk(2 * size)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else torch.arange(num_tokens)
 
 
 class _GatherSequence(torch.autograd.Function):
-    """[s, b, g, d] of every context rank, in rank order: [S, b, g, d]. The gradient is summed over the ranks."""
+    """[s, b, g, d] of every context rank -> [S, b, g, d] in rank order. The backward pass sums gradients over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -47,7 +48,11 @@ class _GatherSequence(torch.autograd.Function):
 
 
 class SDPAttention(MegatronModule):
-    """Drop-in for DotProductAttention. `attention_mask` [b, 1, s, S], True where a query must not look, replaces causality."""
+    """Replaces DotProductAttention.
+
+    A given `attention_mask`, bool [b, 1, s, S] and True where a query must not look, is combined with the sliding window.
+    Without one, attention is causal.
+    """
 
     def __init__(
         self,
@@ -106,9 +111,9 @@ class SDPAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _random_stream(self) -> AbstractContextManager[Any]:
-        """Where dropout draws from. Tensor ranks hold other heads, and must draw other masks.
+        """The random stream of dropout. Tensor ranks have different heads and must draw different masks.
 
-        With sequence parallelism Megatron-Core's block has entered their stream already.
+        Under sequence parallelism Megatron-Core's block has already entered the stream of this tensor rank.
         """
         if self.config.sequence_parallel or not self.training or self.dropout == 0.0:
             return nullcontext()
@@ -123,7 +128,7 @@ class SDPAttention(MegatronModule):
         return gathered[torch.argsort(order)]
 
     def _visible(self, num_queries: int, num_keys: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """True where a query may look, [s, S] or [b, 1, s, S]; None means plain causal, which SDPA does without a mask."""
+        """True where a query may look: [s, S] or [b, 1, s, S]. None: plain causal attention, which SDPA does without a mask."""
         sinks = self.softmax_offset is not None
         if attention_mask is None and self.window_tokens is None and num_queries == num_keys and not sinks:
             return None
@@ -137,7 +142,10 @@ class SDPAttention(MegatronModule):
     def _with_sink(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One more key a head whose score is the learned offset and whose value is zero: it only joins the denominator."""
+        """Add one key to each head. Its score is the learned offset and its value is zero, so it adds to the denominator only.
+
+        Returns (keys, values, additive mask [b, n, s, S + 1]).
+        """
         assert visible is not None and self.softmax_offset is not None, "sinks come with an explicit mask"
         batch, heads, num_queries = q.shape[:3]
         hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
@@ -148,5 +156,5 @@ class SDPAttention(MegatronModule):
         return F.pad(k, pad), F.pad(v, pad), bias
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: checkpoints are written by canonical name (pretrain/model/shards.py)."""
+        """Empty, because checkpoints are written by canonical name (pretrain/model/shards.py)."""
         return {}

@@ -1,6 +1,7 @@
-"""Which implementation of the same model runs here: local modules on the CPU, Transformer Engine on a GPU.
+"""The implementation of the model on this machine: local modules on a CPU, Transformer Engine on a GPU.
 
-One pure function decides; everything that depends on the machine asks its result.
+In: the config and what the process found. Out: a `Backend`, or the problems of a config that this machine can't run.
+`choose_backend` alone decides. All code that depends on the machine reads its result.
 
 Torch-free.
 """
@@ -14,15 +15,19 @@ from configs.errors import Problem
 from configs.schema import Config
 from parallel.architecture import expert_ffn
 
-# torch's grouped product wants rows that start at multiples of this.
+# torch's grouped product requires that every row of a matrix starts at a multiple of this.
 _ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`transformer_engine`: its layers and fused kernels. `grouped_experts`: one product for all local experts, by
-    Transformer Engine or by pretrain/model/experts.py. `fused_wgrad`: weight gradients are added in the product's kernel.
-    `token_kernels`: who carries tokens for model.moe.dispatcher = flex, by Megatron-Core's name."""
+    """The choice of kernels.
+
+    `transformer_engine`: use its layers and fused kernels. `grouped_experts`: one product for all local experts, by
+    Transformer Engine or by pretrain/model/experts.py. `fused_wgrad`: the kernel of the product adds weight gradients.
+    `fp8`: Megatron-Core's name of the fp8 format. `token_kernels`: the kernels that send tokens to experts under
+    model.moe.dispatcher = flex, by Megatron-Core's name.
+    """
 
     transformer_engine: bool
     grouped_experts: bool
@@ -32,8 +37,8 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a process finds where it runs. `token_kernels`: those for model.moe.dispatcher = flex, best first."""
+class DetectedMachine:
+    """The devices and packages of a process. `token_kernels`: installed kernels for the flex dispatcher, best first."""
 
     cuda: bool
     transformer_engine: bool
@@ -41,14 +46,18 @@ class Machine:
     token_kernels: tuple[str, ...] = ()
 
 
-def detect_machine(cuda: bool) -> Machine:
-    """The packages of this process."""
-    return Machine(cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"), _token_kernels() if cuda else ())
+def detect_machine(cuda: bool) -> DetectedMachine:
+    """The packages that this process can import. `cuda`: whether it computes on a GPU."""
+    return DetectedMachine(
+        cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"), _token_kernels() if cuda else ()
+    )
 
 
 def _token_kernels() -> tuple[str, ...]:
-    """HybridEP, which knows scale-up domains of any size, before DeepEP, which is made for 8 GPUs: the package deep_ep, told
-    apart by its compiled halves."""
+    """The installed kernels of the package deep_ep, best first.
+
+    HybridEP handles scale-up domains of any size, DeepEP domains of 8 GPUs. Each has a compiled module of its own.
+    """
     halves = {"hybridep": "hybrid_ep_cpp", "deepep": "deep_ep_cpp"}
     return tuple(name for name, half in halves.items() if _has(half))
 
@@ -57,8 +66,8 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def check_backend(config: Config, machine: Machine) -> list[Problem]:
-    """What the config needs and this machine lacks."""
+def check_backend(config: Config, machine: DetectedMachine) -> list[Problem]:
+    """Problems of a config that needs what this machine lacks."""
     problems = []
     if machine.cuda and not machine.transformer_engine:
         fix = "pip install --no-build-isolation 'transformer-engine[pytorch]', or hide the GPUs: CUDA_VISIBLE_DEVICES="
@@ -75,8 +84,8 @@ def check_backend(config: Config, machine: Machine) -> list[Problem]:
     return problems
 
 
-def choose_backend(config: Config, machine: Machine) -> Backend:
-    """The backend for a config without problems on this machine."""
+def choose_backend(config: Config, machine: DetectedMachine) -> Backend:
+    """The backend on this machine of a config for which `check_backend` finds no problem."""
     wanted = config.model.moe.grouped_gemm
     possible = machine.cuda or not _why_not_grouped(config)
     return Backend(
@@ -90,7 +99,7 @@ def choose_backend(config: Config, machine: Machine) -> Backend:
 
 
 def _why_not_grouped(config: Config) -> str | None:
-    """Why experts must be separate modules on the CPU; None: one product for all of them is exact and faster."""
+    """The reason why experts must be separate modules on a CPU. None: a grouped product gives the same result, faster."""
     model = config.model
     if model.mlp_bias or model.activation == "gpt_oss_glu":
         return "experts have biases or gpt-oss's activation"

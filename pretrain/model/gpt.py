@@ -1,4 +1,4 @@
-"""This rank's part of the model: Megatron-Core GPT chunks, built from config, layout and groups."""
+"""This rank's part of the model. In: config, layout, stages and groups. Out: Megatron-Core GPT chunks without values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ require_names(__name__)
 
 
 class PaddedVocabGPT(GPTModel):
-    """A GPT whose padded vocabulary entries never receive probability, so that padding changes no number."""
+    """A GPT in which the padding of the vocabulary gets no probability, so that it changes neither loss nor gradients.
+
+    `num_tokens_in_vocab`: the number of real tokens. `first_local_token`: the first token id of this tensor rank.
+    """
 
     num_tokens_in_vocab: int
     first_local_token: int
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [b, s], logits [s, b, local vocab] -> loss of each token [b, s]."""
+        """labels [b, s], logits [s, b, local vocabulary] -> loss of each token in nats [b, s]. Writes into `logits`."""
         real = min(max(self.num_tokens_in_vocab - self.first_local_token, 0), logits.shape[-1])
         if real < logits.shape[-1]:
             logits[..., real:] = torch.finfo(logits.dtype).min
@@ -44,7 +47,7 @@ def build_chunks(
     groups: ProcessGroupCollection,
     backend: Backend,
 ) -> list[PaddedVocabGPT]:
-    """The chunks of this rank's stage, in the order of the interleaved schedule; weights are not filled yet."""
+    """The chunks of this rank's stage, in the order of the interleaved schedule. Their weights have no values yet."""
     stage = groups.pp.rank()
     mine = sorted((chunk for chunk in chunks if chunk.stage == stage), key=lambda chunk: chunk.chunk)
     return [build_chunk(config, vocab_size, transformer, layout, chunk, groups, backend) for chunk in mine]
@@ -59,7 +62,7 @@ def build_chunk(
     groups: ProcessGroupCollection,
     backend: Backend,
 ) -> PaddedVocabGPT:
-    """One chunk. `vocab_size` is the number of real tokens; the table is padded independently of the layout."""
+    """One chunk. `vocab_size`: the number of real tokens. The embedding is padded to a size that no layout changes."""
     model, position, scaling = config.model, config.model.position, config.model.position.scaling
     vp_stage = chunk.chunk if layout.virtual_pipeline > 1 else None
     padded = padded_vocab(model, vocab_size)

@@ -1,8 +1,7 @@
 """Initial weights by canonical name and position, so that every layout starts from the same model.
 
-Each canonical tensor has its own counter-based random stream (Philox keyed by seed and name); element i of the
-flattened tensor is a function of (seed, name, i) alone. A rank draws only the rows that it holds: some 80 million
-elements a second and core.
+Each canonical tensor has a counter-based random stream of its own: Philox, keyed by seed and name. Element i of the flattened
+tensor depends on seed, name and i alone. A rank draws only the rows that it holds, some 80 million elements a second on a core.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ _ZEROS = re.compile(r"(\.bias|softmax_offset|expert_bias)$")
 
 
 def initial_std(name: str, model: Model) -> float:
-    """Standard deviation of a weight: init_std, and init_std / sqrt(2 L) for products that write to the residual stream.
+    """Standard deviation of a weight: init_std, or init_std / sqrt(2 L) for projections that write to the residual stream.
 
-    Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal.
+    L is the number of layers. Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal.
     """
     if model.scale_init_by_depth and _DEPTH_SCALED.search(name):
         return model.init_std / math.sqrt(2 * model.num_layers)
@@ -35,7 +34,7 @@ def initial_std(name: str, model: Model) -> float:
 
 
 def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
-    """Give a local tensor its initial values: ones for norms, zeros for biases and offsets, else a normal by name."""
+    """Write a local tensor's initial values: ones for norms, zeros for biases and offsets, normal values for all others."""
     with torch.no_grad():
         if _ONES.search(shard.name):
             tensor.fill_(1.0)
@@ -43,26 +42,26 @@ def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
             tensor.zero_()
         else:
             std = initial_std(shard.name, model)
-            flat = torch.cat([normal(shard.name, shard.global_shape, box, seed).flatten() for box in shard.boxes])
+            flat = torch.cat([normal(shard.name, shard.global_shape, slice_, seed).flatten() for slice_ in shard.slices])
             tensor.copy_(flat.view(tensor.shape) * std)
 
 
-def normal(name: str, global_shape: tuple[int, ...], box: TensorSlice, seed: int) -> torch.Tensor:
-    """Standard normal float32 values of one box of a tensor, shape box.shape; cost: the full rows of the box."""
+def normal(name: str, global_shape: tuple[int, ...], slice_: TensorSlice, seed: int) -> torch.Tensor:
+    """Standard normal float32 values of one slice of a tensor. Shape: slice_.shape. Cost: the full rows of the slice."""
     width = global_shape[-1]
-    rows = TensorSlice(box.offset[:-1], box.shape[:-1])
+    rows = TensorSlice(slice_.offset[:-1], slice_.shape[:-1])
     if len(global_shape) == 1:
-        return _draw(name, box.offset[0], box.shape[0], seed)
+        return _draw(name, slice_.offset[0], slice_.shape[0], seed)
     # Rows of the last two dims are contiguous; leading dims (stacked experts) are walked.
     lead = rows.shape[:-1]
-    result = torch.empty(box.shape)
+    result = torch.empty(slice_.shape)
     for index in np.ndindex(*lead):
         first = 0
         for dim, (offset, position) in enumerate(zip(rows.offset[:-1], index, strict=True)):
             first += (offset + position) * prod(global_shape[dim + 1 : -1])
         first += rows.offset[-1]
         drawn = _draw(name, first * width, rows.shape[-1] * width, seed).view(rows.shape[-1], width)
-        result[index] = drawn[:, box.offset[-1] : box.offset[-1] + box.shape[-1]]
+        result[index] = drawn[:, slice_.offset[-1] : slice_.offset[-1] + slice_.shape[-1]]
     return result
 
 

@@ -1,4 +1,4 @@
-"""The model's inputs of one micro-batch: the tokens of this context rank, on its device, with the attention mask."""
+"""The model's inputs for one micro-batch. In: a `MicroBatch`. Out: this context rank's tokens and mask, on its device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.model.attention import zigzag
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Shapes: b micro-batch, s local tokens, S all tokens of a sequence."""
+    """The inputs of one forward pass. Shapes: b micro-batch, s tokens of this context rank, S tokens of a whole sequence."""
 
     tokens: torch.Tensor  # [b, s] int64
     labels: torch.Tensor  # [b, s] int64
@@ -23,7 +23,10 @@ class ModelInputs:
 
 
 def make_model_inputs(batch: MicroBatch, groups: ProcessGroupCollection, device: torch.device) -> ModelInputs:
-    """Slice for context parallelism and move to the device. Costs a [b, 1, s, S] mask when documents are kept apart."""
+    """Take this context rank's tokens and copy them to the device.
+
+    Document masks cost a [b, 1, s, S] tensor of bool.
+    """
     positions = zigzag(batch.tokens.shape[1], groups.cp.size(), groups.cp.rank())
 
     def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Our config and layout as Megatron-Core's TransformerConfig: the only place that knows both vocabularies."""
+"""The translation to Megatron-Core's settings. In: config, layout, stages and backend. Out: a TransformerConfig."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ACTIVATIONS = {
 
 
 def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk, ...], backend: Backend) -> TransformerConfig:
-    """TransformerConfig for this rank's model; the loss is a sum over tokens that the engine divides by their global number."""
+    """The TransformerConfig of this rank's model. The loss is a sum over tokens; the engine divides it by their global number."""
     model = config.model
     values = {
         **_architecture(model),
@@ -50,7 +50,7 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
             setattr(result, name, value)
         return result
     latent = MLATransformerConfig(**values, **_latent_attention(model))
-    # Our own norms read it (pretrain/model/specs.py); the dataclass has one epsilon for all.
+    # The norms of pretrain/model/specs.py read it. The dataclass has one epsilon for all norms.
     latent.latent_norm_eps = model.mla.norm_eps or model.norm_eps  # type: ignore[attr-defined]
     return latent
 
@@ -71,7 +71,7 @@ def _architecture(model: Model) -> dict[str, Any]:
         add_qkv_bias=attention.qkv_bias,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
         layernorm_epsilon=model.norm_eps,
-        # MLA's compressed queries and keys are always normalised (DeepSeek-V2).
+        # MLA always normalises compressed queries and keys (DeepSeek-V2, arXiv 2405.04434).
         qk_layernorm=attention.qk_norm or model.mla.kv_lora_rank is not None,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=attention.dropout,
@@ -98,7 +98,7 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_ffn_hidden_size=expert_ffn(model),
         moe_router_topk=moe.top_k,
         moe_router_score_function=router.score,
-        # Softmax over the chosen logits equals softmax over all, chosen and renormalised.
+        # A softmax over the chosen logits equals a softmax over all logits whose chosen values are renormalised.
         moe_router_pre_softmax=router.score == "softmax" and not router.normalize_top_k,
         moe_router_topk_scaling_factor=None if router.scaling_factor == 1.0 else router.scaling_factor,
         moe_router_num_groups=router.num_groups,
@@ -109,7 +109,7 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_aux_loss_coeff=0.0 if router.balance == "none" else router.aux_loss_coeff * weight,
         moe_z_loss_coeff=router.z_loss_coeff * weight or None,
         moe_input_jitter_eps=router.jitter_eps or None,
-        # Scores in bf16 tie often, and ties are broken differently by different layouts.
+        # Scores in bf16 are often equal, and different layouts then choose different experts.
         moe_router_dtype="fp32",
         moe_token_dispatcher_type=moe.dispatcher,
         moe_flex_dispatcher_backend=backend.token_kernels or "deepep",
@@ -119,7 +119,7 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
         moe_shared_expert_gate=moe.shared_gate,
         moe_shared_expert_overlap=moe.shared_overlap,
-        # Without Transformer Engine Megatron-Core means a CUDA package by this; ours is chosen by the layer spec.
+        # Without Transformer Engine this key means a CUDA package. The layer spec chooses our own grouped experts.
         moe_grouped_gemm=backend.grouped_experts and backend.transformer_engine,
         moe_permute_fusion=backend.transformer_engine,
     )
@@ -172,7 +172,7 @@ def _parallelism(layout: Layout, chunks: tuple[Chunk, ...]) -> dict[str, Any]:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        # Batched sends and receives of an interleaved schedule deadlock on gloo; overlap needs them apart on NCCL too.
+        # In an interleaved schedule, batched sends and receives deadlock on gloo, and prevent overlap on NCCL.
         batch_p2p_comm=not virtual,
         deallocate_pipeline_outputs=True,
     )
@@ -185,8 +185,8 @@ def _numerics(config: Config, backend: Backend) -> dict[str, Any]:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Weights are filled by name (pretrain/model/init.py), so that every layout starts equal. Megatron-Core marks how a weight
-        # is split only where it initialises it, so it is given something that does nothing.
+        # pretrain/model/init.py fills weights by name, so that every layout starts from the same values. Megatron-Core marks how
+        # a weight is split only while it initialises it, so its initialisation runs and does nothing.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -213,7 +213,7 @@ def _recompute(config: Config, backend: Backend) -> dict[str, Any]:
     if recompute.mode == "none":
         return {}
     if recompute.mode == "selective":
-        # Recomputing an expert's activation alone is Transformer Engine's; where it is absent the activation is kept.
+        # Only Transformer Engine can recompute the activation of the experts alone. Without it the activation is kept.
         modules = [
             name for name in recompute.modules if name != "moe_act" or (backend.grouped_experts and backend.transformer_engine)
         ]

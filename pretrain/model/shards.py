@@ -1,8 +1,8 @@
 """Canonical names and slices: which part of which tensor of the whole model a local parameter is.
 
-In: a chunk of the model and its groups. Out: a `Shard` a parameter or buffer. Names do not depend on layout, stage,
-Transformer Engine, or grouped experts: layers carry their global number, experts are stacked on dim 0 of one tensor
-([experts, rows, columns]), norms have their own names also where Transformer Engine fuses them into the next product.
+In: a chunk of the model and its groups. Out: a `Shard` for each parameter and buffer. Canonical names don't depend on layout,
+stage, Transformer Engine or grouped experts. Layers have their global number. Experts are stacked on dim 0 of one tensor
+[experts, rows, columns]. Norms have names of their own, also where Transformer Engine fuses them into the next projection.
 """
 
 from __future__ import annotations
@@ -34,40 +34,44 @@ _EXPERT = (
 
 @dataclass(frozen=True)
 class Shard:
-    """A local tensor as slices of a canonical one: flattened, it is the concatenation of its boxes, each flattened.
+    """A local tensor as slices of a canonical tensor. The flat local tensor is the concatenation of its flat slices.
 
-    The same slices are on `num_data` data-parallel ranks (this one is `data_rank`), and, when nothing is split over the
-    tensor ranks, on each of those (`tensor_replica` counts them). `duplicate` marks the embedding's copy on the last stage.
+    `global_shape`: the shape of the canonical tensor. `num_data` data-parallel ranks have the same slices; this rank is
+    `data_rank` of them. `tensor_replica`: this rank's number among tensor ranks with the same slices, 0 where the tensor is
+    split. `duplicate`: this is the copy of the embedding on the last stage.
     """
 
     name: str
     global_shape: tuple[int, ...]
-    boxes: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
     data_rank: int
     num_data: int
     tensor_replica: int
     duplicate: bool
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, TensorSlice, int, int]]:
-        """The flat range [start, stop) of the local tensor as (local position, box, start in box, stop in box)."""
+    def slice_ranges(self, start: int, stop: int) -> Iterator[tuple[int, TensorSlice, int, int]]:
+        """Split the flat range [start, stop) of the local tensor at the borders of its slices.
+
+        Yields (flat position in the local tensor, slice, start in the slice, stop in the slice).
+        """
         first = 0
-        for box in self.boxes:
-            low, high = max(start, first), min(stop, first + box.size)
+        for slice_ in self.slices:
+            low, high = max(start, first), min(stop, first + slice_.size)
             if low < high:
-                yield low, box, low - first, high - first
-            first += box.size
+                yield low, slice_, low - first, high - first
+            first += slice_.size
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts of the model, and the number of the first on this rank."""
+    """`total`: the model's number of routed experts. `first`: the number of this rank's first expert, from 0."""
 
     total: int
     first: int
 
 
 def canonical_name(name: str, layer_number: int | None, first_expert: int) -> tuple[str, int | None]:
-    """(canonical name, global expert or None) of a local parameter; layer and expert numbers count from 0."""
+    """(canonical name, number of the expert or None) of a local parameter. Layers and experts count from 0."""
     if layer_number is not None:
         name = re.sub(r"^decoder\.layers\.\d+\.", f"decoder.layers.{layer_number}.", name)
     name = name.replace(".mtp_model_layer.", ".transformer_layer.")
@@ -80,7 +84,7 @@ def canonical_name(name: str, layer_number: int | None, first_expert: int) -> tu
 
 
 def local_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and every saved buffer of a chunk by local name."""
+    """(local name, tensor) of every parameter and every saved buffer of a chunk."""
     yield from chunk.named_parameters()
     for prefix, module in chunk.named_modules():
         for name, buffer in saved_buffers(module):
@@ -88,12 +92,12 @@ def local_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def layer_of(layer: Any) -> int:
-    """The number of a decoder layer in the whole model, from 0."""
+    """The number of a decoder layer in the whole model, counted from 0."""
     return layer.layer_number - 1
 
 
 def map_shards(chunk: GPTModel, groups: ProcessGroupCollection) -> dict[str, Shard]:
-    """Local name -> Shard, in the order of the model."""
+    """The `Shard` of every local tensor by local name, in the order of the model."""
     config = chunk.config
     total = config.num_moe_experts or 0
     experts = Experts(total, groups.ep.rank() * (total // groups.ep.size()))
@@ -125,17 +129,17 @@ def _shard(
     matrix = tensor.shape[1:] if stacked else tensor.shape
     dim = getattr(tensor, "partition_dim", -1) if split else -1
     # A gated first product holds [gate; up], each of them split over the ranks.
-    shape, boxes = _slices(tuple(matrix), dim, 2 if gated and dim == 0 else 1, tensor_group.rank(), tensor_group.size())
+    shape, slices = _slices(tuple(matrix), dim, 2 if gated and dim == 0 else 1, tensor_group.rank(), tensor_group.size())
     if routed:
         numbers = range(experts.first, experts.first + tensor.shape[0]) if stacked else (expert,)
         shape = (experts.total, *shape)
-        boxes = [TensorSlice((number or 0, *box.offset), (1, *box.shape)) for number in numbers for box in boxes]
+        slices = [TensorSlice((number or 0, *slice_.offset), (1, *slice_.shape)) for number in numbers for slice_ in slices]
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return Shard(
         name=name,
         global_shape=shape,
-        boxes=tuple(boxes),
+        slices=tuple(slices),
         data_rank=data_group.rank(),
         num_data=data_group.size(),
         tensor_replica=0 if split else tensor_group.rank(),
@@ -144,13 +148,16 @@ def _shard(
 
 
 def _slices(shape: tuple[int, ...], dim: int, parts: int, rank: int, size: int) -> tuple[tuple[int, ...], list[TensorSlice]]:
-    """(whole shape, boxes) of a local tensor; `dim` is split over `size` ranks (-1: not), each of its parts apart."""
+    """(shape of the whole tensor, this rank's slices) of a local tensor of shape `shape`.
+
+    `dim` is split over `size` ranks; -1: no dim is. The dim consists of `parts` equal parts, and each is split on its own.
+    """
     offset = (0,) * len(shape)
     if dim < 0:
         return shape, [TensorSlice(offset, shape)]
     length = shape[dim] // parts
-    boxes = []
+    slices = []
     for part in range(parts):
         start = part * length * size + rank * length
-        boxes.append(TensorSlice((*offset[:dim], start, *offset[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])))
-    return (*shape[:dim], shape[dim] * size, *shape[dim + 1 :]), boxes
+        slices.append(TensorSlice((*offset[:dim], start, *offset[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])))
+    return (*shape[:dim], shape[dim] * size, *shape[dim + 1 :]), slices

@@ -1,4 +1,4 @@
-"""Layer specs: the modules that make one transformer layer, on the CPU and with Transformer Engine on a GPU."""
+"""Layer specs: the modules of a transformer layer. In: TransformerConfig and backend. Out: Megatron-Core's ModuleSpecs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ require_names(__name__)
 
 
 class Norm:
-    """torch's norm whose weight says that its gradient is partial under sequence parallelism (WrappedTorchNorm refuses it)."""
+    """Makes torch's RMSNorm or LayerNorm, whose parameters are marked for sequence parallelism.
 
-    # A class, since megatron's build_module returns a function uncalled; it makes the norm that the config names.
+    The mark tells Megatron-Core that each tensor rank has a part of the gradient. Its own WrappedTorchNorm refuses sequence
+    parallelism.
+    """
+
+    # This is a class, because Megatron-Core's build_module returns a function without calling it.
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -40,7 +44,7 @@ class Norm:
 
 
 class LatentNorm:
-    """The norm of a compressed query or key, with its own epsilon (DeepSeek: 1e-6 whatever the model's)."""
+    """The norm of a compressed query or key, with an epsilon of its own. DeepSeek's is 1e-6, whatever the model's."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         return Norm(config, hidden_size, getattr(config, "latent_norm_eps", eps), **kwargs)
@@ -57,7 +61,7 @@ class CpuSpecProvider(LocalSpecProvider):
 
 
 def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> ModuleSpec:
-    """One layer, dense or MoE."""
+    """The spec of one layer, dense or MoE."""
     experts = config.num_moe_experts if is_moe else None
     if backend.transformer_engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
@@ -93,8 +97,8 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
             linear_qkv=column, core_attention=SDPAttention, linear_proj=row, q_layernorm=qk_norm, k_layernorm=qk_norm
         )
         return ModuleSpec(module=SelfAttention, params=params, submodules=submodules)
-    # megatron-core 0.16.1: with column-parallel down projections and tensor > 1 the gradient is wrong (1.09392 for
-    # 1.09504 in its norm), without an error. Replicated ones, as Transformer Engine's spec has them, are right.
+    # With column-parallel down projections and tensor > 1, megatron-core 0.16.1 computes a wrong gradient without an error: its
+    # norm was 1.09392 in place of 1.09504. Replicated down projections, as in Transformer Engine's spec, are right.
     latent = MLASelfAttentionSubmodules(
         linear_q_proj=column, linear_q_down_proj=ReplicatedLinear, linear_q_up_proj=column,
         linear_kv_down_proj=ReplicatedLinear, linear_kv_up_proj=column,
@@ -114,7 +118,7 @@ def block_spec(config: TransformerConfig, chunk: Chunk, backend: Backend) -> Tra
 
 
 def mtp_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None) -> Any:
-    """Multi-token prediction: its transformer layers are like the model's last one."""
+    """The spec of multi-token prediction, whose transformer layers are of the kind of the model's last layer."""
     pattern = config.moe_layer_freq if config.num_moe_experts else [0]
     assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
     layer = layer_spec(config, bool(pattern[-1]), backend)

@@ -38,17 +38,20 @@ class TensorSlice:
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 
 
-def split_range(box: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
-    """(flat position, contiguous box) for each rectangular part of the flat range [start, stop) of `box`, in order."""
+def split_range(slice_: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
+    """Split the flat range [start, stop) of `slice_` into rectangular, contiguous parts.
+
+    Yields (flat position in `slice_`, part) in ascending order.
+    """
     if start >= stop:
         return
-    if start == 0 and stop == box.size:
-        yield 0, box
+    if start == 0 and stop == slice_.size:
+        yield 0, slice_
         return
-    inner = prod(box.shape[1:])
+    inner = prod(slice_.shape[1:])
     first, last = start // inner, (stop - 1) // inner
     if first == last:
-        row = TensorSlice((box.offset[0] + first, *box.offset[1:]), (1, *box.shape[1:]))
+        row = TensorSlice((slice_.offset[0] + first, *slice_.offset[1:]), (1, *slice_.shape[1:]))
         rest = TensorSlice(row.offset[1:], row.shape[1:])
         for flat, part in split_range(rest, start - first * inner, stop - first * inner):
             yield first * inner + flat, TensorSlice((row.offset[0], *part.offset), (1, *part.shape))
@@ -56,9 +59,9 @@ def split_range(box: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, 
     whole_first = first if start % inner == 0 else first + 1
     whole_last = last + 1 if stop % inner == 0 else last
     if start < whole_first * inner:
-        yield from split_range(box, start, whole_first * inner)
+        yield from split_range(slice_, start, whole_first * inner)
     if whole_first < whole_last:
-        shape = (whole_last - whole_first, *box.shape[1:])
-        yield whole_first * inner, TensorSlice((box.offset[0] + whole_first, *box.offset[1:]), shape)
+        shape = (whole_last - whole_first, *slice_.shape[1:])
+        yield whole_first * inner, TensorSlice((slice_.offset[0] + whole_first, *slice_.offset[1:]), shape)
     if whole_last * inner < stop:
-        yield from split_range(box, whole_last * inner, stop)
+        yield from split_range(slice_, whole_last * inner, stop)

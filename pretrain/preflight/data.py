@@ -19,7 +19,7 @@ from configs.errors import ConfigError, Problem
 from configs.schema import BlendPart, Config
 from pretrain.data.indexed import Index, held_out, index_problems, meta_path, open_index, samples_in
 from pretrain.data.order_cache import cache_folder, needs_cache
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer, vocab_size
+from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 
 SAMPLED_BLOCKS = 16
 SAMPLED_TOKENS = 1 << 15
@@ -70,7 +70,7 @@ def _share_problems(parts: list[BlendPart], split: str) -> list[Problem]:
     ]
 
 
-def _check_part(part: BlendPart, key: str, config: Config, tokenizer: Tokenizer | None) -> tuple[Index | None, list[Problem]]:
+def _check_part(part: BlendPart, key: str, config: Config, tokenizer: TextTokenizer | None) -> tuple[Index | None, list[Problem]]:
     """(the index when it can be trusted, problems) of one part."""
     try:
         index = open_index(part.path, key)
@@ -101,7 +101,7 @@ def read_meta(prefix: str, key: str) -> tuple[dict[str, Any] | None, list[Proble
     return meta, []
 
 
-def meta_problems(prefix: str, meta: dict[str, Any] | None, index: Index, tokenizer: Tokenizer, key: str) -> list[Problem]:
+def meta_problems(prefix: str, meta: dict[str, Any] | None, index: Index, tokenizer: TextTokenizer, key: str) -> list[Problem]:
     """What .meta.json says, against the index and the tokenizer."""
     if meta is None:
         return []

@@ -1,7 +1,7 @@
-"""Opening and closing an attempt. In: the run folder and the resolved config. Out: a held `Attempt`. Rank 0 only.
+"""Opening and closing an attempt. In: the run folder and the resolved config. Out: an `Attempt` that holds it. Rank 0 only.
 
-Works the same under plain torchrun and under our launchers: the lock decides who trains, rank 0 numbers the attempt
-(a launcher that had to name its log folder earlier claims a number and passes it in PHALANX_ATTEMPT).
+An attempt works alike under plain torchrun and under our launchers. The lock decides which process trains, and rank 0 numbers
+the attempt. A launcher needs the number earlier, to name its log folder. It claims one and passes it in PHALANX_ATTEMPT.
 
 Torch-free.
 """
@@ -27,7 +27,7 @@ MayGoOn = Callable[[str | None], Sequence[Problem]]
 
 
 class Attempt:
-    """An attempt that holds its run folder: the only writer of the records. A context manager; leaving it frees the folder."""
+    """An attempt that holds its run folder and alone writes its records. As a context manager it frees the folder at its end."""
 
     def __init__(self, folder: RunFolder, number: int, lock: FolderLock) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class Attempt:
 
     @property
     def own_dir(self) -> Path:
-        """The folder of this attempt alone: its config, its command, the rows that it cut from the record."""
+        """The folder that only this attempt writes: its config, its command, the rows that it cut from the record."""
         return self.folder.launch_dir(self.number)
 
     @property
@@ -53,14 +53,17 @@ class Attempt:
             raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
 
     def check_held(self) -> None:
-        """Raises ConfigError when the lock file was removed: another attempt may be writing here. Call before a save."""
+        """Raises ConfigError when the lock file was removed or replaced, because another attempt may then write here.
+
+        Call it before each save.
+        """
         if not self._lock.is_ours():
             rule = "the attempt must hold its run folder; the lock file was removed or replaced while it trained"
             fix = "see which attempt is the right one and end the other"
             raise ConfigError(Problem("run.dir", str(self.folder.path), rule, fix))
 
     def finish(self, outcome: Outcome) -> None:
-        """Write outcome.json, the event and, for a finished run, DONE."""
+        """Write outcome.json, the outcome event and, for a finished run, DONE. Raises ConfigError when the disk refuses them."""
         assert outcome.attempt == self.number, f"outcome of attempt {outcome.attempt} written by attempt {self.number}"
         try:
             write_json(self.folder.outcome, outcome.as_dict())
@@ -71,7 +74,7 @@ class Attempt:
         self.event(EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step)
 
     def close(self) -> None:
-        """Free the folder for the next attempt."""
+        """Free the folder for the next attempt. Raises ConfigError when the disk refuses. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -100,8 +103,8 @@ def open_attempt(
 ) -> Attempt:
     """Take the folder and begin an attempt in it. `resume_step`: checkpoint.resume_step of the config, which the event keeps.
 
-    Raises ConfigError: the folder is foreign, held, read-only or full, or `may_go_on` has a problem. Nothing
-    of the run is changed before all of these passed: the config of a refused attempt never replaces the old one.
+    Raises ConfigError when the folder is no run folder, is held, is read-only or full, or when `may_go_on` returns problems.
+    Nothing of the run changes before these checks have passed, so a refused attempt never replaces the run's config.
     """
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
@@ -144,7 +147,7 @@ def _open_held(
         (folder.config, config_yaml),
     ):
         write_atomically(path, text)
-    # A run that is resumed is not finished: a crash from here on must not look like a finished run.
+    # A resumed run is no longer finished. Without DONE, a crash from here on doesn't look like a finished run.
     folder.done.unlink(missing_ok=True)
     attempt = Attempt(folder, number, lock)
     attempt.event(

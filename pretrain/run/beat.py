@@ -1,9 +1,10 @@
-"""A rank's heartbeat as bytes: what it does since when. In: a `Beat`. Out: one fixed-size record, and back.
+"""The record of a rank's heartbeat: the rank's phase, and when it began. In: a `Beat`. Out: SIZE_BYTES bytes, and back.
 
-A rank overwrites its record in place with one write, a watchdog of the same machine reads it at any moment: a record that
-was caught half-written fails its checksum and reads as None. pretrain/run/heartbeat.py writes, launch/watch/beats.py reads.
+A rank overwrites its record in place with one write. A watchdog on the same machine may read it at any moment. A record that
+was read while half written fails its checksum and decodes to None. pretrain/run/heartbeat.py writes the records,
+launch/watch/beats.py reads them.
 
-PHALANX_BEAT_DIR   a folder on this machine (in memory, best), made by whoever starts the ranks: rank_N.beat, rank_N.stack
+PHALANX_BEAT_DIR   a folder on this machine, best in memory, that the launcher makes for rank_N.beat and rank_N.stack
 
 Torch-free.
 """
@@ -31,18 +32,19 @@ RECORDING = "recording"
 SAVING = "saving"
 ENDING = "ending"
 
-# In the order of a run. A rank behind the others in (rollbacks, step, phase) is the late one.
+# In the order of a run. The rank with the smallest (rollbacks, step, phase) is the late one.
 PHASES = (STARTING, BUILDING, RESTORING, READING, WAITING, COMPUTING, AGREEING, VALIDATING, RECORDING, SAVING, ENDING)
-# A step's own phases: their time is known from the steps before, that of the others isn't.
+# The phases of a step. Earlier steps tell how long they take; the duration of the other phases is unknown.
 OF_A_STEP = frozenset((WAITING, COMPUTING, AGREEING, RECORDING))
 
 
 @dataclass(frozen=True)
 class Beat:
-    """`since_s` is when the phase began, by this machine's monotonic clock. None: not measured yet.
+    """What a rank is doing.
 
-    `start_ticks` tells the process from a later one of the same pid. `rollbacks`: how often the step went back. The three
-    times are medians of the last steps.
+    `since_s`: when the phase began, in seconds of this machine's monotonic clock. `start_ticks` distinguishes the process from
+    a later one with the same pid. `rollbacks`: how often the run returned to an earlier step. `step_time_s`, `batch_wait_s`
+    and `probe_s` are medians over the last steps, in seconds; None: not measured yet.
     """
 
     rank: int
@@ -67,14 +69,14 @@ def stack_path(folder: Path, rank: int) -> Path:
 
 
 def encode(beat: Beat) -> bytes:
-    """SIZE_BYTES bytes: CRC-32 in hex, JSON, spaces, newline. Readable with cat."""
+    """The beat as SIZE_BYTES bytes of text: CRC-32 in hex, JSON, spaces, newline."""
     text = json.dumps(asdict(beat)).encode().ljust(SIZE_BYTES - 10)
     assert len(text) == SIZE_BYTES - 10, f"a beat has room for {SIZE_BYTES - 10} bytes: {text!r}"
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
 def decode(data: bytes) -> Beat | None:
-    """The beat in `data`; None when it is incomplete, empty or no beat."""
+    """The beat in `data`. None: `data` has another size, or its checksum is wrong."""
     if len(data) != SIZE_BYTES or data[:8] != b"%08x" % zlib.crc32(data[9:-1]):
         return None
     value: dict[str, Any] = json.loads(data[9:-1])

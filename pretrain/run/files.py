@@ -1,6 +1,7 @@
 """Files that a crash can't leave half-written. In: a path and its content. Out: the old file or the new one, never a mixture.
 
-Two kinds: whole files (written beside, renamed) and JSON lines (appended; a torn last line is mended at the next open).
+A whole file is written under a temporary name in the same folder and then renamed. A JSON-lines file is appended to, and an
+incomplete last line is repaired when the file is opened the next time.
 
 Torch-free.
 """
@@ -31,13 +32,13 @@ _RULES = {
 
 
 def storage_problem(key: str, path: str | Path, error: OSError) -> Problem:
-    """What a failed write or read means for the user; `key` is the config key that chose the place."""
+    """The Problem that reports a failed write or read to the user. `key`: the config key that chose the path."""
     rule, fix = _RULES.get(error.errno or 0, ("the file system must accept the file", "choose another folder"))
     return Problem(key, str(path), f"{rule} ({error.strerror or error}: {error.filename or path})", fix)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a power loss."""
+    """Make renames and new files in `folder` survive a power loss. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -46,9 +47,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: str | Path, data: bytes | str, durable: bool = True) -> None:
-    """Write beside `path`, fsync, rename. Raises OSError; the old content then still stands and nothing lies beside it.
+    """Write a temporary file in the same folder, fsync it, and rename it to `path`.
 
-    `durable` False: without the fsync, for what is written again in seconds; readers still see the old or the new one.
+    Raises OSError. The old content is then unchanged and the temporary file is removed. `durable` False leaves out the fsync,
+    for files that are rewritten every few seconds. Readers still see either the old or the new content.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -68,12 +70,12 @@ def write_atomically(path: str | Path, data: bytes | str, durable: bool = True) 
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON, atomically. NaN and infinity are refused: they aren't JSON."""
+    """Write `value` as indented JSON, atomically. Raises OSError, and ValueError for NaN and infinity, which JSON lacks."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any | None:
-    """The file's value; None when it isn't there or isn't JSON (a file of another program, or of a crash)."""
+    """The value in the file. None: the file doesn't exist, or another program or a crash left something that is no JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -81,7 +83,7 @@ def read_json(path: str | Path) -> Any | None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """One JSON object, or None when the line is something else."""
+    """The JSON object in the line. None: the line holds something else."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -90,7 +92,10 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each complete line with its newline, and its object (None: not a JSON object). A torn last line is left out."""
+    """Each complete line with its newline, and the line's JSON object, or None where it has none.
+
+    An incomplete last line is left out. Raises OSError.
+    """
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
@@ -98,7 +103,7 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | No
 
 
 def append_line(descriptor: int, row: dict[str, Any]) -> None:
-    """One line in one write, so that only a full disk or a kill in the middle can tear it. Raises OSError."""
+    """Append one line with one write, so that only a full disk or a kill during the write can cut it. Raises OSError."""
     line = json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
     written = os.write(descriptor, line)
     if written != len(line):
@@ -106,15 +111,15 @@ def append_line(descriptor: int, row: dict[str, Any]) -> None:
 
 
 def mend_torn_line(path: str | Path) -> int:
-    """Finish or cut a last line without its newline; returns the bytes cut (0: nothing was torn, or nothing lost).
+    """Complete or remove a last line that has no newline. Returns the number of bytes removed. Raises OSError.
 
-    A whole JSON object that only misses its newline is kept: an object can't be complete and torn at once.
+    A line that is a whole JSON object gets its newline: a prefix of an object is never a valid object.
     """
     path = Path(path)
     if not path.exists():
         return 0
     with open(path, "r+b") as file:
-        torn = _last_piece(file)
+        torn = _incomplete_line(file)
         if not torn:
             return 0
         if parse_line(torn) is not None:
@@ -126,7 +131,7 @@ def mend_torn_line(path: str | Path) -> int:
 
 
 def last_row(path: str | Path) -> dict[str, Any] | None:
-    """The last complete JSON object of a JSON lines file, reading only its end. None: there is none."""
+    """The last complete JSON object of a JSON-lines file. Reads its last 64 KiB. None: they contain no object."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -138,24 +143,24 @@ def last_row(path: str | Path) -> dict[str, Any] | None:
     return next((row for row in rows if row is not None), None)
 
 
-def _last_piece(file: Any) -> bytes:
-    """The bytes after the last newline."""
+def _incomplete_line(file: Any) -> bytes:
+    """The bytes after the last newline of an open file; empty when the last line is complete."""
     size = file.seek(0, os.SEEK_END)
-    piece = b""
+    found = b""
     while size > 0:
         start = max(0, size - _TAIL_BYTES)
         file.seek(start)
         block = file.read(size - start)
         _, newline, tail = block.rpartition(b"\n")
-        piece = tail + piece
+        found = tail + found
         if newline:
             break
         size = start
-    return piece
+    return found
 
 
 def recent_rows(path: str | Path, tail_bytes: int = 1 << 18) -> list[dict[str, Any]]:
-    """The last complete lines that are JSON objects, as many as fit into `tail_bytes`; none without the file."""
+    """The JSON objects of the complete lines in the file's last `tail_bytes`, oldest first; empty without a file."""
     path = Path(path)
     if not path.exists():
         return []

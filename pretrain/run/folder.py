@@ -1,4 +1,4 @@
-"""The run folder as a contract: its names, what may lie in it, and who holds it. This module reads only.
+"""The contract of the run folder: which files it has, and which process holds it. This module reads and never writes.
 
 runs/NAME/
     config.yaml        the resolved config of the newest attempt
@@ -15,9 +15,9 @@ runs/NAME/
     profile/           rank_0.trace.json and rank_0.memory.pickle, where metrics.profile asks for them
     wandb/             W&B's own files, and cursor.json
     wandb_id           the id of the W&B run that all attempts share; another one after going back to an earlier checkpoint
-    doctor/            0001/ …: what phalanx doctor found out here
-    huggingface/       the newest checkpoint for transformers, where it was exported here (make demo)
-    lock               which process trains here now
+    doctor/            0001/ …: the reports of phalanx doctor
+    huggingface/       an export of the newest checkpoint for transformers, where one was made (make demo)
+    lock               the process that trains in this folder now
 
 pretrain/run/attempt.py begins and ends an attempt in it.
 
@@ -46,7 +46,8 @@ STATES = ("finished", "stopped", "preempted", "diverged", "failed")
 EXIT_CODE = {"finished": 0, "failed": 1, "diverged": 3, "preempted": 75, "stopped": 130}
 EXIT_BROKE, EXIT_BAD_INPUT = 1, 2
 
-# In seconds. The holder touches the lock file every HEARTBEAT_S. A holder on another host is dead after SILENCE_S without one.
+# In seconds. The holder touches the lock file every HEARTBEAT_S. A holder on another host that has not touched it for SILENCE_S
+# is dead.
 HEARTBEAT_S = 5.0
 SILENCE_S = 4 * HEARTBEAT_S
 
@@ -54,7 +55,7 @@ SILENCE_S = 4 * HEARTBEAT_S
 COMPLETE = "COMPLETE"
 _STEP = re.compile(r"step_(\d{7,})$")
 
-# What may lie at the top of a run folder; the module's docstring says what each one is.
+# The names that may be at the top of a run folder. The module's docstring describes each.
 NAMES = {
     "config.yaml",
     "provenance.json",
@@ -76,7 +77,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `state`: one of STATES. `why`: one line for people. `time`: seconds since the epoch."""
+    """How an attempt ended. `state`: one of STATES. `why`: the reason in one line. `time`: seconds since the epoch."""
 
     attempt: int
     state: str
@@ -93,7 +94,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """The process of rank 0 that trains, or trained, in a run folder.
 
     `start_ticks`: its start time in clock ticks since boot, which differs for a later process with the same pid.
@@ -111,7 +112,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run folder. Nothing is created."""
+    """The paths of a run folder. Making one creates no file."""
 
     path: Path
 
@@ -228,9 +229,7 @@ def is_run_folder(folder: RunFolder) -> bool:
 
 
 def check_run_folder(folder: RunFolder) -> list[Problem]:
-    """Problems that forbid a run in this folder. It may be absent, empty or a run folder. It may be neither a file
-    nor a folder with other content.
-    """
+    """Problems that forbid a run in this folder. Allowed are a path that doesn't exist, an empty folder and a run folder."""
     path = folder.path
     if not path.exists():
         return []
@@ -259,34 +258,34 @@ def process_start_ticks(pid: int) -> int:
     return int(fields_after_name[19]) if fields_after_name[0] != "Z" else 0
 
 
-def read_holder(folder: RunFolder) -> Holder | None:
+def read_holder(folder: RunFolder) -> LockHolder | None:
     """The holder that the lock file names, dead or alive. None: no lock file exists, or it is incomplete."""
     value = read_json(folder.lock)
     try:
-        return Holder(**value) if isinstance(value, dict) else None
+        return LockHolder(**value) if isinstance(value, dict) else None
     except TypeError:
         return None
 
 
-def holder_text(holder: Holder) -> bytes:
+def holder_text(holder: LockHolder) -> bytes:
     return json.dumps(asdict(holder)).encode() + b"\n"
 
 
-def live_holder(folder: RunFolder) -> Holder | None:
+def live_holder(folder: RunFolder) -> LockHolder | None:
     """The holder that trains here now. None: no process does.
 
     The kernel's lock decides; for a holder on another host, the age of its heartbeat decides too.
     """
     holder = read_holder(folder)
     if _kernel_says_held(folder.lock):
-        return holder or Holder("unknown", 0, 0, 0)
+        return holder or LockHolder("unknown", 0, 0, 0)
     if holder is None or holder.released or holder.host == socket.gethostname():
         return None
-    # The kernel's lock may not reach other hosts (NFS with local_lock): there the heartbeat decides.
+    # The kernel's lock doesn't reach other hosts on NFS mounted with local_lock. There the heartbeat decides.
     return holder if time.time() - folder.lock.stat().st_mtime < SILENCE_S else None
 
 
-def held_problem(folder: RunFolder, holder: Holder) -> Problem:
+def held_problem(folder: RunFolder, holder: LockHolder) -> Problem:
     """The refusal of a second live attempt."""
     return Problem(
         "run.dir",
@@ -300,7 +299,7 @@ def held_problem(folder: RunFolder, holder: Holder) -> Problem:
 def _kernel_says_held(lock: Path) -> bool:
     """Whether some process has an exclusive flock on the file.
 
-    This takes a shared lock for an instant; a process that wants the exclusive lock tries again.
+    The question takes a shared lock for an instant. A process that wants the exclusive lock at that moment tries again.
     """
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""The record as it grows. In: metrics.jsonl. Out: its new rows at each look.
+"""Reading the record while it grows. In: metrics.jsonl. Out: the new rows at each poll.
 
 Torch-free.
 """
@@ -14,10 +14,10 @@ from pretrain.run.record import decode_row
 
 
 class RecordFollower:
-    """Reads metrics.jsonl while another process appends. A rollback replaces the file: the old one is read to its end, then
-    the new one from its start.
+    """Reads metrics.jsonl while another process appends to it.
 
-    `from_end`: the rows that are there at the beginning are passed over.
+    A rollback replaces the file. The follower then reads the old file to its end and the new one from its start.
+    `from_end`: leave out the rows that the file has when the follower is made.
     """
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
@@ -29,12 +29,12 @@ class RecordFollower:
             self._file.seek(0, os.SEEK_END)
 
     def poll(self) -> list[dict[str, Any]]:
-        """The rows since the last poll; after a cut all rows of the new file, known ones among them."""
+        """The rows since the last poll. After a rollback they include all rows of the new file, also those returned before."""
         if self._file is None:
             if not self._path.exists():
                 return []
             self._file = open(self._path, "rb")  # noqa: SIM115
-        # Asked before reading: what is written to the old file after the cut is nothing.
+        # This is asked before reading. Nothing is appended to the old file after it was replaced, so no row is missed.
         replaced = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         *lines, self._torn = (self._torn + self._file.read()).split(b"\n")
         rows = [decode_row(row) for line in lines if (row := parse_line(line)) is not None and "step" in row]

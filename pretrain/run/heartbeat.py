@@ -1,7 +1,8 @@
-"""What a rank is doing, told to a watchdog outside of it. In: the phases as they begin. Out: a record, rewritten in place.
+"""Tells a watchdog in another process what this rank is doing. In: each phase as it begins. Out: a record, rewritten in place.
 
-A beat costs some 10 µs: no thread, no file system away from this machine, no beat that says "alive" for a rank that is stuck.
-Without PHALANX_BEAT_DIR nothing is written; the phase is still known, to the message that a stop prints.
+The training thread writes each beat itself, in some 10 µs, so a rank that is stuck sends no beats. The records lie on this
+machine: no remote file system is involved. Without PHALANX_BEAT_DIR nothing is written. The phase is kept all the same, for
+the message that a stop request prints.
 
 Torch-free.
 """
@@ -20,12 +21,12 @@ from pathlib import Path
 from pretrain.run.beat import BEAT_DIR, ENDING, OF_A_STEP, STARTING, WAITING, Beat, beat_path, encode, stack_path
 from pretrain.run.folder import process_start_ticks
 
-# Medians over so many steps or probes: one slow step is no straggler.
+# The number of steps or probes in a median. One slow step does not make a rank a straggler.
 _WINDOW = 20
 
 
 class Heartbeat:
-    """The one home of a rank's phase. Times by the monotonic clock, which all processes of a machine share."""
+    """A rank's current phase and step. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     def __init__(self, environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = STARTING
@@ -44,20 +45,25 @@ class Heartbeat:
         self._pid = self._start_ticks = 0
 
     def start(self) -> None:
-        """Make SIGUSR2 print all stacks, and write the first beat. Call it once a process, early. Raises OSError."""
+        """Make SIGUSR2 write all stacks to the rank's stack file, and write the first beat.
+
+        Call it once a process, before anything slow. Raises OSError.
+        """
         if self._folder is None:
             return
-        # In C: it works while the main thread is stuck in a collective. Appended, for a watchdog may ask twice.
+        # The handler is C code, so it works while the main thread is stuck in a collective. It appends, because a watchdog may
+        # ask twice.
         stacks = os.open(stack_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True, chain=False)
         self._pid = os.getpid()
         self._start_ticks = process_start_ticks(self._pid)
-        # A watchdog that signals whoever beats must not meet a process that would die of it: first the handler.
+        # The handler is installed before the first beat: a watchdog may signal every process that has a beat, and without the
+        # handler SIGUSR2 would kill it.
         self._descriptor = os.open(beat_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._write()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins (pretrain/run/beat.py); `step` where it is another one than before."""
+        """Record that a phase of pretrain/run/beat.py begins. `step`: the number of the step, where it changes."""
         now_s = self._clock()
         passed_s = now_s - self._since_s
         if self.phase == WAITING:

@@ -1,4 +1,4 @@
-"""What an attempt reports about itself. In: an event. Out: a row of events.jsonl and, where asked for, a line on stderr.
+"""The reports of an attempt. In: an event. Out: a row of events.jsonl and, from `announce`, a line on stderr.
 
 Torch-free.
 """

@@ -1,9 +1,11 @@
-"""One live attempt a run folder. In: the lock file's path. Out: a held lock, or a ConfigError that names the holder.
+"""The lock of a run folder, which admits one live attempt. In: a run folder. Out: a held lock, or a ConfigError with the holder.
 
-The kernel's flock decides: it ends with its holder, however that dies. A process forked from rank 0 inherits it, so a
-checkpoint writer that outlives rank 0 still keeps others out. flock may not reach other hosts (NFS mounted with
-local_lock), therefore the holder also touches the file: a lock of another host that moves is alive, one that stands
-still is not. Only the file's time is watched, never compared with this host's clock.
+The kernel's flock decides who holds the folder. The kernel frees it when the holder dies, whatever the cause. A process that
+rank 0 forked inherits the lock, so a checkpoint writer that outlives rank 0 still keeps other attempts out.
+
+flock doesn't reach other hosts on NFS mounted with local_lock. The holder therefore also updates the file's modification
+time. A holder on another host is alive while that time changes. The time is compared with its own earlier value only, because
+the clocks of two hosts may differ.
 
 Torch-free.
 """
@@ -21,7 +23,7 @@ from configs.errors import ConfigError
 from pretrain.run.folder import (
     HEARTBEAT_S,
     SILENCE_S,
-    Holder,
+    LockHolder,
     RunFolder,
     held_problem,
     holder_text,
@@ -29,32 +31,32 @@ from pretrain.run.folder import (
     read_holder,
 )
 
-# A killed rank 0 and its children need a moment to die before the next start is refused.
+# In seconds. A killed rank 0 and its children need a moment to die; only then is the next start refused.
 PATIENCE_S = 5.0
 
 
 class FolderLock:
-    """A held lock with its heartbeat. Build it with `acquire`."""
+    """A lock that this process holds, with its heartbeat thread. `acquire` makes it."""
 
     def __init__(self, folder: RunFolder, descriptor: int) -> None:
         self._folder = folder
         self._descriptor = descriptor
-        self._holder = Holder(socket.gethostname(), os.getpid(), 0, process_start_ticks(os.getpid()))
+        self._holder = LockHolder(socket.gethostname(), os.getpid(), 0, process_start_ticks(os.getpid()))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
 
     def hold(self, attempt: int) -> None:
-        """Write the holder into the lock file, and start the heartbeat."""
+        """Write this process as the holder into the lock file, and start the heartbeat. Raises OSError."""
         self._holder = replace(self._holder, attempt=attempt)
         self._write(self._holder)
         self._thread.start()
 
     def is_ours(self) -> bool:
-        """False once the lock file was removed or replaced: another attempt may be writing to the folder."""
+        """False after the lock file was removed or replaced. Another attempt may then be writing to the folder."""
         return _same_file(self._folder, self._descriptor)
 
     def release(self) -> None:
-        """Free the folder: the next attempt can take it at once, on any host."""
+        """Free the folder, so that the next attempt can take it immediately on any host. Raises OSError."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -64,8 +66,8 @@ class FolderLock:
         finally:
             os.close(self._descriptor)
 
-    def _write(self, holder: Holder) -> None:
-        # In place: the lock is on this inode, a rename would leave it behind.
+    def _write(self, holder: LockHolder) -> None:
+        # The file is rewritten in place: the lock belongs to this inode, and a rename would put an unlocked one at the path.
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, holder_text(holder), 0)
 
@@ -74,12 +76,16 @@ class FolderLock:
             try:
                 os.utime(self._descriptor)
             except OSError:
-                # A file server that is away for a while must not end training; the next beat tries again.
+                # A file server that is unreachable for a while must not end training. The next beat tries again.
                 continue
 
 
 def acquire(folder: RunFolder, patience_s: float = PATIENCE_S, silence_s: float = SILENCE_S) -> FolderLock:
-    """Take the folder's lock. Raises ConfigError when a live attempt holds it, OSError when the file can't be made."""
+    """Take the folder's lock, waiting at most `patience_s` for a holder on this host to die.
+
+    `silence_s`: how long the heartbeat of a holder on another host must stand still. Raises ConfigError when a live attempt
+    holds the folder, and OSError when the lock file can't be created.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -92,7 +98,7 @@ def acquire(folder: RunFolder, patience_s: float = PATIENCE_S, silence_s: float 
             raise
         os.close(descriptor)
         if time.monotonic() > deadline:
-            raise ConfigError(held_problem(folder, read_holder(folder) or Holder("unknown", 0, 0, 0)))
+            raise ConfigError(held_problem(folder, read_holder(folder) or LockHolder("unknown", 0, 0, 0)))
         time.sleep(0.05)
 
 
@@ -105,7 +111,7 @@ def _try_flock(descriptor: int) -> bool:
 
 
 def _same_file(folder: RunFolder, descriptor: int) -> bool:
-    """Whether the open file is still the file at that path."""
+    """Whether the open descriptor still belongs to the file at the lock's path."""
     try:
         return os.path.samestat(os.stat(folder.lock), os.fstat(descriptor))
     except FileNotFoundError:
@@ -113,7 +119,10 @@ def _same_file(folder: RunFolder, descriptor: int) -> bool:
 
 
 def _refuse_live_elsewhere(folder: RunFolder, silence_s: float) -> None:
-    """Watch the lock of another host for `silence_s`; it costs that wait only after a crash on another host."""
+    """Raise ConfigError when a holder on another host is alive.
+
+    The wait of `silence_s` occurs only when an attempt on another host ended without releasing the lock.
+    """
     holder = read_holder(folder)
     if holder is None or holder.released or holder.host == socket.gethostname():
         return
@@ -126,7 +135,10 @@ def _refuse_live_elsewhere(folder: RunFolder, silence_s: float) -> None:
 
 
 def _last_beat_ns(folder: RunFolder) -> int:
-    """The lock's time, asked through an open: NFS may answer a bare stat from a cache of up to a minute."""
+    """The lock file's modification time in nanoseconds.
+
+    The file is opened first, because NFS may answer a plain stat from a cache that is up to a minute old.
+    """
     descriptor = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.fstat(descriptor).st_mtime_ns

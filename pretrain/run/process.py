@@ -1,4 +1,4 @@
-"""What our processes do alike: die with the parent, name their machine, import what takes seconds. Linux.
+"""What all of our processes share: they die with their parent, name their machine, and import large libraries fast. Linux.
 
 Torch-free.
 """
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """SIGKILL for this process when its parent (the thread that forked it) dies, however that happens. Raises OSError."""
+    """Let the kernel kill this process when the thread that forked it ends, whatever ends it. Raises OSError."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
@@ -30,14 +30,16 @@ def die_with_parent() -> None:
 
 
 def node_name(environ: Mapping[str, str]) -> str:
-    """The scheduler's name of this machine, which its list of excluded nodes accepts; without a scheduler, the hostname."""
+    """The name of this machine in Slurm, as its list of excluded nodes takes it. Without Slurm it is the hostname."""
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of torch and what stands on it: looking for garbage among thousands of modules, which stay, costs a third
-    of their time (1.2 s of a rank's 3.9 s), and again at every later look and at the end. One may lie in another.
+    """Switch the garbage collector off around the import of torch and of the libraries that need it.
+
+    The imported modules are never garbage. Searching them costs a third of the import, 1.2 s of a rank's 3.9 s, and more at
+    each later collection and at exit. Afterwards they are excluded from collections. Nested use is allowed.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -50,9 +52,10 @@ def importing() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr (`>&-`) /dev/null in their place.
+    """Open /dev/null in the place of stdin, stdout or stderr where the process was started without it (`>&-`).
 
-    Otherwise Python has None for them, and the next file that is opened becomes descriptor 1 of every child.
+    Otherwise Python has None for the stream, and the next file that is opened takes its descriptor and becomes, for example,
+    the stdout of every child.
     """
     for descriptor in (0, 1, 2):
         try:

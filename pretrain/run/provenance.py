@@ -1,4 +1,4 @@
-"""Where a run's values and code come from. In: the origin of each config value. Out: the dictionary of provenance.json.
+"""The origin of a run's config values and code. In: the origin of each config value. Out: the content of provenance.json.
 
 Torch-free.
 """
@@ -33,7 +33,10 @@ PACKAGES = (
 
 
 def make_provenance(origin: Mapping[str, str]) -> dict[str, Any]:
-    """`origin`: dotted key → default, a file's name, or command line. Absent packages are null."""
+    """The content of provenance.json. `origin`: dotted key → default, a file's name, or command line.
+
+    The version of a package that is not installed is null.
+    """
     return {
         "time": time.time(),
         "host": socket.gethostname(),
@@ -46,7 +49,10 @@ def make_provenance(origin: Mapping[str, str]) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """`git describe` of the source tree when there is one (-dirty: with changes), else the package's version."""
+    """The output of `git describe` where the source tree is a git checkout, with -dirty for uncommitted changes.
+
+    Elsewhere it is the package's version.
+    """
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
@@ -60,7 +66,7 @@ def code_version() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """The installed version, without importing the package; None where it is absent."""
+    """The package's version, read without importing it. None: the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

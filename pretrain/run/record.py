@@ -1,11 +1,12 @@
 """metrics.jsonl, the record of a run: one row a step, each step once over all attempts, in ascending order.
 
-In: rows (plain dicts) with at least `step`, `loss`, `grad_norm`, `tokens`. A step is counted from 1: row N is written
-after the Nth optimizer update, complete, a validation's numbers included. Out: the file, cut back at resume.
+In: rows, as dicts with at least `step`, `loss`, `grad_norm` and `tokens`. Out: the file, cut back at a resume. Steps count from
+1. Row N is written once, after the Nth optimizer update, and includes the numbers of a validation after that update.
 
-NaN and infinity aren't JSON: such a value is written as null and named in the row's `nonfinite`: {"loss": "nan"}.
-A row is handed to the kernel at once, so a killed process loses none. `sync` puts rows on the disk: called before a
-checkpoint is marked complete, so that not even a power loss can take a row that a checkpoint claims.
+JSON has neither NaN nor infinity. Such a value is written as null, and the row's `nonfinite` names it: {"loss": "nan"}.
+
+A row is handed to the kernel immediately, so a killed process loses none. `sync` forces the rows to the disk. It is called
+before a checkpoint is marked complete, so that a power loss can't take a row that a checkpoint has counted.
 
 Torch-free.
 """
@@ -28,7 +29,7 @@ WriteEvent = Callable[..., None]
 
 
 class Record:
-    """The open record of one attempt. Its only writer."""
+    """The record, opened by an attempt, which is its only writer."""
 
     def __init__(self, path: Path, last_step: int, write_event: WriteEvent) -> None:
         self.path = path
@@ -38,10 +39,11 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None = None) -> Record:
-        """Cut the record back to `restored_step` (0: nothing was restored) and open it.
+        """Cut the record back to `restored_step` and open it. 0: nothing was restored.
 
-        `write_event(kind, **fields)` reports everything unusual; rank 0 passes `Attempt.event`. Rows that are cut are kept in
-        `keep_cut_in`: they are replayed, bit for bit on an unchanged layout. Raises ConfigError when the disk refuses.
+        `write_event(kind, **fields)` reports repairs, cuts and gaps; rank 0 passes `Attempt.event`. The rows that are cut go to
+        the file `keep_cut_in`. The attempt computes those steps again, bit for bit on an unchanged layout. Raises ConfigError
+        when the disk refuses.
         """
         try:
             if torn_bytes := mend_torn_line(path):
@@ -68,7 +70,10 @@ class Record:
         self.last_step = step
 
     def cut_back(self, step: int, keep_cut_in: Path) -> None:
-        """A rollback: drop the rows past `step`, and go on after it. Raises ConfigError when the disk refuses it."""
+        """After a rollback to `step`, move the later rows to `keep_cut_in`. The next row is that of `step` + 1.
+
+        Raises ConfigError when the disk refuses.
+        """
         try:
             _cut(self.path, step, self._write_event, keep_cut_in)
             os.close(self._descriptor)
@@ -78,7 +83,7 @@ class Record:
         self.last_step = step
 
     def sync(self) -> None:
-        """Put every row on the disk. Before a checkpoint is marked complete."""
+        """Force every row to the disk. Call it before a checkpoint is marked complete. Raises ConfigError when it refuses."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -90,7 +95,7 @@ class Record:
 
 
 def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as JSON can hold it: NaN and infinity become null, named in `nonfinite`."""
+    """The row with null in the place of NaN and infinity, and with their texts in `nonfinite`."""
     nonfinite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     return {**row, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else row
 
@@ -104,16 +109,16 @@ def decode_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole row, decoded, in file order."""
+    """Every complete row with a step, decoded, in file order. Raises OSError."""
     for _, row in iterate_lines(path):
         if row is not None and isinstance(row.get("step"), int):
             yield decode_row(row)
 
 
 def _cut(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None) -> int:
-    """Drop rows past `restored_step`, repeated steps and lines that are no rows; returns the last step that stays.
+    """Drop rows past `restored_step`, repeated steps and lines that are no rows. Returns the last step that stays.
 
-    One pass to look, and a second one only when something must go: a long record is rewritten at most once a resume.
+    The first pass reads only. A second pass rewrites the file, and runs only when a line must go.
     """
     last_step, whole = 0, True
     gaps: list[tuple[int, int]] = []
@@ -136,13 +141,16 @@ def _cut(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: P
 
 
 def _staying_step(row: dict[str, Any] | None, last_step: int, restored_step: int) -> int | None:
-    """The row's step when the row stays in the record."""
+    """The row's step. None: the row doesn't stay in the record."""
     step = row.get("step") if row is not None else None
     return step if isinstance(step, int) and last_step < step <= restored_step else None
 
 
 def _rewrite(path: Path, restored_step: int, keep_cut_in: Path | None) -> int:
-    """Split the record into what stays and what goes; the count of the latter. A reader of the old file keeps reading it."""
+    """Rewrite the record without the lines that go, and append those to `keep_cut_in`. Returns their number.
+
+    The new file replaces the old one by a rename, so a process that has the old file open can still read it to its end.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     last_step, count = 0, 0
     try:

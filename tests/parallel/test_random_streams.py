@@ -104,7 +104,7 @@ class Reader:
     def has(self, kind: str) -> bool:
         return True
 
-    def fill(self, pieces: list[Any]) -> None: ...
+    def fill(self, state_slices: list[Any]) -> None: ...
 
 
 def taken(config: Config) -> list[bool]:

@@ -102,9 +102,16 @@ def train_small(config: Config, keep_gradients: bool = False) -> Trained:
     random_state = torch.get_rng_state()
     loss_sum, tokens = engine.evaluate(batches_of(config, 99, groups.dp.rank(), groups.dp.size()))
     result.valid, result.validates_quietly = loss_sum / tokens, torch.equal(random_state, torch.get_rng_state())
-    for piece in engine.owned():
-        key = (piece.kind, piece.name, piece.global_shape, piece.box, piece.start, piece.stop)
-        result.weights[key] = piece.data.detach().clone().numpy()
+    for state_slice in engine.owned_state():
+        key = (
+            state_slice.kind,
+            state_slice.name,
+            state_slice.global_shape,
+            state_slice.tensor_slice,
+            state_slice.start,
+            state_slice.stop,
+        )
+        result.weights[key] = state_slice.data.detach().clone().numpy()
     return result
 
 
@@ -116,8 +123,8 @@ def _gradients(engine: Any) -> dict[Any, np.ndarray]:
             if not hasattr(tensor, "main_grad"):
                 continue
             flat = tensor.main_grad.detach().float().flatten()
-            for position, box, first, stop in shards[name].pieces(0, flat.numel()):
-                key = ("grad", shards[name].name, shards[name].global_shape, box, first, stop)
+            for position, slice_, first, stop in shards[name].slice_ranges(0, flat.numel()):
+                key = ("grad", shards[name].name, shards[name].global_shape, slice_, first, stop)
                 found[key] = flat[position : position + stop - first].clone().numpy()
     return found
 
@@ -126,12 +133,12 @@ def assemble(slices: list[dict[Any, np.ndarray]]) -> dict[tuple[str, str], np.nd
     """The whole tensors of all ranks' slices; asserts that every element is there."""
     whole: dict[tuple[str, str], np.ndarray] = {}
     for part in slices:
-        for (kind, name, shape, box, first, stop), values in part.items():
+        for (kind, name, shape, slice_, first, stop), values in part.items():
             target = whole.setdefault((kind, name), np.full(shape, np.nan, dtype=values.dtype))
-            index = box.slices_of(type(box)((0,) * len(shape), shape))
+            index = slice_.slices_of(type(slice_)((0,) * len(shape), shape))
             view = target[index].flatten()
             view[first:stop] = values
-            target[index] = view.reshape(box.shape)
+            target[index] = view.reshape(slice_.shape)
     for key, tensor in whole.items():
         assert not np.isnan(tensor).any(), f"part of {key} is on no rank"
     return whole

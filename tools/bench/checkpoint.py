@@ -21,17 +21,17 @@ import torch.distributed as dist
 
 from pretrain.checkpoint.manifest import FORMAT, Manifest
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.engine.base import WEIGHT, Piece
+from pretrain.engine.base import WEIGHT, StateSlice
 from pretrain.model.tensor_slice import TensorSlice
 
 SLICE = 4 << 20
 
 
-def make_state(gib: float) -> list[Piece]:
+def make_state(gib: float) -> list[StateSlice]:
     """A state of about `gib` GiB, in slices of SLICE elements."""
     count = max(1, round(gib * 2**30 / 4 / SLICE))
-    box = TensorSlice((0,), (SLICE,))
-    return [Piece(WEIGHT, f"tensor_{i}", (SLICE,), box, 0, SLICE, torch.full((SLICE,), float(i))) for i in range(count)]
+    slice_ = TensorSlice((0,), (SLICE,))
+    return [StateSlice(WEIGHT, f"tensor_{i}", (SLICE,), slice_, 0, SLICE, torch.full((SLICE,), float(i))) for i in range(count)]
 
 
 def manifest(step: int) -> Manifest:
@@ -48,17 +48,17 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    pieces = make_state(args.gib)
+    state_slices = make_state(args.gib)
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=args.folder))
     try:
         writers = {"synchronous": CheckpointWriter(folder, 0, False), "asynchronous": CheckpointWriter(folder, 0, True)}
-        writers["asynchronous"].reserve(sum(piece.data.nbytes for piece in pieces))
+        writers["asynchronous"].reserve(sum(state_slice.data.nbytes for state_slice in state_slices))
         time.sleep(args.gib)
         stalls: dict[str, list[float]] = {name: [] for name in writers}
         for step in range(1, 4):
             for name, writer in writers.items():
                 before_s = time.perf_counter()
-                writer.start(replace(manifest(step)), pieces)
+                writer.start(replace(manifest(step)), state_slices)
                 if name == "synchronous":
                     writer.finish()
                 stalls[name].append(time.perf_counter() - before_s)

@@ -16,7 +16,7 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import TextTokenizer
 from pretrain.run.files import read_json, write_json
 from tools.convert.checkpoints import damage, find_checkpoint, model_of, open_manifest
 from tools.convert.families import family_for, family_named, family_of
@@ -57,7 +57,7 @@ def choose_family(model: Model, folder: Path, named: str | None) -> Family:
     return family
 
 
-def hf_config(family: Family, model: Model, folder: Path, tokenizer: Tokenizer | None, dtypes: set[str]) -> dict[str, Any]:
+def hf_config(family: Family, model: Model, folder: Path, tokenizer: TextTokenizer | None, dtypes: set[str]) -> dict[str, Any]:
     """The content of config.json.
 
     The architecture keys come from `model`. Keys of an imported model's own config.json that don't describe the architecture

@@ -23,7 +23,7 @@ from configs.model_schema import Model
 from configs.schema import Config, Tokenizer
 from parallel.layout import Layout
 from pretrain.checkpoint.allowed_changes import architecture
-from pretrain.checkpoint.manifest import FORMAT, Manifest, piece_key
+from pretrain.checkpoint.manifest import FORMAT, Manifest, slice_key
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.model.tensor_slice import TensorSlice
@@ -157,9 +157,9 @@ def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedT
         edges = (mapping.row for mapping in mappings if mapping.row)
         cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
         for first, count in cuts:
-            box = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
+            slice_ = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
             parts = ((lead, first, count),)
-            yield PlannedTensor(piece_key("weight", name, box, 0, box.size), dtype, (box.size,), name, parts, not plain)
+            yield PlannedTensor(slice_key("weight", name, slice_, 0, slice_.size), dtype, (slice_.size,), name, parts, not plain)
 
 
 def fill_canonical_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, files: TensorReader) -> None:

@@ -23,7 +23,7 @@ from parallel.runtime import start, stop
 from parallel.stages import make_chunks
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.engine.base import WEIGHT, Piece
+from pretrain.engine.base import WEIGHT, StateSlice
 from pretrain.model.backend import choose_backend, detect_machine
 from pretrain.model.gpt import PaddedVocabGPT, build_chunks
 from pretrain.model.megatron_config import make_transformer_config
@@ -68,7 +68,7 @@ def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int
     """
     with _built(inference_config(model, seq_length_tokens, layers)) as (chunk, groups):
         try:
-            CheckpointReader(folder).fill(weight_pieces(chunk, groups))
+            CheckpointReader(folder).fill(weight_slices(chunk, groups))
         except DamagedFile as error:
             raise ConfigError(damage(folder, error)) from error
         yield chunk.eval()
@@ -100,14 +100,14 @@ def meta_parameters(model: Model) -> dict[str, tuple[int, ...]]:
         return {shard.name: shard.global_shape for name, shard in map_shards(chunk, groups).items() if name in names}
 
 
-def weight_pieces(chunk: PaddedVocabGPT, groups: ProcessGroupCollection) -> Iterator[Piece]:
-    """Every tensor of the model as pieces that a reader fills in place."""
+def weight_slices(chunk: PaddedVocabGPT, groups: ProcessGroupCollection) -> Iterator[StateSlice]:
+    """Every tensor of the model as state slices that a reader fills in place."""
     shards = map_shards(chunk, groups)
     with torch.no_grad():
         for name, tensor in local_tensors(chunk):
             shard, flat = shards[name], tensor.detach().view(-1)
-            for at, box, start, stop_at in shard.pieces(0, flat.numel()):
-                yield Piece(WEIGHT, shard.name, shard.global_shape, box, start, stop_at, flat[at : at + stop_at - start])
+            for at, slice_, start, stop_at in shard.slice_ranges(0, flat.numel()):
+                yield StateSlice(WEIGHT, shard.name, shard.global_shape, slice_, start, stop_at, flat[at : at + stop_at - start])
 
 
 def logits_of(chunk: PaddedVocabGPT, tokens: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from configs import schema
 from configs.errors import ConfigError, Problem
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import SentencePieceTokenizer, TextTokenizer, load_tokenizer, section_for
 from pretrain.run.files import write_json
 from tools.data import embedded_corpus
 from tools.data.tokenizer_json import equal_tokenizer
@@ -83,7 +83,7 @@ def copy_files(source: Path, names: Iterable[Path], target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Tokenizer | None:
+def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> TextTokenizer | None:
     """The tokenizer that is named, else the run's, else the one that was imported with the model; None without any of them.
 
     Raises ConfigError.
@@ -108,7 +108,7 @@ def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> Token
     return None
 
 
-def _same(tokenizer: Tokenizer, manifest: Manifest, path: str) -> None:
+def _same(tokenizer: TextTokenizer, manifest: Manifest, path: str) -> None:
     wanted = (manifest.tokenizer or {}).get("sha256")
     if wanted and wanted != tokenizer.sha256:
         rule = f"must be the tokenizer of the checkpoint (sha256 {wanted[:12]}…)"
@@ -119,7 +119,7 @@ def _same(tokenizer: Tokenizer, manifest: Manifest, path: str) -> None:
 
 
 def write_tokenizer(
-    folder: Path, checkpoint: Path, tokenizer: Tokenizer | None, model_type: str, is_named: bool = False
+    folder: Path, checkpoint: Path, tokenizer: TextTokenizer | None, model_type: str, is_named: bool = False
 ) -> list[str]:
     """Write the tokenizer's files into `folder`. Returns notes.
 
@@ -138,13 +138,13 @@ def write_tokenizer(
     return [*notes, *_write_loaded(folder, tokenizer, model_type)]
 
 
-def _is_among(tokenizer: Tokenizer, companions: Path) -> bool:
+def _is_among(tokenizer: TextTokenizer, companions: Path) -> bool:
     """Whether the tokenizer's own file came with the import."""
     candidates = [companions / name for name in ("tokenizer.json", "tokenizer.model", SENTENCEPIECE_FILE)]
     return any(hashlib.sha256(path.read_bytes()).hexdigest() == tokenizer.sha256 for path in candidates if path.is_file())
 
 
-def _write_loaded(folder: Path, tokenizer: Tokenizer, model_type: str) -> list[str]:
+def _write_loaded(folder: Path, tokenizer: TextTokenizer, model_type: str) -> list[str]:
     """The files of a tokenizer that is loaded. Returns notes."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         place = Path(tokenizer.path).parent
@@ -195,7 +195,7 @@ def _sample_texts() -> list[str]:
     return [text[:SAMPLE_BYTES].decode(errors="ignore") for _, text in islice(embedded_corpus.documents(), NUM_SAMPLES)]
 
 
-def _write_rest(folder: Path, tokenizer: Tokenizer) -> list[str]:
+def _write_rest(folder: Path, tokenizer: TextTokenizer) -> list[str]:
     """Write tokenizer_config.json and generation_config.json unless they exist."""
     eos = tokenizer.token(tokenizer.eod_id)
     if not (folder / "tokenizer_config.json").exists():
@@ -210,7 +210,7 @@ def _write_rest(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def special_ids(checkpoint: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def special_ids(checkpoint: Path, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """bos, eos and pad ids for config.json: those of the import, else the end-of-document token.
 
     Absent ids are null: transformers would replace a missing key by its default.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pretrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from pretrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, TextTokenizer
 
 WORD = re.compile(r" *[^ ]+| +")
 CACHED_WORDS = 1 << 18
@@ -75,7 +75,7 @@ class _WordCache(dict[str, bytes]):
 class Encoder:
     """`encode(texts)`: the bytes of each document's ids, followed by the end-of-document id when that is wanted."""
 
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, append_eod: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, dtype: np.dtype, append_eod: bool) -> None:
         self.tokenizer = tokenizer
         self.typecode = dtype.char  # same letters as numpy's; array makes bytes of a short list three times as fast
         self.end = array(self.typecode, [tokenizer.eod_id]).tobytes() if append_eod else b""

@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import Index, index_problems, index_sha256, open_index
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, section_for
 from pretrain.preflight.data import meta_problems, read_meta
 from tools.data.tokenize import entropy_nats
 
@@ -101,7 +101,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     ]
 
 
-def _document(index: Index, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _document(index: Index, number: int, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     ids = index.document_tokens(number)
     shown = [int(i) for i in ids[:SAMPLE_CHARS]]
     text = tokenizer.decode(shown)[:SAMPLE_CHARS] if tokenizer else None

@@ -21,7 +21,7 @@ import numpy as np
 
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import token_dtype
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import TextTokenizer
 from tools.data.corpus import CorpusSource, DocumentBatch, batches
 from tools.data.dataset_writer import DatasetWriter
 from tools.data.encode_worker import EncodedBatch, EncodingSettings, encode_batch, exit_with_parent
@@ -34,7 +34,7 @@ META_FORMAT = 1
 
 def tokenize(
     sources: list[CorpusSource],
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     prefix: str,
     *,
     workers: int = 1,

@@ -47,13 +47,13 @@ def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
     whole: Tensors = {}
     count: Tensors = {}
     for part in slices:
-        for (name, shape, box, first, stop), values in part.items():
-            index = box.slices_of(TensorSlice((0,) * len(shape), shape))
+        for (name, shape, slice_, first, stop), values in part.items():
+            index = slice_.slices_of(TensorSlice((0,) * len(shape), shape))
             for target, content in ((whole, values), (count, np.ones_like(values))):
                 tensor = target.setdefault(name, np.zeros(shape, dtype=np.float32))
                 flat = tensor[index].flatten()
                 flat[first:stop] += content
-                tensor[index] = flat.reshape(box.shape)
+                tensor[index] = flat.reshape(slice_.shape)
     wrong = [name for name, times in count.items() if not (times == 1).all()]
     if wrong:
         raise ValueError(f"elements of {wrong[0]} are on no rank, or written by two")

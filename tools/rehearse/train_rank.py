@@ -32,7 +32,7 @@ from tools.rehearse.shrink import VOCAB_SIZE
 # Scores closer than this may change their order when additions are done in another order.
 NEAR_TIE = 1e-6
 
-# (name, shape of the whole tensor, box, first and last element of the box)
+# (name, shape of the whole tensor, slice, first and last element of the slice)
 SliceKey = tuple[str, tuple[int, ...], TensorSlice, int, int]
 
 
@@ -95,9 +95,11 @@ def _clipped(config: Config, result: StepResult) -> float:
 def _slices(engine: Engine, kind: str, factor: float) -> dict[SliceKey, NDArray[np.float32]]:
     """This rank's slices of one kind of tensors, in fp32, multiplied by `factor`."""
     return {
-        (piece.name, piece.global_shape, piece.box, piece.start, piece.stop): (piece.data.detach().float() * factor).numpy()
-        for piece in engine.owned()
-        if piece.kind == kind
+        (state_slice.name, state_slice.global_shape, state_slice.tensor_slice, state_slice.start, state_slice.stop): (
+            state_slice.data.detach().float() * factor
+        ).numpy()
+        for state_slice in engine.owned_state()
+        if state_slice.kind == kind
     }
 
 

@@ -66,8 +66,8 @@ def test_the_local_norm_refuses_sequence_parallelism() -> None:
 def restored(config: Config) -> bool:
     """After a restore, does the model compute with the main weights that were read?"""
     engine, _ = make(config)
-    for piece in engine.held(with_optimizer=False):
-        piece.data.fill_(0.5)
+    for state_slice in engine.local_state(with_optimizer=False):
+        state_slice.data.fill_(0.5)
     engine.loaded(None)
     model: Any = engine
     return all(bool((parameter == 0.5).all()) for parameter in model.models[0].parameters())

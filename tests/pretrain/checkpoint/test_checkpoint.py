@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.checkpoint.manifest import Manifest, check_identity, parse_key, piece_key, read_manifest
+from pretrain.checkpoint.manifest import Manifest, check_identity, parse_key, read_manifest, slice_key
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.tensor_file import DamagedFile, read_bytes, read_header, write_tensor_file
 from pretrain.checkpoint.write import CheckpointWriter, prune, remove_leftovers
-from pretrain.engine.base import Piece
+from pretrain.engine.base import StateSlice
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder
 from tests.ranks import run_ranks
@@ -30,9 +30,11 @@ def manifest(step: int) -> Manifest:
     )  # fmt: skip
 
 
-def piece(box: TensorSlice, start: int, stop: int, fill: bool) -> Piece:
-    values = FULL[box.slices_of(TensorSlice((0, 0), (ROWS, COLUMNS)))].flatten()[start:stop]
-    return Piece("weight", "w", (ROWS, COLUMNS), box, start, stop, values.clone() if fill else torch.full((stop - start,), -1.0))
+def state_slice(slice_: TensorSlice, start: int, stop: int, fill: bool) -> StateSlice:
+    values = FULL[slice_.slices_of(TensorSlice((0, 0), (ROWS, COLUMNS)))].flatten()[start:stop]
+    return StateSlice(
+        "weight", "w", (ROWS, COLUMNS), slice_, start, stop, values.clone() if fill else torch.full((stop - start,), -1.0)
+    )
 
 
 def sharded(rank: int, world: int, dim: int, cuts: int) -> list[tuple[TensorSlice, int, int]]:
@@ -41,15 +43,17 @@ def sharded(rank: int, world: int, dim: int, cuts: int) -> list[tuple[TensorSlic
     size = (ROWS, COLUMNS)[dim] // (world // cuts)
     offset, shape = [0, 0], [ROWS, COLUMNS]
     offset[dim], shape[dim] = tensor * size, size
-    box = TensorSlice((offset[0], offset[1]), (shape[0], shape[1]))
-    length = -(-box.size // cuts)
-    return [(box, min(data * length, box.size), min((data + 1) * length, box.size))]
+    slice_ = TensorSlice((offset[0], offset[1]), (shape[0], shape[1]))
+    length = -(-slice_.size // cuts)
+    return [(slice_, min(data * length, slice_.size), min((data + 1) * length, slice_.size))]
 
 
 def save(folder: str, dim: int, cuts: int, asynchronous: bool, step: int = 3) -> str | None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     writer = CheckpointWriter(Path(folder), rank, asynchronous)
-    writer.start(manifest(step), [piece(box, start, stop, True) for box, start, stop in sharded(rank, world, dim, cuts)])
+    writer.start(
+        manifest(step), [state_slice(slice_, start, stop, True) for slice_, start, stop in sharded(rank, world, dim, cuts)]
+    )
     return writer.finish()[1]
 
 
@@ -60,8 +64,8 @@ def test_any_layout_reads_what_any_other_wrote(tmp_path: Path, world: int, dim: 
     reader = CheckpointReader(step_folder(tmp_path, 3))
     for other_world, other_dim, other_cuts in [(1, 0, 1), (6, 0, 2), (10, 1, 2), (5, 1, 1), (7, 0, 7)]:
         for rank in range(other_world):
-            for box, start, stop in sharded(rank, other_world, other_dim, other_cuts):
-                wanted, got = piece(box, start, stop, True), piece(box, start, stop, False)
+            for slice_, start, stop in sharded(rank, other_world, other_dim, other_cuts):
+                wanted, got = state_slice(slice_, start, stop, True), state_slice(slice_, start, stop, False)
                 reader.fill([got])
                 assert torch.equal(got.data, wanted.data)
 
@@ -87,9 +91,13 @@ def test_streamed_file_round_trips_every_type(tmp_path: Path) -> None:
 
 
 def test_keys_name_slices_both_ways() -> None:
-    for box, start, stop in [(TensorSlice((0,), (5,)), 0, 5), (TensorSlice((2, 3), (4, 5)), 7, 20), (TensorSlice((), ()), 0, 1)]:
-        key = piece_key("exp_avg", "decoder.layers.3.mlp.weight", box, start, stop)
-        assert parse_key(key) == ("exp_avg", "decoder.layers.3.mlp.weight", box, start, stop)
+    for slice_, start, stop in [
+        (TensorSlice((0,), (5,)), 0, 5),
+        (TensorSlice((2, 3), (4, 5)), 7, 20),
+        (TensorSlice((), ()), 0, 1),
+    ]:
+        key = slice_key("exp_avg", "decoder.layers.3.mlp.weight", slice_, start, stop)
+        assert parse_key(key) == ("exp_avg", "decoder.layers.3.mlp.weight", slice_, start, stop)
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate", "missing", "marker", "manifest", "index"])
@@ -110,13 +118,13 @@ def test_damage_is_found(tmp_path: Path, fault: str) -> None:
     else:
         (folder / f"{fault}.json").write_text("{")
     with pytest.raises(DamagedFile):
-        CheckpointReader(folder).fill([piece(TensorSlice((0, 0), (ROWS, COLUMNS)), 0, ROWS * COLUMNS, False)])
+        CheckpointReader(folder).fill([state_slice(TensorSlice((0, 0), (ROWS, COLUMNS)), 0, ROWS * COLUMNS, False)])
 
 
 def test_missing_slices_are_damage(tmp_path: Path) -> None:
     run_ranks(1, save, str(tmp_path), 0, 1, True)
     reader = CheckpointReader(step_folder(tmp_path, 3))
-    absent = Piece("weight", "other", (4,), TensorSlice((0,), (4,)), 0, 4, torch.zeros(4))
+    absent = StateSlice("weight", "other", (4,), TensorSlice((0,), (4,)), 0, 4, torch.zeros(4))
     with pytest.raises(DamagedFile, match="holds 0 of the 4 elements"):
         reader.fill([absent])
 
@@ -128,7 +136,7 @@ def write_to_full_disk(folder: str) -> str | None:
     if rank == 1:
         real = writer._write
         writer._write = lambda save, path, heads, values: real(save, Path("/dev/full"), heads, values)  # type: ignore[method-assign]
-    writer.start(manifest(3), [piece(box, start, stop, True) for box, start, stop in sharded(rank, 2, 0, 1)])
+    writer.start(manifest(3), [state_slice(slice_, start, stop, True) for slice_, start, stop in sharded(rank, 2, 0, 1)])
     return writer.finish()[1]
 
 

@@ -60,20 +60,22 @@ def go_on(config: Config, load: str | None, save: str | None, steps: int) -> tup
     engine = make_engine(config, model, groups, runtime.device)
     if load:
         reader = CheckpointReader(step_folder(Path(load), 2))
-        reader.fill(engine.held(True))
+        reader.fill(engine.local_state(True))
         engine.loaded(reader.manifest.optimizer_steps)
     for step in range(steps):
         engine.step(batches_of(config, step, groups.dp.rank(), groups.dp.size()), 3e-3)
-    pieces = list(engine.owned())
+    state_slices = list(engine.owned_state())
     if save:
         manifest = Manifest(
             1, 2, 0, 0, engine.optimizer_steps(), None, engine.name, engine.zero_stage, {}, {}, VOCAB, None, None, {},
             ("weight", "exp_avg", "exp_avg_sq"), {}, {}, dist.get_world_size(),
         )  # fmt: skip
         writer = CheckpointWriter(Path(save), dist.get_rank(), True)
-        writer.start(manifest, pieces)
+        writer.start(manifest, state_slices)
         assert writer.finish()[1] is None
-    state = {(p.kind, p.name, p.global_shape, p.box, p.start, p.stop): p.data.detach().clone().numpy() for p in pieces}
+    state = {
+        (p.kind, p.name, p.global_shape, p.tensor_slice, p.start, p.stop): p.data.detach().clone().numpy() for p in state_slices
+    }
     result = engine.step(batches_of(config, 2, groups.dp.rank(), groups.dp.size()), 3e-3)
     return state, result.loss
 

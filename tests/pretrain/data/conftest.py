@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import schema
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, section_for
 from tools.data.dataset_writer import DatasetWriter
 
 
 @pytest.fixture(scope="session")
-def tokenizer(folder: Path) -> Tokenizer:
+def tokenizer(folder: Path) -> TextTokenizer:
     return load_tokenizer(section_for(str(folder / "tok.model")))
 
 

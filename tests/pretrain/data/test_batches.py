@@ -11,11 +11,11 @@ import torch
 
 from configs import schema
 from pretrain.data.streams import MicroBatch, Prefetcher, SampleStream, build_streams, micro_batches
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import TextTokenizer
 
 
 @pytest.fixture
-def stream(config: schema.Config, tokenizer: Tokenizer) -> SampleStream:
+def stream(config: schema.Config, tokenizer: TextTokenizer) -> SampleStream:
     config.data.document_mask = True
     return build_streams(config, tokenizer, is_builder=True, barrier=lambda: None).train
 

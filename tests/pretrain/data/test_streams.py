@@ -20,11 +20,11 @@ from pretrain.data.indexed import held_out, open_index
 from pretrain.data.order import FIELDS, build_order
 from pretrain.data.samples import SampleStream
 from pretrain.data.streams import Streams, build_streams, data_identity
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import TextTokenizer
 from tests.pretrain.data.conftest import write_pair
 
 
-def build(config: schema.Config, tokenizer: Tokenizer, is_builder: bool = True) -> Streams:
+def build(config: schema.Config, tokenizer: TextTokenizer, is_builder: bool = True) -> Streams:
     return build_streams(config, tokenizer, is_builder=is_builder, barrier=lambda: None)
 
 
@@ -35,11 +35,11 @@ def rows(stream: SampleStream, numbers: range) -> list[list[int]]:
 class MegatronTokenizer:
     """What GPTDataset asks of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self.vocab_size, self.eod, self.unique_identifiers = tokenizer.vocab_size, tokenizer.eod_id, tokenizer.identity()
 
 
-def megatron_dataset(config: schema.Config, tokenizer: Tokenizer, sequences: range, **changes: Any) -> GPTDataset:
+def megatron_dataset(config: schema.Config, tokenizer: TextTokenizer, sequences: range, **changes: Any) -> GPTDataset:
     settings_ = GPTDatasetConfig(
         random_seed=config.run.seed,
         sequence_length=config.batch.seq_length_tokens,
@@ -59,7 +59,7 @@ def megatron_dataset(config: schema.Config, tokenizer: Tokenizer, sequences: ran
 
 
 @pytest.mark.parametrize("seed", [0, 1234, 2**32 + 5])
-def test_the_first_epoch_is_gptdatasets(config: schema.Config, tokenizer: Tokenizer, seed: int) -> None:
+def test_the_first_epoch_is_gptdatasets(config: schema.Config, tokenizer: TextTokenizer, seed: int) -> None:
     config.run.seed = seed % 2**32
     config.data.mask_eod_loss = True
     sequences = held_out(open_index(config.data.train[0].path), 0.1)[0]
@@ -74,7 +74,7 @@ def test_the_first_epoch_is_gptdatasets(config: schema.Config, tokenizer: Tokeni
         assert sample.loss_mask.tolist() == item["loss_mask"].tolist()
 
 
-def test_later_epochs_hold_each_sample_once_in_another_order(config: schema.Config, tokenizer: Tokenizer) -> None:
+def test_later_epochs_hold_each_sample_once_in_another_order(config: schema.Config, tokenizer: TextTokenizer) -> None:
     config.data.train = [schema.BlendPart(config.data.train[0].path)]
     stream = build(config, tokenizer).train
     part, size = stream.parts[0], len(stream)
@@ -91,7 +91,7 @@ def test_later_epochs_hold_each_sample_once_in_another_order(config: schema.Conf
         assert (whole - counts >= 0).all() and (whole - counts).sum() <= config.batch.seq_length_tokens
 
 
-def test_order_does_not_depend_on_steps_or_batches_or_where_one_starts(config: schema.Config, tokenizer: Tokenizer) -> None:
+def test_order_does_not_depend_on_steps_or_batches_or_where_one_starts(config: schema.Config, tokenizer: TextTokenizer) -> None:
     before = rows(build(config, tokenizer).train, range(40))
     config.run.steps = 100000
     config.batch.global_batch_seqs, config.batch.micro_batch_seqs = 64, 2
@@ -101,7 +101,7 @@ def test_order_does_not_depend_on_steps_or_batches_or_where_one_starts(config: s
     assert rows(build(config, tokenizer).train, range(40)) != before
 
 
-def test_valid_is_disjoint_from_train(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_valid_is_disjoint_from_train(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     """Each document has its own token: none is in both."""
     documents = [[10 + number] * 30 for number in range(100)]
     config.data.train = [schema.BlendPart(write_pair(tmp_path / "own", documents))]
@@ -114,7 +114,7 @@ def test_valid_is_disjoint_from_train(config: schema.Config, tokenizer: Tokenize
     assert build(config, tokenizer).valid is None
 
 
-def test_valid_data_of_its_own_leaves_train_whole(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_valid_data_of_its_own_leaves_train_whole(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     config.data.valid = [schema.BlendPart(write_pair(tmp_path / "valid", [[9] * 400]))]
     streams = build(config, tokenizer)
     assert streams.valid and set(np.unique(rows(streams.valid, range(len(streams.valid))))) == {9}
@@ -145,7 +145,7 @@ def test_blend_repeats_its_pattern_far_out() -> None:
     assert blend.counts.sum() == PERIOD and abs(blend.counts[0] - 0.75 * PERIOD) <= 1
 
 
-def test_blended_stream(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_blended_stream(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     paths = [write_pair(tmp_path / name, [[token] * 500] * 20) for name, token in (("a", 5), ("b", 6))]
     config.data.train = [schema.BlendPart(paths[0], 3.0), schema.BlendPart(paths[1], 1.0)]
     stream = build(config, tokenizer).train
@@ -153,7 +153,7 @@ def test_blended_stream(config: schema.Config, tokenizer: Tokenizer, tmp_path: P
     assert (first.count(5), first.count(6)) == (300, 100)
 
 
-def test_masks(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_masks(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     eod = tokenizer.eod_id
     config.batch.seq_length_tokens = 8
     config.data.valid_fraction = 0.0
@@ -168,7 +168,7 @@ def test_masks(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> N
     assert masked.document_ids.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
 
 
-def test_samples_over_many_short_documents(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_samples_over_many_short_documents(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     """Documents shorter than a sample, empty ones too: pieces join as Megatron joins them."""
     random = np.random.default_rng(0)
     documents = [random.integers(2, 700, random.integers(0, 9)).tolist() for _ in range(400)]
@@ -183,7 +183,11 @@ def test_samples_over_many_short_documents(config: schema.Config, tokenizer: Tok
 
 
 def test_shared_index_files(
-    config: schema.Config, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: schema.Config,
+    tokenizer: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Large data: the builder writes, the others read the same; damaged or missing files are made again."""
     config.data.cache_dir = str(tmp_path / "cache")
@@ -208,7 +212,7 @@ def test_shared_index_files(
 
 
 def test_replaced_data_is_not_read_through_an_old_index(
-    config: schema.Config, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(order_cache, "CACHED_ENTRIES", 1)
     config.data.valid_fraction = 0.0
@@ -219,7 +223,7 @@ def test_replaced_data_is_not_read_through_an_old_index(
 
 
 def test_epochs_ahead_are_built_for_the_whole_run(
-    config: schema.Config, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(order_cache, "CACHED_ENTRIES", 1)
     config.data.cache_dir, config.data.valid_fraction = str(tmp_path / "cache"), 0.0
@@ -229,7 +233,7 @@ def test_epochs_ahead_are_built_for_the_whole_run(
     assert len(list((tmp_path / "cache").iterdir())) == 3 * len(FIELDS)  # a little more than two epochs
 
 
-def test_identity_follows_content_and_weights(config: schema.Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_identity_follows_content_and_weights(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     before = data_identity(config)
     assert before["train"][0]["name"] == "embedded" and len(before["train"][0]["idx_sha256"]) == 64
     assert before == data_identity(config)

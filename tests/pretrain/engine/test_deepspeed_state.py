@@ -36,18 +36,27 @@ def make(config: Config) -> tuple[Engine, ProcessGroupCollection]:
 
 def slices(engine: Engine) -> dict[Any, np.ndarray]:
     return {
-        (piece.kind, piece.name, piece.global_shape, piece.box, piece.start, piece.stop): piece.data.detach().clone().numpy()
-        for piece in engine.owned()
+        (
+            state_slice.kind,
+            state_slice.name,
+            state_slice.global_shape,
+            state_slice.tensor_slice,
+            state_slice.start,
+            state_slice.stop,
+        ): state_slice.data.detach().clone().numpy()
+        for state_slice in engine.owned_state()
     }
 
 
 def fill(engine: Engine, whole: dict[tuple[str, str], np.ndarray], with_optimizer: bool, steps: int | None) -> None:
     """What restoring a checkpoint does, from memory."""
-    for piece in engine.held(with_optimizer):
-        box = piece.box
-        values = whole[piece.kind, piece.name][box.slices_of(type(box)((0,) * len(piece.global_shape), piece.global_shape))]
+    for state_slice in engine.local_state(with_optimizer):
+        slice_ = state_slice.tensor_slice
+        values = whole[state_slice.kind, state_slice.name][
+            slice_.slices_of(type(slice_)((0,) * len(state_slice.global_shape), state_slice.global_shape))
+        ]
         with torch.no_grad():
-            piece.data.copy_(torch.from_numpy(values.flatten()[piece.start : piece.stop].copy()))
+            state_slice.data.copy_(torch.from_numpy(values.flatten()[state_slice.start : state_slice.stop].copy()))
     engine.loaded(steps)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pretrain.model.backend import Backend, Machine, check_backend, choose_backend
+from pretrain.model.backend import Backend, DetectedMachine, check_backend, choose_backend
 from tests.pretrain.world import small_config
 
-CPU = Machine(cuda=False, transformer_engine=False, fused_wgrad=False)
-GPU = Machine(cuda=True, transformer_engine=True, fused_wgrad=True)
+CPU = DetectedMachine(cuda=False, transformer_engine=False, fused_wgrad=False)
+GPU = DetectedMachine(cuda=True, transformer_engine=True, fused_wgrad=True)
 FLEX = {"model__moe__dispatcher": "flex"}
 
 
@@ -25,13 +25,13 @@ FLEX = {"model__moe__dispatcher": "flex"}
         (CPU, {"model__moe__num_experts": 0}, Backend(False, False, False, None)),
         (GPU, {}, Backend(True, True, True, None)),
         (GPU, {"model__moe__grouped_gemm": "off", "precision__fp8": "hybrid"}, Backend(True, False, True, "hybrid")),
-        (Machine(True, True, False), {}, Backend(True, True, False, None)),
-        (Machine(True, True, True, ("hybridep", "deepep")), {}, Backend(True, True, True, None)),
-        (Machine(True, True, True, ("hybridep", "deepep")), FLEX, Backend(True, True, True, None, "hybridep")),
-        (Machine(True, True, True, ("deepep",)), FLEX, Backend(True, True, True, None, "deepep")),
+        (DetectedMachine(True, True, False), {}, Backend(True, True, False, None)),
+        (DetectedMachine(True, True, True, ("hybridep", "deepep")), {}, Backend(True, True, True, None)),
+        (DetectedMachine(True, True, True, ("hybridep", "deepep")), FLEX, Backend(True, True, True, None, "hybridep")),
+        (DetectedMachine(True, True, True, ("deepep",)), FLEX, Backend(True, True, True, None, "deepep")),
     ],
 )
-def test_choice(machine: Machine, changes: dict[str, Any], want: Backend) -> None:
+def test_choice(machine: DetectedMachine, changes: dict[str, Any], want: Backend) -> None:
     config = small_config(**changes)
     assert check_backend(config, machine) == []
     assert choose_backend(config, machine) == want
@@ -40,12 +40,12 @@ def test_choice(machine: Machine, changes: dict[str, Any], want: Backend) -> Non
 @pytest.mark.parametrize(
     ("machine", "changes", "path"),
     [
-        (Machine(True, False, False), {}, "cluster.device"),
+        (DetectedMachine(True, False, False), {}, "cluster.device"),
         (CPU, {"precision__fp8": "e4m3"}, "precision.fp8"),
         (GPU, FLEX, "model.moe.dispatcher"),
         (CPU, {"model__moe__grouped_gemm": "on", "model__moe__ffn_hidden_size": 22}, "model.moe.grouped_gemm"),
     ],
 )
-def test_what_a_machine_lacks_is_named(machine: Machine, changes: dict[str, Any], path: str) -> None:
+def test_what_a_machine_lacks_is_named(machine: DetectedMachine, changes: dict[str, Any], path: str) -> None:
     (problem,) = check_backend(small_config(**changes), machine)
     assert problem.path == path and problem.fix

@@ -17,7 +17,7 @@ from configs import schema
 from configs.errors import Problem
 from pretrain.data import order_cache
 from pretrain.data.indexed import HEADER, index_problems, open_index
-from pretrain.data.tokenizer import Tokenizer, vocab_size
+from pretrain.data.tokenizer import TextTokenizer, vocab_size
 from pretrain.preflight.data import check_data
 from tests.pretrain.data.conftest import write_pair
 
@@ -41,7 +41,7 @@ def put(path: Path, offset: int, raw: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_good_data_has_no_problems(config: schema.Config, tokenizer: Tokenizer) -> None:
+def test_good_data_has_no_problems(config: schema.Config, tokenizer: TextTokenizer) -> None:
     assert check_data(config) == []
     assert vocab_size(config) == tokenizer.vocab_size
     config.model.vocab_size = 1000

@@ -16,7 +16,7 @@ from configs.errors import ConfigError, Problem
 from pretrain.run import folder as run_folder
 from pretrain.run.attempt import Attempt, open_attempt
 from pretrain.run.files import append_line, iterate_lines, last_row, mend_torn_line, write_atomically
-from pretrain.run.folder import NAMES, Holder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
+from pretrain.run.folder import NAMES, LockHolder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
 from pretrain.run.lock import acquire
 from pretrain.run.provenance import make_provenance
 
@@ -103,16 +103,16 @@ def test_the_lock_ends_with_its_killed_holder(tmp_path: Path) -> None:
 def test_a_lock_of_another_host_is_judged_by_its_heartbeat(tmp_path: Path) -> None:
     """flock may not reach across hosts: a lock that moves is alive, one that stands still is taken over."""
     folder = RunFolder(tmp_path)
-    folder.lock.write_bytes(holder_text(Holder("elsewhere", 7, 3, 1)))
+    folder.lock.write_bytes(holder_text(LockHolder("elsewhere", 7, 3, 1)))
     acquire(folder, silence_s=0.2).release()
-    folder.lock.write_bytes(holder_text(Holder("elsewhere", 7, 3, 1)))
+    folder.lock.write_bytes(holder_text(LockHolder("elsewhere", 7, 3, 1)))
     mover = "import os, sys, time\nfor _ in range(100): time.sleep(0.05); os.utime(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-c", mover, str(folder.lock)])
     with pytest.raises(ConfigError, match="attempt 3, process 7 on elsewhere"):
         acquire(folder, silence_s=4.0)
     process.kill()
     process.wait()
-    folder.lock.write_bytes(holder_text(Holder("elsewhere", 7, 3, 1, released=True)))
+    folder.lock.write_bytes(holder_text(LockHolder("elsewhere", 7, 3, 1, released=True)))
     acquire(folder, silence_s=60.0).release()
 
 

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.tools.convert.test_families import run_import
 from tests.tools.convert.tiny import MODELS, make
 from tools.convert.checkpoints import model_of, open_manifest
-from tools.convert.megatron_model import inference_config, weight_pieces
+from tools.convert.megatron_model import inference_config, weight_slices
 from tools.convert.verify import transformers_logits
 
 LENGTH = 24
@@ -42,7 +42,7 @@ def parallel_logits(folder: Path) -> NDArray[np.float32] | None:
     chunks = make_chunks(config.model, layout.pipeline, 1, vocab)
     groups = make_groups(layout, config.run.seed)
     (chunk,) = make_model(config, vocab, layout, chunks, groups, torch.device("cpu"))
-    CheckpointReader(folder).fill(weight_pieces(chunk, groups))
+    CheckpointReader(folder).fill(weight_slices(chunk, groups))
     chunk.eval()
     tokens = fixed_tokens(vocab)
     positions = torch.arange(LENGTH).expand_as(tokens)

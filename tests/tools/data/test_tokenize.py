@@ -25,7 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from configs.errors import ConfigError
 from pretrain.data.indexed import open_index
-from pretrain.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import SentencePieceTokenizer, TextTokenizer, load_tokenizer, section_for
 from tools.data import corpus as corpus_module
 from tools.data.corpus import expand
 from tools.data.dataset_writer import DatasetWriter
@@ -36,12 +36,12 @@ from tools.data.tokenize import tokenize
 TEXTS = ["first text\nwith lines\n", "zweiter Text: äöü 日本語", "3rd"]
 
 
-def texts_in(prefix: Path, tokenizer: Tokenizer) -> list[str]:
+def texts_in(prefix: Path, tokenizer: TextTokenizer) -> list[str]:
     index = open_index(str(prefix))
     return [tokenizer.decode(index.document_tokens(k).tolist()) for k in range(index.num_documents)]
 
 
-def test_megatron_reads_the_files(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_megatron_reads_the_files(folder: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     """And its own builder would have written the same bytes."""
     theirs = IndexedDataset(str(folder / "embedded"))
     ours = open_index(str(folder / "embedded"))
@@ -59,7 +59,7 @@ def test_megatron_reads_the_files(folder: Path, tokenizer: Tokenizer, tmp_path: 
 
 
 def test_files_are_the_same_for_any_number_of_workers(
-    folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 20000)
     tokenize(expand(["embedded"]), tokenizer, str(tmp_path / "three"), workers=3, max_bytes=5e5)
@@ -67,7 +67,7 @@ def test_files_are_the_same_for_any_number_of_workers(
         assert (tmp_path / f"three{suffix}").read_bytes() == Path(f"{folder / 'embedded'}{suffix}").read_bytes()
 
 
-def test_meta_counts(folder: Path, tokenizer: Tokenizer) -> None:
+def test_meta_counts(folder: Path, tokenizer: TextTokenizer) -> None:
     meta = json.loads((folder / "embedded.meta.json").read_text())
     tokens = open_index(str(folder / "embedded")).tokens()
     shares = np.bincount(tokens) / len(tokens)
@@ -80,13 +80,13 @@ def test_meta_counts(folder: Path, tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from(" \n\tabcéE1▁.日-="), max_size=80))
-def test_words_one_by_one_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_words_one_by_one_are_the_text(tokenizer: TextTokenizer, text: str) -> None:
     encoder = Encoder(tokenizer, np.dtype(np.uint16), append_eod=False)
     assert encoder.words is not None
     assert np.frombuffer(encoder.encode([text])[0], np.uint16).tolist() == tokenizer.encode(text)
 
 
-def test_words_are_trusted_only_when_no_piece_crosses_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_words_are_trusted_only_when_no_piece_crosses_them(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert words_are_independent(tokenizer.proto)
     text = " ".join(f"of the {k}" for k in range(3000))
@@ -104,7 +104,9 @@ def test_words_are_trusted_only_when_no_piece_crosses_them(tmp_path: Path, token
         assert not words_are_independent(Path(prefix + ".model").read_bytes()), change
 
 
-def test_large_vocabularies_take_four_bytes_and_hugging_face_agrees(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_large_vocabularies_take_four_bytes_and_hugging_face_agrees(
+    folder: Path, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
     """A tokenizer.json with an id of 70,000: int32, the same ids."""
     spec = json.loads((folder / "tokenizer.json").read_text())
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -152,7 +154,7 @@ def make(path: Path, form: str) -> str:
         ("a.txt", "blocks"),
     ],
 )
-def test_every_form_gives_the_same_documents(name: str, form: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_every_form_gives_the_same_documents(name: str, form: str, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     source = make(tmp_path / name, form)
     tokenize(expand([source], split_blank_lines=form == "blocks"), tokenizer, str(tmp_path / "out" / "data"))
     wanted = [text.strip() for text in TEXTS] if form == "blocks" else TEXTS
@@ -162,7 +164,9 @@ def test_every_form_gives_the_same_documents(name: str, form: str, tokenizer: To
         assert found == wanted
 
 
-def test_blocks_of_lines_are_put_together_again(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_lines_are_put_together_again(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many small reads: lines and their numbers survive."""
     monkeypatch.setattr("tools.data.file_blocks.BATCH_BYTES", 37)
     texts = [f"text number {k} " * (k % 7 + 1) for k in range(200)]
@@ -193,7 +197,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_named_and_leave_nothing(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bad_files_are_named_and_leave_nothing(name: str, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     content, text = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -203,7 +207,7 @@ def test_bad_files_are_named_and_leave_nothing(name: str, tokenizer: Tokenizer, 
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_all_bad_files_are_named_at_once_and_former_files_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_all_bad_files_are_named_at_once_and_former_files_kept(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name, (content, _) in BAD.items():
         (tmp_path / "in" / name).write_bytes(content)
@@ -228,7 +232,7 @@ def test_missing_and_empty_sources_are_named_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_without_the_column(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_parquet_without_the_column(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"body": ["a", None]}), tmp_path / "a.parquet")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ConfigError, match="it has body"):
         tokenize(expand([str(tmp_path / "a.parquet")]), tokenizer, str(tmp_path / "out"))
@@ -236,13 +240,13 @@ def test_parquet_without_the_column(tokenizer: Tokenizer, tmp_path: Path) -> Non
         tokenize(expand([str(tmp_path / "a.parquet")]), tokenizer, str(tmp_path / "out"), text_key="body")
 
 
-def test_no_text_at_all(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_no_text_at_all(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ConfigError, match="there must be some text"):
         tokenize(expand([str(tmp_path / "a.jsonl")]), tokenizer, str(tmp_path / "out"))
 
 
-def test_output_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for out in (str(tmp_path), str(tmp_path / "file" / "data"), "/proc/nowhere/data"):
         with pytest.raises(ConfigError, match="--out"):
@@ -264,7 +268,7 @@ def test_a_full_disk_is_a_report_and_leaves_nothing(folder: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_one_writer_a_prefix(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_one_writer_a_prefix(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with DatasetWriter(str(tmp_path / "out"), np.dtype(np.uint16)), pytest.raises(ConfigError, match="another process"):
         tokenize(expand([str(tmp_path / "a.txt")]), tokenizer, str(tmp_path / "out"))

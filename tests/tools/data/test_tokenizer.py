@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from configs.errors import ConfigError
 from configs.schema import Tokenizer as Section
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer, section_for
+from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, section_for
 from tools.data.corpus import expand
 from tools.data.embedded_corpus import documents
 from tools.data.train_tokenizer import train
@@ -36,7 +36,7 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
+def test_text_survives(tokenizer: TextTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.eod_id not in ids
@@ -44,11 +44,11 @@ def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=("Cs",)), max_size=60))
-def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_survives(tokenizer: TextTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ids_are_as_documented(tokenizer: Tokenizer) -> None:
+def test_ids_are_as_documented(tokenizer: TextTokenizer) -> None:
     assert (tokenizer.token(0), tokenizer.token(1), tokenizer.eod_id) == ("<unk>", "<|endoftext|>", 1)
     assert (tokenizer.token(2), tokenizer.token(257)) == ("<0x00>", "<0xFF>")
     assert tokenizer.vocab_size == 700
@@ -56,7 +56,7 @@ def test_ids_are_as_documented(tokenizer: Tokenizer) -> None:
     assert digits == ["2", "0", "4", "8"]
 
 
-def test_line_breaks_are_learned(tokenizer: Tokenizer) -> None:
+def test_line_breaks_are_learned(tokenizer: TextTokenizer) -> None:
     assert any("\n" in tokenizer.token(i) for i in range(tokenizer.vocab_size))
 
 
@@ -79,7 +79,7 @@ def test_tokenizer_json_gives_the_same_ids(folder: Path, unigram: Path, kind: st
         assert theirs.decode(ids) == text
 
 
-def test_transformers_loads_tokenizer_json(folder: Path, tokenizer: Tokenizer) -> None:
+def test_transformers_loads_tokenizer_json(folder: Path, tokenizer: TextTokenizer) -> None:
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  (1 s, for this test only)
 
     fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -36,7 +36,7 @@ _SMALL_BYTES = 1 << 20
 class TensorChunk:
     """A rectangular part of a tensor. Its zip archive is the bytes [start, start + length) of `file`."""
 
-    box: TensorSlice
+    tensor_slice: TensorSlice
     file: str
     start: int
     length: int
@@ -84,8 +84,8 @@ class TorchDist:
         """Problems that keep a tensor from being read: missing elements, damaged chunks, mixed types. Reads headers only."""
         stored = self.tensors[name]
         held = [chunk for group in stored.chunks.values() for chunk in group]
-        if sum(chunk.box.size for chunk in held) != prod(stored.shape):
-            got = sum(chunk.box.size for chunk in held)
+        if sum(chunk.tensor_slice.size for chunk in held) != prod(stored.shape):
+            got = sum(chunk.tensor_slice.size for chunk in held)
             return [Problem(name, got, f"its chunks must hold the {prod(stored.shape)} elements of {list(stored.shape)}", _FIX)]
         try:
             dtypes = {self._place(chunk).dtype for chunk in held}
@@ -103,11 +103,11 @@ class TorchDist:
         result = out.reshape(wanted.shape)
         filled = 0
         for chunk in _candidates(stored, wanted):
-            common = chunk.box.overlap(wanted)
+            common = chunk.tensor_slice.overlap(wanted)
             if common is None:
                 continue
-            strides = [prod(chunk.box.shape[dim + 1 :]) for dim in range(len(chunk.box.shape))]
-            low = sum((a - b) * s for a, b, s in zip(common.offset, chunk.box.offset, strides))
+            strides = [prod(chunk.tensor_slice.shape[dim + 1 :]) for dim in range(len(chunk.tensor_slice.shape))]
+            low = sum((a - b) * s for a, b, s in zip(common.offset, chunk.tensor_slice.offset, strides))
             mapping = sum((n - 1) * s for n, s in zip(common.shape, strides)) + 1
             place = result[common.slices_of(wanted)]
             direct = mapping == common.size and place.flags.c_contiguous
@@ -192,9 +192,9 @@ def _find_numbers(window: _Window, chunk: TensorChunk) -> ChunkData:
     dtype = storage_dtype(storage[1])
     plain = [prod(size[dim + 1 :]) for dim in range(len(size))]
     contiguous = all(n == 1 or s == p for n, s, p in zip(size, strides, plain))
-    if dtype is None or size != chunk.box.shape or not contiguous:
+    if dtype is None or size != chunk.tensor_slice.shape or not contiguous:
         raise DamagedFile(
-            f"{what} holds {dtype or storage[1]} {list(size)}, strides {list(strides)}; {list(chunk.box.shape)} is said"
+            f"{what} holds {dtype or storage[1]} {list(size)}, strides {list(strides)}; {list(chunk.tensor_slice.shape)} is said"
         )
     itemsize = {**{name: kind.itemsize for name, kind in FLOATS.items()}, "I64": 8, "I32": 4, "U8": 1}[dtype]
     if numbers.file_size < (first + prod(size)) * itemsize:
@@ -254,21 +254,21 @@ def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]],
     size = tuple(map(int, value.size))  # type: ignore[attr-defined]
     chunks = []
     for part in value.chunks:  # type: ignore[attr-defined]
-        box = TensorSlice(tuple(map(int, part.offsets)), tuple(map(int, part.sizes)))
-        if any(low < 0 or n < 1 or low + n > whole for low, n, whole in zip(box.offset, box.shape, size, strict=True)):
-            raise ValueError(f"{name}: a chunk at {box.offset} of {box.shape} lies outside {size}")
-        info = places[(name, box.offset)]
+        slice_ = TensorSlice(tuple(map(int, part.offsets)), tuple(map(int, part.sizes)))
+        if any(low < 0 or n < 1 or low + n > whole for low, n, whole in zip(slice_.offset, slice_.shape, size, strict=True)):
+            raise ValueError(f"{name}: a chunk at {slice_.offset} of {slice_.shape} lies outside {size}")
+        info = places[(name, slice_.offset)]
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{name} is compressed or encrypted ({info.transform_descriptors})")
         if Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"{name} lies outside its folder: {info.relative_path}")
-        chunks.append(TensorChunk(box, info.relative_path, int(info.offset), int(info.length)))
+        chunks.append(TensorChunk(slice_, info.relative_path, int(info.offset), int(info.length)))
     depth = 0
-    while depth < len(size) - 1 and all(chunk.box.shape[depth] == 1 for chunk in chunks):
+    while depth < len(size) - 1 and all(chunk.tensor_slice.shape[depth] == 1 for chunk in chunks):
         depth += 1
     groups: dict[tuple[int, ...], list[TensorChunk]] = {}
     for chunk in chunks:
-        groups.setdefault(chunk.box.offset[:depth], []).append(chunk)
+        groups.setdefault(chunk.tensor_slice.offset[:depth], []).append(chunk)
     return ShardedTensor(size, depth, groups)
 
 

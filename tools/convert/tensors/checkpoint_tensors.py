@@ -32,9 +32,9 @@ class _Slices:
     """The slices of one tensor, sorted by their first dim, so that the slices with some rows (or one expert) are found fast."""
 
     def __init__(self, slices: list[StoredSlice]) -> None:
-        self.slices = sorted(slices, key=lambda stored: stored.box.offset[:1])
-        self.starts = [sum(stored.box.offset[:1]) for stored in self.slices]
-        ends = (start + prod(stored.box.shape[:1]) for start, stored in zip(self.starts, self.slices))
+        self.slices = sorted(slices, key=lambda stored: stored.tensor_slice.offset[:1])
+        self.starts = [sum(stored.tensor_slice.offset[:1]) for stored in self.slices]
+        ends = (start + prod(stored.tensor_slice.shape[:1]) for start, stored in zip(self.starts, self.slices))
         self.ends = list(accumulate(ends, max))
 
     def near(self, wanted: TensorSlice) -> list[StoredSlice]:
@@ -85,11 +85,11 @@ class CheckpointTensors:
 
     def _fill(self, stored: StoredSlice, wanted: TensorSlice, result: Array, dtype: str) -> int:
         """Copy the part of `wanted` that `stored` holds. Returns the number of elements."""
-        if stored.box.overlap(wanted) is None:
+        if stored.tensor_slice.overlap(wanted) is None:
             return 0
         entry = self._entry(stored)
         filled = 0
-        for at, held in split_range(stored.box, stored.start, stored.stop):
+        for at, held in split_range(stored.tensor_slice, stored.start, stored.stop):
             common = held.overlap(wanted)
             if common is None:
                 continue

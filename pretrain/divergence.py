@@ -1,13 +1,13 @@
-"""Whether a step may be applied: the rule for a loss or gradient that is no number, and for a loss that jumps.
+"""The decision whether a step may be applied: the rules for a loss or gradient norm that is not finite, and for a loss spike.
 
-In: the `divergence` section, what the run has been through, and each step's loss and gradient norm. Out: a `StepDecision`
-with the numbers of its rule. Nothing but its arguments is read, so ranks with equal numbers decide alike, and a run that
-is killed and resumed decides as if it had not been: `read_history` finds in the record and the events what the policy
-knew at that step.
+In: the `divergence` section, the run's history, and each step's loss and gradient norm. Out: a `StepDecision` with the numbers
+of the broken rule. A decision depends on these arguments alone, so ranks with equal numbers decide alike. A run that is killed
+and resumed decides as if it had not been killed, because `read_history` restores the history from the record and the events.
 
-The spike rule is robust: median and MAD (median absolute deviation, times 1.4826 a standard deviation of normal noise)
-don't move with a few outliers, and refused steps never enter the window. A falling loss lies below its median, so it
-takes a jump to fire; a loss that has risen for good is refused again and again until the bound ends the run.
+The spike rule compares a loss with the median of a window, in units of the MAD (median absolute deviation). For normal noise,
+1.4826 MAD is the standard deviation. A few outliers change neither median nor MAD, and refused steps never enter the window. A
+falling loss is below its median, so only a jump breaks the rule. A loss that has risen for good is refused at every step until
+the bound on skips or rollbacks ends the run.
 
 Torch-free.
 """
@@ -32,7 +32,7 @@ MAD_SCALE = 1.4826
 
 @dataclass(frozen=True)
 class StepDecision:
-    """The action for a step. `rule`: the broken rule with its numbers, one line; empty for an accepted step."""
+    """The action for a step. `rule`: the broken rule with its numbers, in one line; empty for an accepted step."""
 
     action: str
     rule: str = ""
@@ -50,7 +50,7 @@ class RefusedStep:
 
     @classmethod
     def of(cls, row: dict[str, Any], decision: StepDecision) -> RefusedStep:
-        """Made from the step's row of the record and the decision on it."""
+        """The refused step of this row of the record. `decision`: the decision that refused it."""
         return cls(row["step"], row["samples"], row["loss"], row["grad_norm"], decision.rule)
 
     def as_fields(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ class History:
 def read_history(
     section: Divergence, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]], consumed_samples: int
 ) -> History:
-    """`rows`: the record up to the step that the run stands at, decoded. `consumed_samples`: where it stands in the data.
+    """The history of a run. `rows`: the decoded record up to the run's step. `consumed_samples`: up to that step.
 
-    A skipped step is known by its place in the data: a resume that replays it says so again, and it counts once. What lies
-    ahead of `consumed_samples` is not counted yet. Costs one pass over the rows when the spike rule is on.
+    A skipped step is identified by its consumed samples, so it counts once although a resume that repeats it writes its event
+    again. Events beyond `consumed_samples` are not counted. With the spike rule on, this costs one pass over the rows.
     """
     losses: deque[float] = deque(maxlen=section.spike_window_steps)
     if section.spike != "off":
@@ -87,7 +87,7 @@ def read_history(
 
 
 class DivergencePolicy:
-    """Judges one step after the other. `judge`, called once a step, adds an accepted loss to the window and counts a skip."""
+    """Judges the steps of a run in their order. Call `judge` once a step: it updates the window and the counts."""
 
     def __init__(self, section: Divergence, history: History) -> None:
         self._section = section
@@ -96,7 +96,7 @@ class DivergencePolicy:
         self._rollbacks = history.rollbacks
 
     def judge(self, loss: float, grad_norm: float) -> StepDecision:
-        """The decision on the step with this loss (nats a token) and gradient norm (before clipping)."""
+        """The decision on a step. `loss` is in nats a token, `grad_norm` is the norm before clipping."""
         decision = self._decide(loss, grad_norm)
         if decision.action == ACCEPT:
             self._losses.append(loss)
@@ -113,7 +113,7 @@ class DivergencePolicy:
         return StepDecision(ACCEPT)
 
     def _spike(self, loss: float) -> str | None:
-        """The spike rule with its numbers when the loss breaks it; else None."""
+        """The spike rule with its numbers. None: the loss doesn't break it."""
         section, losses = self._section, self._losses
         if len(losses) < section.spike_min_steps:
             return None

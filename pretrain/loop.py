@@ -43,7 +43,7 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class StepMeasures:
-    """What observes a step: the routers, the row's numbers, the profiler, the speed probe."""
+    """The measures of a step: router metrics, the numbers of its row, the profiler, the speed probe."""
 
     moe: MoeMetrics
     meter: Meter
@@ -74,7 +74,11 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know after a step: the strongest request to stop, whether a save is done, memory of each stage."""
+    """The values on which all ranks agree after a step.
+
+    `requested`: the strongest request to stop. `save_pending`: some rank is still writing its part of a save. `memory_gib`: the
+    peak memory of each pipeline stage.
+    """
 
     requested: int
     save_pending: bool
@@ -82,7 +86,7 @@ class Agreement:
 
 
 def train(run: TrainingRun) -> TrainingEnd:
-    """Step until the last one, a request to stop, or a step whose refusal ends the run. Closes `run.data`. Collective."""
+    """Train until the last step, a request to stop, or a refused step that ends the run. Closes `run.data`. Collective."""
     try:
         return _train(run)
     finally:
@@ -118,7 +122,7 @@ def _train(run: TrainingRun) -> TrainingEnd:
 
 
 def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosition]:
-    """One optimizer step: its row, what the policy decided, where the run stands when the step counts."""
+    """One optimizer step. Returns its row, the policy's decision, and the position after the step if the step counts."""
     config, before = run.config, run.position
     started_s = time.perf_counter()
     run.signals.beat.enter(WAITING, before.step + 1)
@@ -142,7 +146,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosit
 
 
 def _stop_or_roll_back(run: TrainingRun, row: dict[str, Any], decision: StepDecision) -> TrainingEnd | None:
-    """The end of the run, or None: it stands at an earlier checkpoint, with the refused batch behind it."""
+    """End the run after a refused step, or roll it back and return None. The run then continues after the refused batch."""
     refused, rule = RefusedStep.of(row, decision), decision.rule
     run.signals.beat.enter(RECORDING)
     run.records.write(row)
@@ -161,7 +165,7 @@ def _stop_or_roll_back(run: TrainingRun, row: dict[str, Any], decision: StepDeci
 
 
 def agree(run: TrainingRun) -> Agreement:
-    """One all-reduce of a few numbers over all ranks."""
+    """Exchange requests, save states and memory. Costs one all-reduce of 2 + num_stages numbers over all ranks."""
     run.signals.beat.enter(AGREEING)
     status = run.saver.writer.status
     flags = torch.zeros(2 + run.place.num_stages, dtype=torch.float64, device=run.place.device)
@@ -179,7 +183,7 @@ def _validation_due(run: TrainingRun) -> bool:
 
 
 def validate(run: TrainingRun) -> float:
-    """Mean loss over the held-out batches, in nats a token."""
+    """The mean loss over the validation batches, in nats a token. Collective."""
     totals = [run.engine.evaluate(batches) for batches in run.data.validation]
     return math.fsum(loss for loss, _ in totals) / max(sum(tokens for _, tokens in totals), 1)
 
@@ -195,7 +199,7 @@ def _save_if_due(run: TrainingRun, agreed: Agreement) -> None:
 
 
 def _end(run: TrainingRun, state: str, why: str) -> TrainingEnd:
-    """Save what is worth keeping, wait for it, and say how it ended."""
+    """Save at the end if the config asks for it, wait for the save, and return the outcome."""
     saver = run.saver
     run.signals.beat.enter(SAVING)
     if saver.at_end and state != "diverged" and run.position.step > 0:

@@ -1,9 +1,9 @@
 """The learning rate as a pure function of the step. In: step, sections `optimizer` and `schedule`, horizon. Out: a number.
 
-Steps count from 0, the first update. Warm-up of W steps: peak·(step+1)/W, so no update is wasted at 0 and step W-1 has
-the peak. After it, with progress p from 0 at the start of the decay to 1 at the horizon, min + (peak - min)·shape(p):
-linear 1-p; cosine (1+cos πp)/2; sqrt 1-√p. `wsd` stays at the peak and decays over its last steps (arXiv 2404.06395).
-From the horizon on it is min_lr; `constant` never decays.
+Steps count from 0, the first update. A warm-up of W steps gives peak·(step+1)/W, so step 0 is above 0 and step W-1 is at the
+peak. Afterwards the rate is min + (peak - min)·shape(p), where the progress p goes from 0 at the start of the decay to 1 at the
+horizon. The shapes are linear 1-p, cosine (1+cos πp)/2 and sqrt 1-√p. `wsd` stays at the peak and decays over its last steps
+(arXiv 2404.06395). From the horizon on the rate is min_lr. `constant` never decays.
 
 Torch-free.
 """
@@ -16,7 +16,7 @@ from configs.schema import Optimizer, Schedule
 
 
 def decay_steps(schedule: Schedule, horizon_steps: int) -> int:
-    """Length of the decay in steps; of wsd a tenth of the horizon (at least one step) unless given."""
+    """The length of the decay in steps. For wsd the default is a tenth of the horizon, and at least one step."""
     if schedule.kind == "wsd":
         return schedule.decay_steps or max(horizon_steps // 10, 1)
     return 0 if schedule.kind == "constant" else horizon_steps - schedule.warmup_steps
@@ -29,7 +29,7 @@ def _shape(kind: str, progress: float) -> float:
 
 
 def learning_rate(step: int, optimizer: Optimizer, schedule: Schedule, horizon_steps: int) -> float:
-    """The learning rate of update `step` (from 0)."""
+    """The learning rate of update number `step`, counted from 0."""
     if step < schedule.warmup_steps:
         return optimizer.lr * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":

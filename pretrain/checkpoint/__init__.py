@@ -1,1 +1,1 @@
-"""Checkpoints: format, writing, reading, what to go on from, what may change when a run goes on."""
+"""Checkpoints: their format, writing, reading, the choice of one to resume from, and the changes that a resume allows."""

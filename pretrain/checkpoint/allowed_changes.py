@@ -1,8 +1,8 @@
-"""What may differ between an attempt and the one that it goes on from: one table, longest matching prefix wins.
+"""The config keys that a resume may change. In: the configs before and now. Out: problems. The longest matching prefix counts.
 
-free: changes speed, place or looks, not the numbers (or only how far the run goes).
-word: changes what is learned; allowed when checkpoint.allow_change names the key or its section.
-refused: another model; its weights don't fit, or would mean something else.
+free: the key changes speed, places or display, or the length of the run, and none of the numbers.
+word: the key changes what is learned. A change is allowed when checkpoint.allow_change names the key or its section.
+refused: the key makes another model, whose weights don't fit or have another meaning.
 
 Torch-free.
 """
@@ -36,7 +36,8 @@ TABLE: dict[str, str] = {
     "schedule": WORD,
     "data": WORD,
     "data.cache_dir": FREE,
-    # Tokenizer and training data are recognised by content (tokenizer: refused; data: word), their paths may move.
+    # Tokenizer and training data are compared by content, so their paths may change. Another tokenizer is refused, other data
+    # needs the user's word.
     "data.tokenizer": FREE,
     "data.train": FREE,
     "data.valid": FREE,
@@ -73,7 +74,7 @@ def rule_of(key: str) -> str:
 
 
 def architecture(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The keys of `model` that weights depend on, with the vocabulary that is really used. What a manifest keeps."""
+    """The keys of `model` on which the weights depend, and the vocabulary size in use. A manifest keeps them."""
     keys = {path: value for path, value, _ in walk(model) if rule_of(f"model.{path}") == REFUSED}
     return keys | {"vocab_size": vocab_size}
 
@@ -98,7 +99,7 @@ def check_changes(before: dict[str, Any], config: Config) -> list[Problem]:
         rule = rule_of(key)
         if old == new or rule == FREE or (rule == WORD and is_named(key, config.checkpoint.allow_change)):
             continue
-        # Unset horizons are taken over from the run itself.
+        # A horizon that is unset now is taken from the run itself.
         if key == "schedule.horizon_steps" and new is None:
             continue
         if rule == WORD:
@@ -113,7 +114,7 @@ def check_changes(before: dict[str, Any], config: Config) -> list[Problem]:
 
 
 def check_data_change(before: dict[str, Any] | None, now: dict[str, Any], config: Config) -> list[Problem]:
-    """Is the training data the one that the checkpoint's sample counter counts in? Compared by content, not by path."""
+    """Problems when the training data differs in content from that of the checkpoint, whose sample counter refers to it."""
 
     def content(identity: dict[str, Any]) -> list[Any]:
         parts = [(part["idx_sha256"], part["weight"]) for part in identity["train"]]

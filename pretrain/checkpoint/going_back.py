@@ -1,14 +1,14 @@
-"""Going back by decision: `checkpoint.resume_step` names an earlier checkpoint, and the run goes on from there as another line.
+"""Returning to the checkpoint that `checkpoint.resume_step` names. The run continues from it as a new branch.
 
-The decision is taken once and is an event, `went_back` {from_step, to_step, checkpoints, …}. It is written when the engine holds
-the checkpoint's state, so a checkpoint that turns out to be damaged changes nothing. From then on the checkpoints that it lists
-are of the line that was left: they end in .rolled_back like those of a rollback (pretrain/checkpoint/rollback.py), nobody
-resumes from them, and they are deleted only when a save of the new line has passed their step.
+The return happens once and is an event, `went_back` {from_step, to_step, checkpoints, …}. It is written when the engine has
+loaded the checkpoint, so a damaged checkpoint changes nothing. The event lists the checkpoints of the old branch. Their folders
+end in .rolled_back, like those of a rollback (pretrain/checkpoint/rollback.py). No attempt resumes from them, and they are
+deleted only when a save of the new branch has passed their step.
 
-Started again with the same `resume_step`, as a scheduler does after a preemption, the run goes on from the newest checkpoint of
-the new line. To go back to the same step once more, one attempt without `resume_step` must lie between.
+A scheduler may start the run again with the same `resume_step` after a preemption. The run then continues from the newest
+checkpoint of the new branch. To return to the same step once more, start one attempt without `resume_step` first.
 
-W&B can't take rows back: the new line gets a W&B run of its own, which begins with the record's rows up to `to_step`.
+W&B can't delete rows. The new branch therefore gets a W&B run of its own, which begins with the record's rows up to `to_step`.
 
 Torch-free.
 """
@@ -29,7 +29,7 @@ from pretrain.run.folder import RunFolder, complete_checkpoints, step_folder
 
 
 def _newest_decision(folder: RunFolder) -> tuple[dict[str, Any] | None, set[str]]:
-    """The newest decision to go back, and the checkpoints that were set aside since."""
+    """(the newest `went_back` event or None, names of the checkpoints that were set aside after it)."""
     decision, done = None, set()
     for event in events_of(folder):
         if event.get("kind") == EventKind.WENT_BACK:
@@ -40,7 +40,7 @@ def _newest_decision(folder: RunFolder) -> tuple[dict[str, Any] | None, set[str]
 
 
 def check_target(folder: RunFolder, step: int) -> list[Problem]:
-    """Is there a complete checkpoint of this step to go back to? Reads its manifest only."""
+    """Problems when there is no complete checkpoint of this step. Reads its manifest only."""
     target = step_folder(folder.checkpoints, step)
     try:
         read_manifest(target)
@@ -60,7 +60,10 @@ def newer_checkpoints(folder: RunFolder, step: int) -> list[int]:
 
 
 def go_back(folder: RunFolder, step: int, consumed_samples: int, announce: Announce) -> None:
-    """Take the decision and carry it out. Rank 0, when the engine holds the state of `step`, before the record is opened."""
+    """Write the event of a return to `step` and set newer checkpoints aside.
+
+    Rank 0 calls it when the engine has loaded the state of `step`, before the record is opened.
+    """
     newer = newer_checkpoints(folder, step)
     announce(
         EventKind.WENT_BACK,
@@ -74,9 +77,10 @@ def go_back(folder: RunFolder, step: int, consumed_samples: int, announce: Annou
 
 
 def finish_going_back(folder: RunFolder, announce: Announce) -> None:
-    """Carry out what is left of the newest decision: all of it, or what a kill left undone. Rank 0, before any step is made.
+    """Set aside the checkpoints of the newest `went_back` event that are not set aside yet, and start a new W&B run.
 
-    No step is made before this is done, so a listed checkpoint without its event is of the line that was left.
+    Rank 0 calls it before the first step of an attempt, also to finish what a kill interrupted. No step comes before it, so
+    a listed checkpoint without an event of its own belongs to the old branch.
     """
     event, done = _newest_decision(folder)
     if event is None:
@@ -85,10 +89,10 @@ def finish_going_back(folder: RunFolder, announce: Announce) -> None:
         if name in done:
             continue
         path = folder.checkpoints / name
-        # A kill may have come between the new name and its event.
+        # A kill may have come after the folder was renamed and before its event was written.
         kept_as = move_aside(path, ASIDE).name if path.exists() else f"{name}.{ASIDE}"
         announce(EventKind.CHECKPOINT_ROLLED_BACK, folder=name, kept_as=kept_as)
     if folder.wandb_id.read_text().strip() != event["wandb_id"]:
-        # What W&B has is of the line that was left.
+        # The rows that W&B has belong to the old branch.
         (folder.wandb / "cursor.json").unlink(missing_ok=True)
         write_atomically(folder.wandb_id, event["wandb_id"] + "\n")

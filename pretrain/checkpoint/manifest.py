@@ -1,12 +1,12 @@
-"""What a checkpoint says of itself, readable without torch: manifest.json, index.json and the COMPLETE marker.
+"""The description of a checkpoint, readable without torch: manifest.json, index.json and the COMPLETE marker.
 
     checkpoints/step_0000100/
-        manifest.json            what it is: step, samples, model, tokenizer, layout, engine, tensors by canonical name
+        manifest.json            step, samples, model, tokenizer, layout, engine, and tensors by canonical name
         index.json               which file holds which slice, with the CRC-32 of its bytes
         rank_00000.safetensors   slices that rank 0 wrote, 1-D, keyed  KIND:NAME[first:stop,…]  or  …[…](start:stop)
         COMPLETE                 written last, after everything above was synced
-A folder whose name ends in .partial is a save that did not finish; .damaged was found so at a resume; the run went back
-behind .rolled_back.
+The end of a folder's name tells its state. .partial: the save didn't finish. .damaged: a resume found it damaged.
+.rolled_back: the run returned to an earlier checkpoint.
 
 Torch-free.
 """
@@ -35,7 +35,10 @@ _KEY = re.compile(r"^(?P<kind>\w+):(?P<name>[^\[]+)\[(?P<slice>[^\]]*)\](?:\((?P
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything but the numbers. `tensors`: canonical name -> {"shape", "dtype"}; `kinds`: what is held of each."""
+    """The content of manifest.json.
+
+    `tensors`: canonical name -> {"shape", "dtype"}. `kinds`: the kinds of values that are stored of each tensor.
+    """
 
     format: int
     step: int
@@ -58,7 +61,7 @@ class Manifest:
 
     @property
     def model_identity(self) -> str:
-        """A short hash of the architecture, equal for checkpoints that fit each other."""
+        """A short hash of the architecture. It is equal for checkpoints whose weights are interchangeable."""
         return identity_of(self.model)
 
     def as_json(self) -> str:
@@ -71,7 +74,7 @@ def identity_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A slice in a file: the flat range [start, stop) of `tensor_slice` of tensor `name`."""
+    """A stored slice: the flat range [start, stop) of `tensor_slice` of tensor `name`. `crc32`: of its bytes in `file`."""
 
     kind: str
     name: str
@@ -87,14 +90,14 @@ class StoredSlice:
 
 
 def slice_key(kind: str, name: str, slice_: TensorSlice, start: int, stop: int) -> str:
-    """The name of a slice inside a file."""
+    """The key of a slice inside a file."""
     spans = ",".join(f"{low}:{low + size}" for low, size in zip(slice_.offset, slice_.shape, strict=True))
     part = "" if (start, stop) == (0, slice_.size) else f"({start}:{stop})"
     return f"{kind}:{name}[{spans}]{part}"
 
 
 def parse_key(key: str) -> tuple[str, str, TensorSlice, int, int]:
-    """(kind, name, slice, start, stop) of a slice. Raises DamagedFile for other keys."""
+    """The inverse of `slice_key`: (kind, name, slice, start, stop). Raises DamagedFile for other texts."""
     match = _KEY.match(key)
     if not match:
         raise DamagedFile(f"{key!r} does not name a slice of a tensor")
@@ -105,7 +108,7 @@ def parse_key(key: str) -> tuple[str, str, TensorSlice, int, int]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises DamagedFile when the folder holds no complete checkpoint of this format."""
+    """The manifest of a checkpoint. Raises DamagedFile when the folder has no complete checkpoint of this format."""
     if not (folder / COMPLETE).exists():
         raise DamagedFile(f"{folder} has no {COMPLETE} marker")
     value = read_json(folder / "manifest.json")
@@ -136,9 +139,9 @@ def read_index(folder: Path) -> Iterator[StoredSlice]:
 
 
 def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:
-    """Does this checkpoint hold the weights of this model, for this tokenizer? Names every key that differs."""
+    """Problems when the checkpoint has the weights of another model or tokenizer, one for each key that differs."""
     problems = []
-    # A key that the checkpoint does not know is younger than it: it was written with what is the default now.
+    # A key that the checkpoint lacks was added later. Its default value describes the older checkpoints.
     written = {path: value for path, value, _ in walk(Model())} | manifest.model
     for key in sorted(model):
         if written.get(key) != model[key]:

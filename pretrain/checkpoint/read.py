@@ -1,6 +1,6 @@
-"""Reading a checkpoint into any layout: what a rank holds is filled from the slices that overlap it.
+"""Reading a checkpoint into any layout. Each state slice of a rank is filled from the stored slices that overlap it.
 
-In: a folder. Out: numbers written into the tensors of `StateSlice`s. No process group is needed; every rank reads by itself.
+In: a folder. Out: values in the tensors of `StateSlice`s. Every rank reads on its own, without a process group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class _Part:
 
 
 class CheckpointReader:
-    """One complete checkpoint. Holds its index and the headers of the files read so far; memory is one slice at a time."""
+    """One complete checkpoint.
+
+    It keeps the index and the headers of the files that were read. One stored slice is in memory at a time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +62,7 @@ class CheckpointReader:
                 self._assemble(state_slice)
 
     def read(self, stored: StoredSlice) -> torch.Tensor:
-        """One slice, 1-D, checked against its sum."""
+        """One stored slice: [stop - start]. Raises DamagedFile, also when its CRC-32 is wrong."""
         header = self._headers.get(stored.file)
         if header is None:
             header = self._headers[stored.file] = read_header(self.folder / stored.file)
@@ -70,7 +73,7 @@ class CheckpointReader:
         return torch.from_numpy(raw).view(DTYPES[entry.dtype])
 
     def _assemble(self, state_slice: StateSlice) -> None:
-        """Fill from slices of another layout."""
+        """Fill a state slice from stored slices that were cut in another layout."""
         filled = 0
         for stored in self._by_tensor.get((state_slice.kind, state_slice.name), []):
             if stored.tensor_slice.overlap(state_slice.tensor_slice) is None:

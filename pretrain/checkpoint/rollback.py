@@ -1,11 +1,12 @@
 """Returning a run to an earlier checkpoint. In: the run folder's events and checkpoints. Out: checkpoints to load. Rank 0.
 
-A run goes back when a step diverges (here), and when `checkpoint.resume_step` says so (pretrain/checkpoint/going_back.py).
+A run goes back when a step diverges, which this module handles, or when `checkpoint.resume_step` asks for it
+(pretrain/checkpoint/going_back.py).
 
-A rollback is its event, `rolled_back` {from_step, to_step, consumed_samples, …}: on the disk before anything else is done.
-From then on the run stands at `to_step` with `consumed_samples` behind it, the refused batch included. Every checkpoint
-saved since has consumed more, every one from before has not: so whatever a kill leaves undone is known, and done at the
-next start. Checkpoints that the run went back behind end in .rolled_back, until a save has passed their step.
+A rollback first writes its event, `rolled_back` {from_step, to_step, consumed_samples, …}, to the disk. From then on the run is
+at `to_step`, and `consumed_samples` includes the refused batch. Checkpoints that were saved after the event have consumed more
+samples than that, and those before it have not. The next start can therefore finish a rollback that a kill interrupted. The
+folders of the checkpoints after `to_step` end in .rolled_back until a save has passed their step.
 
 Torch-free.
 """
@@ -30,15 +31,15 @@ from pretrain.run.record import read_rows
 
 ASIDE = "rolled_back"
 
-# announce(kind, **fields): an event on the disk, and a line for people.
+# announce(kind, **fields) writes an event to the disk and prints a line.
 Announce = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Where the run went back to last: the step, and the samples that no later step may read again.
+    """The newest return to an earlier checkpoint. No later step may read the first `consumed_samples` samples again.
 
-    `is_asked_for`: by `checkpoint.resume_step`, not after a refused step.
+    `is_asked_for`: `checkpoint.resume_step` asked for it; otherwise a refused step caused it.
     """
 
     to_step: int
@@ -56,10 +57,10 @@ def newest_rollback(events: Iterable[dict[str, Any]]) -> Rollback | None:
 
 
 def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback | None) -> list[Path]:
-    """Complete checkpoints of `at_step` or before, best first; empty: there is none to go back to.
+    """Complete checkpoints of `at_step` or an earlier step, best first; empty: there is none.
 
-    `back` = 1 is the newest. When nothing was saved since the rollback `before`, that one did not go far enough: the
-    choice is then at least one further back, where there is one.
+    `back`: how many checkpoints to go back; 1 is the newest. When no checkpoint was saved since the rollback `before`, that
+    rollback did not go back far enough. The choice then begins at least one checkpoint further back, if there is one.
     """
     found = [(step, folder) for step, folder in complete_checkpoints(checkpoints) if step <= at_step]
     if not found:
@@ -70,29 +71,30 @@ def choose_targets(checkpoints: Path, at_step: int, back: int, before: Rollback 
 
 
 def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -> None:
-    """Checkpoints past the rollback's step that had consumed no more than it passes over: nobody resumes from them."""
+    """Rename the checkpoints that were saved after the rollback's step and before its event, so that no attempt loads them."""
     for step, folder in complete_checkpoints(checkpoints):
         if step <= rollback.to_step:
             continue
         try:
             consumed_samples = read_manifest(folder).consumed_samples
         except DamagedFile:
-            # Which side of the rollback it is from can't be known; choose_checkpoints passes it over as damaged.
+            # It is unknown whether it was saved before or after the event. choose_checkpoints skips it as damaged.
             continue
         if consumed_samples <= rollback.consumed_samples:
             announce(EventKind.CHECKPOINT_ROLLED_BACK, folder=folder.name, kept_as=move_aside(folder, ASIDE).name)
 
 
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
-    """The divergence policy of a run whose newest step is the record's last row. Rank 0, after the record was cut."""
+    """The divergence policy with the run's history. Rank 0 calls it after the record was cut back to the run's newest step."""
     rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
     return DivergencePolicy(section, read_history(section, rows, events_of(folder), consumed_samples))
 
 
 def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep, announce: Announce) -> list[Path]:
-    """Checkpoints to go on from, best first; empty: there is none, and nothing was changed.
+    """Write the event of a rollback and set newer checkpoints aside. Returns the checkpoints to load, best first.
 
-    From the event on, the run stands there, whatever is killed when.
+    Empty: there is no checkpoint, and nothing was changed. Once the event is written, the run is at the step of the first
+    returned checkpoint, even if a kill follows.
     """
     before = newest_rollback(events_of(folder))
     folders = choose_targets(folder.checkpoints, refused.step - 1, section.rollback_checkpoints, before)
@@ -106,7 +108,10 @@ def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep,
 
 
 def finish_rollback(folder: RunFolder, announce: Announce) -> int:
-    """At a start: do what a kill left undone of the newest rollback; the samples that no step may read again (0: none)."""
+    """Finish the newest rollback if a kill interrupted it. Called at a start.
+
+    Returns the number of leading samples that no step may read again; 0: the run never went back.
+    """
     rollback = newest_rollback(events_of(folder))
     if rollback is None:
         return 0

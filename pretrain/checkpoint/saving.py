@@ -1,7 +1,7 @@
-"""Saves of a running attempt: when, what each says of itself, and what follows when one is complete.
+"""The saves of a running attempt: when they are due, their manifests, and the deletion of old checkpoints after each.
 
-In: the engine, what manifests of this attempt have in common, and whom to tell. Out: folders under checkpoints/. All
-methods of `Saver` are collective.
+In: the engine, the values that all manifests of this attempt share, and the functions that report. Out: folders under
+checkpoints/. `save` and `settle` are collective.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.run.events import EventKind
 
 @dataclass(frozen=True)
 class Common:
-    """What all manifests of an attempt say. `data` is known to rank 0 only, which writes them."""
+    """The values that all manifests of an attempt share. Only rank 0, which writes the manifests, has `data`."""
 
     config: Config
     identity: Identity
@@ -79,13 +79,13 @@ class Saver:
         self._before_save, self._write_event, self._announce = before_save, write_event, announce
         self._section = common.config.checkpoint
         self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
-        # Adam's moments come with the first step: each is as large as the weights.
+        # Adam's moments exist from the first step on. Each is as large as the weights.
         weights = sum(state_slice.data.nbytes for state_slice in engine.owned_state() if state_slice.kind == WEIGHT)
         self.writer.reserve((1 + len(MOMENTS)) * weights)
         self.last_step = -1
         self._began_s = 0.0
         self.error: str | None = None
-        # Rank 0: the last one that was completed.
+        # The last complete checkpoint; known on rank 0 only.
         self.newest: Path | None = None
 
     def is_due(self, step: int) -> bool:
@@ -96,7 +96,7 @@ class Saver:
         return self._section.save_at_end
 
     def save(self, position: TrainingPosition) -> None:
-        """Start a save of this position, after the one under way."""
+        """Start a save of this position, after the save under way is complete. A position is saved once."""
         if self.last_step == position.step:
             return
         self.settle()
@@ -111,27 +111,30 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save under way, if any, and complete it: every rank knows of the same saves."""
+        """Wait for the save under way, if there is one, and complete it on all ranks."""
         if self.writer.status is not None:
             folder, self.error = self.writer.finish()
             if self._runtime.rank == 0:
                 self._published(folder, self.error)
 
     def _tensors(self, state_slices: list[StateSlice]) -> dict[str, list[int]]:
-        """Shapes of all weights by name, on rank 0; elsewhere empty."""
+        """The shapes of all weights of the model by name on rank 0; empty on other ranks."""
         mine = {state_slice.name: list(state_slice.global_shape) for state_slice in state_slices if state_slice.kind == WEIGHT}
         gathered: list[Any] | None = [None] * self._runtime.world_size if self._runtime.rank == 0 else None
         dist.gather_object(mine, gathered, dst=0)
         return {name: shape for part in gathered or [] for name, shape in part.items()}
 
     def _published(self, folder: Path, error: str | None) -> None:
-        """A save is complete, or has failed and left nothing. Rank 0."""
+        """Report that a save is complete, or that it failed and left no files. After a complete save, delete old checkpoints.
+
+        Rank 0 only.
+        """
         if error is not None:
             self._announce(EventKind.SAVE_FAILED, folder=folder.name, why=error)
             return
         self.newest = folder
         step = step_of(folder)
-        # As the loop sees it, in steps: what a save before a time limit may take at most.
+        # Includes the steps until the loop noticed that the files were written. A save before a time limit takes at most this.
         seconds = round(time.monotonic() - self._began_s, 3)
         self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds)
         section = self._section

@@ -1,7 +1,8 @@
-"""Safetensors files, streamed: written piece by piece with checksums and fsync, read by byte range.
+"""Safetensors files, streamed: written tensor by tensor with checksums and fsync, read by byte range.
 
-The format is Hugging Face's (8-byte header length, JSON header, raw little-endian data), so that any tool reads them.
-The library's own writer needs all tensors at once, neither syncs nor sums; here memory is one piece.
+The format is Hugging Face's, which many tools read: 8 bytes of header length, a JSON header, raw little-endian data. The
+library's own writer needs all tensors in memory, and neither syncs the file nor computes checksums. Here one tensor is in memory
+at a time.
 
 Torch-free.
 """
@@ -25,7 +26,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 class DamagedFile(Exception):
-    """A file that is shorter, longer or other than what was written."""
+    """A file whose length or content differs from what was written."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Written:
-    """What a file holds: its length and the CRC-32 of each tensor's bytes."""
+    """The length of a written file, and the CRC-32 of each tensor's bytes by key."""
 
     num_bytes: int
     sums: dict[str, int]
@@ -49,9 +50,10 @@ class Written:
 def write_tensor_file(
     path: Path, heads: Sequence[tuple[str, str, tuple[int, ...]]], values: Iterable[NDArray[np.uint8]]
 ) -> Written:
-    """Write tensors (key, dtype, shape) whose raw bytes come one by one in the same order. Raises OSError.
+    """Write a file of tensors. `heads`: (key, dtype, shape) of each. `values`: their raw bytes in the same order.
 
-    The file is on the disk when this returns; it is written under its own name: a marker beside it says when it counts.
+    The file is on the disk when this returns. It is written under its final name, because a checkpoint counts only once its
+    COMPLETE marker exists. Raises OSError.
     """
     header: dict[str, object] = {}
     position = 0
@@ -83,7 +85,7 @@ def _write_summed(file: BinaryIO, value: NDArray[np.uint8]) -> int:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Key -> TensorEntry. Raises DamagedFile when the header is none or the file is not as long as it says."""
+    """The `TensorEntry` of each tensor by key. Raises DamagedFile when the header is invalid or the file's length is wrong."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -112,7 +114,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(value: dict[str, Any], first: int) -> TensorEntry:
-    """One tensor of a header; `first`: where the data begins. Raises TypeError, KeyError or ValueError for what is none."""
+    """One entry of a header. `first`: the byte where the data begins. Raises TypeError, KeyError or ValueError if invalid."""
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or start > stop:
         raise ValueError(f"{dtype!r} {list(shape)} from {start!r} to {stop!r}")
@@ -120,7 +122,7 @@ def _entry(value: dict[str, Any], first: int) -> TensorEntry:
 
 
 def read_bytes(path: Path, entry: TensorEntry, expected_sum: int | None) -> NDArray[np.uint8]:
-    """The raw bytes of one tensor, checked against its CRC-32. Raises DamagedFile."""
+    """The raw bytes of one tensor. Raises DamagedFile, also when their CRC-32 differs from `expected_sum`; None: no check."""
     buffer = np.empty(entry.stop - entry.start, dtype=np.uint8)
     view = buffer.data
     try:

@@ -1,9 +1,9 @@
-"""Writing a checkpoint: every rank its own slices, in a thread, while training goes on; rank 0 completes it.
+"""Writing a checkpoint. Every rank writes its own slices in a thread while training continues, and rank 0 completes the save.
 
-start: each rank copies what it owns (one copy in host memory; that copy is the only time training stands still) and a
-thread writes it. finish: called at the same step on all ranks once all threads are done; rank 0 gathers sums and sizes,
-writes index and manifest, then the marker, then gives the folder its name. A crash before that leaves a `.partial` folder,
-which nobody reads and the next save of that step replaces.
+start: each rank copies the slices that it owns into host memory, and a thread writes the copy. Training waits for the copy only.
+finish: all ranks call it at the same step when their threads are done. Rank 0 gathers checksums and sizes, writes the index and
+the manifest, then the marker, and renames the folder. A crash before that leaves a .partial folder. No reader takes it for a
+checkpoint, and the next save of that step replaces it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 PENDING, DONE, FAILED = 1, 0, 2
 
-# What one rank says of its part of a save: what it wrote, or why it could not.
+# One rank's part of a save: (what it wrote, None), or (None, why it failed).
 Part = tuple[Written | None, str | None]
 
 
@@ -44,7 +44,7 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Saves of one attempt. At most one is under way; all methods are collective."""
+    """The saves of one attempt, of which at most one is under way. `start` and `finish` are collective."""
 
     def __init__(self, checkpoints: Path, rank: int, asynchronous: bool) -> None:
         self.checkpoints = checkpoints
@@ -56,7 +56,7 @@ class CheckpointWriter:
 
     @property
     def status(self) -> int | None:
-        """Of this rank's part: PENDING, DONE or FAILED; None when nothing is being saved."""
+        """The state of this rank's part of the save: PENDING, DONE or FAILED. None: no save is under way."""
         save = self._save
         if save is None:
             return None
@@ -65,14 +65,14 @@ class CheckpointWriter:
         return FAILED if save.error else DONE
 
     def reserve(self, num_bytes: int) -> None:
-        """Make the buffer of coming asynchronous saves ready in the background: fresh pages cost more than the copy."""
+        """Allocate the buffer of later asynchronous saves and touch its pages in a thread: that takes longer than the copy."""
         if self.asynchronous and num_bytes > self._buffer.nbytes:
             self._buffer = np.empty(num_bytes, dtype=np.uint8)
             self._touch = threading.Thread(target=self._buffer.fill, args=(0,), name="reserve", daemon=True)
             self._touch.start()
 
     def start(self, manifest: Manifest, state_slices: Sequence[StateSlice]) -> None:
-        """Begin to save; with asynchronous=False the files are written when this returns. Needs no save under way."""
+        """Begin a save. No other save may be under way. With asynchronous=False the files are written when this returns."""
         assert self._save is None, "finish the save before"
         partial = step_folder(self.checkpoints, manifest.step).with_suffix(".partial")
         save = _Save(manifest, partial)
@@ -84,7 +84,7 @@ class CheckpointWriter:
                 partial.mkdir(parents=True)
             except OSError as raised:
                 error = raised
-        # Nobody writes before the folder is there.
+        # No rank writes before the folder exists.
         made = torch.tensor([0 if error is None else 1])
         dist.broadcast(made, src=0)
         self._save = save
@@ -106,7 +106,7 @@ class CheckpointWriter:
             self._write(save, path, heads, (_bytes(state_slice.data) for state_slice in state_slices))
 
     def _snapshot(self, state_slices: Sequence[StateSlice]) -> list[NDArray[np.uint8]]:
-        """Copies in one host buffer that is kept from save to save."""
+        """Copies of the slices' bytes, in one host buffer that all saves use."""
         sizes = [state_slice.data.numel() * state_slice.data.element_size() for state_slice in state_slices]
         self.reserve(sum(sizes))
         if self._touch is not None:
@@ -130,12 +130,15 @@ class CheckpointWriter:
             save.error = error
 
     def wait(self) -> None:
-        """Until this rank's part is written or has failed."""
+        """Wait until this rank's part is written or has failed."""
         if self._save and self._save.thread:
             self._save.thread.join()
 
     def finish(self) -> tuple[Path, str | None]:
-        """Complete the save on all ranks: (its folder, None) or (folder, why it failed). A failed save leaves nothing."""
+        """Complete the save on all ranks. Returns (its folder, None) or (its folder, why it failed).
+
+        A failed save leaves no files.
+        """
         save = self._save
         assert save is not None, "no save is under way"
         self.wait()
@@ -186,7 +189,10 @@ def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[Path]:
-    """Delete all but the newest `keep` complete checkpoints and milestones (keep = 0: none); returns what went. Rank 0."""
+    """Delete complete checkpoints except the newest `keep` and milestones. Returns the deleted folders. Rank 0 only.
+
+    `keep` 0: delete none. `milestone_interval`: a checkpoint at a multiple of so many steps is a milestone.
+    """
     gone = []
     for step, folder in complete_checkpoints(checkpoints)[keep:] if keep else []:
         if milestone_interval and step % milestone_interval == 0:
@@ -200,7 +206,7 @@ def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """What a crash left of saves and deletions that did not finish. Rank 0, before the first save of an attempt."""
+    """Remove the folders of saves and deletions that a crash interrupted. Rank 0, before the first save of an attempt."""
     for pattern in ("step_*.partial", "step_*.replaced"):
         for folder in checkpoints.glob(pattern):
             final = folder.with_suffix("")

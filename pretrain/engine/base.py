@@ -60,7 +60,7 @@ class StateSlice:
 
 
 class Engine(Protocol):
-    """The methods of both engines. All of them are collective except `optimizer_steps`."""
+    """The methods of both engines. `step`, `evaluate` and `loaded` are collective."""
 
     name: str
     zero_stage: int

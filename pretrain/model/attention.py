@@ -50,8 +50,8 @@ class _GatherSequence(torch.autograd.Function):
 class SDPAttention(MegatronModule):
     """Replaces DotProductAttention.
 
-    A given `attention_mask`, bool [b, 1, s, S] and True where a query must not look, is combined with the sliding window.
-    Without one, attention is causal.
+    Attention is causal, within the sliding window if there is one. `attention_mask`: bool [b, 1, s, S], True where a query must
+    not look in addition.
     """
 
     def __init__(

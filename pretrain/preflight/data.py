@@ -1,7 +1,6 @@
-"""What is wrong with the data of a config, before any rank starts. Numpy only; no torch.
+"""The check of a config's data before any rank starts. In: the config. Out: problems.
 
-In: the config. Out: problems. Reads headers, up to two million entries of each index and a few token blocks: about 0.1 s
-on any size.
+It reads headers, up to two million entries of each index and 16 blocks of tokens, which takes about 0.1 s for data of any size.
 
 Torch-free.
 """
@@ -24,11 +23,11 @@ from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 SAMPLED_BLOCKS = 16
 SAMPLED_TOKENS = 1 << 15
 SMALLEST_SHARE = 1e-5
-"""Of a blend part; see pretrain/data/blend.py."""
+"""The smallest share of a blend's part, see pretrain/data/blend.py."""
 
 
 def check_data(config: Config) -> list[Problem]:
-    """Every problem of the `data` section and its files. Never raises for bad input."""
+    """Every problem of the `data` section and its files. Bad input raises no exception."""
     problems: list[Problem] = []
     tokenizer = None
     try:
@@ -71,7 +70,7 @@ def _share_problems(parts: list[BlendPart], split: str) -> list[Problem]:
 
 
 def _check_part(part: BlendPart, key: str, config: Config, tokenizer: TextTokenizer | None) -> tuple[Index | None, list[Problem]]:
-    """(the index when it can be trusted, problems) of one part."""
+    """(index, problems) of one part. The index is None when it is damaged."""
     try:
         index = open_index(part.path, key)
     except ConfigError as error:
@@ -87,7 +86,7 @@ def _check_part(part: BlendPart, key: str, config: Config, tokenizer: TextTokeni
 
 
 def read_meta(prefix: str, key: str) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """(PREFIX.meta.json, problems); None without the file: data made by other tools has none."""
+    """(content of PREFIX.meta.json, problems). The content is None without the file, which other tools don't write."""
     path = meta_path(prefix)
     if not path.exists():
         return None, []
@@ -102,7 +101,7 @@ def read_meta(prefix: str, key: str) -> tuple[dict[str, Any] | None, list[Proble
 
 
 def meta_problems(prefix: str, meta: dict[str, Any] | None, index: Index, tokenizer: TextTokenizer, key: str) -> list[Problem]:
-    """What .meta.json says, against the index and the tokenizer."""
+    """Problems where PREFIX.meta.json contradicts the index or the tokenizer."""
     if meta is None:
         return []
     problems = []
@@ -122,7 +121,7 @@ def meta_problems(prefix: str, meta: dict[str, Any] | None, index: Index, tokeni
 
 
 def _token_problems(index: Index, vocab: int, key: str) -> list[Problem]:
-    """Ids that the model has no row for, in blocks spread evenly over the .bin."""
+    """The first token id outside the vocabulary as a problem, searched in blocks that are spread evenly over the .bin."""
     tokens = index.tokens()
     last = max(len(tokens) - SAMPLED_TOKENS, 0)
     for first in np.unique(np.linspace(0, last, SAMPLED_BLOCKS).astype(np.int64)):
@@ -137,7 +136,7 @@ def _token_problems(index: Index, vocab: int, key: str) -> list[Problem]:
 
 
 def _length_problems(config: Config, train: list[Index], valid: list[Index]) -> list[Problem]:
-    """Parts without a single sample, and a validation with nothing in it."""
+    """Problems of parts without a single sample, and of a validation without data."""
     seq, data = config.batch.seq_length_tokens, config.data
     fraction = 0.0 if valid else data.valid_fraction
     problems = []

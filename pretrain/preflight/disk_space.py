@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a run writes. In: config, vocabulary, run folder. Out: problems.
+"""The check for disk space. In: config, vocabulary size, run folder. Out: a problem when one checkpoint doesn't fit.
 
 Torch-free.
 """
@@ -14,7 +14,7 @@ from parallel.architecture import padded_vocab
 from parallel.flops import count_parameters
 from pretrain.run.folder import RunFolder
 
-# A parameter in a checkpoint: its fp32 value and both moments; bf16 weights beside them.
+# Bytes of a parameter in a checkpoint: its fp32 value with both moments, and its bf16 weight if it has one.
 STATE_BYTES, BF16_BYTES = 12, 2
 
 
@@ -34,7 +34,7 @@ def free_bytes(path: Path) -> int:
 
 
 def check_disk_space(config: Config, vocab_size: int, folder: RunFolder) -> list[Problem]:
-    """A new checkpoint is written beside the old ones before the oldest of them goes."""
+    """A problem when the free space is less than one checkpoint. A save is complete before an old checkpoint is deleted."""
     saves = config.checkpoint.interval_steps is not None or config.checkpoint.save_at_end
     need, free = checkpoint_bytes(config, vocab_size), free_bytes(folder.path)
     if not saves or free >= need:

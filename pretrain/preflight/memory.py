@@ -1,7 +1,7 @@
-"""What the memory ledger adds to `phalanx check`.
+"""The check of GPU memory. In: a legal config and its vocabulary size. Out: problems and notices.
 
-In: a config that is legal so far, its vocabulary. Out: a problem when even the lower bound exceeds the GPU's memory, a notice
-when the estimate does. Silent without a GPU of the table: then nobody knows what there is.
+The result is a problem when even the lower bound exceeds the GPU's memory, and a notice when the estimate does. It is empty when
+`cluster.gpu` names no GPU of the table, because the memory is then unknown.
 
 Torch-free.
 """
@@ -18,7 +18,7 @@ FIX = "see `phalanx plan` for what would fit, and `phalanx plan --search` for th
 
 
 def memory_verdict(config: Config, vocab_size: int | None) -> tuple[list[Problem], list[Notice]]:
-    """(problems, notices) of a legal config. Never raises."""
+    """(problems, notices) of a legal config. `vocab_size` None: the vocabulary is unknown, and nothing is checked."""
     if vocab_size is None or config.cluster.gpu is None or find_gpu(config.cluster.gpu) is None:
         return [], []
     ledger = make_ledger(make_job(config, vocab_size))

@@ -1,6 +1,6 @@
-"""Can this machine swap optimizer state to a disk? In: the config. Out: problems; none when it doesn't ask for that.
+"""The check for swapping optimizer state to a disk. In: the config. Out: problems; none when the config doesn't swap.
 
-DeepSpeed moves the state through its async_io operator, which is compiled where it is first used, and past the page cache.
+DeepSpeed moves the state with its async_io operator, past the page cache. The operator is compiled where it is first used.
 
 Torch-free.
 """
@@ -20,13 +20,13 @@ from configs.errors import Problem
 from configs.schema import Config
 from pretrain.run.files import storage_problem
 
-# What the operator's sources need: Python's and libaio's headers, and the library.
+# A program with the needs of the operator's sources: Python's headers, libaio's headers, and the library libaio.
 _PROGRAM = "#include <Python.h>\n#include <libaio.h>\nint main() { io_context_t context = 0; return io_setup(1, &context); }\n"
 _PACKAGES = "install ninja, a C++ compiler, Python's headers and libaio's (Debian: ninja-build g++ python3-dev libaio-dev)"
 
 
 def check_nvme(config: Config) -> list[Problem]:
-    """Runs the compiler once (0.3 s) and writes one page below zero.nvme_path."""
+    """Problems of the compiler and of the folder zero.nvme_path. Compiles a small program (0.3 s) and opens a file there."""
     zero = config.zero
     if zero.offload == "none" or zero.offload_device != "nvme" or not zero.nvme_path:
         return []
@@ -47,7 +47,7 @@ def compiler_problems() -> list[Problem]:
 
 
 def _build_error(compiler: list[str]) -> str | None:
-    """The first error line of the compiler or linker."""
+    """The first error line of the compiler or linker. None: the program was built."""
     with tempfile.TemporaryDirectory() as folder:
         include = sysconfig.get_paths()["include"]
         words = [*compiler, "-I", include, "-x", "c++", "-", "-laio", "-o", str(Path(folder) / "program")]

@@ -1,6 +1,6 @@
-"""Before a launch into a run folder that holds checkpoints: can this config go on from them, and how exactly?
+"""The check of a launch into a run folder with checkpoints. In: a config, its layout and vocabulary size.
 
-In: a config, its layout and vocabulary. Out: problems as the ranks would refuse with, or where the run goes on.
+Out: the problems with which the ranks would refuse the resume, or the step at which the run continues and how exactly.
 
 Torch-free.
 """
@@ -46,7 +46,7 @@ class ResumePoint:
         return asdict(self) | {"set_aside": list(self.set_aside)}
 
     def describe(self) -> str:
-        """One line for people."""
+        """The resume point as one line of text."""
         text = f"from step {self.step:,}, written by {self.written_by}: {self.exactness}"
         if not self.set_aside:
             return text
@@ -89,7 +89,7 @@ def _decided_before(folder: RunFolder, asked_step: int) -> list[Notice]:
 
 
 def _other_samples(config: Config, manifest: Manifest) -> list[Notice]:
-    """What another sequence length does to the order of the data."""
+    """A notice when another sequence length changes the order of the data."""
     before, now = (manifest.data or {}).get("seq_length_tokens"), config.batch.seq_length_tokens
     if before in (None, now):
         return []
@@ -116,7 +116,7 @@ def _writer(manifest: Manifest) -> str:
 
 
 def how_exactly(config: Config, layout: Layout, manifest: Manifest) -> str:
-    """The promise for this change; those of layouts are held by tests/pretrain/test_train.py or test_reshape.py."""
+    """How exactly the run continues after this change. tests/pretrain/test_train.py and test_reshape.py test the layouts."""
     if changed := _learned_changes(config, layout, manifest):
         return f"{OTHER_RUN}: {', '.join(changed)}"
     now, before = layout.degrees(), manifest.layout
@@ -140,7 +140,7 @@ def _learned_changes(config: Config, layout: Layout, manifest: Manifest) -> list
     try:
         before = flatten(from_yaml_text(json.dumps(manifest.config)))
     except ConfigError:
-        # Written by a version with other keys: its own check told what changed since.
+        # A version with other keys wrote the checkpoint. Its changes were checked when it wrote its config.
         return []
     now = flatten(config)
     changed = [key for key in sorted(before.keys() & now.keys()) if rule_of(key) == WORD and before[key] != now[key]]
@@ -159,5 +159,5 @@ def _learned_changes(config: Config, layout: Layout, manifest: Manifest) -> list
 
 
 def _blend(config: Config) -> list[tuple[str, float]]:
-    """Names and weights of the training data: the ranks compare its content."""
+    """Names and weights of the training data. The ranks compare its content."""
     return [(Path(part.path).name, part.weight) for part in config.data.train]

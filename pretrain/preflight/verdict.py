@@ -1,7 +1,7 @@
-"""May this run start? The one answer for `check`, `launch`, `resume` and the ranks.
+"""The answer whether a run may start, shared by `check`, `launch`, `resume` and the ranks.
 
-In: a config. Out: every problem with its fix, what is legal but worth knowing, and where the run would go on.
-`preflight` asks what a login node can see. `rank_problems` asks the same of a started rank, plus what its machines lack.
+In: a config. Out: every problem with its fix, notices, and the step at which the run would continue. `preflight` checks what a
+login node can see. `rank_problems` runs on a started rank and also checks what its machines lack.
 
 Torch-free.
 """
@@ -33,7 +33,7 @@ READ_BY_DATA = ("data", "batch", "run", "model.vocab")
 
 @dataclass(frozen=True)
 class Preflight:
-    """The answer. `layout` is None where the degrees make none; `resume` is None where the run would start at step 0."""
+    """The answer. `layout`: None when the degrees are illegal. `resume`: None when the run would start at step 0."""
 
     problems: list[Problem]
     notices: tuple[Notice, ...] = ()
@@ -42,7 +42,7 @@ class Preflight:
 
 
 def preflight(config: Config, with_data: bool) -> Preflight:
-    """Everything that can be told before a start. `with_data`: the data's files and the run folder's disk are here."""
+    """Everything that is known before a start. `with_data`: this machine has the data's files and the run folder's disk."""
     problems, notices = _examine(config, with_data)
     layout, resume = derive_layout(config), None
     if layout and not problems:
@@ -55,7 +55,7 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
     """(problems, notices) of the config, its files and its memory."""
     verdict = check_config(config)
     problems = list(verdict.problems)
-    # Files are held against lengths and weights, which must be numbers of the right kind first.
+    # The check of the files uses lengths and weights of the config, so those must have the right types first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
     tokens = known_vocab_size(config)
@@ -72,7 +72,7 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
 
 
 def known_vocab_size(config: Config) -> int | None:
-    """Tokens of the vocabulary; None when neither the config states them nor its tokenizer can be read."""
+    """The vocabulary size in tokens. None: the config doesn't state it, and its tokenizer can't be read."""
     try:
         return vocab_size(config)
     except ConfigError:
@@ -80,12 +80,12 @@ def known_vocab_size(config: Config) -> int | None:
 
 
 def machine_problems(config: Config, device_type: str) -> list[Problem]:
-    """What this machine lacks for the config; asked on each machine. `device_type`: cpu or cuda, as the process found it."""
+    """Problems of this machine with the config. `device_type`: cpu or cuda, the device that the process found."""
     problems = check_device(config.cluster.device, device_type)
     return [*problems, *check_backend(config, detect_machine(device_type == "cuda")), *check_nvme(config)]
 
 
 def rank_problems(config: Config, lacking: Sequence[Problem], environ: Mapping[str, str] = os.environ) -> list[Problem]:
-    """Everything that can be known before the first process group is made. `lacking`: `machine_problems` of all machines."""
+    """Every problem that is known before the first process group is made. `lacking`: `machine_problems` of all machines."""
     problems = [*check_world(environ, config), *lacking, *check_config(config).problems, *check_data(config)]
     return problems or check_disk_space(config, vocab_size(config), folder_of(config))

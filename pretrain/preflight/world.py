@@ -1,6 +1,6 @@
-"""What was started, against what the config states: the number of ranks and their device.
+"""The check that the started ranks match the config: their number and their device.
 
-In: the environment that torchrun sets, the device that a process found. Out: problems.
+In: the environment that torchrun sets, and the device that a process found. Out: problems.
 
 Torch-free.
 """
@@ -19,7 +19,7 @@ _DRIVER = Path("/dev/nvidiactl")
 
 
 def check_world(environ: Mapping[str, str], config: Config) -> list[Problem]:
-    """WORLD_SIZE (1 without torchrun) against launch.nodes × launch.processes_per_node."""
+    """A problem when WORLD_SIZE is not launch.nodes × launch.processes_per_node. Without torchrun WORLD_SIZE counts as 1."""
     started, stated = int(environ.get("WORLD_SIZE", 1)), world_size(config)
     if started == stated:
         return []
@@ -35,9 +35,9 @@ def check_world(environ: Mapping[str, str], config: Config) -> list[Problem]:
 
 
 def computes_on_cpu(config: Config, environ: Mapping[str, str]) -> bool:
-    """Is it certain, before the ranks start, that they compute on CPUs?
+    """Whether it is certain, before the ranks start, that they compute on CPUs.
 
-    cluster.device = auto is certain for a local run on a machine that has no NVIDIA driver, or hides its GPUs.
+    With cluster.device = auto it is certain for a local run on a machine that has no NVIDIA driver or hides its GPUs.
     """
     cluster = config.cluster
     if cluster.device == "auto" and cluster.gpu is None and config.launch.target == "local":
@@ -46,7 +46,7 @@ def computes_on_cpu(config: Config, environ: Mapping[str, str]) -> bool:
 
 
 def check_device(wanted: str, found: str) -> list[Problem]:
-    """cluster.device against the device type that this process found: cpu or cuda."""
+    """A problem when cluster.device differs from the device type that this process found. Both are cpu or cuda."""
     if wanted == "cuda" and found != "cuda":
         return [Problem("cluster.device", "cuda", "needs a CUDA device that this process can see", "set cluster.device=cpu")]
     if wanted == "cpu" and found != "cpu":

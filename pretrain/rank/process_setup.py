@@ -1,10 +1,10 @@
-"""What makes a process a well-behaved rank. In: the environment. Out: its log, its failure file, its death with its parent.
+"""Preparing a process to be a rank. In: the environment. Out: its log, its failure file, and its death with its parent.
 
-The contract with our launchers, all of it optional (plain torchrun sets none of it):
+The contract with our launchers is optional. Plain torchrun sets none of these variables:
     PHALANX_LOG_DIR   folder for rank_N.log (stdout and stderr, also of C code) and rank_N.failure.json
     PHALANX_ATTEMPT   the attempt number that the launcher has claimed
     PHALANX_BEAT_DIR  folder for heartbeats and stacks (pretrain/run/beat.py)
-Imports nothing heavy: `prepare` runs before torch is imported, whose failure to import belongs into the rank's log.
+This module imports nothing heavy. `prepare` runs before torch is imported, so that a failing import is in the rank's log.
 
 Torch-free.
 """
@@ -30,20 +30,23 @@ from pretrain.run.process import die_with_parent, node_name, open_standard_strea
 
 
 def prepare(environ: Mapping[str, str] = os.environ) -> None:
-    """Before anything heavy is imported: the rank's log, its death with its parent, tracebacks of crashes in C."""
+    """Open the rank's log, let the rank die with its parent, and enable tracebacks of crashes in C.
+
+    Call it before anything heavy is imported.
+    """
     open_standard_streams()
     redirect_output(environ)
     detach_from_readers()
-    # torchrun's agent may be killed: without it, its store is gone too.
+    # torchrun's agent may be killed, and the store that the ranks need ends with it.
     die_with_parent()
     faulthandler.enable()
 
 
 def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -> int:
-    """Run a rank's program after `prepare`; returns the exit code.
+    """Run a rank's program after `prepare`. Returns the exit code.
 
-    ConfigError: the report, without a traceback, exit 2. Any other exception: its traceback, exit 1. Both leave a failure
-    file, whose time tells the launcher which rank was the first.
+    A ConfigError prints its report without a traceback and gives exit code 2. Any other exception prints its traceback and
+    gives exit code 1. Both leave a failure file, whose time tells the launcher which rank failed first.
     """
     try:
         return body()
@@ -58,9 +61,10 @@ def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -
 
 @contextmanager
 def refusing_bad_input(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Around a rank's imports: a ConfigError, as from a library whose private names changed, ends like one of the run.
+    """A context for a rank's imports, in which a ConfigError ends the process as it would during the run.
 
-    Its report goes to stderr, its failure file to the launcher, and the process ends with exit code 2.
+    A library whose private names changed raises one, for example. Its report goes to stderr, its failure file to the launcher,
+    and the process exits with code 2.
     """
     try:
         yield
@@ -94,9 +98,10 @@ def redirect_output(environ: Mapping[str, str]) -> None:
 
 
 def detach_from_readers() -> None:
-    """Let a thread write to a terminal or a pipe: one that is paused or unread must not stop the training thread.
+    """Replace stdout and stderr by streams that a thread writes, where they are a terminal or a pipe.
 
-    Files stay as they are. What C code prints goes to the descriptor itself, past this.
+    A paused terminal or an unread pipe then doesn't block the training thread. Streams on files are not replaced. The output of
+    C code goes to the descriptor directly.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -106,7 +111,10 @@ def detach_from_readers() -> None:
 
 
 def record_failure(environ: Mapping[str, str], kind: str, text: str) -> None:
-    """Leave {"rank", "node", "time", "kind": bad_input|exception, "text"} for the launcher. A full disk costs the file only."""
+    """Write the failure file for the launcher: {"rank", "node", "time", "kind": bad_input|exception, "text"}.
+
+    When the disk refuses the file, a line on stderr says so.
+    """
     directory = environ.get("PHALANX_LOG_DIR")
     if not directory:
         return

@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler, and a CUDA memory snapshot, by config. Written into RUN_DIR/profile."""
+"""torch's profiler over a window of steps, and a CUDA memory snapshot. In: metrics.profile. Out: files in RUN_DIR/profile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parallel.compat.torch_private import dump_cuda_memory, record_cuda_memory
 
 
 class ProfileWindow:
-    """Profiles steps [start, start + num_steps) on the chosen ranks; without a start it does nothing."""
+    """Profiles the steps [start_step, start_step + num_steps) on the chosen ranks. Without a start_step it does nothing."""
 
     def __init__(self, section: Profile, folder: Path, rank: int) -> None:
         self.section = section
@@ -22,9 +22,9 @@ class ProfileWindow:
         self._wanted = section.start_step is not None and rank in section.ranks
 
     def before(self, step: int) -> None:
-        """Called before step number `step` (from 1)."""
+        """Call it before step number `step`, counted from 1. Starts the profiler at the first step of the window."""
         if self._profiler is not None:
-            return  # after a rollback into the open window
+            return  # a rollback returned to a step inside the window
         if self._wanted and step == self.section.start_step:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             if self.section.memory_snapshot and torch.cuda.is_available():
@@ -33,7 +33,7 @@ class ProfileWindow:
             self._profiler.start()
 
     def after(self, step: int) -> None:
-        """Called after step number `step`. The trace is written when the window ends."""
+        """Call it after step number `step`. Writes the trace after the last step of the window."""
         if self._profiler is None or step < (self.section.start_step or 0) + self.section.num_steps - 1:
             return
         self._profiler.stop()

@@ -1,6 +1,6 @@
-"""Decisions of rank 0 for all ranks: rank 0 decides and reports a refusal, and all ranks exit with the same code.
+"""Decisions of rank 0 for all ranks. Rank 0 decides and reports a refusal, and all ranks exit with the same code.
 
-What may differ between machines is checked by the first rank of each machine.
+Where the answer may differ between machines, the first rank of each machine checks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ T = TypeVar("T")
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raises ConfigError when there are any."""
+    """Raise a ConfigError with these problems; do nothing without any."""
     if problems:
         raise ConfigError(problems)
 
 
 def gather_machine_problems(local_rank: int, check: Callable[[], list[Problem]]) -> list[Problem]:
-    """Run `check` on each machine; rank 0 gets one problem for all machines that have it, and other ranks get none."""
+    """Run `check` on the first rank of each machine. Collective.
+
+    Rank 0 gets each problem once, with the number of machines that have it. Other ranks get an empty list.
+    """
     world = dist.get_world_size()
     mine = (socket.gethostname(), check()) if local_rank == 0 else None
     answers: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
@@ -72,6 +75,6 @@ def run_on_rank_0(work: Callable[[], T]) -> T:
     if rank == 0:
         record_failure(os.environ, "bad_input", report(problems))
         print(report(problems), file=sys.stderr, flush=True)
-    # torchrun ends the other ranks when one has left: the report comes first.
+    # torchrun ends all ranks when one exits. The barrier lets rank 0 print its report first.
     dist.barrier()
     raise SystemExit(EXIT_BAD_INPUT)

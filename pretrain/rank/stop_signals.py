@@ -1,11 +1,12 @@
 """Signals that ask a run to end. In: signals. Out: `StopSignals.requested`, which the loop reads once a step on all ranks.
 
-SIGINT asks to stop (a person did), SIGTERM and SIGUSR1 to make room (a scheduler did: the run is preempted and may go
-on later), SIGHUP too, unless it is ignored (nohup). Each: finish the step, save, write the outcome. Repeats within 5 s
-count once, for torchrun passes every signal on twice. A later one ends the process at once with 128 + its number.
+SIGINT comes from a person and stops the run. SIGTERM and SIGUSR1 come from a scheduler and preempt it, so that it may continue
+later. SIGHUP preempts it too, unless nohup made the process ignore it. After each of them the run finishes its step, saves, and
+writes its outcome. Repeats within 5 s count once, because torchrun forwards every signal twice. A later repeat ends the process
+immediately, with exit code 128 + the signal's number.
 
-The kernel's side writes each signal into a pipe that a thread reads: Python's own handlers wait for the main thread,
-which may be stuck in a collective whose partner is gone, and "at once" must work just then.
+The C handler writes each signal into a pipe, and a thread reads the pipe. A Python handler would wait for the main thread, which
+may be stuck in a collective whose partner has died. An immediate end must work in that state.
 
 Torch-free.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable
 
 from pretrain.run.heartbeat import Heartbeat
 
-# Levels of a request, ordered so that the maximum over the ranks is what all of them do.
+# The levels of a request. All ranks act on the maximum over the ranks.
 NONE, STOPPED, PREEMPTED = 0, 1, 2
 STATE_OF = {STOPPED: "stopped", PREEMPTED: "preempted"}
 LEVEL_OF = {signal.SIGINT: STOPPED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED, signal.SIGHUP: PREEMPTED}
@@ -30,14 +31,14 @@ REPEAT_S = 5.0
 
 
 class StopSignals:
-    """Install once a process, in the main thread and early: before it, a signal ends the process as it always does."""
+    """The stop requests of this process. Install it once, early, in the main thread. Until then signals act as by default."""
 
     def __init__(
         self, at_once: Callable[[str], None] | None = None, repeat_s: float = REPEAT_S, beat: Heartbeat | None = None
     ) -> None:
-        """`at_once(signal name)` runs in the reading thread right before the process ends at once; keep it short.
+        """`at_once(signal name)` runs in the reading thread just before an immediate end, so it must be short.
 
-        `beat` knows what the process is doing, for the message that a stop prints.
+        `repeat_s`: repeats within so many seconds count once. `beat`: the process's phase, which the messages name.
         """
         self.requested = NONE
         self.signal_name = ""
@@ -47,7 +48,7 @@ class StopSignals:
         self._first_s = 0.0
 
     def install(self) -> StopSignals:
-        """Raises ValueError outside the main thread."""
+        """Install the handlers and start the reading thread. Raises ValueError outside the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -60,7 +61,7 @@ class StopSignals:
 
     @property
     def state(self) -> str:
-        """The outcome's state for what was requested here; empty: nothing was."""
+        """The state that the outcome has for the request of this process; empty without a request."""
         return STATE_OF.get(self.requested, "")
 
     def _read(self, reader: int) -> None:
@@ -69,7 +70,7 @@ class StopSignals:
                 self.receive(number, time.monotonic())
 
     def receive(self, number: int, now_s: float) -> None:
-        """One signal at `now_s` (any monotonic clock)."""
+        """Handle one signal that arrived at `now_s`, in seconds of any monotonic clock."""
         level = _LEVEL_OF_NUMBER.get(number, NONE)
         if level == NONE:
             return
@@ -87,9 +88,9 @@ class StopSignals:
             os._exit(128 + number)
 
     def _say(self, text: str) -> None:
-        # os.write: the main thread may hold the lock of sys.stderr while it is stuck.
+        # os.write needs no lock. The main thread may hold the lock of sys.stderr while it is stuck.
         os.write(2, f"phalanx: {text}\n".encode())
 
 
 def _leave_to_reader(number: int, frame: object) -> None:
-    """A Python-level handler must exist for the wakeup pipe to be written; the reading thread does the work."""
+    """Do nothing. Python writes to the wakeup pipe only when a handler exists; the reading thread handles the signal."""

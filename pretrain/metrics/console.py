@@ -1,4 +1,4 @@
-"""The console. In: rows. Out: aligned lines in a log or a pipe, and a live bar with ETA on a terminal.
+"""The console sink. In: rows. Out: aligned lines in a log or a pipe, and a live bar with the remaining time on a terminal.
 
 Under torchrun by hand, rank 0's stdout may be the terminal. Under our launcher it is a log file; the launcher draws its own
 bar from the run folder (launch/local/view.py).
@@ -23,16 +23,16 @@ from pretrain.metrics.screen import ScreenWriter, screen_of
 from pretrain.metrics.sinks import Sink
 from pretrain.run.folder import Outcome
 
-# Steps whose median time makes the ETA: one slow step (a save, a validation) doesn't move it.
+# The number of steps whose median time gives the remaining time. One slow step, with a save or a validation, doesn't change it.
 _ETA_STEPS = 20
-# Between two frames: drawing one costs about a millisecond of the thread that writes the rows.
+# In seconds, between two frames. Drawing one takes about a millisecond of the thread that writes the rows.
 _REFRESH_S = 0.1
-# Narrower terminals see the loss, the speed and the ETA.
+# Narrower terminals show only the loss, the speed and the remaining time.
 _WIDE_COLUMNS = 130
 
 
 class PlainConsole:
-    """One aligned line every `interval_steps`, and for each validation and the last step."""
+    """Writes an aligned line every `interval_steps` steps, after each validation and after the last step."""
 
     def __init__(self, stream: TextIO | ScreenWriter, total_steps: int, interval_steps: int) -> None:
         self._stream = stream
@@ -60,7 +60,7 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """A bar with the newest numbers, as wide as the terminal. Frames that a slow terminal can't take are left out."""
+    """Draws a bar with the newest numbers, as wide as the terminal. Frames that a slow terminal can't take are left out."""
 
     def __init__(self, screen: ScreenWriter, total_steps: int) -> None:
         self._screen = screen
@@ -87,7 +87,7 @@ class LiveConsole:
             self._draw()
 
     def _draw(self) -> None:
-        """The newest row as a frame."""
+        """Draw the newest row as a frame."""
         self._refreshed_s = time.monotonic()
         # The window may have been resized since the last frame.
         self._progress.console.width = self._screen.columns()
@@ -99,7 +99,7 @@ class LiveConsole:
         self._progress.refresh()
 
     def show_message(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self, outcome: Outcome | None) -> None:
@@ -112,7 +112,7 @@ class LiveConsole:
 
 
 def make_console(total_steps: int, interval_steps: int, stdout: TextIO | None = None) -> Sink:
-    """The bar where rank 0 writes to a terminal, lines elsewhere: in a log, a pipe or, as None, the process's own stdout."""
+    """The live bar when the stream is a terminal, plain lines otherwise. `stdout` None: the stdout of this process."""
     stream: TextIO | ScreenWriter = stdout if stdout is not None else sys.stdout
     if stream.isatty():
         screen = stream if isinstance(stream, ScreenWriter) else screen_of(stream)
@@ -122,7 +122,7 @@ def make_console(total_steps: int, interval_steps: int, stdout: TextIO | None = 
 
 
 def numbers(row: Mapping[str, Any]) -> list[str]:
-    """The row's numbers that people watch, each in a fixed width; what the row lacks is left out."""
+    """The row's main numbers as texts of fixed width. Numbers that the row lacks are left out."""
     parts = [f"loss {_fixed(row.get('loss'), 8, 4)}"]
     if "grad_norm" in row:
         parts.append(f"grad norm {_fixed(row['grad_norm'], 8, 3)}")
@@ -138,7 +138,7 @@ def numbers(row: Mapping[str, Any]) -> list[str]:
 
 
 class _Eta:
-    """Time left, from the median of the last steps."""
+    """Estimates the remaining time in seconds from the median duration of the last steps."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps

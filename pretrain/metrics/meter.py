@@ -1,7 +1,8 @@
-"""A step's numbers as one row. In: what the engine, the routers and the clock say. Out: a dict, the same under any layout.
+"""A step's numbers as one row. In: the engine's result, the position and the duration. Out: a dict, alike under any layout.
 
-tflops_per_gpu is model FLOPs (parallel/flops.py: causal attention, active experts; recomputation not counted) over time
-and ranks; mfu is that over the GPU's dense bf16 peak (configs/gpus.json), left out where the peak is not known.
+tflops_per_gpu is the model's FLOPs divided by time and ranks. parallel/flops.py counts them, with causal attention and active
+experts only, without recomputation. mfu is tflops_per_gpu divided by the GPU's dense bf16 peak of configs/gpus.json. It is left
+out when the peak is unknown.
 """
 
 from __future__ import annotations
@@ -26,21 +27,27 @@ GIB = 2**30
 
 @cache
 def gpu_table() -> dict[str, dict[str, Any]]:
-    """GPU name -> its row of configs/gpus.json, with sources."""
+    """The rows of configs/gpus.json by GPU name. Each row names its source."""
     text = (Path(__file__).resolve().parents[2] / "configs" / "gpus.json").read_text()
     return {row["name"]: row for row in json.loads(text)["gpus"]}
 
 
 @dataclass(frozen=True)
 class Meter:
-    """Constants that a run's rows need. `peak_tflops`: the GPU's dense bf16 peak; None: not known."""
+    """The constants of a run's rows.
+
+    `flops_per_token`: model FLOPs of a training token over all ranks. `peak_tflops`: the GPU's dense bf16 peak; None: unknown.
+    """
 
     flops_per_token: float
     world_size: int
     peak_tflops: float | None
 
     def row(self, position: TrainingPosition, result: StepResult, rate: float, tokens: int, step_time_s: float) -> dict[str, Any]:
-        """The row of the step that led to `position`; `tokens` were its input tokens."""
+        """The row of the step that led to `position`.
+
+        `rate`: the learning rate. `tokens`: input tokens of the step over all ranks. `step_time_s`: its duration in seconds.
+        """
         tokens_per_s = tokens / step_time_s
         tflops = tokens_per_s * self.flops_per_token / self.world_size / 1e12
         row: dict[str, Any] = {
@@ -64,7 +71,7 @@ def make_meter(config: Config, layout: Layout, vocab_size: int) -> Meter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this rank has held so far: allocated on a GPU, resident on a CPU."""
+    """The peak memory of this rank so far in GiB: allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

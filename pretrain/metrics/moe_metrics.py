@@ -23,22 +23,22 @@ from pretrain.model.shards import layer_of
 
 
 class MoeMetrics:
-    """Collects from the routers of this rank's chunks; `take` reduces over all ranks and starts anew.
+    """Collects the numbers of this rank's routers. `take` reduces them over all ranks and resets them.
 
-    Costs one sum over [tokens, E] a layer and micro-batch, and two all-reduces of L x E + 3 numbers a step.
-    Megatron-Core's own reduction of auxiliary losses averages inside the collective, which gloo cannot.
+    It costs one sum over [tokens, E] for each layer and micro-batch, and two all-reduces of about L x (E + 1) numbers a step.
+    Megatron-Core's own reduction of auxiliary losses averages inside the collective, which gloo doesn't support.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], model: Model, groups: ProcessGroupCollection) -> None:
         self.groups = groups
         self.moe_layers = [layer for layer, is_moe in enumerate(moe_layers(model)) if is_moe]
         self.mtp_depth = model.mtp.num_layers
-        # A routed prediction layer reports into the same trackers as the last layer.
+        # A routed layer of multi-token prediction adds to the same trackers as the last layer.
         self.num_routers = len(self.moe_layers) + (self.mtp_depth if moe_layers(model)[-1] else 0)
         self.losses = _enabled_losses(model) if self.moe_layers else {}
         self.has_z_loss = bool(self.moe_layers) and model.moe.router.z_loss_coeff > 0
         device = next(chunks[0].parameters()).device
-        # Columns: the tokens that chose each expert, before dropping; then those that their experts took.
+        # The first E columns count the tokens routed to each expert, before dropping. The last counts those not dropped.
         columns = max(model.moe.num_experts, 1) + 1
         self.counts = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=device)
         self.drops_tokens = bool(self.moe_layers) and model.moe.capacity_factor is not None
@@ -50,7 +50,7 @@ class MoeMetrics:
 
     def _counter(self, layer: int) -> Any:
         def count(module: TopKRouter, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            # With full recomputation the forward pass runs twice; the shares that are reported stay the same.
+            # Full recomputation runs the forward pass twice. The reported ratios don't change.
             if module.training:
                 taken = output[1]
                 routed = routed_before_dropping(taken)
@@ -60,12 +60,13 @@ class MoeMetrics:
         return count
 
     def take(self, num_micro_batches: int, shown_layers: int) -> dict[str, float]:
-        """The numbers of one step.
+        """The numbers of one step by name, equal on all ranks. Collective.
 
-        Losses are means over layers and micro-batches, before their coefficients. `mtp_loss` is the mean over depths and
-        valid tokens. The load of the hottest expert, as a multiple of the mean, and the number of experts that no token
-        chose are measured before dropping. `expert_drop_fraction`, with a capacity factor: the share of routed tokens
-        (a token counts once for each expert that it chose) that were dropped.
+        Auxiliary losses: means over layers and micro-batches, before their coefficients. `mtp_loss`: mean over depths and valid
+        tokens, in nats. `expert_load_max_over_mean`: the largest load of an expert as a multiple of the mean load.
+        `dead_experts`: the number of experts that no token chose. Loads are measured before dropping.
+        `expert_drop_fraction`, with a capacity factor only: the dropped share of all (token, chosen expert) pairs.
+        `shown_layers`: how many layers get a number of their own.
         """
         if not self.moe_layers and not self.mtp_depth:
             return {}
@@ -88,7 +89,7 @@ class MoeMetrics:
         return result
 
     def _tracked(self, num_micro_batches: int) -> torch.Tensor:
-        """This rank's share of each loss, so that the sum over all ranks is the mean."""
+        """This rank's share of each loss: [number of losses + 1]. The sum over all ranks is the mean."""
         groups, tracked = self.groups, take_router_losses()
         routers = self.num_routers * num_micro_batches
         world = groups.tp_dp_cp.size()
@@ -97,13 +98,14 @@ class MoeMetrics:
         def total(key: str) -> torch.Tensor:
             return tracked.get(key, self.counts.new_zeros(()))
 
-        # Partial sums over tensor and context ranks, means over data ranks; the global loss is partial over all of them.
+        # Tensor and context ranks have partial sums, data ranks have values of which the mean is taken. The global loss is a
+        # partial sum on all of them.
         values = [total(key) / (routers * (1 if name == "global_aux_loss" else dp)) for name, key in self.losses.items()]
         values.append(total("z_loss") / (routers * world) if routers else total("z_loss"))
         return torch.stack(values)
 
     def _loads(self, counts: torch.Tensor, shown_layers: int) -> dict[str, float]:
-        """counts [MoE layers, E + 1] of the global batch."""
+        """The load metrics. `counts`: [MoE layers, E + 1], summed over the global batch."""
         loads, taken = counts[:, :-1], counts[:, -1]
         ratio = loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9)
         result = {"expert_load_max_over_mean": float(ratio.max()), "dead_experts": float((loads == 0).sum())}
@@ -115,7 +117,7 @@ class MoeMetrics:
 
 
 def _enabled_losses(model: Model) -> dict[str, str]:
-    """Our name -> Megatron-Core's tracker key of the load balancing loss that is on."""
+    """The load-balancing loss that is on: our name -> the key of Megatron-Core's tracker."""
     router = model.moe.router
     keys = {
         "aux_loss": "load_balancing_loss",
@@ -126,7 +128,7 @@ def _enabled_losses(model: Model) -> dict[str, str]:
 
 
 def spread(count: int, shown: int) -> list[int]:
-    """At most `shown` of `count` indices, evenly spread, first and last included."""
+    """At most `shown` of `count` indices, evenly spread. For two or more they include the first and the last."""
     if shown >= count:
         return list(range(count))
     if shown <= 1:

@@ -1,7 +1,7 @@
-"""Text for people, written so that nobody waits for them. In: text and a descriptor. Out: what the reader takes of it.
+"""Output to a terminal or a pipe that never blocks the caller. In: text and a descriptor. Out: the text that the reader takes.
 
-A terminal that is paused (Ctrl-S), a stalled ssh or a pipe that nobody reads blocks whoever writes to it. Here a thread
-writes, and only that thread waits. What exceeds MOST_CHARS is dropped, and the number of dropped texts is told later.
+A terminal paused with Ctrl-S, a stalled ssh connection or an unread pipe blocks the thread that writes to it. Here that is a
+thread of its own. When more than MOST_CHARS characters wait, further texts are dropped, and a later line tells their number.
 
 Torch-free.
 """
@@ -15,15 +15,15 @@ import threading
 from collections import deque
 from typing import TextIO
 
-# Text that may wait for a reader. A screen has about 20,000 characters.
+# The number of characters that may wait for the reader. A screen has about 20,000 characters.
 MOST_CHARS = 1 << 20
-# The last words of a run wait this long for their reader.
+# In seconds. At the end of a run, the remaining text waits this long for the reader.
 CLOSE_S = 2.0
 _WAIT_S = 1.0
 
 
 class ScreenWriter(io.TextIOBase):
-    """A text stream on a descriptor. `write` never waits; a reader that went away is given up without an error."""
+    """A text stream on a descriptor. `write` never blocks. When the reader is gone, text is discarded without an error."""
 
     def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
         super().__init__()
@@ -35,18 +35,18 @@ class ScreenWriter(io.TextIOBase):
         self._is_lost = False
         self._is_closing = False
         self._changed = threading.Condition()
-        # A daemon: a reader that never comes back must not keep the process.
+        # A daemon thread, because a reader that never returns must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="screen", daemon=True)
         self._thread.start()
 
     @property
     def is_behind(self) -> bool:
-        """Whether text waits for the reader: a new frame would come too late."""
+        """Whether text waits for the reader. A new frame of a progress bar would then be late."""
         return self._waiting_chars > 0
 
     @property
     def is_lost(self) -> bool:
-        """Whether the reader is gone: a closed window, a lost ssh, a pipe to head that has ended."""
+        """Whether the reader is gone: the window was closed, ssh lost its connection, or the reading program ended."""
         return self._is_lost
 
     def isatty(self) -> bool:
@@ -56,7 +56,7 @@ class ScreenWriter(io.TextIOBase):
         return self._descriptor
 
     def columns(self, default: int = 80) -> int:
-        """The width of the terminal now; `default` where the descriptor is no terminal."""
+        """The current width of the terminal in characters; `default` when the descriptor is no terminal."""
         try:
             return os.get_terminal_size(self._descriptor).columns or default
         except OSError:
@@ -75,15 +75,15 @@ class ScreenWriter(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing to do: the thread writes at once."""
+        """Do nothing, because the thread writes without delay."""
 
     def drain(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until everything is written, at most `timeout_s`; False when the reader took less."""
+        """Wait at most `timeout_s` seconds until everything is written. False: text still waits for the reader."""
         with self._changed:
             return self._changed.wait_for(lambda: self._is_lost or not self._waiting_chars, timeout_s)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Drain, and end the thread. The descriptor stays open: whoever opened it closes it."""
+        """Drain, and end the thread. The descriptor stays open, because its opener closes it."""
         self.drain(timeout_s)
         with self._changed:
             self._is_closing = True
@@ -109,12 +109,12 @@ class ScreenWriter(io.TextIOBase):
                 self._changed.notify_all()
 
     def _write_all(self, data: bytes) -> bool:
-        """False when the reader is gone: a closed window, a lost ssh, a pipe to head."""
+        """Write all bytes. False: the reader is gone."""
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:
-                # Somebody else set the shared terminal to non-blocking.
+                # Another process set the shared terminal to non-blocking.
                 select.select([], [self._descriptor], [], _WAIT_S)
             except OSError:
                 return False
@@ -122,7 +122,7 @@ class ScreenWriter(io.TextIOBase):
 
 
 def screen_of(stream: TextIO | None) -> ScreenWriter | None:
-    """A writer on the stream's own descriptor; None where the stream is closed or has none (a string in memory)."""
+    """A writer on the stream's descriptor. None: the stream is closed, or has no descriptor, like a text in memory."""
     if stream is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Where metrics go. In: one row a step. Out: the console, the record, W&B; every sink behind the same three calls.
+"""The destinations of metrics. In: one row a step. Out: the console, the record and W&B, behind the same three methods.
 
-Keys of a row that sinks know: step, loss, grad_norm, lr, tokens (trained on since the run began), tokens_per_s,
-step_time_s, and val_loss on the steps that validated. All others are passed through.
+Sinks use these keys of a row: step, loss, grad_norm, lr, tokens (trained on since the run began), tokens_per_s, step_time_s,
+and val_loss after steps with a validation. They pass all other keys through.
 
 Torch-free.
 """
@@ -16,8 +16,10 @@ from pretrain.run.record import Record
 
 
 class Sink(Protocol):
+    """The methods of every sink. Rank 0 calls them."""
+
     def write(self, row: dict[str, Any]) -> None:
-        """One step's row, complete."""
+        """Write the complete row of one step."""
         ...
 
     def show_message(self, text: str) -> None:
@@ -25,7 +27,7 @@ class Sink(Protocol):
         ...
 
     def close(self, outcome: Outcome | None) -> None:
-        """The attempt's end; None: it broke before it had an outcome. Bounded in time."""
+        """End the sink, within bounded time. `outcome` None: the attempt failed before it had an outcome."""
         ...
 
 
@@ -43,7 +45,7 @@ class NullSink:
 
 
 class RecordSink:
-    """The record as a sink. First in the list: what others copy or show is in the record already."""
+    """The record as a sink. It is the first in the list, so that the record has a row before other sinks copy or show it."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -59,7 +61,7 @@ class RecordSink:
 
 
 class Sinks:
-    """Several sinks as one, called in order. A later sink's failure to close doesn't keep the others from closing."""
+    """Several sinks as one, called in order. All are closed even if one fails to close; its error is raised at the end."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)

@@ -20,7 +20,7 @@ from pretrain.run.record import read_rows
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Losses in nats a token. None: not known, its line is left out."""
+    """The numbers of the summary. Losses are in nats a token. None: unknown, and the line is left out."""
 
     outcome: Outcome
     folder: RunFolder
@@ -46,7 +46,7 @@ def make_summary(
     checkpoint: Path | None,
     wandb_place: str | None,
 ) -> RunSummary:
-    """Collect the summary from the record and the data. Reads the whole record once."""
+    """Collect the summary from the record and the data's .meta.json. Reads the whole record once."""
     rows = list(read_rows(folder.metrics))
     speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
@@ -69,13 +69,13 @@ def make_summary(
 
 
 def summary(run: RunSummary) -> str:
-    """Lines `name  value`, aligned, and what to type next."""
-    lines = [(name, value) for name, value in _facts(run) if value is not None]
+    """The summary as aligned lines `name  value`, followed by the commands to type next."""
+    lines = [(name, value) for name, value in _lines(run) if value is not None]
     width = max(len(name) for name, _ in lines)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), "", *_next_commands(run)])
 
 
-def _facts(run: RunSummary) -> list[tuple[str, str | None]]:
+def _lines(run: RunSummary) -> list[tuple[str, str | None]]:
     outcome = run.outcome
     return [
         (outcome.state, f"step {outcome.step} of {run.total_steps}: {outcome.why}"),
@@ -95,7 +95,7 @@ def _facts(run: RunSummary) -> list[tuple[str, str | None]]:
 
 
 def _trained_on(run: RunSummary) -> str | None:
-    """Tokens of the whole run, and the wall time where it is known; None: nothing was trained."""
+    """The tokens of the whole run, with the training time if it is known. None: nothing was trained."""
     if not run.tokens:
         return None
     time = f" in {duration(run.wall_s)}" if run.wall_s else ""

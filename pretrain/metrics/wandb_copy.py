@@ -1,8 +1,8 @@
-"""The process that copies the record to W&B. In: one JSON line on stdin (a `CopyJob`), then the growing metrics.jsonl.
+"""The process that copies the record to W&B. In: a `CopyJob` as a JSON line on stdin, and the growing metrics.jsonl.
 
-Its own process, because W&B may hang, crash or fill memory, and none of that may reach training. It ends on the line
-{"close": exit code} from rank 0, or soon after rank 0's death closes the pipe. Rank 0 kills it when it takes too long.
-Every step is logged once, without `step=` (W&B drops rows below its own step), with `step` as the x axis.
+W&B may hang, crash or fill the memory. In a process of its own that doesn't affect training. The process ends at the line
+{"close": exit code} from rank 0, or soon after the death of rank 0 closes the pipe. Rank 0 kills it when it takes too long. Every
+step is logged once. The call leaves out `step=`, because W&B drops rows below its own step counter; `step` is the x axis.
 
 Torch-free.
 """
@@ -29,11 +29,11 @@ from pretrain.run.follow import RecordFollower
 
 POLL_S = 0.5
 CURSOR_S = 5.0
-# After rank 0's death: the rows it left are sent, but nobody waits for a server.
+# In seconds. After rank 0's death, its last rows are sent within this time.
 ORPHAN_S = 5.0
 INIT_TIMEOUT_S = 30.0
 FLUSH_S = 2.0
-# Exit code of a copy that ended by itself and has warned of it.
+# The exit code of a copy that gave up and has printed a warning.
 GAVE_UP = 4
 
 
@@ -55,7 +55,7 @@ class CopyJob:
 
 
 class Copy:
-    """One W&B session of one attempt."""
+    """The W&B session of a copying process."""
 
     def __init__(self, job: CopyJob) -> None:
         self._job = job
@@ -71,7 +71,7 @@ class Copy:
         self._own_steps: set[int] = set()
 
     def send(self) -> None:
-        """Log the rows of the record that W&B lacks, and note from time to time what has reached its file."""
+        """Log the rows of the record that W&B lacks. Every CURSOR_S seconds, save which steps have reached W&B's file."""
         for row in self._rows.poll():
             if row["step"] not in self._sent:
                 self._run.log({key: value for key, value in row.items() if value is not None})
@@ -83,7 +83,7 @@ class Copy:
         """Send the remaining rows, wait for W&B, and record which steps it has."""
         self.send()
         self._run.finish(exit_code=exit_code)
-        # Offline, finish returns before the file is written; teardown waits for wandb-core, which writes it.
+        # Offline, finish returns before wandb-core has written the file. teardown waits for wandb-core.
         self._wandb.teardown()
         if self._online:
             self._cursor.server_step = max(self._sent, default=0)
@@ -94,7 +94,7 @@ class Copy:
         offline = steps_offline(self._folder, self._job.wandb_id, self._cursor)
         if not self._online:
             return offline
-        # Rows go out in order, so the newest step of the server's summary names all that it has.
+        # Rows are sent in order, so the server has every step up to the newest one of its summary.
         self._cursor.server_step = int(self._run.summary.get("step") or 0)
         return set(range(1, self._cursor.server_step + 1))
 
@@ -112,13 +112,13 @@ def _import_wandb() -> Any:
 
 
 def _start(wandb: Any, job: CopyJob) -> tuple[Any, bool]:
-    """(W&B's run, is it online?). A server that refuses, or isn't there, makes it an offline run, with one warning."""
+    """(W&B's run, whether it is online). When the server refuses or can't be reached, the run is offline, with one warning."""
     if job.mode == "online":
         try:
             return _init(wandb, job, "online"), True
         except Exception as error:
             warn(f"no online run ({type(error).__name__}: {_one_line(error)}); writing offline instead")
-            # wandb-core keeps the refused run's id in use.
+            # Without teardown, wandb-core regards the id of the refused run as in use.
             wandb.teardown()
     return _init(wandb, job, "offline"), False
 
@@ -163,14 +163,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _end_within(seconds: float) -> None:
-    """From now on this process lives `seconds` at most, whatever W&B does."""
+    """End this process with exit code 3 after `seconds`, even if W&B hangs."""
     timer = threading.Timer(seconds, os._exit, args=(3,))
     timer.daemon = True
     timer.start()
 
 
 class Orders:
-    """Reads rank 0's lines in a thread, so that its death ends this process even while W&B hangs in a call."""
+    """Reads rank 0's lines in a thread, so that rank 0's death ends this process even while a call of W&B hangs."""
 
     def __init__(self, pipe: BinaryIO, finish_timeout_s: float) -> None:
         self._pipe = pipe
@@ -179,14 +179,14 @@ class Orders:
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
     def next(self, timeout_s: float) -> bytes | None:
-        """A line from rank 0; empty: rank 0 is gone; None: nothing yet."""
+        """A line from rank 0, waiting at most `timeout_s`. Empty: rank 0 is gone. None: no line has come."""
         try:
             return self._lines.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
     def _read(self) -> None:
-        # A process forked from rank 0 may hold the pipe open after its death; a new parent tells of it all the same.
+        # A process that rank 0 forked may keep the pipe open after rank 0's death. A changed parent also shows the death.
         parent = os.getppid()
         line = b""
         while os.getppid() == parent:
@@ -198,7 +198,7 @@ class Orders:
 
 
 def follow(job: CopyJob, orders: Orders) -> None:
-    """Copy until told to close, or until rank 0 is gone."""
+    """Copy rows until rank 0 sends a line or is gone."""
     copy = Copy(job)
     copy.send()
     while (line := orders.next(POLL_S)) is None:
@@ -207,10 +207,10 @@ def follow(job: CopyJob, orders: Orders) -> None:
 
 
 def main() -> int:
-    # A stop of the run reaches the whole process group; this process ends by its pipe, after the last row.
+    # A stop signal reaches the whole process group. This process ignores it and ends by its pipe, after the last row.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Unbuffered: what a buffer has taken, select doesn't see.
+    # The pipe is unbuffered, because select doesn't see bytes that a buffer has read.
     pipe = open(0, "rb", buffering=0)  # noqa: SIM115  held until the process ends
     first = pipe.readline()
     if not first:
@@ -219,7 +219,7 @@ def main() -> int:
     orders = Orders(pipe, job.finish_timeout_s)
     try:
         with open(RunFolder(Path(job.run_dir)).wandb / "lock", "w") as lock:
-            # A copy of the attempt before may be sending its last rows; two at once would double them.
+            # The copy of the previous attempt may still send its last rows. Two copies at a time would send them twice.
             fcntl.flock(lock, fcntl.LOCK_EX)
             follow(job, orders)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""W&B as a sink. In: the record's path. Out: a process that copies it (pretrain/metrics/wandb_copy.py), started, watched, ended.
+"""The W&B sink. In: the run folder. Out: a process that copies the record to W&B (pretrain/metrics/wandb_copy.py).
 
-Training never waits for W&B: a row costs one look at the process, the end costs `finish_timeout_s` at most, and every
-failure is one warning. Rank 0 only. Keys stay where W&B looks for them, in the environment or in netrc.
+The sink starts, watches and ends that process. Training never waits for W&B: a row costs one poll of the process, the end takes
+`finish_timeout_s` and 2 s at most, and a failure is one warning. Rank 0 only. API keys stay in the environment or in netrc.
 
 Torch-free.
 """
@@ -26,19 +26,19 @@ from pretrain.metrics.sinks import NullSink, Sink
 from pretrain.metrics.wandb_copy import GAVE_UP, CopyJob, warn
 from pretrain.run.folder import Outcome, RunFolder
 
-# WANDB_MODE's words, with those of older versions.
+# The values of WANDB_MODE, also those of older versions of wandb, and their meaning.
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 DEFAULT_SERVER = "https://api.wandb.ai"
-# How to reach a W&B service that an ancestor runs.
+# The variables by which a W&B client finds the service of another process.
 _FOREIGN_SERVICE = frozenset({"WANDB_SERVICE"})
-# Of one attempt: something that kills every copy would go on doing so.
+# The number of restarts in one attempt. A cause that killed so many copies would kill the next one too.
 RESTARTS = 3
-# The process ends itself after finish_timeout_s; this much later it is killed.
+# The copying process ends itself after finish_timeout_s. It is killed so many seconds later.
 _KILL_AFTER_S = 2.0
 
 
 class WandbSink:
-    """Rank 0's side of the copy: starts the copying process, watches it and ends it."""
+    """Starts the copying process, watches it, restarts it when it was killed, and ends it."""
 
     def __init__(self, job: CopyJob, environ: Mapping[str, str]) -> None:
         self._job = job
@@ -48,8 +48,8 @@ class WandbSink:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """A copying process that sends what W&B lacks of the record, and then what comes."""
-        # A W&B service of the process that started us ends with that process, and takes its clients' runs along.
+        """Start a copying process, which sends the rows that W&B lacks and then follows the record. Raises OSError."""
+        # A W&B service that an ancestor started ends with it, and would end this run too. So the copy starts its own.
         inherited = {name: value for name, value in self._environ.items() if name not in _FOREIGN_SERVICE}
         process = subprocess.Popen(
             own_packages.command(sys.executable, "pretrain.metrics.wandb_copy"),
@@ -61,7 +61,10 @@ class WandbSink:
         return process
 
     def _restart_if_killed(self) -> None:
-        """A copy that somebody killed (the kernel, for its memory) is started again; one that gave up has said why."""
+        """Start the copy again if it was killed, for example by the kernel when memory ran out.
+
+        A copy that gave up has already printed the reason and is not started again.
+        """
         code = self._process.poll()
         if code is None or code == GAVE_UP or not self._restarts_left:
             return
@@ -70,7 +73,7 @@ class WandbSink:
             self._process = self._start()
 
     def write(self, row: dict[str, Any]) -> None:
-        """The copy reads the record itself; here only its health is looked at."""
+        """Check that the copying process is alive. It reads the row from the record itself."""
         self._restart_if_killed()
         if not self._lost and self._process.poll() is not None:
             self._lose(f"the copying process ended by itself (exit code {self._process.returncode})")
@@ -79,7 +82,7 @@ class WandbSink:
         return
 
     def close(self, outcome: Outcome | None) -> None:
-        """Let it send the rest. At most finish_timeout_s and a little; then it is killed, and the next attempt goes on."""
+        """Let the copy send the remaining rows, and kill it after finish_timeout_s and 2 s. The next attempt then sends them."""
         self._restart_if_killed()
         broke = outcome is None or outcome.state in ("failed", "diverged")
         self._tell(self._process, {"close": 1 if broke else 0})
@@ -100,12 +103,12 @@ class WandbSink:
             process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            # The process is on its way out: `write` and `close` look at its exit code.
+            # The process is ending. `write` and `close` read its exit code.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_KILL_AFTER_S)
 
     def _lose(self, why: str) -> None:
-        """One warning a run; none where the copying process gave its own warning: it ends with exit code 1 then."""
+        """Warn once an attempt that the copy was lost. A process that ended with exit code GAVE_UP has warned already."""
         if not self._lost:
             self._lost = True
             if self._process.poll() != GAVE_UP:
@@ -113,7 +116,7 @@ class WandbSink:
 
 
 def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: Mapping[str, str]) -> Sink:
-    """The W&B sink that the config asks for; a null sink when it asks for none. Call on rank 0, after the record is open."""
+    """The W&B sink of the config, or a null sink without one. Rank 0 calls it after the record was opened."""
     mode = choose_mode(config.metrics.wandb.mode, environ)
     if "wandb" not in config.metrics.sinks or mode == "disabled":
         return NullSink()
@@ -139,9 +142,10 @@ def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: M
 
 
 def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
-    """online, offline or disabled, for metrics.wandb.mode. auto: as the environment says, else online where a key is found.
+    """online, offline or disabled. `mode`: metrics.wandb.mode.
 
-    A word in WANDB_MODE that is not known here keeps the run offline: nothing is sent against the user's word.
+    With auto, WANDB_DISABLED and WANDB_MODE decide. Without them the run is online if an API key is found, and offline
+    otherwise. An unknown value of WANDB_MODE keeps the run offline, so that nothing is sent against the user's wish.
     """
     if mode != "auto":
         return mode
@@ -153,7 +157,7 @@ def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
 
 
 def has_key(environ: Mapping[str, str]) -> bool:
-    """Is there a key where W&B looks for one? The key itself is never read into our variables."""
+    """Whether an API key exists where W&B looks for it. The key is neither stored nor returned."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).hostname or ""
@@ -166,12 +170,12 @@ def _netrc_names(path: Path, host: str) -> bool:
     try:
         return host in netrc.netrc(str(path)).hosts
     except (OSError, ValueError, netrc.NetrcParseError):
-        # Unreadable or malformed: W&B couldn't read it either.
+        # W&B can't read an unreadable or malformed netrc either.
         return False
 
 
 def wandb_place(config: Config, folder: RunFolder, environ: Mapping[str, str]) -> str | None:
-    """The place of the W&B run that the summary names: a URL or a folder."""
+    """The project or the folder of the W&B run, as the summary shows it. None: the run has no W&B sink."""
     mode = choose_mode(config.metrics.wandb.mode, environ)
     if "wandb" not in config.metrics.sinks or mode == "disabled":
         return None

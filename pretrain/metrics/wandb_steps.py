@@ -1,12 +1,12 @@
-"""What W&B has already. In: the run folder's wandb/ and its cursor. Out: the set of steps not to send again.
+"""The steps that W&B already has. In: the run folder's wandb/ and its cursor. Out: the set of steps not to send again.
 
-Offline, the `.wandb` files themselves are read: only what is truly in them counts. The cursor (wandb/cursor.json) keeps
-the steps of each segment, as last seen in its file, for the day when `wandb sync --clean` has taken the file away; and
-the step that the server was last known to have. Online, the server's own summary decides.
+Offline, the steps in the `.wandb` files count. The cursor (wandb/cursor.json) keeps the steps that were last seen in each file,
+because `wandb sync --clean` deletes files, and the newest step that the server was known to have. Online, the server's summary
+counts.
 
-A step that a resume replays is in W&B already, and stays there in its first version: W&B can't take rows back. The
-record has the newest version; on an unchanged layout both are bit for bit the same. Steps before a rollback stay there too,
-as the ones that were not gone on from: W&B's curve shows them up to the refused step, the record the ones made instead.
+W&B can't delete rows. A step that a resume repeats therefore stays in W&B in its first version, while the record has the newest
+one. On an unchanged layout both are equal bit for bit. Steps that a rollback discarded stay in W&B too, up to the refused step.
+The record has the steps that replaced them.
 
 Torch-free.
 """
@@ -25,7 +25,7 @@ Spans = list[list[int]]
 
 
 class Cursor:
-    """wandb/cursor.json: {"segments": {folder: [[first, last], …]}, "server_step": last step the server was known to have}."""
+    """The file wandb/cursor.json: {"segments": {folder: [[first step, last step], …]}, "server_step": newest on the server}."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._path = folder.wandb / "cursor.json"
@@ -50,7 +50,10 @@ def find_segments(folder: RunFolder, wandb_id: str) -> list[Path]:
 
 
 def steps_offline(folder: RunFolder, wandb_id: str, cursor: Cursor) -> set[int]:
-    """Steps handed over for good: in a file on this disk, in a file that was here, or on the server. Updates the cursor."""
+    """The steps in a `.wandb` file on this disk, in a file that was deleted, or on the server. Updates the cursor.
+
+    Raises OSError.
+    """
     for path in find_segments(folder, wandb_id):
         cursor.segments[path.parent.name] = to_spans(steps_in(path))
     steps = {step for spans in cursor.segments.values() for step in from_spans(spans)}
@@ -58,10 +61,10 @@ def steps_offline(folder: RunFolder, wandb_id: str, cursor: Cursor) -> set[int]:
 
 
 def mark_synced(folder: RunFolder, wandb_id: str, only_empty: bool = False) -> None:
-    """The server has every step: tell `wandb sync` to leave the offline segments alone (it looks for this marker).
+    """Mark offline segments with the file by which `wandb sync` recognises segments that the server has.
 
-    `only_empty`: those of writers that were killed at once. wandb 0.31 sends nothing of all segments behind an empty one,
-    and exits 0. Call it before a segment of one's own is begun.
+    `only_empty`: mark only empty segments, which writers leave when they are killed early. `wandb sync` 0.31 sends no segment
+    that follows an empty one, and exits with code 0. Call it before the attempt's own segment exists. Raises OSError.
     """
     for path in find_segments(folder, wandb_id):
         if path.parent.name.startswith("offline-run-") and (is_empty(path) or not only_empty):

@@ -1,7 +1,8 @@
 """Loading a checkpoint at a start: the newest undamaged checkpoint of the run, or the weights of a warm start.
 
-In: the run folder, what the checkpoint must match. Out: the `TrainingPosition` to go on from, with the engine filled. Rank 0
-decides which folder; every rank reads its own part; damage found by one rank is known to all before anyone goes on.
+In: the folder of checkpoints, and the model and tokenizer that a checkpoint must match. Out: the `TrainingPosition` at which the
+run continues, with the engine filled. Rank 0 chooses the folder, and every rank reads its own slices. The ranks exchange the
+damage that each has found before any of them continues.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Announce = Callable[..., None]
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """How far a run is. Samples and tokens are counted over all ranks since the run began."""
+    """The progress of a run. Samples and tokens are counted over all ranks since the run began."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -51,9 +52,10 @@ class Identity:
 
 
 def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
-    """Folders to try, best first; empty: the run starts at step 0. Reads manifests only. Rank 0. `asked_step`: this one only.
+    """The checkpoints to try, best first; empty: the run starts at step 0. `asked_step`: the only step to try.
 
-    Raises ConfigError: the step asked for is missing or damaged, it is another model's checkpoint, or all are damaged.
+    Rank 0 only. Reads manifests only. Raises ConfigError when the asked step is missing or damaged, when a checkpoint has another
+    model, or when all checkpoints are damaged.
     """
     if asked_step is not None:
         folder = step_folder(checkpoints, asked_step)
@@ -76,7 +78,10 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
 
 
 def warm_start_folder(section: Checkpoint, identity: Identity) -> Path | None:
-    """The checkpoint whose weights the run begins with: checkpoint.load names it, or a run folder (then its newest)."""
+    """The checkpoint of a warm start: the one that checkpoint.load names, or the newest of the run folder that it names.
+
+    None without checkpoint.load. Raises ConfigError when it is incomplete or of another model.
+    """
     if section.load is None:
         return None
     folder = Path(section.load)
@@ -110,7 +115,10 @@ def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
 
 
 def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Announce) -> tuple[TrainingPosition, Manifest] | None:
-    """Fill the engine from the first folder that is whole; None without folders. Collective; `folders` equal on all ranks."""
+    """Fill the engine from the first undamaged folder. Returns (position, manifest); None without folders. Collective.
+
+    `folders`: best first, equal on all ranks.
+    """
     for folder in folders:
         try:
             reader = CheckpointReader(folder)
@@ -136,7 +144,7 @@ def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Anno
 
 
 def warm_start(folder: Path, engine: Engine) -> None:
-    """Weights only: the optimizer starts afresh. Collective. Raises ConfigError when the checkpoint is damaged."""
+    """Load the weights only, for a run with a fresh optimizer. Collective. A damaged checkpoint ends all ranks."""
     damage = None
     try:
         CheckpointReader(folder).fill(engine.local_state(with_optimizer=False))
@@ -155,7 +163,7 @@ def _worst_damage(damage: DamagedFile | None) -> str | None:
     return next((text for text in texts if text), None)
 
 
-# Random state: dropout and jitter continue where they stopped. A state belongs to a rank, so only the same layout can use it.
+# The random state, with which dropout and jitter continue. A state belongs to a rank, so only the same layout can use it.
 
 
 def _tracker() -> Any:
@@ -183,9 +191,10 @@ def random_state_slices(rank: int) -> list[StateSlice]:
 
 
 def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
-    """This rank's generator states; None when another layout wrote them: the generators then stay freshly seeded.
+    """This rank's generator states. None: another layout wrote them, and the generators keep their fresh seeds.
 
-    The states of another layout must not be taken, even on as many ranks: data ranks would draw what tensor ranks drew.
+    A layout with as many ranks can't use the states of another one either, because data ranks would then draw the numbers of
+    tensor ranks. Raises DamagedFile.
     """
     written = reader.manifest
     if written.world_size != dist.get_world_size() or not reader.has("rng"):

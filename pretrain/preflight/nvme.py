@@ -61,7 +61,7 @@ def _build_error(compiler: list[str]) -> str | None:
 def _folder_problems(nvme_path: str) -> list[Problem]:
     key, fix = "zero.nvme_path", "name a folder on a local disk (ext4, xfs)"
     if not Path(nvme_path).is_dir():
-        return [Problem(key, nvme_path, "must be a folder that is there", "make it, or name another")]
+        return [Problem(key, nvme_path, "must be an existing folder", "create it, or name another folder")]
     try:
         with tempfile.NamedTemporaryFile(dir=nvme_path) as file:
             descriptor = os.open(file.name, os.O_WRONLY | os.O_DIRECT)

@@ -1,7 +1,7 @@
-"""Was the decision that `checkpoint.resume_step` stands for taken already? In: the run folder's events. Out: what is left to do.
+"""Whether a run has already returned to the step that `checkpoint.resume_step` names. In: its events. Out: the step, or None.
 
-A scheduler starts a run again with the words of its first start, so the words alone don't say. The decision is the event
-`went_back`; pretrain/checkpoint/going_back.py takes it and carries it out.
+A scheduler starts a run again with the command line of its first start, so the command line doesn't tell. The event `went_back`
+does. pretrain/checkpoint/going_back.py writes the event and carries the return out.
 
 Torch-free.
 """
@@ -17,16 +17,16 @@ from pretrain.run.folder import RunFolder
 
 
 def events_of(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The whole rows of events.jsonl, oldest first; none where the file is not there yet."""
+    """The complete rows of events.jsonl, oldest first; empty when the file doesn't exist."""
     if not folder.events.exists():
         return iter(())
     return (row for _, row in iterate_lines(folder.events) if row is not None)
 
 
 def pending_step(folder: RunFolder, resume_step: int | None) -> int | None:
-    """The step that a start with this `checkpoint.resume_step` goes back to.
+    """The step to which a start with this `checkpoint.resume_step` returns.
 
-    None: there is nothing to decide, or the newest decision was for this step, and every attempt since had the same
+    None: `resume_step` is None, or the newest `went_back` event was for this step and every attempt since then had the same
     `resume_step`.
     """
     if resume_step is None:

@@ -15,7 +15,7 @@ from configs.fields import key
 
 @dataclass
 class Attention:
-    num_heads: int = key(8, "query heads", low=1)
+    num_heads: int = key(8, "query heads", low=1, high=65536)
     num_query_groups: Optional[int] = key(None, "key/value heads (GQA); None: as many as query heads, 1: MQA", low=1)
     head_dim: Optional[int] = key(None, "width of one head; None: hidden_size / num_heads", low=1)
     qk_norm: bool = key(False, "RMSNorm on each head's query and key")
@@ -96,9 +96,9 @@ class Router:
 
 @dataclass
 class MoE:
-    num_experts: int = key(0, "routed experts a MoE layer; 0: a dense model", low=0)
-    top_k: int = key(2, "experts a token uses", low=1)
-    ffn_hidden_size: Optional[int] = key(None, "inner width of one expert; None: model.ffn_hidden_size", low=1)
+    num_experts: int = key(0, "routed experts a MoE layer; 0: a dense model", low=0, high=65536)
+    top_k: int = key(2, "experts a token uses", low=1, high=65536)
+    ffn_hidden_size: Optional[int] = key(None, "inner width of one expert; None: model.ffn_hidden_size", low=1, high=2**24)
     first_dense_layers: int = key(0, "this many layers at the bottom stay dense", low=0)
     layer_frequency: int = key(1, "after those, each layer whose index is a multiple of this is MoE", low=1)
     layer_pattern: Optional[List[int]] = key(
@@ -123,7 +123,7 @@ class MoE:
 class MultiToken:
     """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437)."""
 
-    num_layers: int = key(0, "extra prediction depths after the last layer", low=0)
+    num_layers: int = key(0, "extra prediction depths after the last layer", low=0, high=64)
     loss_coeff: float = key(0.1, "weight of the mean extra loss", low=0)
 
 
@@ -132,11 +132,11 @@ class Model:
     name: str = key("custom", "a label, for people")
     source: str = key("", "where the values come from")
     planning_only: str = key("", "why this preset can be counted and planned but not built; empty: it can be trained")
-    vocab_size: Optional[int] = key(None, "tokens; None: as many as the tokenizer has", low=1)
+    vocab_size: Optional[int] = key(None, "tokens; None: as many as the tokenizer has", low=1, high=2**31 - 1)
     vocab_multiple: int = key(128, "the table is padded to a multiple of this, whatever the layout; pads are masked", low=1)
     num_layers: int = key(4, "transformer layers, multi-token prediction not counted", low=1, high=4096)
-    hidden_size: int = key(64, "width of the residual stream", low=1)
-    ffn_hidden_size: Optional[int] = key(None, "inner width of dense layers; None: 4 x hidden_size", low=1)
+    hidden_size: int = key(64, "width of the residual stream", low=1, high=2**20)
+    ffn_hidden_size: Optional[int] = key(None, "inner width of dense layers; None: 4 x hidden_size", low=1, high=2**24)
     activation: str = key(
         "swiglu", "of the MLP; the glu kinds are gated", choices=("swiglu", "geglu", "gpt_oss_glu", "gelu", "relu2", "silu")
     )

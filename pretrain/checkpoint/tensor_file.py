@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
+LARGEST_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors library. A longer header would be read into memory before anything of it is known."""
 _CHUNK_BYTES = 8 << 20
 
 
@@ -90,6 +92,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
+            if length > LARGEST_HEADER_BYTES:
+                raise DamagedFile(
+                    f"{path} is no safetensors file: a header has at most {LARGEST_HEADER_BYTES} bytes, not {length}"
+                )
             if not 2 <= length <= size - 8:
                 raise DamagedFile(f"{path} is no safetensors file: its header would be {length} bytes of {size}")
             header = json.loads(file.read(length))

@@ -35,6 +35,9 @@ _READABLE = ("fp8", "mxfp4")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files of ModelOpt, GPTQ and AWQ that describe quantized weights beside an ordinary config.json."""
+_LONGEST_NAME_BYTES = 255
+"""What file systems allow."""
+_LONGEST_SHOWN = 80
 _SHOWN = 6
 _PROBLEMS = 16
 
@@ -234,9 +237,10 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, TensorEntry]], list[
             raise ConfigError(_problem(str(index), None, "must be JSON with a weight_map of names to files"))
         listed = weight_map
         names = sorted(set(listed.values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name[:_LONGEST_SHOWN] for name in names if not _is_plain_name(name)]
         if outside:
-            raise ConfigError(_problem(str(index), outside[:_SHOWN], "must name files of its own folder"))
+            rule = f"must name files of its own folder, by names of at most {_LONGEST_NAME_BYTES} bytes"
+            raise ConfigError(_problem(str(index), outside[:_SHOWN], rule))
     else:
         names = _unlisted(folder)
     tensors: dict[str, tuple[Path, TensorEntry]] = {}
@@ -256,6 +260,12 @@ def _inventory(folder: Path) -> tuple[dict[str, tuple[Path, TensorEntry]], list[
                 _problem(str(index), extra[:_SHOWN], f"must name every tensor of the files; {len(extra)} are not named")
             )
     return tensors, problems
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a file of the folder itself can have this name."""
+    fits = 0 < len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME_BYTES
+    return fits and "\0" not in name and name not in (".", "..") and Path(name).name == name
 
 
 def _add_file(path: Path, tensors: dict[str, tuple[Path, TensorEntry]]) -> list[Problem]:

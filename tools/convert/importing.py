@@ -54,7 +54,7 @@ def open_huggingface(folder: Path) -> ImportSource:
     whole_config = {**text_part(config), **config}
     problems += check_quantization(folder, whole_config)
     if not problems:
-        problems = check_model(model)
+        problems = check_model(model, "this model can't be converted; for planning: phalanx model config.json --to-yaml")
     if problems:
         raise ConfigError(problems)
     files = HfFiles(folder, whole_config)

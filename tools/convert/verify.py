@@ -133,6 +133,8 @@ def transformers_logits(hf: Path, config: dict[str, Any], tokens: torch.Tensor, 
             settings = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _not_loaded(hf, error) from error
+    # transformers' default for experts, a grouped product, takes only widths that are multiples of 16 bytes.
+    settings._experts_implementation = "eager"
     settings.num_hidden_layers = layers
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:layers]

@@ -62,6 +62,7 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with importing():
         from transformers import (  # noqa: PLC0415  (3 s; the environment comes first)
+            AutoConfig,
             AutoModelForCausalLM,
             AutoTokenizer,
             BertGenerationTokenizer,
@@ -82,8 +83,11 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
         runs_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
         kind: Any = BertGenerationTokenizer if runs_sentencepiece else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, **only_data)
+        settings = AutoConfig.from_pretrained(folder, **only_data)
+        # transformers' default for experts, a grouped product, takes only widths that are multiples of 16 bytes.
+        settings._experts_implementation = "eager"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **only_data
+            folder, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **only_data
         )
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         rule = f"must be a model that transformers loads: {' '.join(str(error).split())[:300]}"

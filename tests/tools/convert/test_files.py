@@ -364,6 +364,46 @@ def test_fp64_values_that_overflow_fp32_are_refused(hf: Path, tmp_path: Path) ->
     assert run_import(hf, tmp_path / "out")["finished"]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('"vocab_size": 17179869184', "vocab_size"),
+        ('"num_experts": 10000000', "num_experts"),
+        ('"num_hidden_layers": 1000000000', "num_hidden_layers"),
+        ('"num_experts_per_tok": 100000000', "num_experts_per_tok"),
+        ('"hidden_size": 1099511627776', "hidden_size"),
+        ('"rms_norm_eps": Infinity', "must be JSON"),
+        ('"rms_norm_eps": NaN', "must be JSON"),
+        ('"rope_theta": 1e999', "1e999 is not a finite number"),
+    ],
+)
+def test_absurd_values_are_refused_at_once(text: str, words: str, hf: Path) -> None:
+    whole = json.dumps({**read_config(hf), "num_local_experts": None} if "num_experts" in text else read_config(hf))
+    (hf / "config.json").write_text(f"{whole[:-1]}, {text}}}")
+    start_s = time.monotonic()
+    refused(hf, words)
+    assert time.monotonic() - start_s < 5
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".safetensors", "", "..", "a\0b.safetensors"])
+def test_names_that_no_file_can_have(name: str, hf: Path) -> None:
+    split(hf)
+    index = hf / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match="files of its own folder") as caught:
+        run_import(hf, hf.parent / "out")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_header_larger_than_the_librarys_limit_is_not_read(hf: Path) -> None:
+    with open(hf / "model.safetensors", "wb") as file:
+        file.write((200_000_000).to_bytes(8, "little"))
+        file.truncate(300_000_000)
+    refused(hf, "a header has at most 100000000 bytes")
+
+
 def test_a_folder_that_is_wrong_throughout_is_a_short_report(hf: Path) -> None:
     (hf / "config.json").write_text(json.dumps(read_config(hf) | {"hidden_size": 44}))
     with pytest.raises(ConfigError, match="46 more") as caught:

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors, with_prediction_depth
 from tests.tools.convert.tiny import YARN, make
+from tools.convert.families import family_named
 from tools.convert.hf_config.preset import read_config
 from tools.convert.verify import verify
 from tools.inference.generate import generate
@@ -62,6 +63,37 @@ def test_odd_models_come_back_the_same(kind: str, tmp_path: Path) -> None:
             for folder in ("hf", "out")
         )
     assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen3_moe", "moe_intermediate_size"), ("mixtral", "intermediate_size")])
+def test_experts_of_an_odd_width_are_verified(name: str, key: str, tmp_path: Path) -> None:
+    """transformers' default for experts, a grouped product, refuses such widths."""
+    make(name, tmp_path / "hf", **{key: 27})
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    assert verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)["ok"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_one_expert_with_normalised_weights_is_refused_with_a_fix_for_an_import(name: str, tmp_path: Path) -> None:
+    make(name, tmp_path / "hf", num_experts_per_tok=1)
+    with pytest.raises(ConfigError, match=r"top_k = 1") as caught:
+        run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    assert "can't be converted" in caught.value.problems[0].fix and "set model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss"])
+def test_an_absent_key_has_transformers_default(model_type: str) -> None:
+    """config.json may leave out what is at its default; the same model must come of it."""
+    whole = CONFIG_MAPPING[model_type]().to_dict() | {"head_dim": None}
+    family = family_named(model_type)
+    stated, _ = family.to_model({name: value for name, value in whole.items() if value is not None})
+    # What a config.json of every model states, and keys whose default transformers itself changed between versions.
+    kept = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rope_parameters"}
+    kept |= {"num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "layer_types"}
+    kept |= {"max_position_embeddings", "topk_method", "n_group", "topk_group"}
+    for name in sorted(family.known() & {key for key, value in whole.items() if value is not None} - kept):
+        without, _ = family.to_model({key: value for key, value in whole.items() if value is not None and key != name})
+        assert without == stated, name
 
 
 def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:

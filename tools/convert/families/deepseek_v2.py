@@ -27,7 +27,7 @@ DEEPSEEK_V2 = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k"),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
-        settings.SharedExperts(),
+        settings.SharedExperts(absent=2),
         settings.DenseFirst(absent=0),
         AllowedValues(
             "topk_method", ("greedy",),

@@ -36,7 +36,7 @@ DEEPSEEK_V3 = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
-        settings.SharedExperts(),
+        settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=3),
         settings.ExpertGroups(absent=(8, 4)),
         *SIGMOID_ROUTER,

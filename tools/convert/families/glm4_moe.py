@@ -29,7 +29,7 @@ GLM4_MOE = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
-        settings.SharedExperts(),
+        settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=1),
         settings.ExpertGroups(absent=(1, 1)),
         *SIGMOID_ROUTER,

@@ -9,6 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON object of a config.json, named directly or by its folder. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError as error:
         fix = "name a Hugging Face model's folder, or its config.json"
         raise ConfigError(Problem(str(path), "no config.json", "must hold a config.json", fix)) from error
@@ -49,6 +50,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(str(file), str(error)[:120], "must be JSON", "download the file again")) from error
     if not isinstance(value, dict):
         raise ConfigError(Problem(str(file), type(value).__name__, "must be a JSON object", "download the file again"))
+    return value
+
+
+def _finite(text: str) -> float:
+    """A JSON number. Raises ValueError for NaN and infinity, which Python reads though they are not JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 

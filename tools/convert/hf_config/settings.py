@@ -163,13 +163,15 @@ class AllSparse:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """n_shared_experts experts of moe_intermediate_size each, built as one MLP."""
+    """n_shared_experts experts of moe_intermediate_size each, built as one MLP. `absent`: transformers' default."""
+
+    absent: int
 
     def names(self) -> tuple[str, ...]:
         return ("n_shared_experts",)
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        count = hf_config.get("n_shared_experts") or 0
+        count = hf_config.get("n_shared_experts", self.absent) or 0
         if type(count) is not int or count < 0:
             yield Problem("config.json: n_shared_experts", count, "must be an int from 0 on", "mend the config.json")
             return

@@ -53,7 +53,7 @@ def open_megatron(folder: Path, preset: str | None) -> ImportSource:
     """Read and check everything of a torch_dist checkpoint except the numbers. Raises ConfigError with all problems."""
     place = _iteration(folder)
     model, notes = _model(place, preset)
-    problems = check_model(model)
+    problems = check_model(model, "this model can't be imported; where another one was meant: --model PRESET|YAML")
     if problems:
         raise ConfigError(problems)
     model.name, model.source = folder.resolve().name, "imported from a Megatron-LM torch_dist checkpoint"

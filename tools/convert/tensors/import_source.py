@@ -6,7 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,8 +64,11 @@ class ImportSource:
     notes: list[str]
 
 
-def check_model(model: Model) -> list[Problem]:
-    """Problems that keep Megatron-Core from building the model, by the rules of `phalanx check`."""
+def check_model(model: Model, fix: str) -> list[Problem]:
+    """Problems that keep Megatron-Core from building the model, by the rules of `phalanx check`.
+
+    `fix`: what an import can do about them. The rules' own fixes change the model, which would change its outputs.
+    """
     config = Config(model=model)
     config.batch.seq_length_tokens = min(config.batch.seq_length_tokens, model.max_position_tokens or 1 << 30)
-    return [problem for rule in RULES for problem in rule.check(config)]
+    return [replace(problem, fix=fix) for rule in RULES for problem in rule.check(config)]

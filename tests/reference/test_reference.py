@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.tokenizer import load_tokenizer, section_for
 from tests.reference import world
 from tests.reference.trainer import Judged
-from tools.data.corpus import expand
-from tools.data.tokenize import tokenize
 
 # fp32: relative differences. Sums of another order differ by some 1e-6.
 TOLERANCE = 2e-5
@@ -55,8 +52,7 @@ class Cases:
 
 @pytest.fixture(scope="module")
 def cases(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
-    sources = expand(["embedded"])
-    tokenize(sources, load_tokenizer(section_for(str(folder / "tok.model"))), str(folder / "embedded_short"), max_bytes=2e5)
+    world.write_short_documents(folder)
     return Cases(folder, tmp_path_factory.mktemp("reference"))
 
 

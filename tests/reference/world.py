@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,13 +23,28 @@ from configs.schema import BlendPart, Config
 from pretrain.main import main
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.files import iterate_lines
+from tests.pretrain.data.conftest import write_pair
 from tests.pretrain.world import small_config
 from tests.ranks import run_ranks
+from tests.reference.data import read_pair
 from tests.reference.model import Reference
 from tests.reference.trainer import Judged, train
 from tools.cli import run
 
 STEPS = 6
+
+
+def write_short_documents(folder: Path) -> None:
+    """Token files whose documents have 4 to 24 tokens: every sample holds several ends of documents."""
+    sequences, _ = read_pair(str(folder / "embedded"))
+    tokens, random, end = np.concatenate(sequences), np.random.default_rng(0), eod_of(folder)
+    cuts = np.cumsum(random.integers(3, 24, size=1500))
+    documents = [[*part.tolist(), end] for part in np.split(tokens[: cuts[-1]], cuts[:-1])]
+    write_pair(folder / "short", documents)
+
+
+def eod_of(folder: Path) -> int:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tok.model")).piece_to_id("<|endoftext|>")
 
 
 def qwen3_moe(config: Config) -> None:
@@ -52,15 +68,19 @@ def deepseek_v3(config: Config) -> None:
     router.score, router.scaling_factor, router.num_groups, router.group_top_k = "sigmoid", 1.7, 4, 2
     router.expert_bias, router.expert_bias_update_rate, router.balance = True, 0.01, "seq_aux_loss"
     model.mtp.num_layers, model.mtp.loss_coeff = 1, 0.3
+    # Labels without a loss: in every sample several.
+    config.data.mask_eod_loss = True
+    config.data.train = [BlendPart(config.data.train[0].path.replace("embedded", "short"))]
 
 
 def mixtral(config: Config) -> None:
-    """Documents apart, a weighted blend, a linear schedule."""
+    """Documents apart, labels without a loss, a weighted blend, a linear schedule."""
     model = config.model
     model.attention.qk_norm = False
     model.moe.ffn_hidden_size = model.ffn_hidden_size
-    config.data.document_mask = True
-    config.data.train = [BlendPart(config.data.train[0].path, 3.0), BlendPart(config.data.train[0].path + "_short", 1.0)]
+    config.data.document_mask = config.data.mask_eod_loss = True
+    path = config.data.train[0].path
+    config.data.train = [BlendPart(path.replace("embedded", "short"), 3.0), BlendPart(path, 1.0)]
     config.schedule.kind, config.schedule.min_lr = "linear", 1e-4
 
 
@@ -145,8 +165,7 @@ def make_case(model: str, folder: Path, micro_batch_seqs: int, place: Path) -> C
     still = ["run.steps=1", "optimizer.lr=1e-30", "schedule.min_lr=0", "schedule.horizon_steps=9", "run.eval_batches=0"]
     attempt(path, place / "initial", 1, *still, "model.moe.router.expert_bias_update_rate=0")
     export(place / "initial" / "checkpoints" / "step_0000001", place / "initial_hf")
-    eod = sentencepiece.SentencePieceProcessor(model_file=config.data.tokenizer.path).piece_to_id("<|endoftext|>")
-    return Case(path, place / "initial_hf", eod, config.model.mtp.num_layers)
+    return Case(path, place / "initial_hf", eod_of(folder), config.model.mtp.num_layers)
 
 
 def run_case(case: Case, layout: str, run_dir: Path) -> Judged:

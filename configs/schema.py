@@ -136,7 +136,7 @@ class Data:
     valid: List[BlendPart] = key(factory=list, doc="held-out text; empty: split off train by valid_fraction")
     valid_fraction: float = key(0.01, "documents at the end of each part that are held out, when valid is empty", low=0, high=0.5)
     document_mask: bool = key(False, "a token sees its own document only")
-    mask_eod_loss: bool = key(False, "no loss where the input is the end-of-document token: the next text is not guessed from it")
+    mask_eod_loss: bool = key(False, "no loss where the input is the end-of-document token; router losses count all tokens")
     cache_dir: Optional[str] = key(None, "index cache; None: beside the data")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
@@ -23,6 +24,7 @@ with LibraryImports(__name__):
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import partitioned_param_coordinator
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
     from deepspeed.utils import groups as deepspeed_groups
 require_names(__name__)
 
@@ -75,6 +77,19 @@ def compare_orders_within(group: dist.ProcessGroup) -> None:
             raise RuntimeError(f"ZeRO-3 ranks run modules in different orders: {orders}")
 
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = check
+
+
+def gather_tied_embedding(chunks: Sequence[GPTModel]) -> None:
+    """Let stage 3 gather the word embedding for the output layer that computes with it, too.
+
+    Fault: it gathers a weight for the module that owns it, and learns of others that use it as they run. With tied
+    embeddings and multi-token prediction the output layer runs several times, and gets an empty weight: a RuntimeError.
+    """
+    for chunk in chunks:
+        if chunk.post_process and chunk.share_embeddings_and_output_weights:
+            weight = chunk.shared_embedding_or_output_weight()
+            if weight is not chunk.output_layer.weight:
+                register_external_parameter(chunk.output_layer, weight)
 
 
 class GuardedEngine(DeepSpeedEngine):

@@ -40,6 +40,13 @@ DEEPSPEED_GUARDS = (
         "deepspeed.runtime.zero.partitioned_param_coordinator:assert_ints_same_as_other_ranks",
     ),
     _deepspeed(
+        "Stage 3 gathers a weight for its own module only",
+        "parallel.compat.deepspeed_guards:gather_tied_embedding",
+        "tied embeddings with multi-token prediction end with a RuntimeError: an empty weight",
+        f"{_GUARD_TESTS}::test_tied_embeddings_are_gathered_for_prediction_depths",
+        "deepspeed.runtime.zero.partition_parameters:register_external_parameter",
+    ),
+    _deepspeed(
         "The engine does not see MoE layers that are not DeepSpeed's own",
         f"{_OUR_ENGINE}.has_moe_layers",
         "gradients of experts are reduced over ranks that hold other experts",

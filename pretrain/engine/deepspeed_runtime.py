@@ -21,7 +21,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.compat.deepspeed_guards import EXPERT_GROUP, GuardedEngine, compare_orders_within, place_experts
+from parallel.compat.deepspeed_guards import (
+    EXPERT_GROUP,
+    GuardedEngine,
+    compare_orders_within,
+    gather_tied_embedding,
+    place_experts,
+)
 from parallel.compat.deepspeed_operators import build_adam, build_async_io
 from parallel.compat.deepspeed_start import start_deepspeed
 from parallel.compat.deepspeed_swap import swap_small_groups
@@ -107,6 +113,8 @@ def make_runtime(
         config=settings,
         config_class=DeepSpeedConfig(settings, answers),
     )
+    if config.zero.stage == 3:
+        gather_tied_embedding(chunks)
     return runtime, [ChunkCall(runtime, index, chunk) for index, chunk in enumerate(chunks)]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from configs.model_schema import Model
-from configs.schema import Config, Precision
+from configs.schema import BatchRamp, Config, Precision
 from parallel.architecture import is_mla, num_query_groups
 from parallel.layout import make_layout, world_size
 
@@ -98,7 +98,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     batch = small.batch
     batch.global_batch_seqs = common.batch
     batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
-    batch.ramp.start_seqs = None
+    batch.ramp = BatchRamp()
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
     # Without an epsilon above the rounding noise, Adam would turn the noise of a vanishing gradient into full steps.
     small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-5, 0.0

@@ -112,3 +112,11 @@ def test_the_engine_knows_foreign_experts(monkeypatch: pytest.MonkeyPatch) -> No
         run_ranks(2, foreign_experts, small_config(launch__processes_per_node=2, **{EP: 2, **zero(3)}))
     monkeypatch.delattr(GuardedEngine, "has_moe_layers")
     assert run_ranks(2, foreign_experts, config) == [False, False]
+
+
+def test_tied_embeddings_are_gathered_for_prediction_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"model__tie_embeddings": True, "model__mtp__num_layers": 1}
+    check(2, {PP: 2, **zero(3)}, model)
+    monkeypatch.setattr("pretrain.engine.deepspeed_runtime.gather_tied_embedding", lambda chunks: None)
+    with pytest.raises(RankFailed, match="supplied weight's shape is"):
+        run_ranks(1, train_small, small_config(**zero(3), **model))

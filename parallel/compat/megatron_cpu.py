@@ -73,7 +73,7 @@ _REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
     "megatron.core.transformer.mlp": (
         (
             "output += output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)",
-            "output = output + output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)",
+            "output = (output + output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype)",
         ),
     ),
     # The schedule that overlaps experts' tokens is right in fp32 too, in which rehearsals compare.

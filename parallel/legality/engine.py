@@ -43,9 +43,16 @@ def offload_has_a_place(config: Config) -> Iterator[Problem]:
         yield Problem(path, got, "has no effect while zero.offload = none", "set zero.offload=optimizer, or leave it out")
 
 
-@reads("zero")
+@reads("zero", "model.tie_embeddings", "model.mtp", "parallel.pipeline")
 def overlap_fits(config: Config) -> Iterator[Problem]:
-    zero = config.zero
+    """What reductions beside the backward pass need: every weight of a stage gets its gradient in that stage's own pass."""
+    zero, model = config.zero, config.model
+    if zero.overlap_grad_reduce and model.tie_embeddings and model.mtp.num_layers and config.parallel.pipeline > 1:
+        rule = (
+            "can't run with model.tie_embeddings and multi-token prediction over several stages: megatron-core waits for a "
+            "gradient of the output layer, which computes with the embedding"
+        )
+        yield Problem("zero.overlap_grad_reduce", True, rule, "set zero.overlap_grad_reduce=false")
     if zero.overlap_param_gather and not zero.overlap_grad_reduce:
         rule = "needs zero.overlap_grad_reduce: weights are gathered bucket by bucket as gradients were reduced"
         yield Problem("zero.overlap_param_gather", True, rule, "set zero.overlap_grad_reduce=true")
@@ -66,6 +73,12 @@ def expert_overlap_problems(config: Config) -> Iterator[Problem]:
     several_chunks, depths = (p.virtual_pipeline or 1) > 1, model.mtp.num_layers
     needs = (
         (has_experts(config) and p.expert > 1, "tokens that travel: parallel.expert > 1", "set parallel.expert"),
+        # megatron-core 0.16.1 frees the tokens that arrived, which a lone expert reads without a copy in its order.
+        (
+            model.moe.num_experts > p.expert,
+            "several experts a rank: model.moe.num_experts > parallel.expert",
+            "lower parallel.expert",
+        ),
         (p.pipeline == 1 or several_chunks, "several chunks a stage where there are stages", "set parallel.virtual_pipeline"),
         (config.precision.params == "bf16" or not on_gpu(config), "precision.params = bf16 on a GPU", "set it"),
         (config.zero.engine == "megatron", "zero.engine = megatron: DeepSpeed would not see layers run in parts", "set it"),

@@ -23,7 +23,7 @@ from launch.local.run import LocalRunResult, report, run_local
 from launch.logs import print_all_logs, print_rank_log
 from launch.plan import LaunchPlan, check_local, make_plan, manual_start_text, torchrun_line
 from launch.slurm.submit import as_json as submit_json
-from launch.slurm.submit import check_slurm, script_of, submit
+from launch.slurm.submit import check_slurm, environment_notes, script_of, submit
 from launch.slurm.submit import describe as describe_submitted
 from launch.status import as_json, describe, line_of, list_runs, read_status, require_run_folder
 from parallel.batch import steps_of
@@ -96,6 +96,8 @@ def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:
     folder = folder_of(loaded.config)
     if options.dry_run:
         text = script_of(loaded.config, Path.cwd())
+        for note in environment_notes(loaded.config, os.environ):
+            print(f"note: {note}", file=sys.stderr)
         print(json.dumps({"script": text, "run_dir": str(folder.path)}, indent=2) if options.json else text, end="")
         return 0
     submitted = submit(loaded, Path.cwd())

@@ -142,11 +142,11 @@ def _unavailable(partition: str | None) -> list[str]:
     """Nodes that Slurm lists as down or drained, with its reason, for example `node3 down* (Not responding)`."""
     where = [f"--partition={partition}"] if partition else []
     try:
-        rows = scheduler.call(["sinfo", "--noheader", "--Node", *where, "--format=%N|%T|%E"]).splitlines()
+        rows = scheduler.call(["sinfo", "--all", "--noheader", "--Node", *where, "--format=%N|%T|%E"]).splitlines()
     except SchedulerError as error:
         return [f"sinfo does not answer: {error}"]
     cells = dict.fromkeys(tuple(row.split("|", 2)) for row in rows)
-    lost = [cell for cell in cells if len(cell) == 3 and any(word in cell[1].lower() for word in scheduler.NODE_LOST)]
+    lost = [cell for cell in cells if len(cell) == 3 and any(word in cell[1].lower() for word in scheduler.NODE_UNAVAILABLE)]
     return [f"{node} {state} ({reason})" if reason != "none" else f"{node} {state}" for node, state, reason in lost]
 
 

@@ -19,10 +19,11 @@ from launch.slurm import scheduler
 from launch.slurm.clock import TimeLimitClock
 from launch.slurm.job_file import JobFile
 from launch.slurm.lifecycle import RunLifecycle
+from launch.slurm.rendezvous import Rendezvous, RendezvousError, choose_host, choose_port, resolves
 from launch.slurm.scheduler import SchedulerError
 from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
 from launch.watch.failures import Failure, find_failures
-from launch.watch.heartbeats import NodeReport, ReportReader, read_reports
+from launch.watch.heartbeats import MISSING, NodeReport, ReportReader, read_reports
 from launch.watch.triage import Triage, combine, record_hang, stragglers
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
@@ -79,6 +80,7 @@ class JobAttempt:
     number: int
     asked: str = ""
     _step: subprocess.Popen[bytes] | None = None
+    _rendezvous: Rendezvous | None = None
     _reported: set[tuple[str, str]] = field(default_factory=set)
 
     def run(self, nodes: Sequence[str]) -> None:
@@ -88,10 +90,22 @@ class JobAttempt:
         log_dir.mkdir(parents=True, exist_ok=True)
         numbers = {"job": context.job, "restarts": context.restarts, "step_before": before}
         self._event(EventKind.JOB_ATTEMPT, nodes=list(nodes), logs=str(log_dir), **numbers)
-        filled = {"{nodes}": str(len(nodes)), "{attempt_dir}": str(self._own_dir().absolute()), "{log_dir}": str(log_dir)}
         started_s, triage, exit_code = time.time(), None, 0
         self._take_signals()
         if not self.asked:
+            try:
+                self._rendezvous = self._choose_rendezvous(nodes[0])
+            except RendezvousError as error:
+                self._record_end(("crashed", str(error), ""), before, {"seconds": 0.0})
+                return
+            filled = {
+                "{nodes}": str(len(nodes)),
+                "{attempt_dir}": str(self._own_dir().absolute()),
+                "{log_dir}": str(log_dir),
+                "{host}": self._rendezvous.host,
+                "{port}": str(self._rendezvous.port),
+            }
+            context.log(f"attempt {self.number} on {', '.join(nodes)}; its agents meet at {self._rendezvous}")
             env = {**context.environ, "PHALANX_ATTEMPT": str(self.number)}
             self._step = subprocess.Popen([_fill(word, filled) for word in context.command], env=env)
             triage = self._watch(self._step)
@@ -105,6 +119,13 @@ class JobAttempt:
         if self.asked != TERMINATE:
             return False
         return context.query_slurm(lambda: scheduler.details(context.job).restarts > context.restarts, False)
+
+    def _choose_rendezvous(self, node: str) -> Rendezvous:
+        """Raises RendezvousError. Slurm is asked for an address only where the node's name has none."""
+        context = self.context
+        addresses = {} if resolves(node) else context.query_slurm(lambda: scheduler.node_addresses([node]), {})
+        port = choose_port(context.job, context.restarts, context.spec.master_port)
+        return Rendezvous(choose_host(node, addresses.get(node, "")), port)
 
     def _watch(self, step: subprocess.Popen[bytes]) -> Triage | None:
         """Wait until the ranks have ended. Returns the triage if they hung and were killed."""
@@ -122,6 +143,7 @@ class JobAttempt:
                 reports = reader.read()
                 triage = combine(reports, self.context.spec.watch)
                 if triage is not None:
+                    triage = self._with_rendezvous(triage)
                     # Looked up before the kill, because the kill makes further ranks fail.
                     has_failed = bool(find_failures(self.context.folder.log_dir(self.number)))
                     self._kill_step(step)
@@ -133,6 +155,13 @@ class JobAttempt:
                     next_stragglers_s = now_s + STRAGGLER_S
                     self._report_stragglers(reports)
         return triage
+
+    def _with_rendezvous(self, triage: Triage) -> Triage:
+        """Ranks that never started may have waited for their meeting point: the triage names it."""
+        if not any(state.rank == MISSING for state in triage.ranks):
+            return triage
+        place = f"; all agents meet at {self._rendezvous}: its name must resolve and its port be reachable on every node"
+        return replace(triage, line=triage.line + place, text=triage.text + place)
 
     def _report_stragglers(self, reports: Sequence[NodeReport]) -> None:
         """Report each kind of straggling once for each node in an attempt."""
@@ -146,7 +175,9 @@ class JobAttempt:
     def _kill_step(self, step: subprocess.Popen[bytes]) -> None:
         """Send SIGKILL to the tasks of the step, because hung ranks cannot save. Without a controller, terminate srun instead."""
         try:
-            steps = scheduler.call(["squeue", "--noheader", "--steps", f"--jobs={self.context.job}", "--format=%i"]).split()
+            steps = scheduler.call(
+                ["squeue", "--all", "--noheader", "--steps", f"--jobs={self.context.job}", "--format=%i"]
+            ).split()
             for name in steps:
                 if name.rpartition(".")[2].isdecimal():
                     scheduler.call(["scancel", "--signal=KILL", name])
@@ -173,6 +204,7 @@ class JobAttempt:
             {rank.rank: report.host for report in reports for rank in report.ranks},
             self.slurm_requeues(),
             self.asked == TERMINATE and self.context.clock.left_s() < 1.0,
+            [report.host for report in reports if report.exit_code is None],
         )
         self._record_end(judge(seen), before, {"srun_exit_code": exit_code, "seconds": round(time.time() - started_s, 1)})
 
@@ -214,12 +246,12 @@ class JobAttempt:
         clock = self.context.clock
         while self.context.waiting:
             number = signal.Signals(self.context.waiting.pop(0))
+            asked = SIGNAL_REQUESTS[number]
             if number == signal.SIGUSR1:
                 # Slurm announces the time limit and a preemption by the same signal. The clock tells them apart.
                 clock.refresh()
-            self._request_stop(
-                TIME_LIMIT if number == signal.SIGUSR1 and clock.is_near() else SIGNAL_REQUESTS[number], number.name
-            )
+                asked = TIME_LIMIT if clock.is_announced() else asked
+            self._request_stop(asked, number.name)
 
     def _request_stop(self, asked: str, why: str) -> None:
         """Forward a stop to the ranks. srun hands SIGUSR1 to every task without the controller."""

@@ -13,6 +13,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +29,22 @@ from launch.slurm.scheduler import SchedulerError
 from pretrain.run.decision import pending_step
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.folder import SILENCE_S, RunFolder
+from pretrain.run.folder import EXIT_BAD_INPUT, SILENCE_S, RunFolder, live_holder
 
 # A restarted controller is back within minutes. Waiting longer would hold the nodes for nothing.
 REQUEUE_PATIENCE_S = 600.0
+# The lock of a rank 0 that died with its node may be taken once its heartbeat has been silent long enough.
+HOLDER_PATIENCE_S = 2 * SILENCE_S
 
 
 def run(context: JobContext) -> int:
     """The whole batch step; returns its exit code."""
     folder, spec = context.folder, context.spec
     life = read_lifecycle(folder)
+    if refusal := _refusal(context, life):
+        # No event is written: the record belongs to the run that is alive.
+        context.log(refusal)
+        return EXIT_BAD_INPUT
     if context.job not in life.jobs or life.phase == OVER:
         # Submitted by hand, or requeued by an administrator after the run was over.
         append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[context.job])
@@ -60,13 +67,34 @@ def run(context: JobContext) -> int:
         why = f"Slurm gave {len(nodes)} nodes; layout and batch need one of {', '.join(map(str, spec.sizes))}"
         return carry_out(context, NextAction("over", why, "bad_input"))
     try:
-        # The lock of a rank 0 that died with its node may be taken once its heartbeat has been silent long enough.
-        attempt = JobAttempt(context, claim_attempt(folder, patience_s=2 * SILENCE_S))
+        attempt = JobAttempt(context, claim_attempt(folder, patience_s=HOLDER_PATIENCE_S))
     except ConfigError as error:
         return carry_out(context, NextAction("over", str(error), "gave_up"))
     attempt.run(nodes[:size])
     life = read_lifecycle(folder)
     return carry_out(context, decide(life, _policy(context, life), attempt.slurm_requeues()))
+
+
+def _refusal(context: JobContext, life: RunLifecycle) -> str:
+    """Why this job must not touch the run folder: another job trains in it or waits for it. Empty if there is none.
+
+    The jobs of one submission, a job and its chain, never refuse each other. A job that is ending is waited for.
+    """
+    if context.job in life.jobs:
+        return ""
+    folder = context.folder
+    jobs = life.jobs if life.phase != OVER else ()
+    found = context.query_slurm(lambda: scheduler.find_jobs(jobs), {})
+    others = [job for job in found.values() if job.live and job.state != "COMPLETING"]
+    advice = f"wait for it, or end it: phalanx cancel {folder.path}"
+    if others:
+        return f"one job at a time trains in {folder.path}; job {others[0].number} is {others[0].state.lower()}: {advice}"
+    deadline = time.monotonic() + HOLDER_PATIENCE_S
+    while (holder := live_holder(folder)) is not None:
+        if time.monotonic() > deadline:
+            return f"one live attempt trains in a run folder; {folder.path} is held by {holder.describe()}: {advice}"
+        time.sleep(1.0)
+    return ""
 
 
 def carry_out(context: JobContext, decision: NextAction) -> int:
@@ -84,9 +112,9 @@ def carry_out(context: JobContext, decision: NextAction) -> int:
         if not later:
             scheduler.requeue(context.job, excluded, REQUEUE_PATIENCE_S)
         elif excluded:
-            scheduler.keep_off(later, excluded)
+            scheduler.exclude_nodes(later, excluded)
     except SchedulerError as error:
-        return _resubmit(context, life, decision, str(error))
+        return _resubmit(context, life, decision, excluded, str(error))
     return decision.exit_code
 
 
@@ -101,11 +129,15 @@ def _later_jobs(context: JobContext, life: RunLifecycle) -> tuple[int, ...]:
     return life.jobs[life.jobs.index(context.job) + 1 :] if context.job in life.jobs else ()
 
 
-def _resubmit(context: JobContext, life: RunLifecycle, decision: NextAction, refusal: str) -> int:
+def _resubmit(context: JobContext, life: RunLifecycle, decision: NextAction, excluded: Sequence[str], refusal: str) -> int:
     """Submit the script again, because the site forbids requeue."""
     folder = context.folder
+    if excluded:
+        # sbatch --exclude replaces the list of the script, which has the user's own nodes.
+        own = context.query_slurm(lambda: scheduler.details(context.job).excluded, ())
+        excluded = tuple(dict.fromkeys([*own, *excluded]))
     try:
-        job = scheduler.submit(context.job_dir / SCRIPT_NAME, f"afterany:{context.job}")
+        job = scheduler.submit(context.job_dir / SCRIPT_NAME, f"afterany:{context.job}", excluded)
     except SchedulerError as error:
         why = f"{decision.why}; scontrol requeue: {refusal}; sbatch: {error}; phalanx resume {folder.path} goes on"
         return _finish(context, life, "preempted", why, decision.exit_code)

@@ -1,4 +1,4 @@
-"""How long the job may still run. In: Slurm's time limit, and how long steps and saves took. Out: is it time to save?
+"""How long the job may still run. In: Slurm's time limit, the duration of steps and saves. Out: whether it is time to save.
 
 Torch-free.
 """
@@ -16,25 +16,27 @@ from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows
 from pretrain.run.folder import RunFolder
 
-# An administrator or `scontrol update` may move the end.
+# The limit is asked for again after this: an administrator may change it.
 REFRESH_S = 60.0
-# What the ranks' own end takes beside step and save: the last all-reduce, outcome, W&B's last rows.
+# The end of the ranks takes this long beside a step and a save: the last all-reduce, the outcome, W&B's last rows.
 MARGIN_S = 30.0
+# `sbatch --signal` may send its signal up to 60 s early (its manual), and the time until it is handled.
+SIGNAL_EARLY_S = 65.0
 
 
 class TimeLimitClock:
-    """Asks the controller now and then; while it is away, the last answer holds, or what Slurm set at the start."""
+    """Asks the controller every minute. While it does not answer, the last answer counts, or SLURM_JOB_END_TIME."""
 
     def __init__(self, folder: RunFolder, job: int, stop_before_s: float, environ: Mapping[str, str]) -> None:
         self._folder, self._job, self._stop_before_s = folder, job, stop_before_s
         text = environ.get("SLURM_JOB_END_TIME", "")
         self._limit_s = float(text) if text.isdecimal() else math.inf
         self.refresh()
-        # An attempt that is stopped before it has trained would be started again for ever.
+        # Otherwise an attempt could be stopped before it has trained, and be started again for ever.
         self._most_s = (self._limit_s - time.time()) / 2
 
     def refresh(self) -> None:
-        """Ask now, and measure again what the end will take."""
+        """Ask the controller now, and estimate again how long the end will take."""
         self._asked_s = time.monotonic()
         try:
             self._limit_s = scheduler.details(self._job).limit_s
@@ -49,11 +51,15 @@ class TimeLimitClock:
         return self._limit_s - time.time()
 
     def is_near(self) -> bool:
-        """Is it time to save? At most half of the attempt's time is kept back."""
+        """Is it time to save? At most half of the attempt's time is reserved for the end."""
         return self.left_s() < min(self._budget_s, self._most_s)
 
+    def is_announced(self) -> bool:
+        """Is a SIGUSR1 at this moment Slurm's announcement of the time limit?"""
+        return self.left_s() < max(self._stop_before_s, min(self._budget_s, self._most_s)) + SIGNAL_EARLY_S
+
     def _measure(self) -> float:
-        """launch.slurm.stop_before_s, or more: twice the slowest recent save, three steps, and a margin. In seconds."""
+        """Seconds: launch.slurm.stop_before_s, or twice the slowest recent save plus three steps and a margin if that is more."""
         save_s = max((row["seconds"] for row in recent_rows(self._folder.events) if _is_timed_save(row)), default=None)
         if save_s is None:
             return self._stop_before_s

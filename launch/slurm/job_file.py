@@ -1,4 +1,4 @@
-"""What the batch step needs of the config, as JSON in the job's folder: a compute node's Python may lack OmegaConf.
+"""The part of the config that the batch step needs, as JSON in the job's folder. A compute node's Python may lack OmegaConf.
 
 Torch-free.
 """
@@ -20,8 +20,11 @@ JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
 
 @dataclass(frozen=True)
 class JobFile:
-    """`sizes`: the numbers of nodes that the run may go on with, ascending; the last is launch.nodes. `resume_step`: of
-    section `checkpoint`."""
+    """`sizes` are the numbers of nodes that the run may use, ascending; the last is launch.nodes.
+
+    `stop_step` counts optimizer steps. `stop_before_s`, `master_port` and `resume_step` are launch.slurm.stop_before_s,
+    launch.master_port and checkpoint.resume_step.
+    """
 
     run_dir: str
     sizes: tuple[int, ...]
@@ -30,6 +33,7 @@ class JobFile:
     policy: RequeuePolicy
     watch: WatchPolicy
     resume_step: int | None = None
+    master_port: int | None = None
 
     def write(self, job_dir: Path) -> None:
         value: dict[str, Any] = {
@@ -40,12 +44,13 @@ class JobFile:
             "policy": asdict(self.policy),
             "watch": self.watch.to_json(),
             "resume_step": self.resume_step,
+            "master_port": self.master_port,
         }
         write_json(job_dir / JOB_NAME, value)
 
     @staticmethod
     def read(job_dir: Path) -> JobFile:
-        """Raises FileNotFoundError: the folder of a job that was moved or removed while it waited."""
+        """Raises FileNotFoundError if the job's folder was moved or removed while the job waited."""
         value = read_json(job_dir / JOB_NAME)
         if value is None:
             raise FileNotFoundError(f"{job_dir / JOB_NAME}: not there, or not JSON; submit again with phalanx launch")
@@ -57,12 +62,13 @@ class JobFile:
             RequeuePolicy(**value["policy"]),
             WatchPolicy.from_json(value["watch"]),
             value.get("resume_step"),
+            value.get("master_port"),
         )
 
 
 def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence[int]) -> JobFile:
-    """`run_dir` absolute: the batch step may start anywhere."""
+    """`run_dir` is absolute, because the batch step may start in any folder."""
     slurm = config.launch.slurm
     policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
-    watch, resume_step = make_watch_policy(config), config.checkpoint.resume_step
-    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step)
+    watch, resume_step, port = make_watch_policy(config), config.checkpoint.resume_step, config.launch.master_port
+    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step, port)

@@ -17,16 +17,19 @@ import argparse
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
+from launch.slurm.rendezvous import resolves
 from launch.watch.failures import AGENT_LOG, Failure, find_failures
 from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
@@ -172,6 +175,35 @@ class NodeAgent:
                 print(f"phalanx: {self._node}: {error}", file=sys.stderr, flush=True)
 
 
+def fill_command(command: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The command with {is_host} and {local_addr} replaced, which differ from node to node.
+
+    torchrun would decide by comparing names and addresses which node is the host. That fails where a node knows itself as
+    127.0.1.1 (Debian), or where its Slurm name is not its host name. Node 0 of the step is the host by definition.
+    """
+    words = {"{is_host}": "1" if environ.get("SLURM_NODEID", "0") == "0" else "0", "{local_addr}": _own_address(command)}
+    for placeholder, value in words.items():
+        command = [word.replace(placeholder, value) for word in command]
+    return list(command)
+
+
+def _own_address(command: Sequence[str]) -> str:
+    """How other nodes reach this one: its own name, or the address of its route to the host where the name has no address."""
+    name = socket.getfqdn()
+    endpoint = next((after for word, after in pairwise(command) if word == "--rdzv-endpoint"), "")
+    host, _, port = endpoint.rpartition(":")
+    if resolves(name) or not host:
+        return name
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # A datagram socket sends nothing at connect. The kernel only chooses the route.
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except (OSError, ValueError):
+        return name
+
+
 def _as_child() -> None:
     """In torchrun before it is one: it takes no signals, and goes when the agent goes."""
     for number in _SIGNALS:
@@ -194,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         beats = stack.enter_context(scratch_folder("beats", in_memory=True))
         own_logs = stack.enter_context(scratch_folder("logs")) if found.policy.gather else None
         agent = NodeAgent(found.attempt_dir, found.log_dir, found.policy, node_name(os.environ), beats, own_logs)
-        return agent.run(found.command, os.environ)
+        return agent.run(fill_command(found.command, os.environ), os.environ)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Slurm's commands. In: job ids and scripts. Out: what Slurm says, as values; `SchedulerError` with its words otherwise.
+"""Slurm's commands. In: job ids and scripts. Out: Slurm's answers as values, or `SchedulerError` with its message.
 
-Only options that 22.05 has are used; JSON output, which sites may lack, is not.
+Only options of Slurm 22.05 are used, and no JSON output, which some sites lack. The answers are read defensively: wrappers
+of a site may print banners around them, and a partition may be hidden from this user. A node or job that Slurm does not
+show is unknown, which is not the same as lost.
 
 Torch-free.
 """
@@ -8,23 +10,31 @@ Torch-free.
 from __future__ import annotations
 
 import math
+import os
+import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from configs.units import seconds_of
+from launch.slurm.environment import query_environment, submission_environment
 
 TIMEOUT_S = 30.0
-# States in which a job will still run or is running (squeue's long names).
+# States of jobs that run or will run (squeue's long names).
 LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
      "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )  # fmt: skip
-NODE_LOST = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot")
-# What the controller says when it will not do it later either: a site or a job that forbids requeue, another's job, no job.
+# Words of sinfo's states of nodes that cannot take a job.
+NODE_UNAVAILABLE = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot", "maint", "inval")
+# Words of the states whose processes are gone. A node that is being drained, or is to be rebooted later, still runs its job.
+NODE_LOST = ("down", "no_respond", "unk", "error", "power", "inval")
+# Not responding: sinfo appends * to the state.
+NOT_RESPONDING = "*"
+# Refusals that will not change later: requeue is forbidden, the job is another user's, or there is no such job.
 FINAL = ("presently disabled", "permission denied", "invalid job id")
 
 
@@ -34,7 +44,7 @@ class SchedulerError(Exception):
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as squeue or sacct shows it. `start`: when it began or is expected to; empty: not known."""
+    """A job as squeue or sacct shows it. `start` is the actual or expected start, or empty if unknown."""
 
     number: int
     state: str
@@ -49,23 +59,28 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class SlurmJobDetails:
-    """What the running job asks about itself. `limit_s`: when its time limit ends, seconds since the epoch; infinite without one.
+    """A running job's view of itself.
 
-    Slurm's EndTime is not the limit: a preemption moves it to the end of the partition's grace time.
+    `limit_s` is the end of its time limit in seconds since the epoch, or infinite. Slurm's EndTime is not used for it,
+    because a preemption moves EndTime to the end of the partition's grace time. `excluded` are the nodes of ExcNodeList, by
+    whomever they were excluded.
     """
 
     restarts: int
     limit_s: float
+    excluded: tuple[str, ...] = ()
 
 
 def call(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
-    """Run a command, return its stdout. Raises SchedulerError: it is missing, failed, or did not answer."""
-    return _run(words, timeout_s).stdout
+    """Run a command and return its stdout. Raises SchedulerError if it is missing, fails, or does not answer."""
+    return _run(words, query_environment(os.environ), timeout_s).stdout
 
 
-def _run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def _run(words: Sequence[str], env: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            words, env=dict(env), capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+        )
     except FileNotFoundError as error:
         raise SchedulerError(f"{words[0]} is not on this machine's PATH") from error
     except subprocess.TimeoutExpired as error:
@@ -76,7 +91,7 @@ def _run(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.Compl
 
 
 def call_again(words: Sequence[str], patience_s: float) -> str:
-    """`call`, repeated while the controller is away (a restart takes seconds to minutes), but not when it refuses for good."""
+    """`call`, repeated for `patience_s` while the controller is away. A final refusal is raised at once."""
     deadline, pause_s = time.monotonic() + patience_s, 1.0
     while True:
         try:
@@ -89,80 +104,114 @@ def call_again(words: Sequence[str], patience_s: float) -> str:
         pause_s = min(2 * pause_s, 15.0)
 
 
-def test_only(script: Path) -> str:
-    """Would sbatch take it? Returns its estimate of the start. Raises SchedulerError with its reason."""
-    return _run(["sbatch", "--test-only", str(script)]).stderr.strip()
+def _rows(text: str, cells: int) -> list[list[str]]:
+    """The lines of `text` with `cells` cells that | separates. Other lines come from a site's wrapper, and are left out."""
+    rows = [line.strip().split("|", cells - 1) for line in text.splitlines()]
+    return [row for row in rows if len(row) == cells]
 
 
-def submit(script: Path, dependency: str | None = None) -> int:
-    """The job's number."""
+def test_only(script: Path, options: Sequence[str] = ()) -> str:
+    """sbatch's estimate of the start. Raises SchedulerError with its reason.
+
+    A refusal is not final: `sbatch --test-only` also refuses a job that only has to wait for drained nodes.
+    """
+    done = _run(["sbatch", "--test-only", *options, str(script)], submission_environment(os.environ).kept)
+    estimate = next((line for line in done.stderr.splitlines() if "to start at" in line), "")
+    return estimate.strip() or done.stderr.strip()
+
+
+def submit(script: Path, dependency: str | None = None, exclude: Sequence[str] = (), unset: Sequence[str] = ()) -> int:
+    """Submit `script` and return the job id. Raises SchedulerError.
+
+    `exclude` replaces the script's own list of excluded nodes. `unset` names variables that sbatch must not see.
+    """
     options = [f"--dependency={dependency}"] if dependency else []
-    # --parsable prints NUMBER or NUMBER;CLUSTER
-    return int(call(["sbatch", "--parsable", *options, str(script)]).strip().split(";")[0])
+    options += [f"--exclude={','.join(exclude)}"] if exclude else []
+    kept = submission_environment(os.environ).kept
+    env = {name: value for name, value in kept.items() if name not in unset}
+    said = _run(["sbatch", "--parsable", *options, str(script)], env).stdout
+    # --parsable prints NUMBER or NUMBER;CLUSTER. A site's wrapper may print lines before and after it.
+    numbers = [match[1] for line in said.splitlines() if (match := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
+    if not numbers:
+        raise SchedulerError(
+            f"sbatch succeeded, but its output has no job id: {said.strip()[:200]!r}; a job may be queued: look with "
+            "squeue --me, and end it by scancel before another try"
+        )
+    return int(numbers[-1])
 
 
 def find_jobs(numbers: Sequence[int]) -> dict[int, SlurmJob]:
-    """By number; those that neither squeue nor sacct knows (any more) are left out. Raises SchedulerError."""
+    """The jobs by id. A job that neither squeue nor sacct knows is left out. Raises SchedulerError."""
     found: dict[int, SlurmJob] = {}
     for number in numbers:
+        words = ["squeue", "--all", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N|%S"]
         try:
-            rows = call(["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N|%S"]).splitlines()
+            rows = _rows(call(words), 5)
         except SchedulerError as error:
             if "invalid job id" not in str(error).lower():
                 raise
             rows = []
-        for row in rows:
-            _, state, reason, nodes, start = row.split("|", 4)
-            found[number] = SlurmJob(number, state, "" if reason == "None" else reason, nodes, "" if start == "N/A" else start)
+        for _, state, reason, nodes, start in rows:
+            found[number] = SlurmJob(number, state, _known(reason, "None"), nodes, _known(start, "N/A"))
         if number not in found and (job := _accounted(number)):
             found[number] = job
     return found
 
 
+def _known(text: str, unknown: str) -> str:
+    return "" if text == unknown else text
+
+
 def _accounted(number: int) -> SlurmJob | None:
-    """From the accounting, where a site has one."""
+    """The job from the accounting database. None without such a database or such a job."""
     try:
-        rows = call(["sacct", "--noheader", "--parsable2", "-X", f"--jobs={number}", "--format=State,NodeList,Start"])
+        text = call(["sacct", "--noheader", "--parsable2", "-X", f"--jobs={number}", "--format=State,NodeList,Start"])
     except SchedulerError:
-        # No sacct, or no slurmdbd behind it: the run folder still tells how the run ended.
+        # No sacct, or no slurmdbd behind it. The run folder still tells how the run ended.
         return None
-    for row in rows.splitlines()[-1:]:
-        state, nodes, start = row.split("|")
-        return SlurmJob(number, state.split()[0], "", "" if nodes == "None assigned" else nodes, start)
+    for state, nodes, start in _rows(text, 3)[-1:]:
+        return SlurmJob(number, state.split()[0], "", _known(nodes, "None assigned"), start)
     return None
 
 
 def details(number: int) -> SlurmJobDetails:
     """Raises SchedulerError."""
-    text = call(["scontrol", "show", "job", "-o", str(number)], timeout_s=10.0)
+    text = call(["scontrol", "--all", "show", "job", "-o", str(number)], timeout_s=10.0)
     values = dict(word.split("=", 1) for word in text.split() if "=" in word)
     begin_s, length_s = _seconds(values.get("StartTime", "")), seconds_of(values.get("TimeLimit"))
     limit_s = begin_s + length_s if begin_s is not None and length_s is not None else math.inf
-    return SlurmJobDetails(int(values.get("Restarts", 0)), limit_s)
+    excluded = _known(values.get("ExcNodeList", ""), "(null)")
+    return SlurmJobDetails(int(values.get("Restarts", 0)), limit_s, tuple(expand(excluded)) if excluded else ())
 
 
 def _seconds(text: str) -> float | None:
+    """Seconds since the epoch. None for "Unknown", the start of a job that has not begun."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
-        # "Unknown": the job hasn't begun.
         return None
 
 
 def requeue(number: int, exclude: Sequence[str], patience_s: float) -> None:
-    """Back into the queue, without the nodes in `exclude` (all that are to be kept off). Raises SchedulerError."""
+    """Put the job back into the queue, and keep it off `exclude` and off all nodes excluded before. Raises SchedulerError."""
     if not exclude:
         call_again(["scontrol", "requeue", str(number)], patience_s)
         return
     call_again(["scontrol", "requeuehold", str(number)], patience_s)
-    call_again(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(exclude)}"], patience_s)
+    _exclude(number, exclude, patience_s)
     call_again(["scontrol", "release", str(number)], patience_s)
 
 
-def keep_off(numbers: Sequence[int], nodes: Sequence[str]) -> None:
-    """Have waiting jobs start without these nodes."""
+def exclude_nodes(numbers: Sequence[int], nodes: Sequence[str]) -> None:
+    """Keep waiting jobs off `nodes`, and off all nodes excluded before. Raises SchedulerError."""
     for number in numbers:
-        call(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(nodes)}"])
+        _exclude(number, nodes, 0.0)
+
+
+def _exclude(number: int, nodes: Sequence[str], patience_s: float) -> None:
+    """`scontrol update` replaces the list, and the user's own nodes are in it: the union is written."""
+    union = list(dict.fromkeys([*details(number).excluded, *nodes]))
+    call_again(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(union)}"], patience_s)
 
 
 def cancel(numbers: Sequence[int]) -> None:
@@ -170,17 +219,32 @@ def cancel(numbers: Sequence[int]) -> None:
 
 
 def signal_batch(number: int, name: str) -> None:
-    """To the batch step only."""
+    """Signal the batch step, and no other process of the job."""
     call(["scancel", f"--signal={name}", "--batch", str(number)])
 
 
 def expand(nodelist: str) -> list[str]:
     """node[1-3] → node1, node2, node3."""
-    return call(["scontrol", "show", "hostnames", nodelist]).split()
+    lines = (line.strip() for line in call(["scontrol", "show", "hostnames", nodelist]).splitlines())
+    # A host name has no blanks; a banner has.
+    return [line for line in lines if line and " " not in line]
+
+
+def node_addresses(nodes: Sequence[str]) -> dict[str, str]:
+    """Each node's NodeAddr, the name or address by which the controller reaches it. Raises SchedulerError."""
+    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%o"]), 2)
+    return dict(map(tuple[str, str], rows))
 
 
 def lost_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of `nodes` that Slurm holds for down, failing or drained."""
-    rows = call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]).splitlines()
-    states = dict(row.split("|") for row in rows)
-    return [node for node in nodes if any(word in states.get(node, "unk").lower() for word in NODE_LOST)]
+    """Those of `nodes` whose processes are gone: Slurm shows them as down or not responding. Raises SchedulerError.
+
+    A node that Slurm does not show to this user (another's reservation, a private partition) is unknown, not lost.
+    """
+    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]), 2)
+    states = {node: state.lower() for node, state in rows}
+    return [node for node in nodes if _is_lost(states.get(node, ""))]
+
+
+def _is_lost(state: str) -> bool:
+    return state.endswith(NOT_RESPONDING) or any(word in state for word in NODE_LOST)

@@ -23,9 +23,6 @@ from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
 from launch.watch.heartbeats import make_watch_policy
 from pretrain.run.folder import RunFolder
 
-# A port of a job without launch.master_port: below the ephemeral range of Linux (32768), above the registered crowd.
-PORT_BASE, PORT_COUNT = 20000, 10000
-
 
 @dataclass(frozen=True)
 class ScriptLocation:
@@ -88,7 +85,7 @@ def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
         "prologue": slurm.prologue,
         "defaults": [entry for entry in rank_env(config) if entry[0] not in launch.env],
         "env": sorted(launch.env.items()),
-        "port": launch.master_port or f"$(({PORT_BASE} + SLURM_JOB_ID % {PORT_COUNT}))",
+        "port": launch.master_port,
         "cwd": str(place.cwd.absolute()),
         "python": python,
         "starter": own_packages.STARTER,

@@ -1,24 +1,29 @@
-"""From a checked config to a job in Slurm's queue. In: config, origin, environment. Out: the script, or job numbers.
+"""Submits a checked config to Slurm. In: config, origin of its values, environment. Out: the script, or job ids.
 
-What a job will run is written into launch/job_0001 of the run folder first: the script, the config with everything
-resolved, and what the batch step must know. Editing the user's file later changes nothing in a waiting job.
+Everything that a job will run is first written into launch/job_0001 of the run folder: the script, the resolved config, and
+the settings of the batch step. Later changes of the user's file do not affect a waiting job.
 
 Torch-free.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
 from configs.load import Loaded
 from configs.schema import Config
 from launch.slurm import scheduler
+from launch.slurm.environment import describe_removed, overruling_variables, submission_environment
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME, make_job_file
 from launch.slurm.lifecycle import OVER, read_lifecycle
 from launch.slurm.scheduler import SchedulerError, SlurmJob
@@ -34,15 +39,20 @@ from pretrain.run.folder import RunFolder, check_run_folder, folder_of, held_pro
 
 @dataclass(frozen=True)
 class Submitted:
-    """`jobs`: the job and its chain. `estimate`: sbatch's own words on the start."""
+    """`jobs` are the job and its chain. `estimate` is sbatch's estimate of the start. `notes` are about the environment."""
 
     jobs: tuple[int, ...]
     script: Path
     estimate: str
+    notes: tuple[str, ...] = ()
+
+
+# A submission takes seconds; a slow controller takes up to 30 s for each of three commands.
+SUBMISSION_PATIENCE_S = 120.0
 
 
 def check_slurm(config: Config) -> list[Problem]:
-    """What only a shell can tell: each command of the prologue must be whole by itself."""
+    """Problems that only a shell can find: each command of the prologue must be complete by itself."""
     problems = []
     for index, command in enumerate(config.launch.slurm.prologue):
         done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
@@ -73,22 +83,61 @@ def script_of(config: Config, cwd: Path) -> str:
 
 
 def _asking_for(config: Config, sizes: list[int]) -> Config:
-    """Slurm may give any number in the range that it is asked for: the range begins at the smallest that trains."""
+    """Slurm may give any number of nodes in the requested range, so the range begins at the smallest legal number."""
     if config.launch.slurm.min_nodes is None:
         return config
     return replace(config, launch=replace(config.launch, slurm=replace(config.launch.slurm, min_nodes=sizes[0])))
 
 
 def submit(loaded: Loaded, cwd: Path) -> Submitted:
-    """Write, test and submit. Raises ConfigError: foreign or held folder, a job that is live, or sbatch's refusal.
+    """Write the job's files and submit it.
 
-    A refused job leaves its folder behind for a look at the script, and nothing else.
+    Raises ConfigError if the folder is foreign or held, a job of it is live, or sbatch refuses. A refused job leaves its
+    folder behind, where its script can be read, and nothing else.
     """
-    config, folder = loaded.config, folder_of(loaded.config)
+    folder = folder_of(loaded.config)
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
-    life = read_lifecycle(folder)
-    # Of an attempt whose end is recorded the ranks are on their way out: the new job waits for them.
+    with _submission_lock(folder):
+        return _submit_alone(loaded, folder, cwd)
+
+
+@contextmanager
+def _submission_lock(folder: RunFolder) -> Iterator[None]:
+    """Submissions into one run folder happen one after the other, so that the second one sees the first one's job."""
+    path = folder.path / "launch" / "submit.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+    try:
+        deadline = time.monotonic() + SUBMISSION_PATIENCE_S
+        while not _lock_now(descriptor):
+            if time.monotonic() > deadline:
+                rule = f"one submission at a time; another one has held {path} for {SUBMISSION_PATIENCE_S:g} s"
+                fix = f"wait for it, or choose another run.dir; if you know that it is dead: rm {path}"
+                raise ConfigError(Problem("run.dir", str(folder.path), rule, fix))
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_now(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks: the queue and the attempt's own lock still tell two runs apart.
+        return True
+    return True
+
+
+def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
+    config, life = loaded.config, read_lifecycle(folder)
+    # The ranks of an attempt whose end is recorded are about to exit: the new job waits for them.
     if (holder := live_holder(folder)) is not None and not (life.phase == OVER and holder.attempt == life.attempt):
         raise ConfigError(held_problem(folder, holder))
     try:
@@ -96,10 +145,11 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
             raise ConfigError(_live_problem(folder, live[0]))
         place = _write(loaded, folder, cwd)
         script = place.job_dir / SCRIPT_NAME
-        estimate = scheduler.test_only(script)
-        jobs = [scheduler.submit(script)]
+        unset = overruling_variables(os.environ, stated_keys(config))
+        estimate = _estimate(script)
+        jobs = [scheduler.submit(script, unset=unset)]
         for _ in range(config.launch.slurm.chain):
-            jobs.append(scheduler.submit(script, f"afterany:{jobs[-1]}"))
+            jobs.append(scheduler.submit(script, f"afterany:{jobs[-1]}", unset=unset))
     except SchedulerError as error:
         fix = "correct launch.slurm to what this cluster has (sinfo, sacctmgr show assoc), or see --dry-run for the script"
         got = config.launch.slurm.partition
@@ -109,7 +159,28 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
         write_json(place.job_dir / "submitted.json", {"jobs": jobs, "time": time.time()})
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
-    return Submitted(tuple(jobs), script, estimate)
+    return Submitted(tuple(jobs), script, estimate, environment_notes(config, os.environ))
+
+
+def _estimate(script: Path) -> str:
+    """sbatch's estimate of the start, or why there is none. sbatch itself decides whether the job is taken."""
+    try:
+        return scheduler.test_only(script)
+    except SchedulerError as error:
+        said = str(error).splitlines()[-1].removeprefix("allocation failure: ")
+        return f"it cannot start at present (sbatch --test-only: {said}); it waits in the queue"
+
+
+def stated_keys(config: Config) -> list[str]:
+    """The keys of launch.slurm that have a value."""
+    return [item.name for item in fields(config.launch.slurm) if getattr(config.launch.slurm, item.name) is not None]
+
+
+def environment_notes(config: Config, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What of the submitter's environment does not reach the job, one line each."""
+    overruled = overruling_variables(environ, stated_keys(config))
+    line = f"{', '.join(overruled)}: not passed to sbatch, where it would win over the config" if overruled else ""
+    return tuple(filter(None, (describe_removed(submission_environment(environ)), line)))
 
 
 def _place(config: Config, cwd: Path) -> ScriptLocation:
@@ -153,6 +224,7 @@ def describe(submitted: Submitted, folder: RunFolder) -> str:
     lines = [f"submitted job {first}" + (f", then {', '.join(map(str, chain))} as its chain" if chain else "")]
     if submitted.estimate:
         lines.append(submitted.estimate)
+    lines += [f"note     {note}" for note in submitted.notes]
     lines += [
         f"script   {submitted.script}",
         f"status   phalanx status {folder.path} --watch",

@@ -22,7 +22,8 @@ class AttemptEvidence:
 
     `asked` is empty or one of the words above. `outcome` is what rank 0 of this attempt wrote, or None. `hang` is the line
     and the node of the triage. `lost` are the nodes that are down or fell silent. `node_of` maps ranks to nodes, as far as
-    known. `restarted`: Slurm has requeued the job by itself. `out_of_time`: the time limit has passed.
+    known. `restarted`: Slurm has requeued the job by itself. `out_of_time`: the time limit has passed. `mute` are the nodes
+    whose agent wrote no last report.
     """
 
     asked: str = ""
@@ -34,6 +35,7 @@ class AttemptEvidence:
     node_of: Mapping[int, str] = field(default_factory=dict)
     restarted: bool = False
     out_of_time: bool = False
+    mute: Sequence[str] = ()
 
 
 def fell_silent(reports: Sequence[NodeReport], first_failure_s: float | None, interval_s: float) -> list[str]:
@@ -78,7 +80,9 @@ def judge(seen: AttemptEvidence) -> tuple[str, str, str]:
         return outcome.state, outcome.why, ""
     if outcome is not None:
         return "crashed", outcome.why, ""
-    return "killed", f"the ranks ended without a message, srun with exit code {seen.exit_code}", ""
+    mute = f"the agent of {', '.join(seen.mute)} was killed: " if len(seen.mute) == 1 else ""
+    node = seen.mute[0] if len(seen.mute) == 1 else ""
+    return "killed", f"{mute}the ranks ended without a message, srun with exit code {seen.exit_code}", node
 
 
 def _asked(seen: AttemptEvidence) -> tuple[str, str, str]:

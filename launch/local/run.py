@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 from configs.errors import ConfigError
+from launch.launch_lock import launch_lock
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
 from launch.local.signals import SignalForwarder
@@ -74,6 +75,13 @@ def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: Te
 
     `out` shows the run while it trains (launch/local/view.py). The launcher's own words go to `err`.
     """
+    if problems := check_run_folder(plan.folder):
+        raise ConfigError(problems)
+    with launch_lock(plan.folder, PATIENCE_S):
+        return _run_alone(plan, environ, out, err, total_steps)
+
+
+def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
     attempt = claim_attempt(plan.folder)
     log_dir = plan.folder.log_dir(attempt).resolve()
     mark = secrets.token_hex(8)
@@ -149,6 +157,9 @@ def report(result: LocalRunResult, folder: RunFolder) -> str:
         return f"{result.triage.text}\nall ranks were ended; every thread's stack: {result.log_dir / STACKS}"
     if result.state == "bad_input":
         return result.failures[0].text
+    if result.state == "diverged":
+        # All ranks end with exit code 3, which torchrun takes for a failure.
+        return f"diverged: {result.why}\nlogs: {result.log_dir}"
     if result.state == "failed" and all(failure.kind == "exit" for failure in result.failures):
         # The ranks agreed on it, and left in good order.
         return f"failed: {result.why}\nlogs: {result.log_dir}"

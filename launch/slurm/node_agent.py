@@ -14,6 +14,7 @@ Torch-free.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import signal
@@ -27,16 +28,18 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+from configs.errors import ConfigError
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
 from launch.slurm.rendezvous import resolves
-from launch.watch.failures import AGENT_LOG, Failure, find_failures
+from launch.watch.failures import AGENT_LOG, GATHERED, NO_RANK, Failure, find_failures
 from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
 from launch.watch.heartbeats import NodeReport, WatchPolicy, write_report
 from launch.watch.processes import catches, children_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.files import write_atomically
+from pretrain.run.folder import EXIT_BROKE
 from pretrain.run.process import die_with_parent, node_name
 
 POLL_S = 0.2
@@ -222,11 +225,27 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("command", nargs="+", help="torchrun's command, after --")
     found = parser.parse_args(list(argv))
+    try:
+        return _run_agent(found)
+    except ConfigError as error:
+        return _refuse(found.log_dir, node_name(os.environ), str(error))
+
+
+def _run_agent(found: argparse.Namespace) -> int:
     with ExitStack() as stack:
         beats = stack.enter_context(scratch_folder("beats", in_memory=True))
         own_logs = stack.enter_context(scratch_folder("logs")) if found.policy.gather else None
         agent = NodeAgent(found.attempt_dir, found.log_dir, found.policy, node_name(os.environ), beats, own_logs)
         return agent.run(fill_command(found.command, os.environ), os.environ)
+
+
+def _refuse(log_dir: Path, node: str, why: str) -> int:
+    """Leave the reason where the batch step looks for failures. The node is to blame: others may have room."""
+    print(f"phalanx: {node}: {why}", file=sys.stderr, flush=True)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    row = json.dumps(asdict(Failure(NO_RANK, time.time(), "exception", why, node)))
+    write_atomically(log_dir / f"{node}{GATHERED}", row + "\n")
+    return EXIT_BROKE
 
 
 if __name__ == "__main__":

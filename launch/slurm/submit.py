@@ -8,20 +8,19 @@ Torch-free.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
 from configs.load import Loaded
 from configs.schema import Config
+from launch.launch_lock import launch_lock
 from launch.slurm import scheduler
 from launch.slurm.environment import describe_removed, overruling_variables, submission_environment
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME, make_job_file
@@ -47,8 +46,8 @@ class Submitted:
     notes: tuple[str, ...] = ()
 
 
-# A submission takes seconds; a slow controller takes up to 30 s for each of three commands.
-SUBMISSION_PATIENCE_S = 120.0
+# A submission takes seconds, more with a slow controller.
+SUBMISSION_PATIENCE_S = 30.0
 
 
 def check_slurm(config: Config) -> list[Problem]:
@@ -98,41 +97,9 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
     folder = folder_of(loaded.config)
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
-    with _submission_lock(folder):
+    # Submissions into one run folder happen one after the other, so that the second one sees the first one's job.
+    with launch_lock(folder, SUBMISSION_PATIENCE_S):
         return _submit_alone(loaded, folder, cwd)
-
-
-@contextmanager
-def _submission_lock(folder: RunFolder) -> Iterator[None]:
-    """Submissions into one run folder happen one after the other, so that the second one sees the first one's job."""
-    path = folder.path / "launch" / "submit.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
-    try:
-        deadline = time.monotonic() + SUBMISSION_PATIENCE_S
-        while not _lock_now(descriptor):
-            if time.monotonic() > deadline:
-                rule = f"one submission at a time; another one has held {path} for {SUBMISSION_PATIENCE_S:g} s"
-                fix = f"wait for it, or choose another run.dir; if you know that it is dead: rm {path}"
-                raise ConfigError(Problem("run.dir", str(folder.path), rule, fix))
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock_now(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # A file system without locks: the queue and the attempt's own lock still tell two runs apart.
-        return True
-    return True
 
 
 def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:

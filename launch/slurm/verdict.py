@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launch.watch.failures import Failure
+from launch.watch.failures import NO_RANK, Failure
 from launch.watch.heartbeats import NodeReport
 from pretrain.run.folder import Outcome
 
@@ -74,6 +74,8 @@ def judge(seen: AttemptEvidence) -> tuple[str, str, str]:
         return _asked(seen)
     if failures:
         first = failures[0]
+        if first.rank == NO_RANK:
+            return "crashed", f"{first.node}: {_last_line(first.text)}", first.node
         return "crashed", f"rank {first.rank}: {_last_line(first.text)}", seen.node_of.get(first.rank, "")
     if outcome is not None and saved:
         # The ranks were signalled directly, not through this batch step.

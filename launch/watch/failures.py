@@ -22,6 +22,8 @@ from pretrain.run.folder import EXIT_CODE
 AGENT_LOG = "torchrun.log"
 NODE_LOG = ".log"
 GATHERED = ".failures.jsonl"
+# The rank of a failure before there were ranks: the node's own.
+NO_RANK = -1
 _TAIL_LINES = 30
 # torchrun takes every exit code but 0 for a failure; these come with an outcome.
 _IN_ORDER = frozenset(EXIT_CODE[state] for state in ("preempted", "stopped", "diverged"))
@@ -72,14 +74,17 @@ def describe(failures: list[Failure], log_dir: Path) -> str:
     """The first failure in full, the others in a line, and where to read on."""
     if not failures:
         logs = [path for path in agent_logs(log_dir) or log_dir.glob(f"*{NODE_LOG}") if path.stat().st_size]
+        # An agent that was killed leaves an empty log of its own; its ranks may have written.
+        logs = logs or [path for path in log_dir.glob("rank_*.log") if path.stat().st_size]
         if not logs:
-            return f"no log in {log_dir}"
+            return f"no process wrote a log in {log_dir}: none was started, or its agent was killed"
         newest = max(logs, key=lambda path: path.stat().st_mtime)
-        return f"no rank left a failure; the end of {newest}:\n{tail_of(newest)}"
+        return f"no rank recorded a failure, so they were killed from outside; the end of {newest}:\n{tail_of(newest)}"
     first, *others = failures
     is_local = (log_dir / AGENT_LOG).exists()
     where = f" on {first.node}" if first.node and not is_local else ""
-    lines = [f"rank {first.rank}{where} failed first:", first.text.rstrip()]
+    who = f"rank {first.rank}" if first.rank != NO_RANK else "the agent"
+    lines = [f"{who}{where} failed first:", first.text.rstrip()]
     if others:
         lines.append("then rank " + ", ".join(str(failure.rank) for failure in others))
     lines.append(f"logs: {log_dir}")

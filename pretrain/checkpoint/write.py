@@ -24,7 +24,7 @@ from pretrain.checkpoint.manifest import Manifest, slice_key
 from pretrain.checkpoint.tensor_file import Written, write_tensor_file
 from pretrain.engine.base import StateSlice
 from pretrain.run.files import sync_folder, write_atomically
-from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder
+from pretrain.run.folder import COMPLETE, complete_checkpoints, step_folder, unfinished_folders
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.float64: "F64"}
 
@@ -206,11 +206,11 @@ def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove the folders of saves and deletions that a crash interrupted. Rank 0, before the first save of an attempt."""
-    for pattern in ("step_*.partial", "step_*.replaced"):
-        for folder in checkpoints.glob(pattern):
-            final = folder.with_suffix("")
-            if folder.suffix == ".replaced" and not final.exists():
-                folder.rename(final)
-            else:
-                shutil.rmtree(folder)
+    """Delete what a crash left of unfinished saves and deletions, and put back a checkpoint whose replacement did not come.
+
+    Rank 0 calls it before the first save of an attempt. Raises OSError.
+    """
+    for folder in unfinished_folders(checkpoints):
+        shutil.rmtree(folder)
+    for folder in checkpoints.glob("step_*.replaced"):
+        folder.rename(folder.with_suffix(""))

@@ -5,6 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from configs.errors import Problem
 from configs.schema import Config
 from parallel.architecture import padded_vocab
 from parallel.flops import count_parameters
-from pretrain.run.folder import RunFolder
+from pretrain.run.folder import RunFolder, unfinished_folders
 
 # Bytes of a parameter in a checkpoint: its fp32 value with both moments, and its bf16 weight if it has one.
 STATE_BYTES, BF16_BYTES = 12, 2
@@ -33,10 +34,24 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
+def reclaimed_bytes(folder: RunFolder) -> int:
+    """The size of unfinished saves in the run folder, which the start deletes. A file that cannot be read counts as 0."""
+    total = 0
+    for unfinished in unfinished_folders(folder.checkpoints):
+        for parent, _, names in os.walk(unfinished):
+            for name in names:
+                try:
+                    # Blocks, because a file that was being written may have holes.
+                    total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+                except OSError:
+                    continue
+    return total
+
+
 def check_disk_space(config: Config, vocab_size: int, folder: RunFolder) -> list[Problem]:
     """A problem when the free space is less than one checkpoint. A save is complete before an old checkpoint is deleted."""
     saves = config.checkpoint.interval_steps is not None or config.checkpoint.save_at_end
-    need, free = checkpoint_bytes(config, vocab_size), free_bytes(folder.path)
+    need, free = checkpoint_bytes(config, vocab_size), free_bytes(folder.path) + reclaimed_bytes(folder)
     if not saves or free >= need:
         return []
     rule = f"one checkpoint takes {need / 1e6:,.0f} MB; the file system has {free / 1e6:,.0f} MB free"

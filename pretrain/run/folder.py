@@ -213,6 +213,16 @@ def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def unfinished_folders(checkpoints: Path) -> list[Path]:
+    """Folders that a crash left in the middle of a save or a deletion. The next attempt deletes them before its first save.
+
+    A save that replaces a checkpoint first renames the old one to `.replaced`. Without its successor such a folder is the
+    checkpoint itself and is not listed.
+    """
+    replaced = [path for path in checkpoints.glob("step_*.replaced") if path.with_suffix("").exists()]
+    return sorted([*checkpoints.glob("step_*.partial"), *replaced])
+
+
 def finished_text(folder: RunFolder, stop_step: int) -> str:
     """The message for a user who starts a finished run again."""
     return f"{folder.path} is finished: step {folder.done_step()} of {stop_step}; to train on, set run.steps higher"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
-from launch.watch.failures import Failure
+from launch.watch.failures import NO_RANK, Failure
 from launch.watch.heartbeats import NodeReport
 from pretrain.run.folder import Outcome
 
 CRASH = Failure(3, 1.0, "exception", "Traceback (most recent call last):\n  File x\nRuntimeError: ECC error")
 KILLED = Failure(1, 0.0, "killed", "killed by signal 9 (SIGKILL)")
+NO_ROOM = Failure(NO_RANK, 2.0, "exception", "no room in /dev/shm", "node4")
 NODES = {1: "node1", 3: "node2"}
 
 
@@ -25,6 +26,9 @@ def outcome(state: str) -> Outcome:
         (AttemptEvidence(asked=TERMINATE, outcome=outcome("finished")), "finished", "it finished", ""),
         (AttemptEvidence(outcome=outcome("diverged")), "diverged", "it diverged", ""),
         (AttemptEvidence(failures=(Failure(0, 1.0, "bad_input", "1 problem\n  data.train"),)), "bad_input", "data.train", ""),
+        (AttemptEvidence(mute=("node2",), exit_code=137), "killed", "the agent of node2 was killed", "node2"),
+        (AttemptEvidence(mute=("node1", "node2"), exit_code=137), "killed", "without a message, srun with exit code 137", ""),
+        (AttemptEvidence(failures=(NO_ROOM,)), "crashed", "node4: no room in /dev/shm", "node4"),
         (AttemptEvidence(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
         (AttemptEvidence(asked=PREEMPT), "preempted", "before the first step", ""),
         (AttemptEvidence(asked=TIME_LIMIT, outcome=outcome("preempted")), "time_limit", "time limit is near", ""),

@@ -49,7 +49,9 @@ def test_taken_ports_are_passed_over(cluster: Cluster, run_config: Path, tmp_pat
     taken = [socket.socket() for _ in range(40)]
     try:
         for port, listener in enumerate(taken, PORT_BASE):
-            # In use already is as good.
+            # A port of a connection that has just ended counts as free for the run, so it must be taken as well.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Another process's listener is as good as ours.
             with suppress(OSError):
                 listener.bind(("127.0.1.1", port))
                 listener.listen()

@@ -140,9 +140,10 @@ def _too_late(job: SlurmJob, timeout_s: float, partition: str | None) -> str:
 
 def _unavailable(partition: str | None) -> list[str]:
     """Nodes that Slurm lists as down or drained, with its reason, for example `node3 down* (Not responding)`."""
-    where = [f"--partition={partition}"] if partition else []
+    # sinfo refuses both options at once.
+    where = f"--partition={partition}" if partition else "--all"
     try:
-        rows = scheduler.call(["sinfo", "--all", "--noheader", "--Node", *where, "--format=%N|%T|%E"]).splitlines()
+        rows = scheduler.call(["sinfo", where, "--noheader", "--Node", "--format=%N|%T|%E"]).splitlines()
     except SchedulerError as error:
         return [f"sinfo does not answer: {error}"]
     cells = dict.fromkeys(tuple(row.split("|", 2)) for row in rows)

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -234,6 +235,20 @@ def node_addresses(nodes: Sequence[str]) -> dict[str, str]:
     """Each node's NodeAddr, the name or address by which the controller reaches it. Raises SchedulerError."""
     rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%o"]), 2)
     return dict(map(tuple[str, str], rows))
+
+
+def partition_size(partition: str | None) -> int:
+    """All nodes of a partition (None: of the default one), drained and lost ones too. 0 if Slurm does not show it.
+
+    Of several partitions (a,b) the largest counts. Raises SchedulerError.
+    """
+    # sinfo refuses both options at once. A partition that is named is shown although it is hidden.
+    where = f"--partition={partition}" if partition else "--all"
+    sizes: Counter[str] = Counter()
+    for name, count in _rows(call(["sinfo", where, "--noheader", "--format=%P|%D"]), 2):
+        if count.isdecimal() and (partition or name.endswith("*")):
+            sizes[name] += int(count)
+    return max(sizes.values(), default=0)
 
 
 def lost_nodes(nodes: Sequence[str]) -> list[str]:

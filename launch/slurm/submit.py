@@ -113,7 +113,7 @@ def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
         place = _write(loaded, folder, cwd)
         script = place.job_dir / SCRIPT_NAME
         unset = overruling_variables(os.environ, stated_keys(config))
-        estimate = _estimate(script)
+        estimate = _estimate(script, config)
         jobs = [scheduler.submit(script, unset=unset)]
         for _ in range(config.launch.slurm.chain):
             jobs.append(scheduler.submit(script, f"afterany:{jobs[-1]}", unset=unset))
@@ -129,11 +129,17 @@ def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
     return Submitted(tuple(jobs), script, estimate, environment_notes(config, os.environ))
 
 
-def _estimate(script: Path) -> str:
-    """sbatch's estimate of the start, or why there is none. sbatch itself decides whether the job is taken."""
+def _estimate(script: Path, config: Config) -> str:
+    """sbatch's estimate of the start, or why there is none. Raises SchedulerError if the partition never has enough nodes.
+
+    sbatch would queue such a job for ever where a site does not enforce its limits. A job that waits for drained nodes is
+    another matter.
+    """
     try:
         return scheduler.test_only(script)
     except SchedulerError as error:
+        if 0 < scheduler.partition_size(config.launch.slurm.partition) < sizes_of(config)[0]:
+            raise
         said = str(error).splitlines()[-1].removeprefix("allocation failure: ")
         return f"it cannot start at present (sbatch --test-only: {said}); it waits in the queue"
 

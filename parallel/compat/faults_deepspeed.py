@@ -11,7 +11,7 @@ _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _FLAT = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _CUT = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _SWAPPER = "deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper:PartitionedOptimizerSwapper"
-_OUR_ENGINE = "parallel.compat.deepspeed_guards:GuardedEngine"
+_OUR_ENGINE = "parallel.compat.deepspeed.guards:GuardedEngine"
 _GUARD_TESTS = "tests/pretrain/engine/test_deepspeed_guards.py"
 _START_TESTS = "tests/parallel/compat/test_deepspeed_start.py"
 _STATE_TEST = "tests/pretrain/engine/test_deepspeed_state.py::test_stopping_and_going_on_equals_going_through"
@@ -24,7 +24,7 @@ def _deepspeed(fault: str, guard: str, symptom: str, test: str, *names: str) -> 
 DEEPSPEED_GUARDS = (
     _deepspeed(
         "Experts that are not DeepSpeed's own are partitioned over the whole data-parallel group",
-        "parallel.compat.deepspeed_guards:place_experts",
+        "parallel.compat.deepspeed.guards:place_experts",
         "ranks with different experts share one weight: wrong from the first step at stage 3, a TypeError at stage 2",
         f"{_GUARD_TESTS}::test_guard",
         "deepspeed.utils.groups:_EXPERT_PARALLEL_GROUP",
@@ -34,14 +34,14 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Stage 3 compares the order of its modules with rank 0 of the world",
-        "parallel.compat.deepspeed_guards:compare_orders_within",
+        "parallel.compat.deepspeed.guards:compare_orders_within",
         "pipeline stages wait for each other for ever",
         f"{_GUARD_TESTS}::test_guard",
         "deepspeed.runtime.zero.partitioned_param_coordinator:assert_ints_same_as_other_ranks",
     ),
     _deepspeed(
         "Stage 3 gathers a weight for its own module only",
-        "parallel.compat.deepspeed_guards:gather_tied_embedding",
+        "parallel.compat.deepspeed.guards:gather_tied_embedding",
         "tied embeddings with multi-token prediction end with a RuntimeError: an empty weight",
         f"{_GUARD_TESTS}::test_tied_embeddings_are_gathered_for_prediction_depths",
         "deepspeed.runtime.zero.partition_parameters:register_external_parameter",
@@ -85,21 +85,21 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Every engine imports DeepSpeed's Muon, whose import starts torch's compiler",
-        "parallel.compat.deepspeed_guards:import_muon",
+        "parallel.compat.deepspeed.guards:import_muon",
         "1.8 s of CPU more on every rank before the first step",
         f"{_START_TESTS}::test_nothing_is_compiled_by_an_import",
         "deepspeed.runtime.compiler:compile",
     ),
     _deepspeed(
         "DeepSpeed probes compilers for all its operators and compiles one for inference",
-        "parallel.compat.deepspeed_start:name_no_operators",
+        "parallel.compat.deepspeed.start:name_no_operators",
         "linker errors on stderr, and 50 s of compilation once a machine",
         f"{_START_TESTS}::test_no_operator_is_probed",
         "deepspeed.ops:_probe_compatible_ops",
     ),
     _deepspeed(
         "deepspeed.dist is bound by DeepSpeed's own launcher only",
-        "parallel.compat.deepspeed_start:bind_communication",
+        "parallel.compat.deepspeed.start:bind_communication",
         "the engine ends with an AttributeError at its first collective",
         f"{_START_TESTS}::test_communication_is_bound_without_deepspeeds_launcher",
         "deepspeed:dist",
@@ -113,14 +113,14 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Stage 3: the first backward pass of a step overwrites gradients, the others add",
-        "parallel.compat.deepspeed_partition:CutParameters.begin",
+        "parallel.compat.deepspeed.partition:CutParameters.begin",
         "parameters of another virtual chunk add to the step before's gradients: wrong from the second step, no error",
         f"{_GUARD_TESTS}::test_guard",
         f"{_CUT}#grad_partitions_flat_buffer",
     ),
     _deepspeed(
         "Stage 2 with offload: gradients on the host outlive their step",
-        "parallel.compat.deepspeed_partition:FlatGroups.begin",
+        "parallel.compat.deepspeed.partition:FlatGroups.begin",
         "gradients add to the step before's: wrong from the second step, no error",
         f"{_GUARD_TESTS}::test_guard",
         f"{_FLAT}#accumulated_grads_in_cpu",
@@ -128,7 +128,7 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Stages 1 and 2 tell nobody which range of which parameter a rank holds",
-        "parallel.compat.deepspeed_partition:FlatGroups",
+        "parallel.compat.deepspeed.partition:FlatGroups",
         "checkpoints can neither be written nor read",
         _STATE_TEST,
         *(
@@ -145,7 +145,7 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Stage 3 tells nobody which range of which parameter a rank holds",
-        "parallel.compat.deepspeed_partition:CutParameters",
+        "parallel.compat.deepspeed.partition:CutParameters",
         "checkpoints can neither be written nor read",
         _STATE_TEST,
         *(
@@ -165,7 +165,7 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Swapped gradients go through files and come back to other places where widths do not fill whole blocks",
-        "parallel.compat.deepspeed_swap:SwappedParameters.accept",
+        "parallel.compat.deepspeed.swap:SwappedParameters.accept",
         "the update uses other gradients: wrong from the first step, no error",
         "tests/pretrain/engine/test_deepspeed_swap.py::test_widths_that_fill_no_blocks",
         f"{_CUT}#optimizer_swapper",
@@ -178,7 +178,7 @@ DEEPSPEED_GUARDS = (
     ),
     _deepspeed(
         "Sub-groups below 1 MiB stay in memory",
-        "parallel.compat.deepspeed_swap:swap_small_groups",
+        "parallel.compat.deepspeed.swap:swap_small_groups",
         "rehearsals of NVMe offload swap nothing",
         "tests/pretrain/engine/test_deepspeed_swap.py::test_the_state_is_in_files",
         "deepspeed.runtime.zero.stage3:PartitionedOptimizerSwapper",

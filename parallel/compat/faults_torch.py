@@ -11,7 +11,7 @@ TORCH_GUARDS = (
     Guard(
         fault="The lock of torch's C++ compilation is a file that a killed process leaves behind",
         library="torch",
-        guard="parallel.compat.deepspeed_operators:build_operator",
+        guard="parallel.compat.deepspeed.operators:build_operator",
         symptom="after a kill during a compilation every later run waits for ever",
         test="tests/parallel/compat/test_deepspeed_start.py::test_a_lock_left_by_a_killed_process_is_removed",
         names=("torch.utils.cpp_extension:_get_build_directory",),

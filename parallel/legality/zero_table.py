@@ -2,7 +2,7 @@
 
 Rules read it (parallel/legality/engine.py), the docs print it (`rows`), rehearsals hold every cell called legal. A cell that
 no entry names is legal without a remark. What decides is what was run against one process, in
-tests/pretrain/engine/test_deepspeed.py. With the guards of parallel/compat/deepspeed_guards.py, DeepSpeed's stages 2 and 3 run
+tests/pretrain/engine/test_deepspeed.py. With the guards of parallel/compat/deepspeed/guards.py, DeepSpeed's stages 2 and 3 run
 with a pipeline.
 
 Torch-free.

@@ -14,8 +14,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
-from parallel.compat.deepspeed_partition import CutParameters, FlatGroups, Partition, Replicated
-from parallel.compat.deepspeed_swap import SwappedParameters
+from parallel.compat.deepspeed.partition import CutParameters, FlatGroups, Partition, Replicated
+from parallel.compat.deepspeed.swap import SwappedParameters
 from parallel.compat.megatron_private import clear_step_tensors, update_expert_bias
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish

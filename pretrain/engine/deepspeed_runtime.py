@@ -21,16 +21,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from configs.schema import Config
-from parallel.compat.deepspeed_guards import (
+from parallel.compat.deepspeed.guards import (
     EXPERT_GROUP,
     GuardedEngine,
     compare_orders_within,
     gather_tied_embedding,
     place_experts,
 )
-from parallel.compat.deepspeed_operators import build_adam, build_async_io
-from parallel.compat.deepspeed_start import start_deepspeed
-from parallel.compat.deepspeed_swap import swap_small_groups
+from parallel.compat.deepspeed.operators import build_adam, build_async_io
+from parallel.compat.deepspeed.start import start_deepspeed
+from parallel.compat.deepspeed.swap import swap_small_groups
 from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swaps
 
 # In elements. DeepSpeed allocates buffers of this size even for a small model. Its default of 5e8 takes 2 GB in fp32.

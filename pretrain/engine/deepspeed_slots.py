@@ -1,6 +1,6 @@
 """DeepSpeed's state on this rank, as slots of canonical tensors.
 
-In: a `Partition` of parallel/compat/deepspeed_partition.py and the shards of this rank's parameters. Out: one `ZeroSlot` for
+In: a `Partition` of parallel/compat/deepspeed/partition.py and the shards of this rank's parameters. Out: one `ZeroSlot` for
 each range, in the order of the partition's gradients.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parallel.compat.deepspeed_partition import FlatRange, Partition
+from parallel.compat.deepspeed.partition import FlatRange, Partition
 from pretrain.engine.base import WEIGHT
 from pretrain.engine.slots import Slot
 from pretrain.model.shards import Shard

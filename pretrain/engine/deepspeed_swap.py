@@ -1,6 +1,6 @@
 """Optimizer state on NVMe under DeepSpeed's stage 3 (ZeRO-Infinity, arXiv 2104.07857). Out: its folder and its settings.
 
-parallel/compat/deepspeed_swap.py reads and writes the state in the files of the folder.
+parallel/compat/deepspeed/swap.py reads and writes the state in the files of the folder.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_a_lock_left_by_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own lock waits until the file is gone: for ever, when its owner was killed."""
-    from parallel.compat import deepspeed_operators  # noqa: PLC0415  (after the fixture)
+    from parallel.compat.deepspeed import operators as deepspeed_operators  # noqa: PLC0415  (after the fixture)
 
     locks = []
 
@@ -50,7 +50,7 @@ assert not compiled, compiled
 
 @pytest.mark.parametrize(
     ("module", "compiles"),
-    [("parallel.compat.deepspeed_guards", False), ("deepspeed.runtime.zero.muon.muon_optimizer", True)],
+    [("parallel.compat.deepspeed.guards", False), ("deepspeed.runtime.zero.muon.muon_optimizer", True)],
     ids=["guarded", "unguarded"],
 )
 def test_nothing_is_compiled_by_an_import(module: str, compiles: bool) -> None:
@@ -64,7 +64,7 @@ def probed(guard: bool) -> bool:
     """Does reading the names of DeepSpeed's operators look for compilers?"""
     import deepspeed.ops  # noqa: PLC0415  (after the fixture)
 
-    from parallel.compat.deepspeed_start import name_no_operators  # noqa: PLC0415
+    from parallel.compat.deepspeed.start import name_no_operators  # noqa: PLC0415
 
     probes: list[bool] = []
     deepspeed.ops.__dict__.pop("__compatible_ops__", None)  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,7 +79,7 @@ def bound(guard: bool) -> bool:
     """Is the name that DeepSpeed's engine reads for collectives a module?"""
     import deepspeed  # noqa: PLC0415  (after the fixture)
 
-    from parallel.compat.deepspeed_start import bind_communication  # noqa: PLC0415
+    from parallel.compat.deepspeed.start import bind_communication  # noqa: PLC0415
 
     deepspeed.dist = None  # type: ignore[attr-defined]
     if guard:

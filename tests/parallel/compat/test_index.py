@@ -128,7 +128,7 @@ def test_markdown_has_a_row_for_each_guard() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| Fault " not in line]
     assert len(rows) == len(index.GUARDS)
     assert all(re.fullmatch(r"(\| [^|]+ ){5}\|", row.replace("\\|", "/")) for row in rows)
-    assert "| `parallel.compat.deepspeed_guards:place_experts` |" in text and "| from 0.19.8 |" in text
+    assert "| `parallel.compat.deepspeed.guards:place_experts` |" in text and "| from 0.19.8 |" in text
 
 
 # No patch outside parallel/compat.

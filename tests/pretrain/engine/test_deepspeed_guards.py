@@ -39,7 +39,7 @@ def managed(settings: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unguarded(name: str, patch: pytest.MonkeyPatch) -> None:
-    from parallel.compat import deepspeed_partition as held  # noqa: PLC0415  (after the fixture)
+    from parallel.compat.deepspeed import partition as held  # noqa: PLC0415  (after the fixture)
     from pretrain.engine import deepspeed_runtime as runtime  # noqa: PLC0415
 
     if name == "experts partitioned over all data ranks":
@@ -103,7 +103,7 @@ def test_the_engine_knows_foreign_experts(monkeypatch: pytest.MonkeyPatch) -> No
     """Without the guards DeepSpeed refuses experts that it did not build, or takes the model for a dense one."""
     from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: PLC0415  (after the fixture)
 
-    from parallel.compat.deepspeed_guards import GuardedEngine  # noqa: PLC0415
+    from parallel.compat.deepspeed.guards import GuardedEngine  # noqa: PLC0415
 
     config = small_config(launch__processes_per_node=2, **{EP: 2, **zero(2)})
     assert run_ranks(2, foreign_experts, config) == [True, True]

@@ -26,7 +26,7 @@ SWAP = ["zero={engine: deepspeed, stage: 3, offload: optimizer, offload_device: 
 def can_swap(deepspeed_imported: None) -> None:
     if problems := nvme.compiler_problems():
         pytest.skip(problems[0].rule)
-    from parallel.compat.deepspeed_operators import build_async_io  # noqa: PLC0415  (after the fixture before)
+    from parallel.compat.deepspeed.operators import build_async_io  # noqa: PLC0415  (after the fixture before)
 
     build_async_io()
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.compat.deepspeed_guards import GuardedEngine
+from parallel.compat.deepspeed.guards import GuardedEngine
 from parallel.compat.private_names import LibraryImports, require_names
 
 with LibraryImports(__name__):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.compat.deepspeed_guards import GuardedEngine
-from parallel.compat.deepspeed_partition import CutParameters, FlatRange
+from parallel.compat.deepspeed.guards import GuardedEngine
+from parallel.compat.deepspeed.partition import CutParameters, FlatRange
 from parallel.compat.private_names import LibraryImports, require_names
 
 with LibraryImports(__name__):

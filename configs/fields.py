@@ -14,7 +14,7 @@ from configs.errors import Problem
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """What a single key accepts, regardless of the others. `low` is inclusive, `above` is exclusive, `high` inclusive.
 
     NaN is never accepted. Infinity is accepted where `infinite` says so.
@@ -60,7 +60,7 @@ def key(
     infinite: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and its rule."""
-    metadata = {"doc": doc, "rule": Rule(choices, low, above, high, infinite)}
+    metadata = {"doc": doc, "rule": KeyRule(choices, low, above, high, infinite)}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -16,7 +16,7 @@ from configs.errors import Problem
 from configs.keys import Key, all_keys, key_names, keys_of, nearest
 from configs.schema import Config
 from configs.secrets import shown
-from configs.sources import COMMAND_LINE, Source
+from configs.sources import COMMAND_LINE, ConfigSource
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Layers:
         fix = f"did you mean {name}?" if name else "sections are " + ", ".join(key_names(Config))
         self.refuse(path, got, f"no such key (from: {source})", fix)
 
-    def merge(self, source: Source) -> None:
+    def merge(self, source: ConfigSource) -> None:
         """Lay a source's nested values over what is set."""
         self._merge_section(Config, "", source.tree, source.texts, source.name)
 

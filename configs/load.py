@@ -24,7 +24,7 @@ from configs.keys import WORDS, all_keys
 from configs.layers import Layers
 from configs.schema import Config
 from configs.secrets import check_secrets
-from configs.sources import Source, file_sources, override_values, parse_yaml
+from configs.sources import ConfigSource, file_sources, override_values, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def from_yaml_text(text: str, name: str = "config.yaml") -> Config:
     """The config of a resolved file's text (`to_yaml`). Raises ConfigError; `name` is blamed for unreadable YAML."""
     layers = Layers()
     tree, texts, layers.problems = parse_yaml(text, name)
-    layers.merge(Source(name, tree, texts))
+    layers.merge(ConfigSource(name, tree, texts))
     return _finish(layers).config
 
 

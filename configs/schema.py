@@ -117,7 +117,7 @@ class Schedule:
 
 
 @dataclass
-class Tokenizer:
+class TokenizerConfig:
     kind: str = key("sentencepiece", "file format", choices=("sentencepiece", "huggingface"))
     path: Optional[str] = key(None, "tokenizer.model (sentencepiece) or tokenizer.json (huggingface)")
     eod: Optional[str] = key(None, "text of the end-of-document token; None: found by its usual names, <|endoftext|> first")
@@ -131,7 +131,7 @@ class BlendPart:
 
 @dataclass
 class Data:
-    tokenizer: Tokenizer = key(factory=Tokenizer)
+    tokenizer: TokenizerConfig = key(factory=TokenizerConfig)
     train: List[BlendPart] = key(factory=list, doc="what is trained on: {path, weight} each")
     valid: List[BlendPart] = key(factory=list, doc="held-out text; empty: split off train by valid_fraction")
     valid_fraction: float = key(0.01, "documents at the end of each part that are held out, when valid is empty", low=0, high=0.5)

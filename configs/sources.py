@@ -1,4 +1,4 @@
-"""Where values come from: YAML files with their `base:` files, and key=value words. Names and text in, `Source`s out.
+"""Where values come from: YAML files with their `base:` files, and key=value words. Names and text in, `ConfigSource`s out.
 
 Nothing here knows the schema. Every function collects its problems instead of stopping at the first.
 
@@ -27,7 +27,7 @@ _TextLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """One layer of values. `tree` is nested plain data; `texts` the same with every scalar as it was written."""
 
     name: str
@@ -99,7 +99,7 @@ def _base_names(value: Any, name: str) -> tuple[list[str], list[Problem]]:
     return [], [Problem(f"{name}: base", value, "must be a config's name or path, or a list of them", "base: [model/tiny_moe]")]
 
 
-def file_sources(name: str, folder: Path | None = None, chain: tuple[Path, ...] = ()) -> tuple[list[Source], list[Problem]]:
+def file_sources(name: str, folder: Path | None = None, chain: tuple[Path, ...] = ()) -> tuple[list[ConfigSource], list[Problem]]:
     """The layers of a config file: its `base:` files first, in order, each with its own bases. `chain`: files being read."""
     path = find_file(name, folder or Path.cwd())
     if path is None:
@@ -123,7 +123,7 @@ def file_sources(name: str, folder: Path | None = None, chain: tuple[Path, ...] 
         more, more_problems = file_sources(base, path.parent, (*chain, path))
         sources += more
         problems += more_problems
-    return [*sources, Source(display_name(path), tree, texts)], problems
+    return [*sources, ConfigSource(display_name(path), tree, texts)], problems
 
 
 def _parse_value(text: str, name: str) -> tuple[Any, Any, list[Problem]]:

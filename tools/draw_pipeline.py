@@ -16,7 +16,7 @@ FORWARD_SLOTS, BACKWARD_SLOTS = 1, 2
 
 
 @dataclass(frozen=True)
-class Pass:
+class ChunkPass:
     """One micro-batch through one chunk of a stage. All numbers from 0."""
 
     backward: bool
@@ -24,7 +24,7 @@ class Pass:
     micro_batch: int
 
 
-def passes_of(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Pass]:
+def passes_of(stage: int, stages: int, chunks: int, micro_batches: int) -> list[ChunkPass]:
     """What one stage runs, in order."""
     # With chunks, micro-batches go through each chunk in groups as large as there are stages.
     group = stages if chunks > 1 else 1
@@ -36,17 +36,17 @@ def passes_of(stage: int, stages: int, chunks: int, micro_batches: int) -> list[
     ]
     warm_up = (stages - stage - 1) * (2 if chunks > 1 else 1) + (chunks - 1) * group
     warm_up = min(warm_up, len(table))
-    forward = [Pass(False, chunk, micro) for chunk, micro in table]
-    backward = [Pass(True, chunks - 1 - chunk, micro) for chunk, micro in table]
+    forward = [ChunkPass(False, chunk, micro) for chunk, micro in table]
+    backward = [ChunkPass(True, chunks - 1 - chunk, micro) for chunk, micro in table]
     steady = len(table) - warm_up
     pairs = [one for number in range(steady) for one in (forward[warm_up + number], backward[number])]
     return [*forward[:warm_up], *pairs, *backward[steady:]]
 
 
-def start_slots(stages: int, chunks: int, micro_batches: int) -> dict[tuple[int, Pass], int]:
+def start_slots(stages: int, chunks: int, micro_batches: int) -> dict[tuple[int, ChunkPass], int]:
     """(stage, pass) -> the slot in which it starts, each as early as its input and its stage allow."""
     waiting = [passes_of(stage, stages, chunks, micro_batches) for stage in range(stages)]
-    starts: dict[tuple[int, Pass], int] = {}
+    starts: dict[tuple[int, ChunkPass], int] = {}
     position, free = [0] * stages, [0] * stages
     left = sum(map(len, waiting))
     while left:
@@ -66,19 +66,19 @@ def start_slots(stages: int, chunks: int, micro_batches: int) -> dict[tuple[int,
     return starts
 
 
-def _slots(one: Pass) -> int:
+def _slots(one: ChunkPass) -> int:
     return BACKWARD_SLOTS if one.backward else FORWARD_SLOTS
 
 
-def _source(stage: int, one: Pass, stages: int, chunks: int) -> tuple[int, Pass] | None:
+def _source(stage: int, one: ChunkPass, stages: int, chunks: int) -> tuple[int, ChunkPass] | None:
     """The pass whose output this one takes; None for the embedding's."""
     step, ends_at, next_stage = (1, stages - 1, 0) if one.backward else (-1, 0, stages - 1)
     if stage != ends_at:
         return stage + step, one
     chunk = one.chunk + step
     if 0 <= chunk < chunks:
-        return next_stage, Pass(one.backward, chunk, one.micro_batch)
-    return (stage, Pass(False, one.chunk, one.micro_batch)) if one.backward else None
+        return next_stage, ChunkPass(one.backward, chunk, one.micro_batch)
+    return (stage, ChunkPass(False, one.chunk, one.micro_batch)) if one.backward else None
 
 
 def draw_pipeline(stages: int, chunks: int, micro_batches: int) -> list[str]:

@@ -1,1 +1,1 @@
-"""Which configs are legal: rules between keys, the table of engines and layouts, notices. Nothing here imports torch."""
+"""Legal configs: rules between keys, the table of engines and ZeRO stages, notices. Nothing here imports torch."""

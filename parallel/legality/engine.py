@@ -1,4 +1,4 @@
-"""Rules of the engine, ZeRO, precision and recompute: what holds gradients and states, and in which numbers.
+"""Rules of the engine, ZeRO, precision and recomputation. Config in, problems out.
 
 Torch-free.
 """
@@ -17,6 +17,7 @@ from parallel.legality.zero_table import REFUSED, STAGES, applying
 
 @reads("zero.engine", "zero.stage")
 def engine_has_stage(config: Config) -> Iterator[Problem]:
+    """The engine has the ZeRO stage: megatron 0 and 1, deepspeed 0 to 3."""
     zero = config.zero
     if zero.stage not in STAGES[zero.engine]:
         rule = "the megatron engine shards optimizer state only: stage 0 or 1; 2 and 3 are deepspeed's"
@@ -25,7 +26,7 @@ def engine_has_stage(config: Config) -> Iterator[Problem]:
 
 @reads("zero", "parallel", "precision", "model.tie_embeddings", "model.mtp", "model.mla", "recompute.mode")
 def zero_goes_with(config: Config) -> Iterator[Problem]:
-    """The table of engines, stages and offload (parallel/legality/zero_table.py)."""
+    """The table of engines, ZeRO stages and offload (parallel/legality/zero_table.py) does not refuse a feature of the run."""
     for feature, entry in applying(config):
         if entry.verdict == REFUSED:
             got = attrgetter(feature.path)(config)
@@ -34,6 +35,7 @@ def zero_goes_with(config: Config) -> Iterator[Problem]:
 
 @reads("zero")
 def offload_has_a_place(config: Config) -> Iterator[Problem]:
+    """Offload to NVMe names a folder, and keys of offload are unset without offload."""
     zero = config.zero
     if zero.offload != "none" and zero.offload_device == "nvme" and not zero.nvme_path:
         yield Problem("zero.nvme_path", zero.nvme_path, "zero.offload_device = nvme needs a folder", "set zero.nvme_path")
@@ -45,7 +47,9 @@ def offload_has_a_place(config: Config) -> Iterator[Problem]:
 
 @reads("zero", "model.tie_embeddings", "model.mtp", "parallel.pipeline")
 def overlap_fits(config: Config) -> Iterator[Problem]:
-    """What reductions beside the backward pass need: every weight of a stage gets its gradient in that stage's own pass."""
+    """Overlapped gradient reduction needs a gradient of every weight of a stage in that stage's own backward pass; weights are
+    gathered during the forward pass only where gradients are reduced during the backward pass.
+    """
     zero, model = config.zero, config.model
     if zero.overlap_grad_reduce and model.tie_embeddings and model.mtp.num_layers and config.parallel.pipeline > 1:
         rule = (
@@ -60,13 +64,15 @@ def overlap_fits(config: Config) -> Iterator[Problem]:
 
 @reads("parallel", "precision.params", "recompute", "model", "zero.engine")
 def expert_overlap_fits(config: Config) -> Iterator[Problem]:
+    """parallel.overlap_expert_comm meets every need of `expert_overlap_problems`."""
     if config.parallel.overlap_expert_comm:
         yield from expert_overlap_problems(config)
 
 
 def expert_overlap_problems(config: Config) -> Iterator[Problem]:
-    """What keeps tokens from travelling beside another micro-batch: Megatron-Core's overlap_moe_expert_parallel_comm, which
-    runs layers part by part, in a schedule of its own.
+    """Needs of Megatron-Core's overlap_moe_expert_parallel_comm that the config does not meet, whatever the key's value.
+
+    The feature sends tokens to experts while another micro-batch computes. It runs layers in parts, in its own schedule.
     """
     model, p, recompute = config.model, config.parallel, config.recompute
     dropped = recompute.modules if recompute.mode == "selective" else []
@@ -97,6 +103,7 @@ def expert_overlap_problems(config: Config) -> Iterator[Problem]:
 
 @reads("precision")
 def gradient_precision(config: Config) -> Iterator[Problem]:
+    """fp32 weights have fp32 gradients."""
     precision = config.precision
     if precision.grads == "bf16" and precision.params == "fp32":
         rule = "gradients can't be coarser than the weights they belong to: precision.params = fp32"
@@ -105,6 +112,7 @@ def gradient_precision(config: Config) -> Iterator[Problem]:
 
 @reads("precision", "cluster")
 def fp8_needs_gpu(config: Config) -> Iterator[Problem]:
+    """fp8 products need a GPU and bf16 weights."""
     precision = config.precision
     if precision.fp8 == "none":
         return
@@ -120,6 +128,7 @@ def fp8_needs_gpu(config: Config) -> Iterator[Problem]:
 
 @reads("precision", "model", "parallel.tensor", "parallel.expert_tensor")
 def fp8_widths(config: Config) -> Iterator[Problem]:
+    """fp8 products need widths in multiples of 16 on each rank, and a dispatcher that can pad tokens."""
     model, p = config.model, config.parallel
     if config.precision.fp8 == "none":
         return
@@ -140,6 +149,7 @@ def fp8_widths(config: Config) -> Iterator[Problem]:
 
 @reads("recompute", "model.moe", "model.mla", "model.mlp_bias", "model.num_layers", "precision")
 def recompute_modules(config: Config) -> Iterator[Problem]:
+    """Selective recomputation names parts that the model has and that can be recomputed."""
     recompute, model = config.recompute, config.model
     if recompute.mode != "selective":
         return
@@ -174,6 +184,7 @@ def recompute_modules(config: Config) -> Iterator[Problem]:
 
 @reads("recompute", "model.num_layers", "model.mtp", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.pipeline_split")
 def recompute_layers(config: Config) -> Iterator[Problem]:
+    """Full recomputation names at most the layers of the longest chunk, and one layer with multi-token prediction."""
     recompute, model, p = config.recompute, config.model, config.parallel
     if recompute.mode != "full":
         return

@@ -1,7 +1,7 @@
 """Rules of the degrees: world, tensor, sequence, pipeline, context, expert against the model. Config in, problems out.
 
-Origin: what megatron-core 0.16.1 asserts on the node (transformer_config, attention, moe_layer, schedules, layers), asked
-before anything starts.
+Source: the assertions of megatron-core 0.16.1 on compute nodes (transformer_config, attention, moe_layer, schedules,
+layers), checked here before anything starts.
 
 Torch-free.
 """
@@ -23,6 +23,7 @@ WORLD = ("launch.nodes", "launch.processes_per_node")
 
 @reads(*DEGREES, *WORLD)
 def degrees_divide_world(config: Config) -> Iterator[Problem]:
+    """The number of ranks is a multiple of tensor x context x pipeline."""
     p, world = config.parallel, world_size(config)
     size = p.tensor * p.context * p.pipeline
     if world % size:
@@ -36,6 +37,7 @@ def degrees_divide_world(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.expert", "parallel.expert_tensor", "parallel.pipeline", *WORLD)
 def expert_degrees_divide_world(config: Config) -> Iterator[Problem]:
+    """The number of ranks is a multiple of expert_tensor x expert x pipeline."""
     p, world = config.parallel, world_size(config)
     size = p.expert_tensor * p.expert * p.pipeline
     if world % size:
@@ -49,6 +51,7 @@ def expert_degrees_divide_world(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.expert", "parallel.expert_tensor", "model.moe.num_experts")
 def expert_degrees_need_experts(config: Config) -> Iterator[Problem]:
+    """A dense model has expert and expert_tensor degrees of 1."""
     for name in ("expert", "expert_tensor"):
         degree = getattr(config.parallel, name)
         if degree > 1 and not has_experts(config):
@@ -58,6 +61,7 @@ def expert_degrees_need_experts(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.expert", "model.moe.num_experts")
 def experts_divide(config: Config) -> Iterator[Problem]:
+    """The expert degree divides the number of experts."""
     experts, degree = config.model.moe.num_experts, config.parallel.expert
     if experts and experts % degree:
         rule = f"must divide model.moe.num_experts = {experts}"
@@ -66,6 +70,7 @@ def experts_divide(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "model.attention")
 def heads_divide(config: Config) -> Iterator[Problem]:
+    """The tensor degree divides the number of query heads."""
     heads, tensor = config.model.attention.num_heads, config.parallel.tensor
     if heads % tensor:
         rule = f"must divide model.attention.num_heads = {heads}"
@@ -74,6 +79,7 @@ def heads_divide(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "model.attention", "model.hidden_size", "model.mla")
 def query_groups_divide(config: Config) -> Iterator[Problem]:
+    """The tensor degree divides the number of key/value heads, or is a multiple of it that divides the rows of their weight."""
     model, tensor = config.model, config.parallel.tensor
     groups, heads = arch.num_query_groups(model), model.attention.num_heads
     if arch.is_mla(model) or heads % tensor or heads % groups:
@@ -89,6 +95,7 @@ def query_groups_divide(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "model.ffn_hidden_size", "model.hidden_size", "model.moe", "model.num_layers")
 def ffn_divides(config: Config) -> Iterator[Problem]:
+    """The inner width of dense MLPs and of the shared expert is a multiple of the tensor degree."""
     model, tensor = config.model, config.parallel.tensor
     kinds = arch.moe_layers(model)
     if not all(kinds) and arch.ffn(model) % tensor:
@@ -102,6 +109,7 @@ def ffn_divides(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.expert_tensor", "model.ffn_hidden_size", "model.hidden_size", "model.moe")
 def expert_ffn_divides(config: Config) -> Iterator[Problem]:
+    """The expert_tensor degree divides the inner width of a routed expert."""
     degree, width = config.parallel.expert_tensor, arch.expert_ffn(config.model)
     if has_experts(config) and width % degree:
         fix = f"set parallel.expert_tensor to {near_divisors(width, degree)}"
@@ -110,6 +118,7 @@ def expert_ffn_divides(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "model.vocab_size", "model.vocab_multiple")
 def padded_vocab_divides(config: Config) -> Iterator[Problem]:
+    """The tensor degree divides the rows of the padded vocabulary."""
     model, tensor = config.model, config.parallel.tensor
     # Without a stated vocabulary any multiple may come out.
     rows = model.vocab_multiple if model.vocab_size is None else arch.padded_vocab(model, model.vocab_size)
@@ -121,6 +130,7 @@ def padded_vocab_divides(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "parallel.sequence", "model.moe.num_experts")
 def sequence_needs_tensor(config: Config) -> Iterator[Problem]:
+    """Sequence parallelism needs tensor parallelism, and a MoE model with tensor parallelism needs sequence parallelism."""
     p = config.parallel
     if p.sequence and p.tensor == 1:
         rule = "sequence parallelism splits the work between tensor parallel ranks: parallel.tensor = 1"
@@ -132,6 +142,7 @@ def sequence_needs_tensor(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.tensor", "parallel.sequence", "parallel.context", "batch.seq_length_tokens")
 def sequence_length_divides(config: Config) -> Iterator[Problem]:
+    """The sequence length divides over context ranks (two parts each) and over tensor ranks with sequence parallelism."""
     p, length = config.parallel, config.batch.seq_length_tokens
     sequence = sequence_parallel(config)
     parts = 2 * p.context if p.context > 1 else 1
@@ -156,6 +167,7 @@ def sequence_length_divides(config: Config) -> Iterator[Problem]:
     "data.document_mask",
 )
 def context_comm_fits(config: Config) -> Iterator[Problem]:
+    """The way keys and values travel between context ranks suits the heads, the attention window, sinks and document masks."""
     p, attention = config.parallel, config.model.attention
     if p.context == 1:
         return
@@ -182,6 +194,7 @@ def context_comm_fits(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.pipeline", "parallel.virtual_pipeline")
 def virtual_pipeline_needs_stages(config: Config) -> Iterator[Problem]:
+    """Several chunks a stage need more than one pipeline stage."""
     p = config.parallel
     if (p.virtual_pipeline or 1) > 1 and p.pipeline == 1:
         fix = "set parallel.virtual_pipeline=null, or parallel.pipeline=2"
@@ -190,6 +203,7 @@ def virtual_pipeline_needs_stages(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.pipeline", "parallel.virtual_pipeline", "parallel.pipeline_split", "model.num_layers")
 def layers_fill_chunks(config: Config) -> Iterator[Problem]:
+    """Without an explicit split every chunk gets at least one layer."""
     p, layers = config.parallel, config.model.num_layers
     chunks = p.pipeline * (p.virtual_pipeline or 1)
     if p.pipeline_split is None and layers < chunks:
@@ -202,6 +216,7 @@ def layers_fill_chunks(config: Config) -> Iterator[Problem]:
 
 @reads("parallel.pipeline", "parallel.virtual_pipeline", "parallel.pipeline_split", "model.num_layers", "model.mtp")
 def split_fits(config: Config) -> Iterator[Problem]:
+    """An explicit split names every chunk, adds up to the layers, and leaves only the first or last chunk without layers."""
     p, layers, split = config.parallel, config.model.num_layers, config.parallel.pipeline_split
     chunks = p.pipeline * (p.virtual_pipeline or 1)
     if split is None:
@@ -222,6 +237,7 @@ def split_fits(config: Config) -> Iterator[Problem]:
 
 @reads("batch", *DEGREES, *WORLD, "parallel.virtual_pipeline")
 def micro_batches_fill_interleaving(config: Config) -> Iterator[Problem]:
+    """With several chunks a stage, the micro-batches of a step are a multiple of the pipeline degree."""
     p, data = config.parallel, data_size(config)
     if (p.virtual_pipeline or 1) == 1 or data is None:
         return

@@ -1,4 +1,4 @@
-"""Rules inside the `model` section: what megatron-core 0.16.1 can build, and what would contradict itself.
+"""Rules inside the `model` section: what megatron-core 0.16.1 can build, and keys that contradict each other.
 
 Torch-free.
 """
@@ -17,6 +17,7 @@ from parallel.legality.rules import has_experts, near_divisors, near_multiples, 
 
 @reads("model.attention", "model.hidden_size", "model.mla")
 def head_width(config: Config) -> Iterator[Problem]:
+    """Without model.attention.head_dim the hidden size is a multiple of the number of heads."""
     model, attention = config.model, config.model.attention
     if attention.head_dim is None and not arch.is_mla(model) and model.hidden_size % attention.num_heads:
         rule = f"must be a multiple of model.attention.num_heads = {attention.num_heads} while head_dim is not stated"
@@ -26,6 +27,7 @@ def head_width(config: Config) -> Iterator[Problem]:
 
 @reads("model.attention")
 def heads_in_groups(config: Config) -> Iterator[Problem]:
+    """The number of key/value heads divides the number of query heads."""
     heads, groups = config.model.attention.num_heads, arch.num_query_groups(config.model)
     if heads % groups:
         rule = f"must divide model.attention.num_heads = {heads}"
@@ -35,6 +37,7 @@ def heads_in_groups(config: Config) -> Iterator[Problem]:
 
 @reads("model.position", "model.attention", "model.hidden_size", "model.mla")
 def rotated_width_is_even(config: Config) -> Iterator[Problem]:
+    """Rotary positions turn pairs of dims: the rotated width of a head is even."""
     model = config.model
     if model.position.kind != "rope":
         return
@@ -48,6 +51,7 @@ def rotated_width_is_even(config: Config) -> Iterator[Problem]:
 
 @reads("model.mla", "model.attention", "model.position")
 def latent_attention(config: Config) -> Iterator[Problem]:
+    """Multi-head latent attention excludes keys of ordinary attention; its own keys need kv_lora_rank."""
     model, attention, position = config.model, config.model.attention, config.model.position
     if not arch.is_mla(model):
         if model.mla.q_lora_rank is not None:
@@ -73,6 +77,7 @@ def latent_attention(config: Config) -> Iterator[Problem]:
 
 @reads("model.position", "model.mla")
 def rope_scaling(config: Config) -> Iterator[Problem]:
+    """Scaling of rotary positions needs rotary positions, and the values that megatron-core fixes for its kind."""
     position, scaling = config.model.position, config.model.position.scaling
     if scaling.kind == "none":
         if scaling.factor != 1.0:
@@ -99,6 +104,7 @@ def rope_scaling(config: Config) -> Iterator[Problem]:
 
 @reads("model.max_position_tokens", "batch.seq_length_tokens")
 def positions_cover_sequence(config: Config) -> Iterator[Problem]:
+    """A training sequence is at most as long as model.max_position_tokens."""
     longest, length = config.model.max_position_tokens, config.batch.seq_length_tokens
     if longest is not None and length > longest:
         rule = f"must be at most model.max_position_tokens = {longest}"
@@ -107,6 +113,7 @@ def positions_cover_sequence(config: Config) -> Iterator[Problem]:
 
 @reads("model.mlp_bias", "model.attention", "model.moe.router.bias", "model.moe.num_experts", "model.mla")
 def biases_go_together(config: Config) -> Iterator[Problem]:
+    """Biases of the output projection, the router and query/key/value follow model.mlp_bias: megatron-core has one switch."""
     model, attention = config.model, config.model.attention
     together = [("attention.output_bias", attention.output_bias)]
     together += [("moe.router.bias", model.moe.router.bias)] if has_experts(config) else []
@@ -121,6 +128,7 @@ def biases_go_together(config: Config) -> Iterator[Problem]:
 
 @reads("model.mlp_bias", "model.moe", "parallel.expert_tensor")
 def expert_biases(config: Config) -> Iterator[Problem]:
+    """Biases in experts exclude expert_tensor above 1 and shared experts."""
     model, degree = config.model, config.parallel.expert_tensor
     if not (model.mlp_bias and has_experts(config)):
         return
@@ -134,6 +142,7 @@ def expert_biases(config: Config) -> Iterator[Problem]:
 
 @reads("model.moe", "model.num_layers")
 def pattern_fits(config: Config) -> Iterator[Problem]:
+    """model.moe.layer_pattern names every layer, and a model with experts has at least one MoE layer."""
     moe, layers = config.model.moe, config.model.num_layers
     if moe.layer_pattern is not None and len(moe.layer_pattern) != layers:
         rule = f"must name each of the model.num_layers = {layers} layers, not {len(moe.layer_pattern)}"
@@ -147,6 +156,7 @@ def pattern_fits(config: Config) -> Iterator[Problem]:
 
 @reads("model.attention", "model.num_layers", "model.mtp")
 def window_pattern_fits(config: Config) -> Iterator[Problem]:
+    """model.attention.window_pattern names every layer, needs a window size, and excludes multi-token prediction."""
     attention, layers = config.model.attention, config.model.num_layers
     path, pattern = "model.attention.window_pattern", attention.window_pattern
     if pattern is None:
@@ -164,6 +174,7 @@ def window_pattern_fits(config: Config) -> Iterator[Problem]:
 
 @reads("model.moe")
 def expert_keys_need_experts(config: Config) -> Iterator[Problem]:
+    """Keys of experts are unset in a dense model."""
     moe = config.model.moe
     if has_experts(config):
         return
@@ -176,6 +187,7 @@ def expert_keys_need_experts(config: Config) -> Iterator[Problem]:
 
 @reads("model.moe")
 def top_k_fits(config: Config) -> Iterator[Problem]:
+    """A token uses at most all experts."""
     moe = config.model.moe
     if has_experts(config) and moe.top_k > moe.num_experts:
         rule = f"must be at most model.moe.num_experts = {moe.num_experts}"
@@ -184,6 +196,7 @@ def top_k_fits(config: Config) -> Iterator[Problem]:
 
 @reads("model.moe")
 def router_groups(config: Config) -> Iterator[Problem]:
+    """Group-limited routing: groups divide the experts, and the chosen groups hold at least top_k experts."""
     moe, router = config.model.moe, config.model.moe.router
     groups, chosen = router.num_groups, router.group_top_k
     if (groups is None and chosen is None) or not has_experts(config):
@@ -201,14 +214,15 @@ def router_groups(config: Config) -> Iterator[Problem]:
         rule = f"must be at most model.moe.router.num_groups = {groups}"
         yield Problem("model.moe.router.group_top_k", chosen, rule, f"set it to {groups} or less")
         return
-    room = chosen * (moe.num_experts // groups)
-    if not chosen <= moe.top_k <= room:
-        rule = f"must be at least group_top_k = {chosen} and at most the {room} experts of the chosen groups"
-        yield Problem("model.moe.top_k", moe.top_k, rule, f"set model.moe.top_k between {chosen} and {room}")
+    available = chosen * (moe.num_experts // groups)
+    if not chosen <= moe.top_k <= available:
+        rule = f"must be at least group_top_k = {chosen} and at most the {available} experts of the chosen groups"
+        yield Problem("model.moe.top_k", moe.top_k, rule, f"set model.moe.top_k between {chosen} and {available}")
 
 
 @reads("model.moe")
 def router_weights(config: Config) -> Iterator[Problem]:
+    """Normalisation of the chosen experts' weights and the selection bias suit top_k and the score function."""
     moe, router = config.model.moe, config.model.moe.router
     if not has_experts(config):
         return
@@ -226,6 +240,7 @@ def router_weights(config: Config) -> Iterator[Problem]:
 
 @reads("model.moe")
 def shared_expert_keys(config: Config) -> Iterator[Problem]:
+    """The gate and the overlap of a shared expert need one, and the overlap needs the alltoall dispatcher."""
     moe = config.model.moe
     for name in ("shared_gate", "shared_overlap"):
         if getattr(moe, name) and not moe.shared_ffn_hidden_size:
@@ -237,13 +252,16 @@ def shared_expert_keys(config: Config) -> Iterator[Problem]:
 
 
 def may_be_flex(config: Config) -> bool:
-    """Whether the model may have the flex dispatcher here: what `dispatcher_fits` and `shared_expert_keys` ask, of any layout."""
+    """Whether the flex dispatcher is legal for the model on this cluster, for some layout: as `dispatcher_fits` and
+    `shared_expert_keys` say.
+    """
     moe = config.model.moe
     return has_experts(config) and on_gpu(config) and not moe.pad_to_capacity and not moe.shared_overlap
 
 
 @reads("model.moe", "parallel.tensor", "parallel.expert", "parallel.expert_tensor", "cluster")
 def dispatcher_fits(config: Config) -> Iterator[Problem]:
+    """Padding to capacity needs a capacity and the alltoall dispatcher; the flex dispatcher needs GPUs and expert parallelism."""
     moe, p = config.model.moe, config.parallel
     if not has_experts(config):
         return
@@ -285,6 +303,7 @@ def capacity_fits_micro_batch(config: Config) -> Iterator[Problem]:
 
 @reads("model.mtp", "model.position.kind")
 def prediction_depths(config: Config) -> Iterator[Problem]:
+    """Multi-token prediction excludes learned positions."""
     depths, kind = config.model.mtp.num_layers, config.model.position.kind
     if depths and kind == "learned":
         rule = "multi-token prediction needs rotary positions or none, not learned ones"
@@ -293,6 +312,7 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
 
 @reads("model.planning_only", "model.attention.qk_norm_span")
 def can_be_built(config: Config) -> Iterator[Problem]:
+    """The preset can be trained: it is not for planning only, and its query and key norms span one head."""
     model = config.model
     if model.planning_only:
         rule = f"this preset is for counting and planning only: {model.planning_only}"
@@ -304,6 +324,7 @@ def can_be_built(config: Config) -> Iterator[Problem]:
 
 @reads("model.mla", "model.norm_eps", "cluster")
 def latent_norm_epsilon(config: Config) -> Iterator[Problem]:
+    """On GPUs the norms of latent attention have the epsilon of all other norms."""
     own = config.model.mla.norm_eps
     if arch.is_mla(config.model) and on_gpu(config) and own is not None and own != config.model.norm_eps:
         rule = f"must be model.norm_eps = {config.model.norm_eps:g} on GPUs: Transformer Engine's fused norms have one epsilon"

@@ -1,4 +1,4 @@
-"""Legal, but worth knowing: what leaves the fast network, what makes numbers depend on the layout, what has no effect.
+"""Notices on legal configs: groups that leave the fast network, numbers that depend on the layout, keys without effect.
 
 Torch-free.
 """
@@ -16,7 +16,7 @@ from parallel.legality.zero_table import COSTS, applying
 
 
 def _domain(config: Config) -> tuple[int, str]:
-    """(ranks that talk at full speed, what they share): the node without GPUs, else the scale-up domain."""
+    """(number of ranks that share the fast network, its name): the node without GPUs, else the scale-up domain."""
     if not on_gpu(config):
         return config.launch.processes_per_node, "a node"
     return config.cluster.scaleup_gpus or config.cluster.gpus_per_node, "the scale-up domain"
@@ -24,6 +24,7 @@ def _domain(config: Config) -> tuple[int, str]:
 
 @reads("parallel", "cluster", *WORLD)
 def groups_leave_domain(config: Config) -> Iterator[Notice]:
+    """Tensor or expert groups span more than the fast network."""
     p, (domain, what) = config.parallel, _domain(config)
     if config.launch.nodes == 1:
         return
@@ -39,6 +40,7 @@ def groups_leave_domain(config: Config) -> Iterator[Notice]:
 
 @reads("batch", "parallel", *WORLD)
 def pipeline_bubble(config: Config) -> Iterator[Notice]:
+    """Pipeline stages wait for more than a quarter of a step."""
     p, data = config.parallel, data_size(config)
     if p.pipeline == 1 or data is None or config.batch.global_batch_seqs % (config.batch.micro_batch_seqs * data):
         return
@@ -51,6 +53,7 @@ def pipeline_bubble(config: Config) -> Iterator[Notice]:
 
 @reads("zero", "parallel", "precision", "model.tie_embeddings", "model.mtp", "model.mla", "recompute.mode")
 def zero_costs(config: Config) -> Iterator[Notice]:
+    """The table of engines and ZeRO stages (zero_table.py) names a cost for a feature of the run."""
     for feature, entry in applying(config):
         if entry.verdict == COSTS:
             yield Notice(feature.path, f"zero.engine = {entry.engine}: {entry.why}")
@@ -58,6 +61,7 @@ def zero_costs(config: Config) -> Iterator[Notice]:
 
 @reads("model", "batch.micro_batch_seqs", "batch.global_batch_seqs")
 def numbers_depend_on_layout(config: Config) -> Iterator[Notice]:
+    """Dropout, jitter, dropped tokens or a balancing loss make the numbers depend on the layout or the micro-batch."""
     model, moe, router = config.model, config.model.moe, config.model.moe.router
     if model.hidden_dropout or model.attention.dropout:
         path = "model.hidden_dropout" if model.hidden_dropout else "model.attention.dropout"
@@ -79,6 +83,7 @@ def numbers_depend_on_layout(config: Config) -> Iterator[Notice]:
 
 @reads("model.moe")
 def nothing_balances(config: Config) -> Iterator[Notice]:
+    """No loss and no bias balances the experts."""
     router = config.model.moe.router
     if has_experts(config) and not router.expert_bias and (router.balance == "none" or router.aux_loss_coeff == 0):
         yield Notice("model.moe.router.balance", "nothing balances the experts: some may stop learning")
@@ -86,6 +91,7 @@ def nothing_balances(config: Config) -> Iterator[Notice]:
 
 @reads("model.moe")
 def groups_score_logits(config: Config) -> Iterator[Notice]:
+    """megatron-core ranks groups of experts by sums of logits when softmax scores are normalised after top-k."""
     router = config.model.moe.router
     if has_experts(config) and router.num_groups and router.score == "softmax" and router.normalize_top_k:
         text = "megatron-core ranks groups by sums of logits here, not of probabilities (normalize_top_k=false ranks by those)"
@@ -94,6 +100,7 @@ def groups_score_logits(config: Config) -> Iterator[Notice]:
 
 @reads("schedule", "run", "batch")
 def steps_after_horizon(config: Config) -> Iterator[Notice]:
+    """Some steps train after the end of the learning rate schedule."""
     if config.schedule.horizon_steps is None or config.schedule.kind == "constant":
         return
     if (config.run.steps is None) == (config.run.tokens is None):
@@ -106,6 +113,7 @@ def steps_after_horizon(config: Config) -> Iterator[Notice]:
 
 @reads("model.attention", "batch.seq_length_tokens", "schedule", "run.eval_batches", "run.eval_interval_steps")
 def without_effect(config: Config) -> Iterator[Notice]:
+    """A key is set that has no effect."""
     window, length = config.model.attention.window_size_tokens, config.batch.seq_length_tokens
     if window is not None and window >= length:
         yield Notice("model.attention.window_size_tokens", f"has no effect: sequences have {length} tokens")

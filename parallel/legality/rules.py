@@ -1,7 +1,7 @@
-"""What a rule between keys is made of.
+"""The parts of a rule between keys.
 
-A rule is a short function of the config that yields problems (or notices); it declares the keys that it reads, and is
-passed over when one of those is bad by itself, so that no rule meets a degree of zero or a word it doesn't know.
+A rule is a short function of the config that yields problems or notices. It declares the keys that it reads, and is skipped
+when one of them is bad by itself. A rule therefore never sees a degree of zero or an unknown choice.
 
 Torch-free.
 """
@@ -19,8 +19,8 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Found]):
-    """`check` holds a config against the rule; `reads` are the keys and sections it looks at."""
+class LegalityRule(Generic[Found]):
+    """`check` yields what breaks the rule in a config; `reads` names the keys and sections that it reads."""
 
     name: str
     reads: tuple[str, ...]
@@ -31,19 +31,19 @@ class Rule(Generic[Found]):
         return not any(path == key or path.startswith((key + ".", key + "[")) for path in bad_paths for key in self.reads)
 
 
-def reads(*keys: str) -> Callable[[Callable[[Config], Iterable[Found]]], Rule[Found]]:
-    """Turns a function into a `Rule` that reads `keys`."""
-    return lambda check: Rule(check.__name__, keys, check)
+def reads(*keys: str) -> Callable[[Callable[[Config], Iterable[Found]]], LegalityRule[Found]]:
+    """Turns a function into a `LegalityRule` that reads `keys`."""
+    return lambda check: LegalityRule(check.__name__, keys, check)
 
 
 def near_multiples(value: int, base: int) -> str:
-    """The multiples of `base` around `value`, for a fix: "6 or 8"."""
+    """The multiples of `base` next to `value`, as text for a fix: "6 or 8"."""
     lower = value // base * base
     return f"{lower} or {lower + base}" if lower else str(base)
 
 
 def near_divisors(value: int, wanted: int) -> str:
-    """The divisors of `value` around `wanted`, for a fix."""
+    """The divisors of `value` next to `wanted`, as text for a fix."""
     divisors = [d for d in range(1, value + 1) if value % d == 0] if value <= 1 << 16 else [1]
     lower = [d for d in divisors if d < wanted]
     upper = [d for d in divisors if d >= wanted]
@@ -56,7 +56,7 @@ def has_experts(config: Config) -> bool:
 
 
 def on_gpu(config: Config) -> bool:
-    """True when the ranks will surely compute on GPUs: cluster.device says so, or a GPU is named."""
+    """True when ranks compute on GPUs: cluster.device = cuda, or cluster.device = auto and cluster.gpu is set."""
     return config.cluster.device == "cuda" or (config.cluster.device == "auto" and config.cluster.gpu is not None)
 
 

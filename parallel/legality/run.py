@@ -19,6 +19,7 @@ from parallel.legality.rules import data_size, near_multiples, on_gpu, reads
 
 @reads("batch.ramp", "batch.global_batch_seqs")
 def ramp_reaches_batch(config: Config) -> Iterator[Problem]:
+    """The batch ramp starts below the global batch, reaches it in whole increments, and has a length."""
     batch, ramp = config.batch, config.batch.ramp
     if ramp.start_seqs is None:
         if ramp.samples:
@@ -40,6 +41,7 @@ def ramp_reaches_batch(config: Config) -> Iterator[Problem]:
 
 @reads("batch", *DEGREES, *WORLD)
 def batch_divides(config: Config) -> Iterator[Problem]:
+    """Every global batch of the run is a multiple of micro_batch_seqs x data parallel ranks."""
     batch, data = config.batch, data_size(config)
     if data is None:
         return
@@ -58,6 +60,7 @@ def batch_divides(config: Config) -> Iterator[Problem]:
 
 @reads("run.steps", "run.tokens")
 def run_has_one_end(config: Config) -> Iterator[Problem]:
+    """Exactly one of run.steps and run.tokens is set."""
     steps, tokens = config.run.steps, config.run.tokens
     if steps is None and tokens is None:
         yield Problem("run.steps", None, "a run needs an end: steps or tokens", "set run.steps, or run.tokens")
@@ -68,6 +71,7 @@ def run_has_one_end(config: Config) -> Iterator[Problem]:
 
 @reads("schedule", "run", "batch", "optimizer.lr")
 def schedule_fits_horizon(config: Config) -> Iterator[Problem]:
+    """min_lr is at most lr, and warm-up and decay fit into the horizon of the schedule."""
     schedule = config.schedule
     if schedule.min_lr > config.optimizer.lr:
         rule = f"must be at most optimizer.lr = {config.optimizer.lr:g}"
@@ -89,6 +93,7 @@ def schedule_fits_horizon(config: Config) -> Iterator[Problem]:
 
 @reads("checkpoint")
 def checkpoint_keys(config: Config) -> Iterator[Problem]:
+    """load excludes resume_step, milestones are multiples of the save interval, allow_change names keys of the config."""
     checkpoint = config.checkpoint
     if checkpoint.load is not None and checkpoint.resume_step is not None:
         rule = "starts from other weights at step 0, while checkpoint.resume_step goes on with this run"
@@ -107,6 +112,7 @@ def checkpoint_keys(config: Config) -> Iterator[Problem]:
 
 @reads("divergence", "checkpoint.interval_steps", "checkpoint.keep")
 def divergence_keys(config: Config) -> Iterator[Problem]:
+    """The spike rule has enough losses, and a rollback has a checkpoint to go back to."""
     section, checkpoint = config.divergence, config.checkpoint
     if section.spike_min_steps > section.spike_window_steps:
         rule = f"must be at most divergence.spike_window_steps = {section.spike_window_steps}: no more losses are kept"
@@ -126,6 +132,7 @@ def divergence_keys(config: Config) -> Iterator[Problem]:
 
 @reads("metrics", "cluster", *WORLD)
 def profile_keys(config: Config) -> Iterator[Problem]:
+    """Profiled ranks exist, and a memory snapshot has a GPU and a profile."""
     profile, world = config.metrics.profile, world_size(config)
     outside = [rank for rank in profile.ranks if rank >= world]
     if outside:
@@ -138,6 +145,7 @@ def profile_keys(config: Config) -> Iterator[Problem]:
 
 @reads("metrics.sinks")
 def sinks_once(config: Config) -> Iterator[Problem]:
+    """metrics.sinks names each sink once."""
     sinks = config.metrics.sinks
     if len(set(sinks)) < len(sinks):
         yield Problem("metrics.sinks", sinks, "each sink once", f"set metrics.sinks=[{', '.join(dict.fromkeys(sinks))}]")
@@ -145,6 +153,7 @@ def sinks_once(config: Config) -> Iterator[Problem]:
 
 @reads("launch.processes_per_node", "cluster")
 def ranks_have_gpus(config: Config) -> Iterator[Problem]:
+    """Every rank has a GPU of its own."""
     processes, gpus = config.launch.processes_per_node, config.cluster.gpus_per_node
     if on_gpu(config) and processes > gpus:
         rule = f"a rank has a GPU of its own: must be at most cluster.gpus_per_node = {gpus}"
@@ -154,6 +163,7 @@ def ranks_have_gpus(config: Config) -> Iterator[Problem]:
 
 @reads("cluster")
 def scaleup_domain(config: Config) -> Iterator[Problem]:
+    """The scale-up domain is a multiple or a divisor of the GPUs of a node."""
     domain, gpus = config.cluster.scaleup_gpus, config.cluster.gpus_per_node
     if domain is not None and domain % gpus and gpus % domain:
         rule = f"must be a multiple or a divisor of cluster.gpus_per_node = {gpus}"
@@ -162,6 +172,7 @@ def scaleup_domain(config: Config) -> Iterator[Problem]:
 
 @reads("run.name", "run.dir")
 def run_has_a_folder(config: Config) -> Iterator[Problem]:
+    """run.name can name a folder and a job."""
     name = config.run.name
     if not re.fullmatch(r"[\w.+-]+", name) or set(name) <= {"."}:
         rule = "is a folder's and a job's name: letters, digits and . _ + - only"
@@ -170,6 +181,7 @@ def run_has_a_folder(config: Config) -> Iterator[Problem]:
 
 @reads("data.train", "data.valid")
 def parts_have_paths(config: Config) -> Iterator[Problem]:
+    """Every part of the training and validation data names its files."""
     for name in ("train", "valid"):
         for index, part in enumerate(getattr(config.data, name)):
             if not part.path:

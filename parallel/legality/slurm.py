@@ -20,6 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 @reads("launch")
 def slurm_lines(config: Config) -> Iterator[Problem]:
+    """Every value of an #SBATCH line is one line without control characters, and extra lines begin with a dash."""
     slurm, container = config.launch.slurm, config.launch.slurm.container
     values: dict[str, object] = {f"launch.slurm.{item.name}": getattr(slurm, item.name) for item in fields(slurm)}
     values |= {f"launch.slurm.container.{item.name}": getattr(container, item.name) for item in fields(container)}
@@ -38,6 +39,7 @@ def slurm_lines(config: Config) -> Iterator[Problem]:
 
 @reads("launch.slurm.time", "launch.target")
 def slurm_time(config: Config) -> Iterator[Problem]:
+    """launch.slurm.time is a time limit that sbatch accepts."""
     time = config.launch.slurm.time
     if time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE", time, re.IGNORECASE):
         rule = "must be a time as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS"
@@ -46,6 +48,7 @@ def slurm_time(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def time_holds_a_save(config: Config) -> Iterator[Problem]:
+    """The time limit is more than twice the time kept for the last save."""
     slurm, limit_s = config.launch.slurm, seconds_of(config.launch.slurm.time)
     if limit_s is not None and limit_s <= 2 * slurm.stop_before_s:
         rule = f"must be more than twice launch.slurm.stop_before_s = {slurm.stop_before_s:g} s, else an attempt hardly trains"
@@ -54,6 +57,7 @@ def time_holds_a_save(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def interface_is_a_name(config: Config) -> Iterator[Problem]:
+    """cluster.interface is an interface name or a list that NCCL_SOCKET_IFNAME accepts."""
     interface = config.cluster.interface
     if interface is not None and not re.fullmatch(r"[\w.,:=^@-]+", interface):
         rule = "must be an interface's name, or a list as NCCL_SOCKET_IFNAME takes it"
@@ -62,6 +66,7 @@ def interface_is_a_name(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def container_has_an_image(config: Config) -> Iterator[Problem]:
+    """A container names its image, and an image names its kind of container."""
     container = config.launch.slurm.container
     if container.kind != "none" and not container.image:
         fix = f"set launch.slurm.container.image, or launch.slurm.container.kind=none instead of {container.kind}"
@@ -73,6 +78,7 @@ def container_has_an_image(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def fewer_nodes(config: Config) -> Iterator[Problem]:
+    """min_nodes is at most launch.nodes."""
     least, nodes = config.launch.slurm.min_nodes, config.launch.nodes
     if least is not None and least > nodes:
         rule = f"must be at most launch.nodes = {nodes}"

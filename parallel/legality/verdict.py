@@ -1,7 +1,7 @@
-"""The verdict on a whole config, before anything starts: every problem at once, and what is legal but worth knowing.
+"""The verdict on a whole config before anything starts: every problem at once, and notices on what is legal.
 
-In: a Config. Out: a `Verdict`. Single keys first (configs/fields.py), then the rules between keys, one short function
-each, in parallel/rules_*.py; a rule that reads a key already found bad is passed over. Nothing is changed, nothing raised.
+In: a Config. Out: a `Verdict`. Single keys are checked first (configs/fields.py), then the rules between keys: one short
+function each, in this folder. A rule that reads a key already found bad is skipped. Nothing is changed or raised.
 
 Torch-free.
 """
@@ -20,21 +20,21 @@ from parallel.legality import model as rules_model
 from parallel.legality import notices
 from parallel.legality import run as rules_run
 from parallel.legality import slurm as rules_slurm
-from parallel.legality.rules import Rule
+from parallel.legality.rules import LegalityRule
 
-PROBLEM_RULES: tuple[Rule[Problem], ...] = (
+PROBLEM_RULES: tuple[LegalityRule[Problem], ...] = (
     *rules_layout.RULES,
     *rules_model.RULES,
     *rules_engine.RULES,
     *rules_run.RULES,
     *rules_slurm.RULES,
 )
-NOTICE_RULES: tuple[Rule[Notice], ...] = notices.RULES
+NOTICE_RULES: tuple[LegalityRule[Notice], ...] = notices.RULES
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `phalanx check` says. Legal when there is no problem."""
+    """Problems and notices of a config. It is legal when it has no problem."""
 
     problems: tuple[Problem, ...]
     notices: tuple[Notice, ...]
@@ -54,7 +54,7 @@ def check_config(config: Config) -> Verdict:
 
 
 def derive_layout(config: Config) -> Layout | None:
-    """The layout where the degrees make one, other problems or not; None where they don't divide the world."""
+    """The layout of a config, whatever other problems it has; None when its degrees do not divide the world."""
     bad = [problem.path for problem in check_keys(config)]
     rules = (rules_layout.degrees_divide_world, rules_layout.expert_degrees_divide_world)
     if not all(rule.applies(bad) and not list(rule.check(config)) for rule in rules):

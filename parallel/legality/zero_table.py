@@ -1,9 +1,9 @@
-"""Which engine, stage and offload go with which feature of a run: one table, as data.
+"""The table of engines, ZeRO stages and offload: which of them go with which feature of a run.
 
-Rules read it (parallel/legality/engine.py), the docs print it (`rows`), rehearsals hold every cell called legal. A cell that
-no entry names is legal without a remark. What decides is what was run against one process, in
-tests/pretrain/engine/test_deepspeed.py. With the guards of parallel/compat/deepspeed/guards.py, DeepSpeed's stages 2 and 3 run
-with a pipeline.
+Rules read the table (parallel/legality/engine.py), the docs print it (`markdown`), and rehearsals test every legal cell. A
+cell without an entry is legal without a remark. The verdicts come from runs that were compared with one process, in
+tests/pretrain/engine/test_deepspeed.py. DeepSpeed's stages 2 and 3 run with a pipeline because of the guards in
+parallel/compat/deepspeed/guards.py.
 
 Torch-free.
 """
@@ -21,7 +21,7 @@ STAGES = {"megatron": (0, 1), "deepspeed": (0, 1, 2, 3)}
 
 @dataclass(frozen=True)
 class Feature:
-    """Something a run may use: the key that says so, and how to know."""
+    """A feature of a run: the key that switches it on, and whether a config uses it."""
 
     path: str
     used: Callable[[Config], bool]
@@ -52,8 +52,8 @@ FEATURES: dict[str, Feature] = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What is said of a feature under an engine's stages, and the nearest choice that is legal where it is refused."""
+class ZeroTableEntry:
+    """The verdict on a feature under some stages of an engine, its reason, and a legal change where it is refused."""
 
     engine: str
     stages: tuple[int, ...]
@@ -65,77 +65,77 @@ class Entry:
 
 _ALL = STAGES["deepspeed"]
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[ZeroTableEntry, ...] = (
+    ZeroTableEntry(
         "megatron", (0, 1), "optimizer offload", REFUSED,
         "the megatron engine keeps everything on the device; offload is deepspeed's",
         "set zero.offload=none, or zero.engine=deepspeed",
     ),
-    Entry(
+    ZeroTableEntry(
         "megatron", (0, 1), "parameter offload", REFUSED,
         "the megatron engine keeps everything on the device; offload is deepspeed's",
         "set zero.offload=none, or zero.engine=deepspeed with zero.stage=3",
     ),
-    Entry(
+    ZeroTableEntry(
         "megatron", (0, 1), "offload to nvme", REFUSED,
         "the megatron engine keeps everything on the device; offload is deepspeed's", "set zero.offload=none",
     ),
-    Entry(
+    ZeroTableEntry(
         "megatron", (0,), "overlapped gathering", REFUSED,
         "gathers weights that ZeRO sharded: zero.stage = 0", "set zero.stage=1, or overlap_param_gather=false",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (0,), "bf16 weights", REFUSED,
         "DeepSpeed keeps no fp32 main weights with fp32 gradients at stage 0",
         "set zero.stage=1, or zero.engine=megatron",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (0,), "optimizer offload", REFUSED,
         "only sharded optimizer state can live outside the device: zero.stage = 0", "set zero.stage=1, 2 or 3",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (0, 1, 2), "parameter offload", REFUSED,
         "keeps sharded weights outside the device, which needs zero.stage = 3", "set zero.stage=3, or zero.offload=optimizer",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (0, 1, 2), "offload to nvme", REFUSED,
         "DeepSpeed's stages below 3 keep the state in host memory, whatever device is named",
         "set zero.stage=3, or zero.offload_device=cpu",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", _ALL, "overlapped reduction", REFUSED,
         "DeepSpeed's own stream is not held against one process under these schedules", "set zero.overlap_grad_reduce=false",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", _ALL, "overlapped gathering", REFUSED,
         "is the megatron engine's; DeepSpeed's stage 3 fetches ahead by itself", "set zero.overlap_param_gather=false",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", _ALL, "fp8", REFUSED,
         "fp8 weights and their scales are held by Transformer Engine with Megatron-Core's optimizer only",
         "set zero.engine=megatron, or precision.fp8=none",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (2,), "pipeline", COSTS,
         "stage 2 reduces the gradients of every micro-batch: as many times stage 1's traffic as a step has micro-batches",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (3,), "pipeline", COSTS,
         "stage 3 gathers the weights and reduces the gradients of every micro-batch, and can't learn the order to fetch ahead",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (1, 2, 3), "embedding on two stages", COSTS,
         "two stages hold the embedding, cut differently: both put its whole fp32 gradient together once a step",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (1, 2, 3), "optimizer offload", COSTS,
         "the update waits for the host: DeepSpeed's CPU Adam where ninja and a C++ compiler are found, else torch's",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (3,), "parameter offload", COSTS,
         "weights cross the host's bus for every micro-batch, forward and backward",
     ),
-    Entry(
+    ZeroTableEntry(
         "deepspeed", (3,), "offload to nvme", COSTS,
         "each update reads 12 and writes 12 bytes a parameter (weights offloaded too stay in host memory: DeepSpeed mixes up "
         "those it swaps when a step has several micro-batches); its async_io needs libaio and a C++ compiler",
@@ -143,23 +143,23 @@ ENTRIES: tuple[Entry, ...] = (
 )  # fmt: skip
 
 
-def lookup(engine: str, stage: int, feature: str) -> Entry:
+def lookup(engine: str, stage: int, feature: str) -> ZeroTableEntry:
     """The table's cell."""
     for entry in ENTRIES:
         if entry.engine == engine and stage in entry.stages and entry.feature == feature:
             return entry
-    return Entry(engine, (stage,), feature, LEGAL, "")
+    return ZeroTableEntry(engine, (stage,), feature, LEGAL, "")
 
 
-def applying(config: Config) -> Iterator[tuple[Feature, Entry]]:
-    """The cells of the features that a config uses, those without a remark left out."""
+def applying(config: Config) -> Iterator[tuple[Feature, ZeroTableEntry]]:
+    """The features that a config uses and their cells, without the cells that have no remark."""
     for name, feature in FEATURES.items():
         entry = lookup(config.zero.engine, config.zero.stage, name)
         if entry.verdict != LEGAL and feature.used(config):
             yield feature, entry
 
 
-def rows() -> Iterator[tuple[str, dict[tuple[str, int], Entry]]]:
+def rows() -> Iterator[tuple[str, dict[tuple[str, int], ZeroTableEntry]]]:
     """The whole table for the docs: feature, and its cell under each (engine, stage)."""
     columns = [(engine, stage) for engine, stages in STAGES.items() for stage in stages]
     for name in FEATURES:
@@ -167,7 +167,7 @@ def rows() -> Iterator[tuple[str, dict[tuple[str, int], Entry]]]:
 
 
 def markdown() -> str:
-    """The table as the README shows it: a mark a cell, the reasons below."""
+    """The table as Markdown: a mark in each cell, the numbered reasons below."""
     columns = [(engine, stage) for engine, stages in STAGES.items() for stage in stages]
     reasons: list[str] = []
     lines = ["| | " + " | ".join(f"{engine} {stage}" for engine, stage in columns) + " |", "|---" * (len(columns) + 1) + "|"]

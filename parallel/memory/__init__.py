@@ -1,1 +1,1 @@
-"""What one rank holds, in bytes: weights, gradients, optimizer state, activations, buffers, and the GPUs to hold them."""
+"""Bytes that one rank holds: weights, gradients, optimizer state, activations and buffers; and the memory and speed of GPUs."""

@@ -1,8 +1,8 @@
 """Bytes that the forward pass keeps for the backward pass, per layer and per stage.
 
-In: a Job. Out: bytes on one rank. Counted tensor by tensor as Megatron-Core with fused kernels keeps them (Korthikanti et
-al., arXiv 2205.05198, sec. 4, without their dropout and softmax terms where nothing drops or flash attention runs).
-Legend: t tokens of a micro-batch on a rank, h hidden, f inner width, tp/sp divide as tensor/sequence parallelism does.
+In: a PlannedJob. Out: bytes on one rank. The tensors are those that Megatron-Core with fused kernels keeps (Korthikanti et
+al., arXiv 2205.05198, section 4). The paper's dropout terms are left out without dropout, its softmax terms with flash
+attention. Legend: t tokens of a micro-batch on a rank, h hidden, f inner width.
 
 Torch-free.
 """
@@ -12,36 +12,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel import architecture as arch
-from parallel.memory.job import Job
-from parallel.memory.layers import moe_among
+from parallel.memory.job import PlannedJob
+from parallel.memory.layer_cache import moe_among
 from parallel.stages import Chunk
 
 
 @dataclass(frozen=True)
-class Widths:
-    """How much of each kind of tensor a rank holds: one over these."""
+class ActivationDivisors:
+    """Divisors of a rank's share: `tp` of tensors split over heads or width, `sp` of those split over the sequence."""
 
     tp: int
     sp: int
 
 
-def _widths(job: Job) -> Widths:
+def _widths(job: PlannedJob) -> ActivationDivisors:
     layout = job.layout
-    return Widths(layout.tensor, layout.tensor if layout.sequence else 1)
+    return ActivationDivisors(layout.tensor, layout.tensor if layout.sequence else 1)
 
 
-def gemm_input_bytes(job: Job) -> float:
-    """Of one element that a product keeps for its weight gradient."""
+def gemm_input_bytes(job: PlannedJob) -> float:
+    """Bytes of one element of the input that a matrix product keeps for its weight gradient."""
     return {"fp32": 4.0, "bf16": 2.0}.get(job.compute, 1.0)
 
 
-def element_bytes(job: Job) -> float:
-    """Of one element of the residual stream."""
+def element_bytes(job: PlannedJob) -> float:
+    """Bytes of one element of the residual stream."""
     return 4.0 if job.compute == "fp32" else 2.0
 
 
-def attention_bytes(job: Job) -> float:
-    """Kept by one layer's attention, bytes a token on a rank: norm, query/key/value, context, softmax statistics."""
+def attention_bytes(job: PlannedJob) -> float:
+    """Bytes per token that one layer's attention keeps on a rank: norm, query/key/value, context, softmax statistics."""
     model, w, size, kept = job.model, _widths(job), element_bytes(job), gemm_input_bytes(job)
     attention, mla, h, heads = model.attention, model.mla, model.hidden_size, model.attention.num_heads
     dropped = job.recompute.dropped
@@ -57,19 +57,19 @@ def attention_bytes(job: Job) -> float:
     context = size * heads * arch.value_dim(model) / w.tp
     scores = 4.0 * heads / w.tp
     if not job.flash and "core_attn" not in dropped:
-        # The softmax's output; with dropout also what it lets through and its mask.
+        # The output of softmax; with dropout also the output of dropout and its mask.
         scores = heads / w.tp * job.seq_length / job.layout.context * (5.0 if attention.dropout else size)
     return norm + qkv + context + scores + (h / w.sp if model.hidden_dropout else 0.0)
 
 
-def _mlp(job: Job, width: int, parts: float, keep_activation: bool) -> float:
-    """The first product's output and the activation's, bytes a token."""
+def _mlp(job: PlannedJob, width: int, parts: float, keep_activation: bool) -> float:
+    """Bytes per token of the first product's output and of the activation function's output."""
     first = element_bytes(job) * (2 if arch.is_gated(job.model) else 1) * width / parts
     return first + (gemm_input_bytes(job) * width / parts if keep_activation else 0.0)
 
 
-def mlp_bytes(job: Job, is_moe: bool, imbalance: float) -> float:
-    """Kept by one layer's MLP or experts, bytes a token on a rank. `imbalance`: tokens of the fullest rank over the mean."""
+def mlp_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
+    """Bytes per token that one layer's MLP or experts keep on a rank. `imbalance`: tokens of the fullest rank over the mean."""
     model, w, moe, h = job.model, _widths(job), job.model.moe, job.model.hidden_size
     dropped = job.recompute.dropped
     norm = element_bytes(job) * h / w.sp + (0.0 if "layernorm" in dropped else gemm_input_bytes(job) * h / w.sp)
@@ -87,18 +87,18 @@ def mlp_bytes(job: Job, is_moe: bool, imbalance: float) -> float:
     return norm + router + routed + (_mlp(job, shared, w.tp, True) if shared and has_shared else 0.0)
 
 
-def layer_bytes(job: Job, is_moe: bool, imbalance: float) -> float:
-    """Kept by one layer without full recomputation, bytes of one micro-batch on a rank."""
+def layer_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
+    """Bytes of one micro-batch that one layer keeps on a rank without full recomputation."""
     return job.micro_tokens * (attention_bytes(job) + mlp_bytes(job, is_moe, imbalance))
 
 
-def layer_input_bytes(job: Job) -> float:
-    """A layer's input: all that full recomputation keeps."""
+def layer_input_bytes(job: PlannedJob) -> float:
+    """Bytes of a layer's input for one micro-batch: all that full recomputation keeps."""
     return job.micro_tokens * element_bytes(job) * job.model.hidden_size / _widths(job).sp
 
 
-def working_bytes(job: Job, is_moe: bool, imbalance: float) -> float:
-    """Gradients alive while one layer's MLP runs backward, of one micro-batch: they come on top of what is kept."""
+def working_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
+    """Bytes of the gradients that live while one layer's MLP runs backward, of one micro-batch; kept activations not counted."""
     model, w, size = job.model, _widths(job), element_bytes(job)
     gate = 2 if arch.is_gated(model) else 1
     dense = 2 * model.hidden_size + (gate + 1) * arch.ffn(model) / w.tp
@@ -114,61 +114,61 @@ def working_bytes(job: Job, is_moe: bool, imbalance: float) -> float:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes of one micro-batch: a dense layer, a MoE layer, and a layer's input."""
+class KeptActivations:
+    """Bytes of one micro-batch that a dense layer keeps, that a MoE layer keeps, and of a layer's input."""
 
     dense: float
     moe: float
-    entrance: float
+    layer_input: float
 
 
-def kept_by_layer(job: Job, imbalance: float) -> Kept:
-    """What `stage_activations` adds up; made once for all stages."""
+def kept_by_layer(job: PlannedJob, imbalance: float) -> KeptActivations:
+    """Bytes per layer that `stage_activations` adds up, the same for all stages."""
     kinds = job.moe_layers
     dense = 0.0 if all(kinds) else layer_bytes(job, False, imbalance)
     moe = layer_bytes(job, True, imbalance) if any(kinds) else 0.0
-    return Kept(dense, moe, layer_input_bytes(job))
+    return KeptActivations(dense, moe, layer_input_bytes(job))
 
 
-def chunk_bytes(job: Job, chunk: Chunk, kept: Kept) -> float:
-    """Kept by one micro-batch in one chunk."""
+def chunk_bytes(job: PlannedJob, chunk: Chunk, kept: KeptActivations) -> float:
+    """Bytes that one micro-batch keeps in one chunk."""
     recompute, number = job.recompute, len(chunk.layers)
     if recompute.mode == "full" and recompute.method == "uniform":
-        total = -(-number // recompute.num_layers) * kept.entrance
+        total = -(-number // recompute.num_layers) * kept.layer_input
     else:
         skipped = min(recompute.num_layers, number) if recompute.mode == "full" else 0
         moe = moe_among(job.model, chunk.layers[skipped:])
-        total = skipped * kept.entrance + moe * kept.moe + (number - skipped - moe) * kept.dense
+        total = skipped * kept.layer_input + moe * kept.moe + (number - skipped - moe) * kept.dense
     if chunk.mtp:
         layer = kept.moe if job.moe_layers[-1] else kept.dense
-        total += chunk.mtp * ((kept.entrance if recompute.mode == "full" else layer) + 3 * kept.entrance)
+        total += chunk.mtp * ((kept.layer_input if recompute.mode == "full" else layer) + 3 * kept.layer_input)
     return total
 
 
-def in_flight(job: Job, stage: int) -> int:
-    """Chunk passes of a stage that wait for their backward pass at the fullest moment.
+def in_flight(job: PlannedJob, stage: int) -> int:
+    """Chunk passes of a stage that wait for their backward pass when most of them wait.
 
-    1F1B: pipeline - stage micro-batches. Interleaved: (pipeline - stage - 1)·2 + (chunks - 1)·pipeline + 1, and never
-    more than there are (Narayanan et al., arXiv 2104.04473; Megatron-Core's num_warmup_microbatches). With
-    parallel.overlap_expert_comm one more waits, and none has its forward pass alone: what it keeps grows as another's goes.
+    1F1B: pipeline - stage micro-batches. Interleaved: (pipeline - stage - 1)·2 + (chunks - 1)·pipeline + 1, at most all of
+    them (Narayanan et al., arXiv 2104.04473; Megatron-Core's num_warmup_microbatches). parallel.overlap_expert_comm makes one
+    more wait, but its forward pass runs beside the backward pass of another, which frees as much: the number stays the same.
     """
     pp, vpp = job.layout.pipeline, job.layout.virtual_pipeline
     warmup = pp - stage if vpp == 1 else (pp - stage - 1) * 2 + (vpp - 1) * pp + 1
     return min(warmup, int(-(-job.num_micro_batches // 1)) * vpp)
 
 
-def stage_activations(job: Job, stage: int, kept: Kept) -> float:
-    """Bytes that one rank of a stage keeps at its fullest moment."""
+def stage_activations(job: PlannedJob, stage: int, kept: KeptActivations) -> float:
+    """Bytes of activations that one rank of a stage keeps at the peak."""
     chunks = job.stage_chunks[stage]
     sizes = [chunk_bytes(job, chunk, kept) for chunk in chunks]
     passes, pp = in_flight(job, stage), job.layout.pipeline
     if len(chunks) == 1:
         return passes * sizes[0]
-    # The schedule goes through chunk 0 for pp micro-batches, then chunk 1, and so on, and around.
+    # The schedule runs pp micro-batches through chunk 0, then through chunk 1 and so on, then the next pp micro-batches.
     rounds, left = divmod(passes, pp * len(chunks))
     return sum((rounds * pp + min(max(left - pp * chunk, 0), pp)) * size for chunk, size in enumerate(sizes))
 
 
-def logit_bytes(job: Job) -> float:
-    """The output layer's logits and their loss, one micro-batch at a time (a prediction depth's come after)."""
+def logit_bytes(job: PlannedJob) -> float:
+    """Bytes of the logits and their loss for one micro-batch. Those of prediction depths are computed one after another."""
     return job.logit_bytes * job.micro_tokens * job.padded_vocab / job.layout.tensor

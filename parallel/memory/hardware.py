@@ -1,6 +1,6 @@
-"""What a GPU and its networks can do. In: a GPU's name, the `cluster` section. Out: `Gpu` and `Machine`.
+"""Memory, compute and network speed of GPUs. In: a GPU's name, the `cluster` section. Out: `Gpu` and `PlannedMachine`.
 
-Units: TFLOP/s dense, GB = 1e9 bytes, bandwidths per GPU and one direction. Sources stand in configs/gpus.json.
+Units: dense TFLOP/s; GB is 1e9 bytes; bandwidths are per GPU and in one direction. configs/gpus.json names the sources.
 
 Torch-free.
 """
@@ -21,15 +21,16 @@ from configs.schema import Config
 
 TABLE = Path(__file__).resolve().parents[2] / "configs" / "gpus.json"
 GIB = 2**30
-# Where a GPU's own figure isn't published: the middle of those that are.
+# For GPUs without a published figure: the median of the published ones, as a share of the dense peak.
 LARGEST_GEMM_BF16, LARGEST_GEMM_FP8 = 0.78, 0.735
 TYPICAL_NIC_GBIT_S = 200.0
 PCIE_GB_S = 25.0
-# Makers' GB of GPU memory are GiB; the driver keeps about 1% (nvidia-smi: 79.6 GiB of an H100's 80, 140.4 of an H200's 141).
+# The "GB" of GPU memory that makers state are GiB. The driver keeps about 1%: nvidia-smi shows 79.6 GiB of an H100's 80 and
+# 140.4 of an H200's 141.
 USABLE_MEMORY = 0.99
-# One core: products in TFLOP/s, memory in GB/s.
+# One CPU core: speed of matrix products in TFLOP/s, of memory in GB/s.
 HOST_NAME, HOST_TFLOPS, HOST_GB_S = "a CPU process", 0.1, 8.0
-# What people write, lower case, for names of the table.
+# Usual short names in lower case, and the names in the table.
 ALIASES = {
     "a100": "A100-SXM-80GB", "a100-80gb": "A100-SXM-80GB", "a100-40gb": "A100-SXM-40GB", "a800": "A800-SXM-80GB",
     "h100": "H100-SXM-80GB", "h100-80gb": "H100-SXM-80GB", "h800": "H800-SXM-80GB", "h200": "H200-SXM-141GB",
@@ -42,7 +43,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of the table. `gemm_*`: part of the peak that its largest measured product reaches."""
+    """One GPU of the table. `gemm_bf16`, `gemm_fp8`: share of the peak that its largest measured matrix product reaches."""
 
     name: str
     bf16_tflops: float
@@ -58,7 +59,7 @@ class Gpu:
 
     @property
     def has_fp8(self) -> bool:
-        """NVIDIA's Hopper and later, and their like."""
+        """True when fp8 products are faster than bf16 ones: NVIDIA Hopper and later, AMD MI300 and later."""
         return self.fp8_tflops > self.bf16_tflops
 
     @property
@@ -66,17 +67,17 @@ class Gpu:
         return USABLE_MEMORY * self.memory_gb
 
     def peak_tflops(self, compute: str) -> float:
-        """Dense peak of a number format; one that the GPU doesn't have runs in the next wider one."""
+        """Dense peak of a number format, TFLOP/s. A format that the GPU lacks runs in the next wider one."""
         return {"fp32": self.bf16_tflops / 2, "bf16": self.bf16_tflops, "fp8": self.fp8_tflops, "fp4": self.fp4_tflops}[compute]
 
     def largest_gemm(self, compute: str) -> float:
-        """Fraction of that peak which the largest products reach."""
+        """Share of that peak that the largest matrix products reach."""
         return self.gemm_fp8 if compute in ("fp8", "fp4") else self.gemm_bf16
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs as they are joined: `domain` GPUs share the scale-up network, beyond it each has its NIC."""
+class PlannedMachine:
+    """GPUs and their networks: `domain` GPUs share a scale-up network (NVLink); between domains each GPU has its own NIC."""
 
     gpu: Gpu
     domain: int
@@ -84,7 +85,7 @@ class Machine:
     price_per_gpu_hour_usd: float | None = None
 
     def bandwidth_gb_s(self, span: int) -> float:
-        """Between ranks of one group whose members lie within `span` neighbouring ranks."""
+        """Bandwidth between ranks of one group whose members lie within `span` neighbouring ranks, GB/s."""
         return self.gpu.scaleup_gb_s if span <= self.domain else self.nic_gb_s
 
 
@@ -122,9 +123,9 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def guess_gpu(text: str) -> Gpu | None:
-    """The GPU that someone's words mean: "NVIDIA H100 SXM5 80GB", "A100-SXM4-40GB", "8x GB200 NVL72". None when it isn't known.
+    """The GPU that free text names: "NVIDIA H100 SXM5 80GB", "A100-SXM4-40GB", "8x GB200 NVL72". None when none is known.
 
-    The chip decides; PCIe and the memory choose among its cards.
+    The chip's name decides; "PCIe" and the memory size choose among its cards.
     """
     if exact := find_gpu(text.split(" (")[0].split(",")[0].split("/")[0]):
         return exact
@@ -143,13 +144,13 @@ def guess_gpu(text: str) -> Gpu | None:
 
 
 def host(config: Config) -> Gpu:
-    """A process of a machine without GPUs, as a slow GPU: its share of the memory, a few GB/s through gloo."""
+    """A process of a machine without GPUs, described as a slow GPU: its share of host memory, a few GB/s through gloo."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     share_gb = pages / GIB / config.launch.processes_per_node / USABLE_MEMORY
     return Gpu(HOST_NAME, HOST_TFLOPS, HOST_TFLOPS, HOST_TFLOPS, share_gb, HOST_GB_S, HOST_GB_S / 4, 8, 10.0, 0.5, 0.5)
 
 
-def make_machine(config: Config) -> Machine:
+def make_machine(config: Config) -> PlannedMachine:
     """The machine of the `cluster` section. Raises ConfigError when its GPU isn't in the table."""
     cluster = config.cluster
     gpu = find_gpu(cluster.gpu) if cluster.gpu else host(config)
@@ -157,8 +158,8 @@ def make_machine(config: Config) -> Machine:
         names = [*gpus(), *ALIASES]
         close = difflib.get_close_matches(cluster.gpu or "", names, n=3, cutoff=0.3)
         fix = f"set cluster.gpu={close[0]!r}" if close else "set cluster.gpu=H100-SXM-80GB"
-        rule = "the planner needs a GPU of its table (configs/gpus.json)" + (f"; nearest: {', '.join(close)}" if close else "")
+        rule = "must be a GPU of the planner's table (configs/gpus.json)" + (f"; nearest: {', '.join(close)}" if close else "")
         raise ConfigError(Problem("cluster.gpu", cluster.gpu, rule, fix))
     nic_gbit_s = cluster.network_gbit_s or gpu.nic_gbit_s
     domain = cluster.scaleup_gpus or (gpu.scaleup_gpus if gpu.scaleup_gpus > 8 else cluster.gpus_per_node)
-    return Machine(gpu, domain, nic_gbit_s / 8, cluster.price_per_gpu_hour_usd)
+    return PlannedMachine(gpu, domain, nic_gbit_s / 8, cluster.price_per_gpu_hour_usd)

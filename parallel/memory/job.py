@@ -1,7 +1,7 @@
-"""One training job as the planner sees it: model, layout, batch, numbers and machine.
+"""Everything that the memory and time of a training step depend on: model, layout, batch, number formats and machine.
 
-In: a checked Config (or a published row, see rows.py). Out: a frozen `Job`, from which memory and time follow.
-`compute` is the number format of the products: fp32, bf16, fp8 or fp4.
+In: a checked Config. Out: a frozen `PlannedJob`. tools/planner/published/row.py makes the same value of a published run.
+`compute` is the number format of the matrix products: fp32, bf16, fp8 or fp4.
 
 Torch-free.
 """
@@ -17,19 +17,20 @@ from configs.schema import Config, Recompute
 from parallel import architecture as arch
 from parallel.batch import num_micro_batches
 from parallel.layout import Layout, make_layout
-from parallel.memory import layers as facts
-from parallel.memory.hardware import Machine, make_machine
+from parallel.memory import layer_cache
+from parallel.memory.hardware import PlannedMachine, make_machine
 from parallel.stages import Chunk
 
-# Of one logit: bf16, and fp32 probabilities that its gradient overwrites (vocabulary parallel cross entropy).
+# Bytes of one logit with Megatron-Core's vocabulary parallel cross entropy: bf16, and an fp32 probability that the gradient
+# overwrites.
 LOGIT_BYTES = 6.0
-# PyTorch's own cross entropy, not compiled: fp32 logits, their log-softmax and its gradient besides.
+# Bytes of one logit with PyTorch's uncompiled cross entropy: the logit, its log-softmax and the gradient, all fp32.
 EAGER_LOGIT_BYTES = 12.0
 
 
 @dataclass(frozen=True)
-class States:
-    """Bytes of one parameter: `weights` as multiplied, `gradients` as accumulated, `optimizer` with main weights."""
+class BytesPerParameter:
+    """Bytes of one parameter: its weight in the products, its accumulated gradient, its optimizer state with main weight."""
 
     weights: int = 2
     gradients: int = 4
@@ -37,11 +38,12 @@ class States:
 
 
 @dataclass(frozen=True)
-class Zero:
-    """Who shards what. `group`: data parallel ranks that share the shards, None for all. `engine`: megatron, deepspeed, fsdp.
+class ZeroSharding:
+    """How data parallel ranks divide weights, gradients and optimizer state (ZeRO, arXiv 1910.02054).
 
-    `each_pass`: gradients are reduced and divided after every micro-batch, from stage 1 on (our DeepSpeed engine), instead of
-    once a step.
+    `engine`: megatron, deepspeed or fsdp. `group`: number of data parallel ranks over which states are divided; None: all.
+    `overlap`: gradients are reduced while the backward pass runs. `each_pass`: gradients are reduced and divided after every
+    micro-batch instead of once a step, from stage 1 on, as our DeepSpeed engine does.
     """
 
     engine: str = "megatron"
@@ -54,7 +56,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """Activations made again in the backward pass, as configs.schema.Recompute."""
+    """Activations computed again in the backward pass: configs.schema.Recompute as a frozen value."""
 
     mode: str = "none"
     modules: frozenset[str] = frozenset()
@@ -63,29 +65,30 @@ class Recomputation:
 
     @property
     def dropped(self) -> frozenset[str]:
-        """Modules recomputed one by one; empty unless selective."""
+        """Modules whose activations are dropped and recomputed; empty unless mode is selective."""
         return self.modules if self.mode == "selective" else frozenset()
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything that memory and time depend on. Lengths in tokens.
+class PlannedJob:
+    """Everything that memory and time depend on. Sequence lengths in tokens, batches in sequences.
 
-    `flash`: attention keeps no score matrix. `tensor_waits`: products wait for tensor parallel traffic, which is not cut up and
-    sent beside them. `expert_overlap`: tokens travel to their experts while another micro-batch computes; None: a
-    published run, which does so where the schedule allows it. `sends_once`: a token travels once to each rank, and once over
-    the NIC to each domain, that has experts of it (the flex dispatcher: DeepEP, HybridEP), instead of once for each expert.
+    `flash`: attention keeps no score matrix. `tensor_waits`: matrix products wait for tensor parallel traffic, which does not
+    overlap with them. `expert_overlap`: tokens are sent to their experts while another micro-batch computes; None: a published
+    run, which overlaps where its schedule allows. `sends_once`: a token is sent once to each rank that has some of its
+    experts, and once over the NIC to each scale-up domain that has (flex dispatcher: DeepEP, HybridEP); otherwise it is sent
+    once for each of its experts.
     """
 
     model: Model
     vocab: int
     layout: Layout
-    machine: Machine
+    machine: PlannedMachine
     seq_length: int
     micro_batch: int
     global_batch: int
-    states: States = States()
-    zero: Zero = Zero()
+    states: BytesPerParameter = BytesPerParameter()
+    zero: ZeroSharding = ZeroSharding()
     recompute: Recomputation = Recomputation()
     compute: str = "bf16"
     flash: bool = True
@@ -98,12 +101,12 @@ class Job:
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """Layers of each stage and chunk."""
-        return facts.chunks_of(self.model, self.vocab, self.layout.pipeline, self.layout.virtual_pipeline, self.split)
+        return layer_cache.chunks_of(self.model, self.vocab, self.layout.pipeline, self.layout.virtual_pipeline, self.split)
 
     @cached_property
     def moe_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it is a MoE layer."""
-        return facts.moe_layers(self.model)
+        return layer_cache.moe_layers(self.model)
 
     @cached_property
     def stage_chunks(self) -> tuple[tuple[Chunk, ...], ...]:
@@ -116,7 +119,7 @@ class Job:
 
     @property
     def num_micro_batches(self) -> float:
-        """Micro-batches of one rank in a step; a fraction where a published batch doesn't divide."""
+        """Micro-batches of one rank in a step; a fraction when the batch of a published run does not divide."""
         return max(1.0, self.global_batch / (self.micro_batch * self.layout.data))
 
     @property
@@ -130,8 +133,10 @@ class Job:
 
     @property
     def hides_experts(self) -> bool:
-        """Whether tokens travel to experts behind computation (Megatron-Core's overlap_moe_expert_parallel_comm: with a pipeline
-        it needs virtual chunks, and no full recomputation)."""
+        """Whether sending tokens to experts overlaps with computation: Megatron-Core's overlap_moe_expert_parallel_comm.
+
+        With a pipeline it needs virtual chunks, and it excludes full recomputation.
+        """
         if self.expert_overlap is not None:
             return self.expert_overlap
         return self.layout.pipeline > 1 and self.layout.virtual_pipeline > 1 and self.recompute.mode != "full"
@@ -143,41 +148,41 @@ class Job:
 
     @property
     def shards_gradients(self) -> bool:
-        """ZeRO-2, or a stage 1 that reduces after every micro-batch: it keeps only its own part, too."""
+        """ZeRO-2, or stage 1 with a reduction after every micro-batch: a rank keeps only its own part of the gradients."""
         return self.zero.stage >= 2 or (self.zero.stage == 1 and self.zero.each_pass)
 
     def shard(self, data: int) -> int:
-        """Ranks over which ZeRO divides states that `data` ranks hold alike."""
+        """Number of ranks over which ZeRO divides states, out of `data` ranks that would hold the same states without it."""
         return min(self.zero.group or data, data) if self.zero.stage else 1
 
 
-def states_of(config: Config) -> States:
-    """Bytes a parameter: bf16 weights have fp32 main weights beside two fp32 moments; fp32 weights are their own."""
+def states_of(config: Config) -> BytesPerParameter:
+    """Bytes of one parameter. bf16 weights have an fp32 main weight beside two fp32 moments; fp32 weights need no main weight."""
     if config.precision.params == "fp32":
-        return States(4, 4, 8)
-    return States(2, 2 if config.precision.grads == "bf16" else 4, 12)
+        return BytesPerParameter(4, 4, 8)
+    return BytesPerParameter(2, 2 if config.precision.grads == "bf16" else 4, 12)
 
 
 def compute_of(config: Config) -> str:
-    """Number format of the products."""
+    """Number format of the matrix products: fp32, bf16 or fp8."""
     return "fp8" if config.precision.fp8 != "none" else config.precision.params
 
 
 def recomputation_of(section: Recompute) -> Recomputation:
-    """The config's section as a job's."""
+    """The `recompute` section as a frozen value."""
     return Recomputation(section.mode, frozenset(section.modules), section.method, section.num_layers)
 
 
-def make_job(config: Config, vocab_size: int | None, machine: Machine | None = None) -> Job:
-    """The job of a legal config. Raises ConfigError when the vocabulary or the GPU is not known."""
+def make_job(config: Config, vocab_size: int | None, machine: PlannedMachine | None = None) -> PlannedJob:
+    """The job of a legal config. Raises ConfigError when the vocabulary size or the GPU is not known."""
     if vocab_size is None:
         rule = "the planner needs the number of tokens: no tokenizer could be read"
         raise ConfigError(Problem("model.vocab_size", None, rule, "set model.vocab_size"))
     batch, layout = config.batch, make_layout(config)
-    # Divides, or the checks were passed over: an assertion is ours.
+    # Asserts that the batch divides: a legal config's does.
     num_micro_batches(batch, layout.data, batch.global_batch_seqs)
     zero = config.zero
-    return Job(
+    return PlannedJob(
         model=config.model,
         vocab=vocab_size,
         layout=layout,
@@ -186,7 +191,7 @@ def make_job(config: Config, vocab_size: int | None, machine: Machine | None = N
         micro_batch=batch.micro_batch_seqs,
         global_batch=batch.global_batch_seqs,
         states=states_of(config),
-        zero=Zero(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
+        zero=ZeroSharding(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
         recompute=recomputation_of(config.recompute),
         expert_overlap=config.parallel.overlap_expert_comm,
         sends_once=config.model.moe.dispatcher == "flex",

@@ -1,7 +1,8 @@
-"""The memory ledger: what each rank holds at its fullest moment, with a range.
+"""The memory ledger: GiB that a rank of each pipeline stage holds at its peak, with a range.
 
-In: a Job. Out: a `Ledger` of one `Rank` per stage. `allocated` is what torch.cuda.max_memory_allocated would say; a GPU
-must hold more: the CUDA context, communicators outside torch's allocator, and what fragmentation wastes.
+In: a PlannedJob. Out: a `MemoryLedger` with one `RankMemory` per stage. `allocated_gib` predicts
+torch.cuda.max_memory_allocated. A GPU must hold more than that: the CUDA context, communicators outside torch's allocator,
+and the bytes lost to fragmentation.
 
 Torch-free.
 """
@@ -11,30 +12,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.memory import activations
-from parallel.memory.activations import Kept
+from parallel.memory.activations import KeptActivations
 from parallel.memory.hardware import GIB
-from parallel.memory.job import Job
-from parallel.memory.weights import Held, StateBytes, layer_held, stage_held, state_bytes
+from parallel.memory.job import PlannedJob
+from parallel.memory.weights import RankParameters, StateBytes, layer_held, stage_held, state_bytes
 
 # Outside the allocator: CUDA context and kernels, and one communicator's buffers (NCCL, per group that a rank is in).
 CONTEXT_GIB, COMMUNICATOR_GIB = 0.9, 0.25
-# Part of the allocated bytes lost between blocks: usual, and where dropless routing changes sizes every step.
+# Share of the allocated bytes lost between blocks: of dense models, and of MoE models, whose tensors change size every step.
 FRAGMENTATION_DENSE, FRAGMENTATION_MOE = 0.03, 0.06
-# DeepSpeed's flat buffers: BLOOM's nvidia-smi figures stood a third above what the tensors add up to.
+# The same with DeepSpeed's flat buffers. BLOOM's figures of nvidia-smi were a third above the sum of its tensors.
 FRAGMENTATION_DEEPSPEED = 0.3
-# Elements of a bucket: our DeepSpeed engine's (pretrain/engine/deepspeed_runtime.py; a test compares), DeepSpeed's default.
+# Elements of a gradient bucket: of our DeepSpeed engine (a test compares it with pretrain/engine/deepspeed_runtime.py), and
+# DeepSpeed's default.
 BUCKET_ELEMENTS, FOREIGN_BUCKET_ELEMENTS = 50_000_000, 5e8
-# DeepSpeed's default: gathered weights that it doesn't give up again for others.
+# DeepSpeed's default of stage3_max_live_parameters: gathered weights up to this number are not released.
 LIVE_PARAMETERS = 1e9
-# Tokens of the fullest expert rank over the mean: what a balanced router reaches, and a young one.
+# Tokens of the expert rank with most tokens over the mean: with a balanced router, and early in training.
 IMBALANCE, IMBALANCE_HIGH = 1.1, 1.5
-# Uncertainty of the activations' count (kernels differ in what they keep).
+# Range of the activation bytes around the estimate: kernels differ in the tensors that they keep.
 ACTIVATIONS_LOW, ACTIVATIONS_HIGH = 0.8, 1.15
 
 
 @dataclass(frozen=True)
-class Rank:
-    """One rank of a stage, GiB. `buffers`: logits, gradients under way, gathered weights, communicators, fragmentation."""
+class RankMemory:
+    """GiB of one rank of a stage.
+
+    `buffers_gib` holds logits, gradients of the layer at work, gathered weights, and `overhead_gib`: CUDA context,
+    communicators and fragmentation. `low_gib` and `high_gib` bound the total. `host_gib` is host memory of offload.
+    """
 
     stage: int
     weights_gib: float
@@ -49,7 +55,7 @@ class Rank:
 
     @property
     def allocated_gib(self) -> float:
-        """What torch's allocator hands out at the peak."""
+        """Predicts torch.cuda.max_memory_allocated."""
         return self.total_gib - self.overhead_gib
 
     @property
@@ -64,14 +70,14 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """All stages, and what the GPU has."""
+class MemoryLedger:
+    """The memory of every stage, and the usable memory of the GPU, in GiB."""
 
-    ranks: tuple[Rank, ...]
+    ranks: tuple[RankMemory, ...]
     capacity_gib: float
 
     @property
-    def fullest(self) -> Rank:
+    def fullest(self) -> RankMemory:
         return max(self.ranks, key=lambda rank: rank.total_gib)
 
     @property
@@ -84,7 +90,7 @@ class Ledger:
 
     @property
     def low_gib(self) -> float:
-        """Even the most favourable count needs this."""
+        """Lower bound of the peak: a GPU with less memory can't hold the job."""
         return max(rank.low_gib for rank in self.ranks)
 
     def as_dict(self) -> dict[str, object]:
@@ -97,26 +103,27 @@ class Ledger:
         }
 
 
-def bucket_bytes(job: Job, held: Held) -> float:
-    """Buffers in which gradients travel. Megatron's are the gradients themselves."""
+def bucket_bytes(job: PlannedJob, held: RankParameters) -> float:
+    """Bytes of the buffers in which gradients are reduced. Megatron-Core reduces the gradients in place: 0."""
     states, zero = job.states, job.zero
     if zero.engine == "megatron":
         return 0.0
     if not zero.each_pass:
         return 0.0 if job.shards_weights else min(held.total, FOREIGN_BUCKET_ELEMENTS) * states.gradients
-    # Whole however small the model is. Two of them when one is filled while the other travels; stage 3 keeps one.
+    # A bucket is allocated whole, however small the model is. Stages 1 and 2 have two when one is filled while the other is
+    # reduced; stage 3 has one.
     if zero.stage in (1, 2):
-        # Offloaded gradients go through a buffer of the largest parameter's size.
+        # Offloaded gradients pass through a buffer of the size of the largest parameter.
         largest = job.padded_vocab * job.model.hidden_size / job.layout.tensor * (zero.offload != "none")
         size = states.gradients if zero.stage == 1 else states.weights
         return (1 + zero.overlap) * BUCKET_ELEMENTS * size + states.weights * largest
     return BUCKET_ELEMENTS * states.gradients
 
 
-def gathered_bytes(job: Job, held: Held) -> float:
-    """Weights that ZeRO-3 gathers for the layers at work (two at a time), with the gradients of one.
+def gathered_bytes(job: PlannedJob, held: RankParameters) -> float:
+    """Bytes of the weights that ZeRO-3 gathers for two layers at a time, and of the gradients of one layer.
 
-    DeepSpeed lets gathered weights be until LIVE_PARAMETERS of them are there (stage3_max_live_parameters).
+    DeepSpeed releases gathered weights only above LIVE_PARAMETERS of them.
     """
     if not job.shards_weights:
         return 0.0
@@ -129,8 +136,8 @@ def gathered_bytes(job: Job, held: Held) -> float:
     return size * live + job.states.gradients * layer
 
 
-def transient_bytes(job: Job, stage: int, held: Held, imbalance: float) -> float:
-    """What comes and goes inside the allocator at the fullest moment: logits or a layer's gradients, gathered weights."""
+def transient_bytes(job: PlannedJob, stage: int, held: RankParameters, imbalance: float) -> float:
+    """Short-lived bytes inside the allocator at the peak: logits or gradients of a layer, gathered weights, buckets."""
     kinds = {job.moe_layers[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers}
     work = max((activations.working_bytes(job, is_moe, imbalance) for is_moe in kinds), default=0.0)
     if job.recompute.mode == "full":
@@ -141,37 +148,45 @@ def transient_bytes(job: Job, stage: int, held: Held, imbalance: float) -> float
     return work + gathered_bytes(job, held) + bucket_bytes(job, held)
 
 
-def communicators(job: Job) -> int:
-    """Groups of more than one rank that a rank belongs to: each has a communicator with its buffers."""
+def communicators(job: PlannedJob) -> int:
+    """Number of process groups of more than one rank that a rank is in. Each has a communicator with buffers of its own."""
     layout = job.layout
     sizes = (layout.tensor, layout.context, layout.pipeline, layout.data * layout.context, layout.expert, layout.expert_tensor,
              layout.expert_data if job.model.moe.num_experts else 1, layout.tensor * layout.pipeline)  # fmt: skip
     return sum(size > 1 for size in sizes)
 
 
-def fragmentation(job: Job) -> float:
-    """Part of the allocated bytes that is lost between blocks."""
+def fragmentation(job: PlannedJob) -> float:
+    """Share of the allocated bytes that is lost between blocks of the allocator."""
     if job.zero.engine == "deepspeed":
         return FRAGMENTATION_DEEPSPEED
     return FRAGMENTATION_MOE if job.model.moe.num_experts else FRAGMENTATION_DENSE
 
 
-def _outside_bytes(job: Job) -> float:
+def _outside_bytes(job: PlannedJob) -> float:
     return GIB * (CONTEXT_GIB + COMMUNICATOR_GIB * communicators(job))
 
 
-def _parts(job: Job, stage: int, held: Held, imbalance: float, count: Kept) -> tuple[StateBytes, float, float, float]:
-    """Bytes of a rank of the stage: (states, kept activations, what comes and goes, overhead)."""
+def _parts(
+    job: PlannedJob, stage: int, held: RankParameters, imbalance: float, count: KeptActivations
+) -> tuple[StateBytes, float, float, float]:
+    """Bytes of a rank of the stage: (states, kept activations, short-lived tensors, overhead)."""
     states = state_bytes(job, held)
     kept, transient = activations.stage_activations(job, stage, count), transient_bytes(job, stage, held, imbalance)
     return states, kept, transient, _outside_bytes(job) + fragmentation(job) * (states.total + kept + transient)
 
 
-def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept, Kept, Kept]) -> Rank:
+def _rank(
+    job: PlannedJob,
+    stage: int,
+    held: RankParameters,
+    imbalance: float,
+    counts: tuple[KeptActivations, KeptActivations, KeptActivations],
+) -> RankMemory:
     usual, *others = counts
     states, kept, transient, overhead = _parts(job, stage, held, imbalance, usual)
-    balanced, young = (activations.stage_activations(job, stage, count) for count in others)
-    return Rank(
+    balanced, early = (activations.stage_activations(job, stage, count) for count in others)
+    return RankMemory(
         stage=stage,
         weights_gib=states.weights / GIB,
         gradients_gib=states.gradients / GIB,
@@ -180,29 +195,29 @@ def _rank(job: Job, stage: int, held: Held, imbalance: float, counts: tuple[Kept
         buffers_gib=(transient + overhead) / GIB,
         overhead_gib=overhead / GIB,
         low_gib=(states.total + ACTIVATIONS_LOW * balanced + GIB * CONTEXT_GIB) / GIB,
-        high_gib=(states.total + ACTIVATIONS_HIGH * (young + transient) + _outside_bytes(job) + overhead) / GIB,
+        high_gib=(states.total + ACTIVATIONS_HIGH * (early + transient) + _outside_bytes(job) + overhead) / GIB,
         host_gib=states.host / GIB,
     )
 
 
-def quick_peak_gib(job: Job) -> float:
-    """A ledger's peak_gib: a search's filter."""
+def quick_peak_gib(job: PlannedJob) -> float:
+    """peak_gib of the job's ledger from the likely fullest stages only: the cheap filter of a search."""
     count, held = activations.kept_by_layer(job, IMBALANCE), stage_held(job)
     parts = (_parts(job, stage, held[stage], IMBALANCE, count) for stage in likely_fullest(job))
     return max(states.total + kept + transient + overhead for states, kept, transient, overhead in parts) / GIB
 
 
-def likely_fullest(job: Job) -> set[int]:
-    """Stages among which the fullest is: the first two (most micro-batches wait), the last (logits), the longest."""
+def likely_fullest(job: PlannedJob) -> set[int]:
+    """Stages one of which has the peak: the first two (most micro-batches in flight), the last (logits), the longest."""
     last = job.layout.pipeline - 1
     longest = max(range(last + 1), key=lambda stage: sum(len(chunk.layers) for chunk in job.stage_chunks[stage]))
     return {0, min(1, last), last, longest}
 
 
-def make_ledger(job: Job, imbalance: float | None = None) -> Ledger:
-    """The memory of every stage. `imbalance`: tokens of the fullest expert rank over the mean (1.0: forced balance)."""
+def make_ledger(job: PlannedJob, imbalance: float | None = None) -> MemoryLedger:
+    """The memory of every stage. `imbalance`: tokens of the expert rank with most tokens over the mean; 1.0: forced balance."""
     ratio = IMBALANCE if imbalance is None else imbalance
     counts = tuple(activations.kept_by_layer(job, each) for each in (ratio, 1.0, max(ratio, IMBALANCE_HIGH)))
-    assert len(counts) == 3, "the usual, the balanced and the young router"
+    assert len(counts) == 3, "the usual router, a balanced one, and one early in training"
     ranks = tuple(_rank(job, stage, held, ratio, counts) for stage, held in enumerate(stage_held(job)))
-    return Ledger(ranks, job.machine.gpu.memory_gib)
+    return MemoryLedger(ranks, job.machine.gpu.memory_gib)

@@ -1,8 +1,8 @@
-"""Parameters that one rank of each stage holds, and the bytes of weights, gradients and optimizer state.
+"""Parameters that a rank of each stage holds, and the bytes of its weights, gradients and optimizer state.
 
-In: a Job. Out: `Held` per stage (numbers of parameters) and bytes under its ZeRO stage and offload. Legend: dense
-parameters are divided by tensor, routed experts by expert x expert_tensor; norms, the router and MLA's down
-projections lie whole on every rank.
+In: a PlannedJob. Out: `RankParameters` per stage (numbers of parameters), and their bytes under its ZeRO stage and offload.
+Tensor parallelism divides dense parameters; expert x expert_tensor divides routed experts. Every rank holds norms, the
+router and the down projections of multi-head latent attention (MLA) whole.
 
 Torch-free.
 """
@@ -12,23 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from parallel.memory import layers as facts
-from parallel.memory.job import Job
+from parallel.memory import layer_cache
+from parallel.memory.job import PlannedJob
 from parallel.stages import Chunk
 
-# Of one offloaded parameter's gradient as the host's update reads it.
+# Bytes of one offloaded gradient element, as the optimizer on the host reads it: fp32.
 HOST_GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Held:
-    """Parameters on one rank: `dense` are alike on data x context ranks, `routed` on the experts' data ranks."""
+class RankParameters:
+    """Numbers of parameters on one rank. data x context ranks hold the same `dense` ones, expert_data ranks the same `routed`."""
 
     dense: float
     routed: float = 0.0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.dense + other.dense, self.routed + other.routed)
+    def __add__(self, other: RankParameters) -> RankParameters:
+        return RankParameters(self.dense + other.dense, self.routed + other.routed)
 
     @property
     def total(self) -> float:
@@ -37,7 +37,7 @@ class Held:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on the GPU of one rank; `host` is what offload keeps beside it."""
+    """Bytes of one rank on its GPU; `host`: bytes that offload keeps in host memory."""
 
     weights: float
     gradients: float
@@ -49,44 +49,44 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def layer_held(job: Job, is_moe: bool) -> Held:
+def layer_held(job: PlannedJob, is_moe: bool) -> RankParameters:
     """Parameters of one layer on one rank."""
     model, layout = job.model, job.layout
-    counts = facts.layer_counts(model, is_moe)
+    counts = layer_cache.layer_counts(model, is_moe)
     whole = counts.norms + counts.router
     divided = counts.attention + counts.dense + counts.shared
     if model.mla.kv_lora_rank is not None:
         down = model.hidden_size * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim + (model.mla.q_lora_rank or 0))
         whole, divided = whole + down, divided - down
-    return Held(whole + divided / layout.tensor, counts.routed / (layout.expert * layout.expert_tensor))
+    return RankParameters(whole + divided / layout.tensor, counts.routed / (layout.expert * layout.expert_tensor))
 
 
-def chunk_held(job: Job, chunk: Chunk, by_kind: tuple[Held, Held]) -> Held:
-    """Parameters of one chunk on one rank. `by_kind`: of a dense and a MoE layer."""
+def chunk_held(job: PlannedJob, chunk: Chunk, by_kind: tuple[RankParameters, RankParameters]) -> RankParameters:
+    """Parameters of one chunk on one rank. `by_kind`: those of one dense and one MoE layer."""
     model, tensor = job.model, job.layout.tensor
     table = job.padded_vocab * model.hidden_size / tensor
-    moe = facts.moe_among(model, chunk.layers)
+    moe = layer_cache.moe_among(model, chunk.layers)
     plain, routing = by_kind
-    held = Held((len(chunk.layers) - moe) * plain.dense + moe * routing.dense, moe * routing.routed)
+    held = RankParameters((len(chunk.layers) - moe) * plain.dense + moe * routing.dense, moe * routing.routed)
     if chunk.embedding:
-        held += Held(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
+        held += RankParameters(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
     if chunk.mtp:
         depth = by_kind[job.moe_layers[-1]]
-        held += Held(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
-        # The prediction depths embed their tokens again: on another stage than the first that is a copy of the table.
-        held += Held(0.0 if chunk.embedding else table)
+        held += RankParameters(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
+        # Multi-token prediction embeds tokens again: on a stage other than the first it has a copy of the table.
+        held += RankParameters(0.0 if chunk.embedding else table)
     if chunk.head:
-        held += Held(model.hidden_size * (2 if model.norm == "layernorm" else 1))
+        held += RankParameters(model.hidden_size * (2 if model.norm == "layernorm" else 1))
     if chunk.head and not (model.tie_embeddings and (chunk.embedding or chunk.mtp)):
-        held += Held(table)
+        held += RankParameters(table)
     return held
 
 
-class _Shape:
-    """A job as a key: equal where what its ranks hold is. Micro-batches and recomputation don't matter, of which a search tries
-    dozens."""
+class _ShardedShape:
+    """A job as a cache key. Jobs with equal keys hold equal parameters on each rank; a search tries dozens of micro-batches
+    and recomputations for one key."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PlannedJob) -> None:
         layout = job.layout
         degrees = (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.expert, layout.expert_tensor)
         self.job, self.key = job, (id(job.model), job.vocab, job.split, degrees)
@@ -95,29 +95,30 @@ class _Shape:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shape) and other.key == self.key
+        return isinstance(other, _ShardedShape) and other.key == self.key
 
 
-def stage_held(job: Job) -> tuple[Held, ...]:
+def stage_held(job: PlannedJob) -> tuple[RankParameters, ...]:
     """Parameters of one rank of each stage."""
-    return _stage_held(_Shape(job))
+    return _stage_held(_ShardedShape(job))
 
 
 @lru_cache(maxsize=2048)
-def _stage_held(shape: _Shape) -> tuple[Held, ...]:
+def _stage_held(shape: _ShardedShape) -> tuple[RankParameters, ...]:
     job = shape.job
-    by_kind = (layer_held(job, False), layer_held(job, True) if any(job.moe_layers) else Held(0.0))
-    stages = [Held(0.0)] * job.layout.pipeline
+    by_kind = (layer_held(job, False), layer_held(job, True) if any(job.moe_layers) else RankParameters(0.0))
+    stages = [RankParameters(0.0)] * job.layout.pipeline
     for chunk in job.chunks:
         stages[chunk.stage] += chunk_held(job, chunk, by_kind)
     return tuple(stages)
 
 
-def state_bytes(job: Job, held: Held) -> StateBytes:
-    """Bytes of one rank's states. ZeRO paper (arXiv 1910.02054): stage 1 divides optimizer, 2 gradients, 3 weights.
+def state_bytes(job: PlannedJob, held: RankParameters) -> StateBytes:
+    """Bytes of one rank's weights, gradients and optimizer state.
 
-    Offload, as deepspeed 0.19.8 has it: beside the optimizer the host holds fp32 gradients for the update, and at stages 1
-    and 2 a copy of the weights' own part (the accumulated gradients stay on the GPU), at stage 3 the accumulated gradients.
+    ZeRO (arXiv 1910.02054): stage 1 divides optimizer state, stage 2 also gradients, stage 3 also weights. With offload in
+    deepspeed 0.19.8 the host holds the optimizer state and fp32 gradients for the update. At stages 1 and 2 it also holds a
+    copy of the rank's part of the weights, and accumulated gradients stay on the GPU; at stage 3 it holds those too.
     """
     layout, states, stage = job.layout, job.states, job.zero.stage
     dense_shards = job.shard(layout.data * layout.context)

@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         return self.backend.id_to_token(token_id) or ""
 
 
-def load_tokenizer(section: schema.Tokenizer, key: str = KEY) -> TextTokenizer:
+def load_tokenizer(section: schema.TokenizerConfig, key: str = KEY) -> TextTokenizer:
     """The tokenizer of the section.
 
     Raises ConfigError when the section has no path, the file can't be read or has another format, or the tokenizer has no
@@ -135,9 +135,9 @@ def load_tokenizer(section: schema.Tokenizer, key: str = KEY) -> TextTokenizer:
     return kind(section.path, raw, section.eod)
 
 
-def section_for(path: str) -> schema.Tokenizer:
+def section_for(path: str) -> schema.TokenizerConfig:
     """The section for a file named on the command line. A .json file is Hugging Face's, any other file sentencepiece's."""
-    return schema.Tokenizer(kind="huggingface" if str(path).endswith(".json") else "sentencepiece", path=str(path))
+    return schema.TokenizerConfig(kind="huggingface" if str(path).endswith(".json") else "sentencepiece", path=str(path))
 
 
 def _unreadable(path: str, what: str, error: object) -> Problem:

@@ -12,7 +12,7 @@ from configs.errors import Notice, Problem
 from configs.schema import Config
 from parallel.memory.hardware import find_gpu
 from parallel.memory.job import make_job
-from parallel.memory.ledger import Ledger, make_ledger
+from parallel.memory.ledger import MemoryLedger, make_ledger
 
 FIX = "see `phalanx plan` for what would fit, and `phalanx plan --search` for the best layouts"
 
@@ -33,7 +33,7 @@ def memory_verdict(config: Config, vocab_size: int | None) -> tuple[list[Problem
     return [], []
 
 
-def _parts(ledger: Ledger) -> str:
+def _parts(ledger: MemoryLedger) -> str:
     rank = ledger.fullest
     return (
         f"weights {rank.weights_gib:.1f}, gradients {rank.gradients_gib:.1f}, optimizer {rank.optimizer_gib:.1f}, "

@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
-from configs.schema import Config, Tokenizer
+from configs.schema import Config, TokenizerConfig
 from parallel.layout import Layout
 from pretrain.checkpoint.allowed_changes import architecture
 from pretrain.checkpoint.manifest import FORMAT, Manifest, slice_key
@@ -263,7 +263,7 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return load_tokenizer(Tokenizer(kind="huggingface", path=str(path))).identity()
+        return load_tokenizer(TokenizerConfig(kind="huggingface", path=str(path))).identity()
     except ConfigError:
         # A tokenizer without an end-of-document token can't be used for training here. The weights can.
         return None

@@ -94,7 +94,8 @@ def find_tokenizer(manifest: Manifest, folder: Path, named: str | None) -> TextT
         return tokenizer
     section = manifest.config.get("data", {}).get("tokenizer", {})
     if section.get("path") and Path(section["path"]).is_file():
-        tokenizer = load_tokenizer(schema.Tokenizer(section.get("kind", "sentencepiece"), section["path"], section.get("eod")))
+        kind, path, eod = section.get("kind", "sentencepiece"), section["path"], section.get("eod")
+        tokenizer = load_tokenizer(schema.TokenizerConfig(kind, path, eod))
         _same(tokenizer, manifest, section["path"])
         return tokenizer
     for name in ("tokenizer.json", "tokenizer.model", SENTENCEPIECE_FILE):

@@ -48,7 +48,7 @@ class EncodedBatch:
 
 @lru_cache(maxsize=1)
 def _encoder(job: EncodingSettings) -> Encoder:
-    tokenizer = load_tokenizer(schema.Tokenizer(kind=job.kind, path=job.path, eod=job.eod))
+    tokenizer = load_tokenizer(schema.TokenizerConfig(kind=job.kind, path=job.path, eod=job.eod))
     return Encoder(tokenizer, token_dtype(tokenizer.vocab_size), job.append_eod)
 
 

@@ -14,7 +14,7 @@ from configs.schema import Config, Recompute
 from parallel.memory.job import make_job
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
-from tools.planner.search import TIE, Candidate, Search, recomputations
+from tools.planner.search import TIE, LayoutCandidate, SearchResult, recomputations
 from tools.planner.step_cost import WORDS
 
 
@@ -93,7 +93,7 @@ POPULAR = (
 )
 
 
-def explain(result: Search, free_dispatcher: bool = True) -> list[str]:
+def explain(result: SearchResult, free_dispatcher: bool = True) -> list[str]:
     """Why the winner wins and why popular alternatives lose, in words. `free_dispatcher`: as for the search."""
     if not result.candidates:
         return ["no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
@@ -125,7 +125,7 @@ def explain(result: Search, free_dispatcher: bool = True) -> list[str]:
     return lines + ([tuned] if tuned else [])
 
 
-def _why(winner: Candidate) -> str:
+def _why(winner: LayoutCandidate) -> str:
     timing, ledger = winner.plan.timing, winner.plan.ledger
     parts = sorted(timing.breakdown_s.items(), key=lambda item: -item[1])[:3]
     shares = ", ".join(f"{WORDS[kind]} {value / timing.step_s:.0%}" for kind, value in parts)

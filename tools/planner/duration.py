@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, steps_of
 from parallel.memory.hardware import GIB
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 from pretrain.preflight.disk_space import checkpoint_bytes
 
 # 419 unexpected interruptions in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, table 5).
@@ -79,7 +79,7 @@ def goodput(save_s: float, every_s: float, mtbf_s: float, restart_s: float) -> f
     return 1.0 / ((1 + save_s / every_s) * (1 + (restart_s + every_s / 2) / mtbf_s))
 
 
-def estimate_run(config: Config, job: Job, step_s: float, failures: Failures) -> RunEstimate:
+def estimate_run(config: Config, job: PlannedJob, step_s: float, failures: Failures) -> RunEstimate:
     """The run of a legal config. A batch ramp counts by its tokens: smaller steps are taken as proportionally shorter."""
     steps, world = steps_of(config), job.layout.world_size
     tokens = consumed_seqs_after(config.batch, steps) * job.seq_length

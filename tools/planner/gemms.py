@@ -1,6 +1,6 @@
 """The products of one layer on a rank, by shape.
 
-In: a Job. Out: `Gemm`s: rows x inner x columns. Legend: t tokens of a micro-batch on a rank, h hidden.
+In: a PlannedJob. Out: `Gemm`s: rows x inner x columns. Legend: t tokens of a micro-batch on a rank, h hidden.
 
 Torch-free.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel import architecture as arch
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Gemm:
         return self.count * size * (self.rows * (self.inner + self.columns) + self.inner * self.columns)
 
 
-def attention_gemms(job: Job) -> list[Gemm]:
+def attention_gemms(job: PlannedJob) -> list[Gemm]:
     """Products of one layer's attention on a rank."""
     model, tp, t = job.model, job.layout.tensor, job.micro_tokens
     h, heads, mla = model.hidden_size, model.attention.num_heads, model.mla
@@ -47,13 +47,13 @@ def attention_gemms(job: Job) -> list[Gemm]:
     return [Gemm(t / split, h, mla.q_lora_rank), Gemm(t, mla.q_lora_rank, query), down, up, out]
 
 
-def mlp_gemms(job: Job, width: float, rows: float, parts: int, count: float = 1.0) -> list[Gemm]:
+def mlp_gemms(job: PlannedJob, width: float, rows: float, parts: int, count: float = 1.0) -> list[Gemm]:
     """Both products of an MLP, or of `count` local experts that share `rows` tokens."""
     h, gate = job.model.hidden_size, 2 if arch.is_gated(job.model) else 1
     return [Gemm(rows / count, h, gate * width / parts, count), Gemm(rows / count, width / parts, h, count)]
 
 
-def routed_rows(job: Job) -> float:
+def routed_rows(job: PlannedJob) -> float:
     """Token copies that a rank's experts work on in a micro-batch, routing balanced."""
     layout = job.layout
     return job.micro_tokens * job.model.moe.top_k * layout.expert_tensor / layout.tensor

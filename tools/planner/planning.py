@@ -1,6 +1,6 @@
 """One layout's plan: memory, time and speed together.
 
-In: a Job, maybe a calibration. Out: a `Plan`, as JSON what DESIGN.md says `phalanx plan --json` prints.
+In: a PlannedJob, maybe a calibration. Out: a `Plan`, as JSON what DESIGN.md says `phalanx plan --json` prints.
 
 Torch-free.
 """
@@ -14,8 +14,8 @@ from parallel.flops import count_parameters, training_flops
 from parallel.legality.engine import expert_overlap_problems
 from parallel.legality.model import may_be_flex
 from parallel.memory.hardware import HOST_NAME
-from parallel.memory.job import Job
-from parallel.memory.ledger import Ledger, Rank, make_ledger
+from parallel.memory.job import PlannedJob
+from parallel.memory.ledger import MemoryLedger, RankMemory, make_ledger
 from tools.planner.timing import Timing, time_step
 
 
@@ -35,8 +35,8 @@ UNCALIBRATED = Calibration()
 class Plan:
     """What a job takes. Speeds per GPU; mfu over the dense bf16 peak, model FLOPs without recomputation."""
 
-    job: Job
-    ledger: Ledger
+    job: PlannedJob
+    ledger: MemoryLedger
     timing: Timing
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
@@ -65,7 +65,7 @@ class Plan:
         }
 
 
-def _slower_s(plan: Plan, changed: Job) -> float:
+def _slower_s(plan: Plan, changed: PlannedJob) -> float:
     """How much longer a step of the changed job takes, calibrated as the plan is; 0 where that is within half a percent."""
     step_s = plan.timing.step_s
     slower_s = step_s / time_step(plan.job).step_s * time_step(changed).step_s - step_s
@@ -116,7 +116,7 @@ def savings(plan: Plan, config: Config) -> list[str]:
     return [note for note in notes if note]
 
 
-def model_dict(job: Job) -> dict[str, object]:
+def model_dict(job: PlannedJob) -> dict[str, object]:
     """Parameters and FLOPs a token of the job's model."""
     parameters = count_parameters(job.model, job.vocab)
     return {
@@ -126,17 +126,17 @@ def model_dict(job: Job) -> dict[str, object]:
     }
 
 
-def _scaled(rank: Rank, scale: float) -> Rank:
+def _scaled(rank: RankMemory, scale: float) -> RankMemory:
     """A rank whose activations and buffers take what the calibration adds."""
     added = (scale - 1.0) * rank.allocated_gib
     return replace(rank, buffers_gib=rank.buffers_gib + added, low_gib=rank.low_gib + added, high_gib=rank.high_gib + added)
 
 
-def make_plan(job: Job, calibration: Calibration = UNCALIBRATED, flops_per_token: float | None = None) -> Plan:
+def make_plan(job: PlannedJob, calibration: Calibration = UNCALIBRATED, flops_per_token: float | None = None) -> Plan:
     """Memory and time of a job. `flops_per_token` saves counting them again for each layout of a search."""
     ledger = make_ledger(job)
     if calibration.memory_scale != 1.0:
-        ledger = Ledger(tuple(_scaled(rank, calibration.memory_scale) for rank in ledger.ranks), ledger.capacity_gib)
+        ledger = MemoryLedger(tuple(_scaled(rank, calibration.memory_scale) for rank in ledger.ranks), ledger.capacity_gib)
     timing = time_step(job, scale=calibration.time_scale)
     flops = flops_per_token or training_flops(job.model, job.vocab, job.seq_length).per_token
     speed = job.step_tokens / timing.step_s / job.layout.world_size

@@ -13,7 +13,7 @@ from typing import Any
 from configs.units import count, duration
 from tools.planner.duration import RunEstimate
 from tools.planner.planning import Plan
-from tools.planner.search import Search
+from tools.planner.search import SearchResult
 from tools.planner.step_cost import WORDS
 
 
@@ -81,7 +81,7 @@ def plan_text(name: str, plan: Plan, run: RunEstimate, model: dict[str, Any], no
     return text + ("\n\n" + "\n".join(f"note: {note}" for note in notes) if notes else "")
 
 
-def search_text(result: Search, top: int, reasons: Sequence[str]) -> str:
+def search_text(result: SearchResult, top: int, reasons: Sequence[str]) -> str:
     """The best layouts, and why."""
     rows = [
         [candidate.describe(), f"{candidate.plan.timing.step_s:.3f}", f"{candidate.plan.tokens_per_s_per_gpu:,.0f}",

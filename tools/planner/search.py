@@ -2,7 +2,7 @@
 
 In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation, ZeRO and, unless it is pinned, its
 dispatcher are what is searched).
-Out: a `Search`: candidates, fastest first, and why others are refused. `parallel.legality.verdict` says what is legal, for
+Out: a `SearchResult`: candidates, fastest first, and why others are refused. `parallel.legality.verdict` says what is legal, for
 every candidate that fits. Deterministic: the same config gives the same list.
 
 Cheap first: degrees that can't divide are never made; layouts whose states alone fill the GPU are dropped; the others are
@@ -25,7 +25,7 @@ from parallel.flops import training_flops
 from parallel.layout import world_size
 from parallel.legality.engine import expert_overlap_problems
 from parallel.legality.model import may_be_flex
-from parallel.memory.hardware import GIB, Machine
+from parallel.memory.hardware import GIB, PlannedMachine
 from parallel.memory.job import make_job, recomputation_of
 from parallel.memory.ledger import quick_peak_gib
 from parallel.memory.weights import stage_held, state_bytes
@@ -62,7 +62,7 @@ class Degrees:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayoutCandidate:
     """A legal layout with its plan. `pareto`: no other is faster and needs less memory."""
 
     config: Config
@@ -104,10 +104,10 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """`candidates` best first (see TIE); `too_large` by what they would need, GiB; `refused`: rule → layouts."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[LayoutCandidate, ...]
     too_large: dict[Degrees, float]
     refused: dict[str, int]
     tried: int
@@ -117,7 +117,7 @@ def divisors(number: int, limit: int) -> list[int]:
     return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
 
 
-def degrees_of(config: Config, machine: Machine) -> Iterator[Degrees]:
+def degrees_of(config: Config, machine: PlannedMachine) -> Iterator[Degrees]:
     """Degrees that divide the world, the heads, the experts and the layers."""
     model, world = config.model, world_size(config)
     layers, experts = model.num_layers, model.moe.num_experts
@@ -151,10 +151,10 @@ def recomputations(config: Config) -> list[Recompute]:
         light.append("moe_act")
     if arch.is_mla(model):
         light.append("mla_up_proj")
-    heavy = ["mlp"] if not all(kinds) and not any(kinds) else ["moe"] if any(kinds) else []
+    heavy = ["moe"] if any(kinds) else ["mlp"]
     steps = [Recompute(mode="none")]
     steps += [Recompute(mode="selective", modules=light)] if light else []
-    steps += [Recompute(mode="selective", modules=[m for m in light if m != "moe_act"] + heavy)] if heavy else []
+    steps += [Recompute(mode="selective", modules=[m for m in light if m != "moe_act"] + heavy)]
     return [*steps, Recompute(mode="full", method="uniform", num_layers=1)]
 
 
@@ -211,7 +211,7 @@ class Searcher:
     """Goes through the degrees once and keeps what it learns."""
 
     def __init__(
-        self, config: Config, vocab_size: int, machine: Machine, calibration: Calibration, free_dispatcher: bool
+        self, config: Config, vocab_size: int, machine: PlannedMachine, calibration: Calibration, free_dispatcher: bool
     ) -> None:
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
         # Of layouts whose tokens travel.
@@ -220,7 +220,7 @@ class Searcher:
         self.steps = recomputations(config)
         self.zeros = zero_choices(config)
         self.reluctant = config.model.moe.num_experts > 0
-        self.found: list[Candidate] = []
+        self.found: list[LayoutCandidate] = []
         self.too_large: dict[Degrees, float] = {}
         self.refused: Counter[str] = Counter()
         self.tried = 0
@@ -288,11 +288,11 @@ class Searcher:
             self.refused[f"{problems[0].path}: {problems[0].rule}"] += 1
             return False
         plan = make_plan(make_job(config, self.vocab_size, self.machine), self.calibration, self.flops)
-        self.found.append(Candidate(config, plan))
+        self.found.append(LayoutCandidate(config, plan))
         return True
 
 
-def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
+def mark_pareto(candidates: list[LayoutCandidate]) -> tuple[LayoutCandidate, ...]:
     """Best first (see TIE), each marked whether nothing faster needs less memory."""
     ordered = sorted(candidates, key=lambda c: (c.plan.timing.step_s, c.plan.ledger.peak_gib, c.words))
     least = float("inf")
@@ -307,10 +307,10 @@ def mark_pareto(candidates: list[Candidate]) -> tuple[Candidate, ...]:
 def search(
     config: Config,
     vocab_size: int,
-    machine: Machine,
+    machine: PlannedMachine,
     calibration: Calibration = UNCALIBRATED,
     free_dispatcher: bool = True,
-) -> Search:
+) -> SearchResult:
     """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation.
 
     `free_dispatcher`: tokens may travel by the flex dispatcher whatever the config says."""
@@ -318,4 +318,4 @@ def search(
     searcher.run()
     best = {candidate.degrees for candidate in searcher.found}
     too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}
-    return Search(mark_pareto(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)
+    return SearchResult(mark_pareto(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)

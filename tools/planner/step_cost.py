@@ -1,6 +1,6 @@
 """What one rank must do in a step, as seconds at the machine's full speed, by kind of work.
 
-In: a Job. Out: a vector over `KINDS` (seconds that the work would take at peak compute, memory or network speed; kernels
+In: a PlannedJob. Out: a vector over `KINDS` (seconds that the work would take at peak compute, memory or network speed; kernels
 and steps are counts). How far real machines stay below those speeds is timing.py's business. Forward and backward and
 recomputation are in. Legend: t tokens of a micro-batch on a rank, h hidden, k experts of a token.
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from parallel import architecture as arch
 from parallel.flops import mean_context
-from parallel.memory import layers as facts
+from parallel.memory import layer_cache
 from parallel.memory.activations import element_bytes
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 from parallel.memory.weights import stage_held
 from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
 
@@ -62,7 +62,7 @@ SCORE_BYTES = 30.0
 FLASH_BACKWARD, GEMM_BACKWARD = 2.5, 2.0
 
 
-def cast_bytes(job: Job) -> float:
+def cast_bytes(job: PlannedJob) -> float:
     """Read and written to quantise one element for a product: it is read for its largest value and read again, written as it
     is and transposed; with block scales (GPUs that have fp4) it is read once."""
     gpu = job.machine.gpu
@@ -72,7 +72,7 @@ def cast_bytes(job: Job) -> float:
 class _Tally:
     """Adds work into a vector of one layer pass, forward plus backward."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PlannedJob) -> None:
         self.job, self.vector = job, np.zeros(len(KINDS))
         gpu = job.machine.gpu
         self.flop_s = gpu.peak_tflops(job.compute) * 1e12 * gpu.largest_gemm(job.compute)
@@ -131,10 +131,10 @@ def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
         tally.add("context", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor * layout.context)))
 
 
-def remote_copies(job: Job) -> tuple[float, float]:
+def remote_copies(job: PlannedJob) -> tuple[float, float]:
     """Copies of a token that travel to its experts: (inside the domain, over the NIC).
 
-    The all-to-all dispatcher sends one for each expert. Those made for it (`Job.sends_once`) send one over the NIC to each
+    The all-to-all dispatcher sends one for each expert. Those made for it (`PlannedJob.sends_once`) send one over the NIC to each
     other domain that the token has an expert in, and inside a domain one to each such rank.
     """
     layout, top_k, domain = job.layout, job.model.moe.top_k, job.machine.domain
@@ -146,7 +146,7 @@ def remote_copies(job: Job) -> tuple[float, float]:
     return to_ranks * (1 - domains / layout.expert), to_domains * (1 - 1 / domains)
 
 
-def _missed(job: Job, parts: float) -> float:
+def _missed(job: PlannedJob, parts: float) -> float:
     """Probability that none of a token's experts lies in a given one of `parts` equal parts of them. With group-limited routing
     (DeepSeek-V3) its groups are drawn first, then experts from them."""
     moe, router = job.model.moe, job.model.moe.router
@@ -187,7 +187,7 @@ def _experts(tally: _Tally, again: float) -> None:
         tally.add("tensor", rounds / (1e9 * job.machine.bandwidth_gb_s(layout.expert_tensor)))
 
 
-def layer_work(job: Job, is_moe: bool, window: int | None, recomputed: bool) -> Vector:
+def layer_work(job: PlannedJob, is_moe: bool, window: int | None, recomputed: bool) -> Vector:
     """One micro-batch through one layer on a rank, forward and backward. `recomputed`: the whole layer once more."""
     model, layout, dropped = job.model, job.layout, job.recompute.dropped
     tally, again = _Tally(job), float(recomputed)
@@ -204,7 +204,7 @@ def layer_work(job: Job, is_moe: bool, window: int | None, recomputed: bool) -> 
     gate = 2 if arch.is_gated(model) else 1
     width = (model.moe.shared_ffn_hidden_size or 0) if is_moe else arch.ffn(model)
     if width:
-        redo = again or float(bool({"moe" if is_moe else "mlp", "shared_experts" if is_moe else "mlp"} & dropped))
+        redo = again or float(bool({"moe", "shared_experts"} & dropped) if is_moe else "mlp" in dropped)
         tally.gemms("gemm", mlp_gemms(job, width, t, layout.tensor), 3 + redo)
         tally.memory(size * t * (3 * gate + 2 + (gate + 1) * redo) * width / layout.tensor)
     if is_moe:
@@ -213,7 +213,7 @@ def layer_work(job: Job, is_moe: bool, window: int | None, recomputed: bool) -> 
     return tally.vector
 
 
-def head_work(job: Job) -> Vector:
+def head_work(job: PlannedJob) -> Vector:
     """Output layer and loss of one micro-batch."""
     tally, columns = _Tally(replace(job, compute="bf16") if job.compute != "fp32" else job), job.padded_vocab / job.layout.tensor
     tally.gemms("gemm", [Gemm(job.micro_tokens, job.model.hidden_size, columns)], 3)
@@ -223,12 +223,12 @@ def head_work(job: Job) -> Vector:
     return tally.vector
 
 
-def stage_micro_work(job: Job) -> NDArray[np.float64]:
+def stage_micro_work(job: PlannedJob) -> NDArray[np.float64]:
     """One micro-batch through all chunks of each stage, [stage, kind]."""
     cache: dict[tuple[bool, int | None, bool], Vector] = {}
     alike: list[Counter[tuple[bool, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
     stages = np.zeros((job.layout.pipeline, len(KINDS)))
-    recompute, windows = job.recompute, facts.windows(job.model)
+    recompute, windows = job.recompute, layer_cache.windows(job.model)
 
     def layer(is_moe: bool, window: int | None, recomputed: bool) -> Vector:
         key = (is_moe, window, recomputed)
@@ -260,7 +260,7 @@ def stage_micro_work(job: Job) -> NDArray[np.float64]:
     return stages
 
 
-def group_bandwidth_gb_s(job: Job, members: int, stride: int) -> float:
+def group_bandwidth_gb_s(job: PlannedJob, members: int, stride: int) -> float:
     """Ring bandwidth of a rank in a group of `members` ranks `stride` apart: in the domain, or over the NICs of those of
     its members that share a domain."""
     domain, gpu = job.machine.domain, job.machine.gpu
@@ -270,7 +270,7 @@ def group_bandwidth_gb_s(job: Job, members: int, stride: int) -> float:
     return min(gpu.scaleup_gb_s, together * job.machine.nic_gb_s)
 
 
-def data_bytes(job: Job) -> float:
+def data_bytes(job: PlannedJob) -> float:
     """Sent of each parameter in a step below ZeRO-3: gradients scattered and bf16 weights gathered; without sharded state, and in
     DeepSpeed's own stage 1 with bf16 (BLOOM's), gradients are reduced to all, which is twice as much."""
     zero, gradients = job.zero, float(job.states.gradients)
@@ -281,7 +281,7 @@ def data_bytes(job: Job) -> float:
     return (2 * gradients if zero.engine == "deepspeed" else gradients) + 2
 
 
-def step_work(job: Job) -> NDArray[np.float64]:
+def step_work(job: PlannedJob) -> NDArray[np.float64]:
     """What each stage does once a step: gradients, weights, the update, [stage, kind]; ZeRO-3 does it for every pass."""
     layout, states = job.layout, job.states
     stages = np.zeros((layout.pipeline, len(KINDS)))

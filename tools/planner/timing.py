@@ -1,6 +1,6 @@
 """Step time from work: how far below the machine's speeds real runs stay.
 
-In: a Job and fitted `factors` (data/fit.json: seconds really taken over seconds at full speed, per kind of work). Out:
+In: a PlannedJob and fitted `factors` (data/fit.json: seconds really taken over seconds at full speed, per kind of work). Out:
 a `Timing`. Stages wait for the slowest: m micro-batches of it, and the filling and draining over the others, divided by
 the virtual chunks: m·t_max + (sum t - t_max)/vpp (Narayanan et al., arXiv 2104.04473, for uneven stages).
 
@@ -18,23 +18,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 from tools.planner.step_cost import INDEX, KINDS, Vector, stage_micro_work, step_work
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 
 
 @dataclass(frozen=True)
-class Extra:
+class ExtraFactor:
     """A further factor on `kinds` for the jobs that it applies to, or one in place of theirs (`replaces`)."""
 
     name: str
     kinds: tuple[str, ...]
-    applies: Callable[[Job], bool]
+    applies: Callable[[PlannedJob], bool]
     replaces: bool = False
 
 
-def _is_eager(job: Job) -> bool:
+def _is_eager(job: PlannedJob) -> bool:
     """PyTorch's FSDP without Transformer Engine: what the published rows of the fsdp engine ran."""
     return job.zero.engine == "fsdp"
 
@@ -42,17 +42,17 @@ def _is_eager(job: Job) -> bool:
 # Products in fp8 and fp4 reach less of their peak. Gradients that wait for the backward pass to end, and tensor parallel
 # traffic that products wait for, are not hidden. PyTorch without fused kernels moves more bytes, and its flash attention of
 # that time (version 2) was written for A100: on GPUs since it reaches a smaller part of the peak.
-EXTRAS = (
-    Extra("gemm_fp8", ("gemm",), lambda job: job.compute == "fp8"),
-    Extra("experts_fp8", ("experts",), lambda job: job.compute == "fp8"),
-    Extra("gemm_fp4", ("gemm", "experts"), lambda job: job.compute == "fp4"),
-    Extra("data_not_overlapped", ("data",), lambda job: not job.zero.overlap, replaces=True),
-    Extra("tensor_not_overlapped", ("tensor",), lambda job: job.tensor_waits, replaces=True),
-    Extra("expert_far_overlapped", ("expert_far",), lambda job: job.hides_experts, replaces=True),
-    Extra("memory_eager", ("memory",), _is_eager),
-    Extra("attention_eager", ("attention",), lambda job: _is_eager(job) and job.machine.gpu.has_fp8),
+EXTRA_FACTORS = (
+    ExtraFactor("gemm_fp8", ("gemm",), lambda job: job.compute == "fp8"),
+    ExtraFactor("experts_fp8", ("experts",), lambda job: job.compute == "fp8"),
+    ExtraFactor("gemm_fp4", ("gemm", "experts"), lambda job: job.compute == "fp4"),
+    ExtraFactor("data_not_overlapped", ("data",), lambda job: not job.zero.overlap, replaces=True),
+    ExtraFactor("tensor_not_overlapped", ("tensor",), lambda job: job.tensor_waits, replaces=True),
+    ExtraFactor("expert_far_overlapped", ("expert_far",), lambda job: job.hides_experts, replaces=True),
+    ExtraFactor("memory_eager", ("memory",), _is_eager),
+    ExtraFactor("attention_eager", ("attention",), lambda job: _is_eager(job) and job.machine.gpu.has_fp8),
 )
-NAMES = (*KINDS, *(extra.name for extra in EXTRAS))
+NAMES = (*KINDS, *(extra.name for extra in EXTRA_FACTORS))
 # What runs beside the GPU's work: sharded weights that travel, and the host that launches kernels. The slowest decides,
 # softly (norm of this power).
 BESIDE = (("shards",), ("kernels", "expert_kernels"))
@@ -66,7 +66,7 @@ def fitted() -> Vector:
     return np.array([float(table[name]) for name in NAMES])
 
 
-def step_vector(job: Job, factors: Vector) -> tuple[Vector, Vector]:
+def step_vector(job: PlannedJob, factors: Vector) -> tuple[Vector, Vector]:
     """(work of the critical path over NAMES' kinds, the part of it that is waiting in the pipeline)."""
     micro, once = stage_micro_work(job), step_work(job)
     weights = kind_factors(job, factors)
@@ -76,15 +76,15 @@ def step_vector(job: Job, factors: Vector) -> tuple[Vector, Vector]:
     return job.num_micro_batches * micro[slowest] + waiting + once[slowest], waiting
 
 
-def applies(job: Job) -> NDArray[np.bool_]:
+def applies(job: PlannedJob) -> NDArray[np.bool_]:
     """Which of EXTRAS a job takes, [extra]."""
-    return np.array([extra.applies(job) for extra in EXTRAS])
+    return np.array([extra.applies(job) for extra in EXTRA_FACTORS])
 
 
 def kind_weights(extras: NDArray[np.bool_], factors: Vector) -> NDArray[np.float64]:
     """The factor of each kind for jobs that take these extras: [..., extra] → [..., kind]."""
     weights = np.broadcast_to(factors[: len(KINDS)], (*extras.shape[:-1], len(KINDS))).copy()
-    for number, extra in enumerate(EXTRAS):
+    for number, extra in enumerate(EXTRA_FACTORS):
         taken = extras[..., number]
         if not taken.any():
             continue
@@ -95,10 +95,10 @@ def kind_weights(extras: NDArray[np.bool_], factors: Vector) -> NDArray[np.float
     return weights
 
 
-def kind_factors(job: Job, factors: Vector) -> Vector:
+def kind_factors(job: PlannedJob, factors: Vector) -> Vector:
     """The factor of each kind for this job: `kind_weights` of one, made thousands of times in a search."""
     weights = factors[: len(KINDS)].copy()
-    for number, extra in enumerate(EXTRAS):
+    for number, extra in enumerate(EXTRA_FACTORS):
         if extra.applies(job):
             for kind in extra.kinds:
                 weights[INDEX[kind]] = factors[len(KINDS) + number] * (1.0 if extra.replaces else weights[INDEX[kind]])
@@ -135,7 +135,7 @@ class Timing:
     breakdown_s: dict[str, float]
 
 
-def time_step(job: Job, factors: Vector | None = None, scale: float = 1.0) -> Timing:
+def time_step(job: PlannedJob, factors: Vector | None = None, scale: float = 1.0) -> Timing:
     """The time of a step. `scale`: the user's own machine over ours (calibration)."""
     factors = fitted() if factors is None else factors
     work, waiting = step_vector(job, factors)

@@ -243,3 +243,8 @@ def test_no_combination_makes_a_crash_and_a_legal_one_lays_out(values: list[tupl
 def test_numbers_of_a_fix() -> None:
     assert near_multiples(10, 4) == "8 or 12" and near_multiples(3, 4) == "4"
     assert near_divisors(12, 5) == "4 or 6" and near_divisors(7, 9) == "7" and near_divisors(8, 1) == "1"
+
+
+def test_every_rule_states_itself_in_a_docstring() -> None:
+    silent = [rule.name for rule in (*PROBLEM_RULES, *NOTICE_RULES) if not (rule.check.__doc__ or "").rstrip().endswith(".")]
+    assert silent == []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from configs.errors import ConfigError
-from configs.schema import Tokenizer as Section
+from configs.schema import TokenizerConfig as Section
 from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, section_for
 from tools.data.corpus import expand
 from tools.data.embedded_corpus import documents

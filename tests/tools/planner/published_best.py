@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.load import load_config
 from configs.schema import Config
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 from tools.planner.published.row import job_of
 from tools.planner.published.validate import ROWS
 from tools.planner.search import Degrees, search
@@ -32,7 +32,7 @@ def rows() -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in json.loads(ROWS.read_text(encoding="utf-8"))} | {MIXTRAL["id"]: MIXTRAL}
 
 
-def published(name: str) -> tuple[Config, Job, Degrees]:
+def published(name: str) -> tuple[Config, PlannedJob, Degrees]:
     """(config to search, the published job, its degrees)."""
     job, _ = job_of(rows()[name])
     world, layout = job.layout.world_size, job.layout

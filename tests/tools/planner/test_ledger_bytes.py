@@ -7,8 +7,8 @@ import os
 import pytest
 
 from configs.schema import Config
-from parallel.memory.hardware import Machine, find_gpu
-from parallel.memory.job import Job, make_job
+from parallel.memory.hardware import PlannedMachine, find_gpu
+from parallel.memory.job import PlannedJob, make_job
 from parallel.memory.ledger import BUCKET_ELEMENTS, bucket_bytes
 from parallel.memory.weights import StateBytes, stage_held, state_bytes
 from tests.pretrain.deepspeed_world import Keys, name_of, zero
@@ -54,14 +54,14 @@ def imported() -> None:
     import pretrain.engine.deepspeed  # noqa: F401, PLC0415  (after the line above)
 
 
-def job_of(config: Config, world: int) -> Job:
+def job_of(config: Config, world: int) -> PlannedJob:
     gpu = find_gpu("H100")
     assert gpu is not None
     config.launch.processes_per_node = world
-    return make_job(config, VOCAB, Machine(gpu, 8, 50.0))
+    return make_job(config, VOCAB, PlannedMachine(gpu, 8, 50.0))
 
 
-def compare(job: Job, got: dict[str, int], states: StateBytes, bucket: float) -> dict[str, tuple[int, float]]:
+def compare(job: PlannedJob, got: dict[str, int], states: StateBytes, bucket: float) -> dict[str, tuple[int, float]]:
     """name → (held, said) where they differ by more than padding. Offload moves to the host what these ranks hold, too."""
     said = {
         "weights": states.weights,

@@ -10,28 +10,28 @@ from configs.model_schema import Attention, Model
 from parallel.flops import count_parameters
 from parallel.layout import Layout
 from parallel.memory.activations import in_flight
-from parallel.memory.hardware import Machine, find_gpu
-from parallel.memory.job import Job, Recomputation, States, Zero, make_job
+from parallel.memory.hardware import PlannedMachine, find_gpu
+from parallel.memory.job import BytesPerParameter, PlannedJob, Recomputation, ZeroSharding, make_job
 from parallel.memory.ledger import make_ledger
-from parallel.memory.weights import Held, stage_held, state_bytes
+from parallel.memory.weights import RankParameters, stage_held, state_bytes
 from tests.tools.planner.conftest import config_of
 
 H100 = find_gpu("H100")
 assert H100 is not None
-MACHINE = Machine(H100, 8, 50.0)
+MACHINE = PlannedMachine(H100, 8, 50.0)
 MODEL = Model(num_layers=16, hidden_size=1024, attention=Attention(num_heads=16))
 
 
-def job_of(layout: Layout, model: Model = MODEL, **changes: object) -> Job:
-    job = Job(model=model, vocab=32000, layout=layout, machine=MACHINE, seq_length=2048, micro_batch=1, global_batch=64)
+def job_of(layout: Layout, model: Model = MODEL, **changes: object) -> PlannedJob:
+    job = PlannedJob(model=model, vocab=32000, layout=layout, machine=MACHINE, seq_length=2048, micro_batch=1, global_batch=64)
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("stage", "total_gb"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_paper(stage: int, total_gb: float) -> None:
     """arXiv 1910.02054, figure 1: 7.5 billion parameters on 64 ranks."""
-    job = job_of(Layout(nodes=8, processes_per_node=8), states=States(2, 2, 12), zero=Zero("deepspeed", stage))
-    assert state_bytes(job, Held(7.5e9)).total / 1e9 == pytest.approx(total_gb, abs=0.05)
+    job = job_of(Layout(nodes=8, processes_per_node=8), states=BytesPerParameter(2, 2, 12), zero=ZeroSharding("deepspeed", stage))
+    assert state_bytes(job, RankParameters(7.5e9)).total / 1e9 == pytest.approx(total_gb, abs=0.05)
 
 
 def test_deepseek_v3_states() -> None:
@@ -65,17 +65,17 @@ def test_ranks_hold_the_model_once(layout: Layout) -> None:
 
 def test_deepspeed_estimates() -> None:
     """DeepSpeed docs (memory.rst): zero-2 4P + 16P/N, zero-3 18P/N of P = 2,851 million at 16 GPUs, buffers apart."""
-    held, layout = Held(2851e6), Layout(nodes=2, processes_per_node=8)
-    two = state_bytes(job_of(layout, states=States(2, 2, 14), zero=Zero("deepspeed", 2)), held).total
+    held, layout = RankParameters(2851e6), Layout(nodes=2, processes_per_node=8)
+    two = state_bytes(job_of(layout, states=BytesPerParameter(2, 2, 14), zero=ZeroSharding("deepspeed", 2)), held).total
     assert two == pytest.approx(2851e6 * (2 + 16 / 16))
-    three = state_bytes(job_of(layout, states=States(2, 4, 12), zero=Zero("deepspeed", 3)), held).total
+    three = state_bytes(job_of(layout, states=BytesPerParameter(2, 4, 12), zero=ZeroSharding("deepspeed", 3)), held).total
     assert three == pytest.approx(18 * 2851e6 / 16)
 
 
 def test_offload_moves_bytes_to_the_host() -> None:
     layout = Layout(nodes=2, processes_per_node=8)
-    kept = state_bytes(job_of(layout, zero=Zero("deepspeed", 2)), Held(1e9))
-    moved = state_bytes(job_of(layout, zero=Zero("deepspeed", 2, "optimizer")), Held(1e9))
+    kept = state_bytes(job_of(layout, zero=ZeroSharding("deepspeed", 2)), RankParameters(1e9))
+    moved = state_bytes(job_of(layout, zero=ZeroSharding("deepspeed", 2, "optimizer")), RankParameters(1e9))
     # Beside the optimizer the host holds an fp32 gradient and a copy of its part of the weights.
     assert moved.optimizer == 0 and moved.weights == kept.weights and moved.gradients == kept.gradients
     assert moved.host == pytest.approx(kept.optimizer + (4 + 2) * 1e9 / 16)
@@ -89,7 +89,7 @@ def test_in_flight(pp: int, vpp: int, micro: int, want: list[int]) -> None:
     assert [in_flight(job, stage) for stage in range(pp)] == want
 
 
-def peak(job: Job) -> float:
+def peak(job: PlannedJob) -> float:
     return make_ledger(job, 1.0).peak_gib
 
 
@@ -97,9 +97,11 @@ def test_laws() -> None:
     """More sharding or recomputation never needs more; more tokens never need less."""
     job = job_of(Layout(tensor=2, sequence=True, nodes=16), micro_batch=2)
     for stage in (0, 1, 2):
-        engine = replace(job, zero=Zero("deepspeed", stage))
+        engine = replace(job, zero=ZeroSharding("deepspeed", stage))
         held = stage_held(job)[0]
-        assert state_bytes(replace(engine, zero=Zero("deepspeed", stage + 1)), held).total <= state_bytes(engine, held).total
+        assert (
+            state_bytes(replace(engine, zero=ZeroSharding("deepspeed", stage + 1)), held).total <= state_bytes(engine, held).total
+        )
     selective = replace(job, recompute=Recomputation("selective", frozenset({"layernorm", "mlp"})))
     assert peak(replace(job, recompute=Recomputation("full"))) < peak(selective) < peak(job)
     assert peak(replace(job, micro_batch=4)) > peak(job)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from parallel.flops import training_flops
-from parallel.memory.job import Job
+from parallel.memory.job import PlannedJob
 from tools.planner.published.fit import fit
 from tools.planner.published.rows import runs_of
 from tools.planner.published.validate import ROWS, shipped_runs, unseen_errors, validate
@@ -100,7 +100,7 @@ def test_rows_that_cant_be_compared(changes: dict[str, Any], reason: str) -> Non
     assert not runs and dict(skipped) == {reason: 1}
 
 
-def job(**changes: Any) -> Job:
+def job(**changes: Any) -> PlannedJob:
     runs, _ = runs_of([row(**changes)], "time")
     return runs[0].job
 

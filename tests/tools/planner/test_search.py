@@ -20,10 +20,10 @@ from tests.tools.planner.published_best import rank
 from tools import cli
 from tools.planner.calibrate import WARMUP_STEPS, calibrate, read_config, read_rows
 from tools.planner.planning import make_plan
-from tools.planner.search import TIE, Search, search
+from tools.planner.search import TIE, SearchResult, search
 
 
-def found(*words: str) -> Search:
+def found(*words: str) -> SearchResult:
     config = config_of("qwen3_30b_a3b", "launch.nodes=2", "batch.global_batch_seqs=128", *words)
     assert config.model.vocab_size
     return search(config, config.model.vocab_size, make_machine(config))
@@ -179,7 +179,7 @@ def test_calibrated_by_a_real_run(folder: Path, tmp_path: Path) -> None:
     """On these CPUs: the run's own step time comes out, and another batch is predicted better than without."""
     config = write_config(tmp_path / "small.yaml", folder)
     words = ((), ("batch.global_batch_seqs=32",))
-    measured, plain, scaled = [], [], []
+    measured, with_typed_values, scaled = [], [], []
     for number, more in enumerate(words):
         command = launch(config, tmp_path / f"run{number}", *more)
         assert command.end() == 0, command.errors
@@ -187,10 +187,10 @@ def test_calibrated_by_a_real_run(folder: Path, tmp_path: Path) -> None:
         measured.append(median(row["step_time_s"] for row in rows))
         loaded = read_config(tmp_path / f"run{number}")
         job = make_job(loaded, vocab_size(loaded))
-        plain.append(make_plan(job).timing.step_s)
+        with_typed_values.append(make_plan(job).timing.step_s)
         scaled.append(make_plan(job, calibrate(str(tmp_path / "run0"), loaded)).timing.step_s)
     assert scaled[0] == pytest.approx(measured[0], rel=0.01)
-    assert abs(log(scaled[1] / measured[1])) < abs(log(plain[1] / measured[1]))
+    assert abs(log(scaled[1] / measured[1])) < abs(log(with_typed_values[1] / measured[1]))
 
 
 def test_presets_for_planning_only_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.flops import training_flops
 from parallel.memory.hardware import find_gpu, make_machine
-from parallel.memory.job import Job, Recomputation, make_job
+from parallel.memory.job import PlannedJob, Recomputation, make_job
 from tests.tools.planner.conftest import config_of
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.planning import Calibration, expert_overlap_note, make_plan, tuned_note
@@ -17,7 +17,7 @@ from tools.planner.step_cost import INDEX, KINDS, data_bytes, remote_copies, sta
 from tools.planner.timing import fitted, step_vector, time_step
 
 
-def llama(*words: str) -> Job:
+def llama(*words: str) -> PlannedJob:
     config = config_of("llama3_8b", "launch.nodes=4", "batch.global_batch_seqs=128", *words)
     return make_job(config, config.model.vocab_size)
 
@@ -57,9 +57,9 @@ def test_breakdown_adds_up(words: tuple[str, ...]) -> None:
 
 def test_bubble_follows_the_schedule() -> None:
     """(pp - 1) / vpp micro-batches of waiting beside m of work, when stages are alike."""
-    plain, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
+    with_typed_values, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
     factors = fitted()
-    for job, waits in ((plain, 3.0), (interleaved, 1.5)):
+    for job, waits in ((with_typed_values, 3.0), (interleaved, 1.5)):
         work, waiting = step_vector(job, factors)
         kind = INDEX["attention"]
         assert waiting[kind] / (work[kind] - waiting[kind]) == pytest.approx(waits / job.num_micro_batches, rel=0.15)
@@ -88,29 +88,29 @@ def test_tokens_to_experts_leave_the_domain() -> None:
 
 def test_experts_over_the_nic_hide_where_the_schedule_allows_it() -> None:
     words = ("launch.nodes=8", "batch.global_batch_seqs=128", "parallel.expert=32", "parallel.pipeline=2")
-    plain, chunked, full = (
+    with_typed_values, chunked, full = (
         make_job(config, config.model.vocab_size)
         for config in (
             config_of("qwen3_30b_a3b", *words, *more)
             for more in ((), ("parallel.virtual_pipeline=2",), ("parallel.virtual_pipeline=2", "recompute.mode=full"))
         )
     )
-    published = [replace(job, expert_overlap=None) for job in (plain, chunked, full)]
+    published = [replace(job, expert_overlap=None) for job in (with_typed_values, chunked, full)]
     assert [job.hides_experts for job in published] == [False, True, False]
     assert time_step(published[1]).step_s < time_step(chunked).step_s
 
 
 def test_a_plan_says_what_overlapping_the_experts_tokens_would_save() -> None:
     words = ("launch.nodes=8", "batch.global_batch_seqs=128", "parallel.expert=32", "parallel.pipeline=2")
-    plain, off, on = (
+    with_typed_values, off, on = (
         config_of("qwen3_30b_a3b", *words, *more)
         for more in ((), ("parallel.virtual_pipeline=2",), ("parallel.virtual_pipeline=2", "parallel.overlap_expert_comm=true"))
     )
-    plans = [make_plan(make_job(config, config.model.vocab_size)) for config in (plain, off, on)]
+    plans = [make_plan(make_job(config, config.model.vocab_size)) for config in (with_typed_values, off, on)]
     assert plans[2].timing.step_s < plans[1].timing.step_s
     note = expert_overlap_note(plans[1], off)
     assert note is not None and "parallel.overlap_expert_comm=true" in note
-    assert expert_overlap_note(plans[0], plain) is None and expert_overlap_note(plans[2], on) is None
+    assert expert_overlap_note(plans[0], with_typed_values) is None and expert_overlap_note(plans[2], on) is None
 
 
 def test_group_limited_routing_visits_fewer_domains() -> None:
@@ -157,11 +157,11 @@ def test_factors_are_physical() -> None:
 
 def test_calibration_scales_time_and_memory() -> None:
     job = llama()
-    plain, scaled = make_plan(job), make_plan(job, Calibration(1.25, 1.1, "run"))
-    assert scaled.timing.step_s == pytest.approx(1.25 * plain.timing.step_s)
-    assert scaled.tokens_per_s_per_gpu == pytest.approx(plain.tokens_per_s_per_gpu / 1.25)
-    fullest = plain.ledger.fullest
-    assert scaled.ledger.peak_gib == pytest.approx(plain.ledger.peak_gib + 0.1 * fullest.allocated_gib)
+    with_typed_values, scaled = make_plan(job), make_plan(job, Calibration(1.25, 1.1, "run"))
+    assert scaled.timing.step_s == pytest.approx(1.25 * with_typed_values.timing.step_s)
+    assert scaled.tokens_per_s_per_gpu == pytest.approx(with_typed_values.tokens_per_s_per_gpu / 1.25)
+    fullest = with_typed_values.ledger.fullest
+    assert scaled.ledger.peak_gib == pytest.approx(with_typed_values.ledger.peak_gib + 0.1 * fullest.allocated_gib)
 
 
 def test_youngs_interval_and_goodput() -> None:
@@ -199,6 +199,6 @@ def test_deepspeed_reduces_every_micro_batch() -> None:
 
 
 def test_chunks_cost_passes() -> None:
-    plain, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
-    passes = [stage_micro_work(job)[0][INDEX["passes"]] for job in (llama(), plain, interleaved)]
+    with_typed_values, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
+    passes = [stage_micro_work(job)[0][INDEX["passes"]] for job in (llama(), with_typed_values, interleaved)]
     assert passes == [0, 1, 2]

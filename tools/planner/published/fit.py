@@ -1,4 +1,4 @@
-"""Fits the factors of timing.py on published rows, and measures errors on rows that the fit did not see.
+"""Fits the factors of timing.py on published rows.
 
 In: runs with measured speed. Out: factors, predictions. `python -m tools.planner.published.fit ROWS.json` writes data/fit.json.
 Method: least squares of log(predicted / measured step time) over log(factor), softened for outliers (soft L1), rows
@@ -13,16 +13,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.planner.published.rows import Run, runs_of
+from tools.planner.published.rows import PublishedRun, runs_of
 from tools.planner.step_cost import INDEX, KINDS, Vector
-from tools.planner.timing import EXTRAS, FIT, NAMES, applies, combine, kind_weights, shares, step_vector
+from tools.planner.timing import EXTRA_FACTORS, FIT, NAMES, applies, combine, kind_weights, shares, step_vector
 
 # Seconds taken over seconds at full speed that one expects before looking: the largest products are the unit.
 PRIOR: dict[str, float] = {
@@ -65,23 +65,23 @@ STEPS = 12
 
 
 @dataclass(frozen=True)
-class Design:
+class FitData:
     """Rows as arrays: work [row, kind], which extra factors apply [row, extra], and measured step seconds."""
 
     work: NDArray[np.float64]
     extras: NDArray[np.bool_]
     measured_s: Vector
 
-    def part(self, rows: NDArray[np.bool_]) -> Design:
+    def part(self, rows: NDArray[np.bool_]) -> FitData:
         """Some of the rows."""
-        return Design(self.work[rows], self.extras[rows], self.measured_s[rows])
+        return FitData(self.work[rows], self.extras[rows], self.measured_s[rows])
 
     def log_error(self, factors: Vector) -> tuple[Vector, NDArray[np.float64]]:
         """log(predicted / measured), and its derivative by each log factor, [row, name]."""
         seconds = self.work * kind_weights(self.extras, factors)
         by_kind = shares(seconds)
         slope = np.zeros((len(seconds), len(NAMES)))
-        for number, extra in enumerate(EXTRAS):
+        for number, extra in enumerate(EXTRA_FACTORS):
             columns = [INDEX[kind] for kind in extra.kinds]
             taken = self.extras[:, number]
             slope[:, len(KINDS) + number] = by_kind[:, columns].sum(axis=1) * taken
@@ -91,22 +91,22 @@ class Design:
         return np.log(combine(seconds) / self.measured_s), slope
 
 
-def step_seconds(run: Run) -> float:
+def step_seconds(run: PublishedRun) -> float:
     """The measured step time."""
     assert run.tokens_per_s, f"{run.id} has no speed: runs_of leaves it out"
     return run.job.step_tokens / run.tokens_per_s / run.job.layout.world_size
 
 
-def make_design(runs: Sequence[Run], factors: Vector) -> Design:
+def make_design(runs: Sequence[PublishedRun], factors: Vector) -> FitData:
     """The rows under the stages that are slowest with `factors`."""
-    return Design(
+    return FitData(
         work=np.array([step_vector(run.job, factors)[0] for run in runs]),
         extras=np.array([applies(run.job) for run in runs]),
         measured_s=np.array([step_seconds(run) for run in runs]),
     )
 
 
-def row_weights(runs: Sequence[Run]) -> Vector:
+def row_weights(runs: Sequence[PublishedRun]) -> Vector:
     """A group of n rows counts as n^0.75 rows: more than one, less than its size."""
     sizes: dict[str, int] = {}
     for run in runs:
@@ -118,7 +118,7 @@ def prior() -> Vector:
     return np.array([PRIOR[name] for name in NAMES])
 
 
-def solve(design: Design, weights: Vector) -> Vector:
+def solve(design: FitData, weights: Vector) -> Vector:
     """Factors by Gauss-Newton with the soft-L1 loss, started from the prior."""
     center = np.log(prior())
     widths = np.array([WIDTHS.get(name, PRIOR_WIDTH) for name in NAMES])
@@ -132,31 +132,12 @@ def solve(design: Design, weights: Vector) -> Vector:
     return np.exp(logs)
 
 
-def fit(runs: Sequence[Run]) -> Vector:
+def fit(runs: Sequence[PublishedRun]) -> Vector:
     """Factors of these runs. The slowest stage depends on the factors, so the work is made again once."""
     factors = prior()
     for _ in range(2):
         factors = solve(make_design(runs, factors), row_weights(runs))
     return factors
-
-
-def held_out_errors(runs: Sequence[Run], key: Callable[[Run], str], folds: int | None = None) -> Vector:
-    """log(predicted / measured step time) of each run by a fit that saw none of its group.
-
-    `key` names the group; `folds`: groups are dealt into so many folds (largest first, in turn); None: one at a time.
-    """
-    names: dict[str, int] = {}
-    for run in runs:
-        names[key(run)] = names.get(key(run), 0) + 1
-    order = sorted(names, key=lambda name: (-names[name], name))
-    fold = {name: position % (folds or len(order)) for position, name in enumerate(order)}
-    chosen = np.array([fold[key(run)] for run in runs])
-    design, weights = make_design(runs, fit(runs)), row_weights(runs)
-    errors = np.zeros(len(runs))
-    for number in range(max(fold.values()) + 1):
-        seen, unseen = chosen != number, chosen == number
-        errors[unseen] = design.part(unseen).log_error(solve(design.part(seen), weights[seen]))[0]
-    return errors
 
 
 def write(path: Path, factors: Vector, num_rows: int) -> None:

@@ -13,14 +13,14 @@ import re
 from typing import Any
 
 from configs.model_schema import Attention, LatentAttention, Model, MoE, MultiToken, Position
-from tools.planner.published.words import preset_of
+from tools.planner.published.parse_words import preset_of
 
 DEFAULT_VOCAB = 51200
 # Moonlight and DeepSeek-V2-Lite: latent attention without compressed queries (their published configs).
 DEFAULT_KV_LORA, DEFAULT_NOPE, DEFAULT_ROPE, DEFAULT_V = 512, 128, 64, 128
 
 
-class Unusable(Exception):
+class UnusableRow(Exception):
     """A row that can't be compared; the text is the reason it is counted under."""
 
 
@@ -103,18 +103,18 @@ def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int, bool]:
     """(model, vocabulary, whether they are a preset's). `is_test`: Megatron's CI models, whose tables are tied and whose dropout
     is on unless said."""
     if _is_hybrid(model):
-        raise Unusable("hybrid or Mamba layers")
+        raise UnusableRow("hybrid or Mamba layers")
     layers, hidden, heads = (_number(model, name) for name in ("num_layers", "hidden_size", "num_heads"))
     if layers is None or hidden is None or heads is None:
         preset = _of_preset(model)
         if preset is None:
-            raise Unusable("architecture incomplete")
+            raise UnusableRow("architecture incomplete")
         return *preset, True
     args = model.get("args") or {}
     mla = _mla(model)
     head_dim = _number(model, "head_dim")
     if head_dim is None and hidden % heads:
-        raise Unusable("architecture incomplete")
+        raise UnusableRow("architecture incomplete")
     tied = model.get("tied_embeddings")
     tied = is_test and "untie-embeddings-and-output-weights" not in args if tied is None else tied
     window = _number(model, "sliding_window")

@@ -1,8 +1,9 @@
-"""One published row as a job, and what was measured.
+"""One published row as a job, and its measurements.
 
-In: a row (see data/README.md). Out: a Job, tokens/s and memory, or Unusable with the reason. What a row leaves open gets a
-stated default: zero-1 of Megatron; one virtual chunk; expert_tensor 1 (Megatron's CI: as tensor); flash attention and
-sequence parallelism from 2022 on; recomputation: the least with which our ledger's lower bound fits the GPU.
+In: a row in the format of data/README.md. Out: a PlannedJob, tokens/s and memory; or UnusableRow with the reason. Settings
+that a row does not state get these defaults: Megatron's ZeRO-1; one virtual chunk; expert_tensor 1, in Megatron's CI equal to
+tensor; flash attention and sequence parallelism from 2022 on; the least recomputation with which the lower bound of the
+ledger fits the GPU.
 
 Torch-free.
 """
@@ -16,11 +17,11 @@ from typing import Any
 from configs.model_schema import Model
 from parallel.flops import training_flops
 from parallel.layout import Layout
-from parallel.memory.hardware import Machine, find_gpu, guess_gpu
-from parallel.memory.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, Job, Recomputation, States, Zero
+from parallel.memory.hardware import PlannedMachine, find_gpu, guess_gpu
+from parallel.memory.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, BytesPerParameter, PlannedJob, Recomputation, ZeroSharding
 from parallel.memory.ledger import make_ledger
-from tools.planner.published.model import Unusable, model_of
-from tools.planner.published.words import recompute_of, zero_stage
+from tools.planner.published.model import UnusableRow, model_of
+from tools.planner.published.parse_words import recompute_of, zero_stage
 
 # Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
 OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
@@ -29,7 +30,9 @@ SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
 # Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
 # the measured bytes leave no room for fp32).
 BF16_MOMENTS = ("Moonlight",)
-# What a row leaves open and we fill in: counted.
+# Kinds of measured memory, by words of the source; allocated by default.
+MEMORY_KINDS = {"bigscience": "used", "torchtitan": "reserved"}
+# Assumptions about settings that a row does not state; validation counts them.
 RECOMPUTE_ASSUMED, PRESET_ASSUMED = "recomputation: the least that fits", "architecture: of the preset of that name"
 RECOMPUTE_LADDER = (
     Recomputation(),
@@ -78,15 +81,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
-def machine_of(text: str) -> Machine:
+def machine_of(text: str) -> PlannedMachine:
     """The machine of a row's `gpu`."""
     gpu = guess_gpu(text)
     if text.startswith("H100 96GB HBM2e"):
         gpu = find_gpu("H100-SXM-96GB-HBM2e-500W (Meta Grand Teton, torchtitan)")
     if gpu is None:
-        raise Unusable("GPU not in the table")
+        raise UnusableRow("GPU not in the table")
     nic = next((value for words, value in SLOW_NICS.items() if words in text), gpu.nic_gbit_s)
-    return Machine(gpu, gpu.scaleup_gpus, nic / 8)
+    return PlannedMachine(gpu, gpu.scaleup_gpus, nic / 8)
 
 
 def compute_of(text: str | None) -> str:
@@ -103,25 +106,29 @@ def is_old(row: dict[str, Any]) -> bool:
     return any(words in str(row.get("source") or "") for words in OLD_SOURCES)
 
 
-def zero_of(row: dict[str, Any], old: bool) -> tuple[Zero, States]:
+def zero_of(row: dict[str, Any], old: bool) -> tuple[ZeroSharding, BytesPerParameter]:
     text, precision = str(row.get("zero") or "zero-1").lower(), str(row.get("precision") or "")
     stage = zero_stage(text)
     if re.search(r"offload(?!\w*=none)", text):
-        raise Unusable("offloads to the host")
+        raise UnusableRow("offloads to the host")
     if stage == 3 or "fsdp" in text or "shard_grad_op" in text:
         stage = stage or 3
         # Megatron-FSDP shards what Transformer Engine's kernels compute; PyTorch's own comes with PyTorch's kernels.
-        return (Zero("megatron", stage), States()) if "megatron" in text else (Zero("fsdp", stage), States(4, 4, 8))
+        return (
+            (ZeroSharding("megatron", stage), BytesPerParameter())
+            if "megatron" in text
+            else (ZeroSharding("fsdp", stage), BytesPerParameter(4, 4, 8))
+        )
     name = str((row.get("model") or {}).get("name") or "")
     # One source says "bf16 moments" of runs whose published bytes are those of fp32 ones: only names decide.
     moments = 8 if name.startswith(BF16_MOMENTS) else 12
     short = "16-bit grad" in precision or name.startswith(BF16_MOMENTS) or row.get("task") == "sft"
-    states = States(2, 2 if short else 4, moments)
+    states = BytesPerParameter(2, 2 if short else 4, moments)
     if compute_of(row.get("precision")) == "fp32":
-        states = States(4, 4, 8)
+        states = BytesPerParameter(4, 4, 8)
     group = re.search(r"within (\d+)", text)
     stage = 1 if stage is None else stage
-    return Zero(
+    return ZeroSharding(
         "deepspeed" if "deepspeed" in text else "megatron", stage, "none", int(group[1]) if group else None, not old
     ), states
 
@@ -148,13 +155,14 @@ def layout_of(row: dict[str, Any], is_moe: bool, is_test: bool) -> Layout:
     if n_gpus is None and row.get("dp"):
         n_gpus = int(row["dp"]) * tp * pp * cp
     if n_gpus is None:
-        raise Unusable("number of GPUs not stated")
+        raise UnusableRow("number of GPUs not stated")
     if int(n_gpus) % (tp * pp * cp):
-        raise Unusable("layout does not fill the GPUs")
+        raise UnusableRow("layout does not fill the GPUs")
     ep = int(row.get("ep") or 1) if is_moe else 1
-    etp = int(row.get("etp") or (tp if is_test else 1)) if is_moe else 1
+    usual_etp = tp if is_test else 1
+    etp = int(row.get("etp") or usual_etp) if is_moe else 1
     if int(n_gpus) % (ep * etp * pp):
-        raise Unusable("layout does not fill the GPUs")
+        raise UnusableRow("layout does not fill the GPUs")
     args = (row.get("model") or {}).get("args") or {}
     # Sequence parallelism came in 2022 (Korthikanti et al.).
     sequence = tp > 1 and (not is_old(row) or "+ sequence parallel" in str(row.get("recompute")))
@@ -162,7 +170,7 @@ def layout_of(row: dict[str, Any], is_moe: bool, is_test: bool) -> Layout:
     return Layout(tp, sequence, pp, int(row.get("vpp") or 1), cp, ep, etp, int(n_gpus), 1)
 
 
-def speed_of(row: dict[str, Any], job: Job) -> float | None:
+def speed_of(row: dict[str, Any], job: PlannedJob) -> float | None:
     """Tokens a second and GPU as measured; from TFLOPs only where the source's way of counting is known."""
     measured, derived = row.get("measured") or {}, row.get("derived") or {}
     world = job.layout.world_size
@@ -191,7 +199,7 @@ def memory_of(row: dict[str, Any]) -> tuple[float | None, str]:
     value = measured.get("memory_gb")
     if value is None and measured.get("memory_gib") is not None:
         value = float(measured["memory_gib"]) * 1.073741824
-    kind = "used" if "bigscience" in source else "reserved" if "torchtitan" in source else "allocated"
+    kind = next((kind for words, kind in MEMORY_KINDS.items() if words in source), "allocated")
     return (float(value) if value is not None else None), kind
 
 
@@ -211,27 +219,27 @@ def sends_once(row: dict[str, Any]) -> bool:
     return not any(words in source and name.startswith(model) and gpu.startswith(gpus) for words, model, gpus in ALL_TO_ALL)
 
 
-def job_of(row: dict[str, Any]) -> tuple[Job, tuple[str, ...]]:
+def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
     """(job, what of it is our assumption). Raises Unusable."""
     is_test, old = "tests/functional_tests" in str(row.get("source") or ""), is_old(row)
     model, vocab, of_preset = model_of(row.get("model") or {}, is_test)
     assumed = (PRESET_ASSUMED,) if of_preset else ()
     seq, micro, batch = row.get("seq_len"), row.get("micro_batch"), row.get("global_batch")
     if micro is None:
-        raise Unusable("micro-batch not stated")
+        raise UnusableRow("micro-batch not stated")
     if seq is None:
-        raise Unusable("sequence length not stated")
+        raise UnusableRow("sequence length not stated")
     layout = layout_of(row, model.moe.num_experts > 0, is_test)
     chunks, split = _split(model.num_layers, layout.pipeline, layout.virtual_pipeline if layout.pipeline > 1 else 1)
     layout = replace(layout, virtual_pipeline=chunks)
     if layout.pipeline > model.num_layers:
-        raise Unusable("layout does not fill the GPUs")
+        raise UnusableRow("layout does not fill the GPUs")
     zero, states = zero_of(row, old)
     args = (row.get("model") or {}).get("args") or {}
     stated, notes = recompute_of(row.get("recompute"), model.num_layers, layout.pipeline), str(row.get("notes") or "")
     # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
     waits = layout.tensor > 1 and (old or (zero.engine == "fsdp" and "async" not in notes.lower()))
-    job = Job(
+    job = PlannedJob(
         model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or "")), seq_length=int(seq),
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),

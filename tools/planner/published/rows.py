@@ -1,6 +1,6 @@
 """Published runs as jobs with measurements: which rows count, and which do not.
 
-In: rows (see data/README.md). Out: `Run`s that can be compared, and for the others the reason, counted.
+In: rows (see data/README.md). Out: `PublishedRun`s that can be compared, and for the others the reason, counted.
 
 Torch-free.
 """
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from parallel.memory.job import Job
-from tools.planner.published.model import Unusable
+from parallel.memory.job import PlannedJob
+from tools.planner.published.model import UnusableRow
+from tools.planner.published.parse_words import with_typed_values
 from tools.planner.published.row import RECOMPUTE_ASSUMED, TEXTS, is_malformed, job_of, memory_of, speed_of
-from tools.planner.published.words import plain
 
 # Who published, by words of a row's source.
 SOURCES = (
@@ -31,14 +31,14 @@ SOURCES = (
 
 
 @dataclass(frozen=True)
-class Run:
+class PublishedRun:
     """One published run. `tokens_per_s` per GPU and `memory_gb` (1e9) as measured, None where not; `apart`: why it is
     reported by itself; `memory_kind`: allocated (of the last stage), reserved, or used (as nvidia-smi says)."""
 
     id: str
     source: str
     group: str
-    job: Job
+    job: PlannedJob
     tokens_per_s: float | None
     memory_gb: float | None
     memory_kind: str
@@ -80,8 +80,6 @@ def excluded(row: dict[str, Any]) -> str | None:
     """Why a row's speed isn't comparable (the rules of data/README.md), or None."""
     identity, source, notes = str(row.get("id") or ""), str(row.get("source") or ""), str(row.get("notes") or "").lower()
     name = str((row.get("model") or {}).get("name") or "")
-    if row.get("task") == "lora":
-        return "LoRA"
     if row.get("kind") in ("layer_time", "memory_formula", "run"):
         return f"not a measured training step ({row['kind']})"
     if "token drop" in notes or "token-drop" in notes or "tokendrop" in notes:
@@ -130,12 +128,12 @@ def _superseded(rows: Sequence[dict[str, Any]]) -> set[str]:
             and best.get(_key(row), 0.0) > 1.3 * ((row.get("measured") or {}).get("tokens_per_s_per_gpu") or 1e30)}  # fmt: skip
 
 
-def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[Run], Counter[str]]:
+def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[PublishedRun], Counter[str]]:
     """(comparable runs, reason → rows left out). `what`: time or memory."""
-    runs: list[Run] = []
+    runs: list[PublishedRun] = []
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
-    sound = [row for row in (plain(row, TEXTS) for row in rows) if not is_malformed(row)]
+    sound = [row for row in (with_typed_values(row, TEXTS) for row in rows) if not is_malformed(row)]
     if len(sound) < len(rows):
         skipped["a field is not what its name says"] = len(rows) - len(sound)
     slow = _superseded(sound)
@@ -144,36 +142,40 @@ def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[Run], Count
             run = _run(mend(raw), position, what)
             fingerprint = f"{_key(raw)}{raw.get('recompute')}{raw.get('notes')}{run.tokens_per_s}{run.memory_gb}"
             if fingerprint in seen:
-                raise Unusable("exact duplicate")
+                raise UnusableRow("exact duplicate")
             seen.add(fingerprint)
             runs.append(replace(run, apart="superseded release" if run.id in slow else run.apart))
-        except Unusable as reason:
+        except UnusableRow as reason:
             skipped[str(reason)] += 1
     return runs, skipped
 
 
-def _run(row: dict[str, Any], position: int, what: str) -> Run:
-    reason = excluded(row) if what == "time" else ("LoRA" if row.get("task") == "lora" else None)
-    if reason:
-        raise Unusable(reason)
+def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
+    if row.get("task") == "lora":
+        raise UnusableRow("LoRA")
+    if what == "time" and (reason := excluded(row)):
+        raise UnusableRow(reason)
     memory, kind = memory_of(row)
     oom = bool((row.get("measured") or {}).get("oom"))
     if what == "memory" and (row.get("model") or {}).get("args", {}).get("fine-grained-activation-offloading"):
-        raise Unusable("offloads activations")
+        raise UnusableRow("offloads activations")
     if what == "memory" and "distill" in str((row.get("model") or {}).get("name")):
-        raise Unusable("two models (distillation)")
+        raise UnusableRow("two models (distillation)")
     if what == "memory" and not oom and (memory is None or (row.get("usable") or {}).get("memory") is False):
-        raise Unusable("no memory measured" if memory is None else "memory not comparable")
+        raise UnusableRow("no memory measured" if memory is None else "memory not comparable")
     if what == "time" and row.get("global_batch") is None:
-        raise Unusable("global batch not stated")
+        raise UnusableRow("global batch not stated")
     job, assumed = job_of(row)
     speed = speed_of(row, job)
     if what == "time" and not speed:
-        raise Unusable("no speed measured")
+        raise UnusableRow("no speed measured")
     odd = not job.flash and job.model.hidden_size // job.model.attention.num_heads % 8
     name, source = str((row.get("model") or {}).get("name")), str(row.get("source") or "?")
     fragmented = oom and what == "memory" and "fragmentation" in str(row.get("notes") or "")
-    return Run(
+    apart = "allocator fragmentation" if fragmented else None
+    if odd:
+        apart = "head dim not divisible by 8"
+    return PublishedRun(
         id=str(row.get("id") or f"row {position + 1}"),
         source=short_source(source),
         group=f"{short_source(source)} | {name} | {job.machine.gpu.name}",
@@ -181,7 +183,7 @@ def _run(row: dict[str, Any], position: int, what: str) -> Run:
         tokens_per_s=speed,
         memory_gb=memory,
         memory_kind=kind,
-        apart="head dim not divisible by 8" if odd else "allocator fragmentation" if fragmented else None,
+        apart=apart,
         oom=oom,
         assumed=assumed,
     )

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from parallel.flops import training_flops
 from parallel.memory.hardware import GIB
-from parallel.memory.ledger import IMBALANCE_HIGH, Ledger, make_ledger
-from tools.planner.published.fit import Design, make_design, row_weights, solve
+from parallel.memory.ledger import IMBALANCE_HIGH, MemoryLedger, make_ledger
+from tools.planner.published.fit import FitData, make_design, row_weights, solve
 from tools.planner.published.row import RECOMPUTE_LADDER
-from tools.planner.published.rows import Run, runs_of
+from tools.planner.published.rows import PublishedRun, runs_of
 from tools.planner.step_cost import Vector
 from tools.planner.timing import fitted
 
@@ -36,19 +36,19 @@ RESERVED_OVER_ALLOCATED = 1.05
 
 
 @cache
-def shipped_runs() -> tuple[Run, ...]:
+def shipped_runs() -> tuple[PublishedRun, ...]:
     """The rows that the shipped factors were fitted on."""
     rows = json.loads(ROWS.read_text(encoding="utf-8"))
     return tuple(run for run in runs_of(rows, "time")[0] if run.apart is None)
 
 
 @cache
-def _shipped_design() -> tuple[Design, Vector]:
+def _shipped_design() -> tuple[FitData, Vector]:
     runs = shipped_runs()
     return make_design(runs, fitted()), row_weights(runs)
 
 
-def unseen_errors(runs: Sequence[Run], key: Callable[[Run], str]) -> Vector:
+def unseen_errors(runs: Sequence[PublishedRun], key: Callable[[PublishedRun], str]) -> Vector:
     """log(predicted / measured step time) of each run by factors fitted without the rows of its `key`."""
     shipped = np.array([key(run) for run in shipped_runs()])
     names = np.array([key(run) for run in runs])
@@ -64,7 +64,7 @@ def unseen_errors(runs: Sequence[Run], key: Callable[[Run], str]) -> Vector:
     return errors
 
 
-def statistics(errors: Vector, runs: Sequence[Run], with_sources: bool = True) -> dict[str, Any]:
+def statistics(errors: Vector, runs: Sequence[PublishedRun], with_sources: bool = True) -> dict[str, Any]:
     """Median, 90th percentile and share within 20% of |predicted / measured - 1|."""
     if not len(errors):
         return {"rows": 0, "median_abs_rel_err": None, "p90_abs_rel_err": None, "within_20pct": None}
@@ -86,10 +86,10 @@ def statistics(errors: Vector, runs: Sequence[Run], with_sources: bool = True) -
     return found
 
 
-def constant_mfu_errors(runs: Sequence[Run]) -> Vector:
+def constant_mfu_errors(runs: Sequence[PublishedRun]) -> Vector:
     """The error of assuming one MFU for all: the median MFU of the shipped rows, of the peak of the number format."""
 
-    def mfu(run: Run) -> float:
+    def mfu(run: PublishedRun) -> float:
         job = run.job
         flops = training_flops(job.model, job.vocab, job.seq_length).per_token
         return float(run.tokens_per_s or 0.0) * flops / (job.machine.gpu.peak_tflops(job.compute) * 1e12)
@@ -98,7 +98,7 @@ def constant_mfu_errors(runs: Sequence[Run]) -> Vector:
     return np.array([usual / mfu(run) - 1 for run in runs])
 
 
-def calibrated_errors(runs: Sequence[Run], errors: Vector) -> NDArray[np.float64]:
+def calibrated_errors(runs: Sequence[PublishedRun], errors: Vector) -> NDArray[np.float64]:
     """Relative errors after one calibration run on the same machine (source and GPU): the most alike other run's error is
     taken off. Runs without another on their machine are NaN."""
     result = np.full(len(runs), np.nan)
@@ -114,7 +114,7 @@ def calibrated_errors(runs: Sequence[Run], errors: Vector) -> NDArray[np.float64
     return result
 
 
-def _distance(one: Run, other: Run) -> float:
+def _distance(one: PublishedRun, other: PublishedRun) -> float:
     a, b = one.job, other.job
     unlike = (a.model.name != b.model.name) + 2 * (a.compute != b.compute) + (a.recompute != b.recompute) * 0.5
     ratios = ((a.layout.world_size, b.layout.world_size), (a.micro_batch, b.micro_batch), (a.seq_length, b.seq_length),
@@ -122,7 +122,7 @@ def _distance(one: Run, other: Run) -> float:
     return unlike + sum(abs(float(np.log2(x / y))) for x, y in ratios) / 10
 
 
-def memory_gb(run: Run, ledger: Ledger) -> float:
+def memory_gb(run: PublishedRun, ledger: MemoryLedger) -> float:
     """The prediction in the row's own terms, 1e9 bytes. Megatron's CI reports its last stage."""
     rank = ledger.ranks[-1] if run.source == "Megatron-LM CI" else max(ledger.ranks, key=lambda rank: rank.allocated_gib)
     allocated = rank.allocated_gib * GIB / 1e9
@@ -131,17 +131,17 @@ def memory_gb(run: Run, ledger: Ledger) -> float:
     return allocated * (RESERVED_OVER_ALLOCATED if run.memory_kind == "reserved" else 1.0)
 
 
-def imbalance_of(run: Run) -> float:
+def imbalance_of(run: PublishedRun) -> float:
     """Benchmarks force their routers into balance; Megatron's CI trains its own from scratch, and reports the maximum."""
     return IMBALANCE_HIGH if run.source == "Megatron-LM CI" else 1.0
 
 
-def memory_errors(runs: Sequence[Run]) -> Vector:
+def memory_errors(runs: Sequence[PublishedRun]) -> Vector:
     ledgers = [make_ledger(run.job, imbalance_of(run)) for run in runs]
     return np.array([memory_gb(run, ledger) / (run.memory_gb or np.nan) - 1 for run, ledger in zip(runs, ledgers)])
 
 
-def fit_verdicts(runs: Sequence[Run], out_of_memory: Sequence[Run]) -> dict[str, Any]:
+def fit_verdicts(runs: Sequence[PublishedRun], out_of_memory: Sequence[PublishedRun]) -> dict[str, Any]:
     """How often "fits" is said of runs that ran, and "doesn't fit" of runs that a source reports out of memory.
 
     A run whose recomputation isn't stated ran with some: it is asked once under our assumption (the least whose lower bound
@@ -193,7 +193,7 @@ def validate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _apart(runs: Sequence[Run]) -> dict[str, Any]:
+def _apart(runs: Sequence[PublishedRun]) -> dict[str, Any]:
     """Rows that are reported by themselves, by reason."""
     errors = np.array([1.0] * 0) if not runs else np.exp(-unseen_errors(runs, lambda run: run.group)) - 1
     reasons = np.array([run.apart for run in runs])

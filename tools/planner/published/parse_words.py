@@ -26,7 +26,7 @@ MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "shared_ex
 UNSAID = ("not stated", "HEAD recipe", "none set")
 
 
-def _plain(value: Any) -> Any:
+def _number_of_text(value: Any) -> Any:
     """A number that was written as text."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         number = float(re.sub(r"[,_\s]", "", value))
@@ -34,14 +34,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def plain(row: dict[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
+def with_typed_values(row: dict[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
     """The row with numbers as numbers, a model's name as a model, and `texts` as text where a number or yes/no stands."""
-    row = {name: value if name in texts else _plain(value) for name, value in row.items()}
+    row = {name: value if name in texts else _number_of_text(value) for name, value in row.items()}
     if isinstance(row.get("model"), str):
         row["model"] = {"name": row["model"]}
     for section in ("model", "measured", "derived"):
         if isinstance(row.get(section), dict):
-            row[section] = {name: _plain(value) for name, value in row[section].items()}
+            row[section] = {name: _number_of_text(value) for name, value in row[section].items()}
     if isinstance(row.get("recompute"), bool):
         row["recompute"] = "full" if row["recompute"] else "none"
     if isinstance(row.get("zero"), int) and not isinstance(row["zero"], bool) and 0 <= row["zero"] <= 3:

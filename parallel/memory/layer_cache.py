@@ -1,7 +1,6 @@
-"""What many layouts of one model share, worked out once.
+"""Layer kinds, parameters and pipeline chunks of a model, computed once and cached: a search asks thousands of times.
 
-In: a Model (as loaded, never changed afterwards). Out: its layer kinds, layer parameters and costs, remembered by the
-model's identity: a search asks for them thousands of times.
+In: a Model that nobody changes after it is loaded. Out: values cached by the identity of the Model object.
 
 Torch-free.
 """
@@ -18,7 +17,7 @@ from parallel.stages import Chunk, Costs, balanced_split, costs_of, make_chunks
 
 
 class _Same:
-    """A model as a cache's key: equal to itself only. The cache keeps it alive, so its identity isn't given away again."""
+    """A model as a cache key, equal only to itself. The cache keeps the model alive, so that no other object gets its id."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -87,5 +86,5 @@ def layer_counts(model: Model, is_moe: bool) -> LayerParameters:
 
 
 def chunks_of(model: Model, vocab: int, pp: int, vpp: int, split: tuple[int, ...] | None) -> tuple[Chunk, ...]:
-    """parallel.stages' chunks, with its balanced split unless one is given."""
+    """The chunks of parallel.stages.make_chunks; `split`: layers of each chunk, None for the balanced split."""
     return _chunks(_Same(model), vocab, pp, vpp, split)

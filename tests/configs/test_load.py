@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
-from configs.fields import Rule, check_keys, walk
+from configs.fields import KeyRule, check_keys, walk
 from configs.keys import all_keys
 from configs.load import from_yaml_text, load_config, to_yaml
 from configs.schema import BlendPart, Config
@@ -268,7 +268,7 @@ def test_no_float_is_infinite(value: str) -> None:
 
 
 def test_a_key_may_say_that_it_takes_infinity() -> None:
-    assert Rule(low=0, infinite=True).broken_by(float("inf")) is None
-    assert Rule(low=0, infinite=True).broken_by(float("-inf")) == "at least 0"
-    assert Rule(low=0, infinite=True).broken_by(float("nan")) == "a number, not NaN"
-    assert Rule(low=0).broken_by(10**400) is None, "a large integer is finite"
+    assert KeyRule(low=0, infinite=True).broken_by(float("inf")) is None
+    assert KeyRule(low=0, infinite=True).broken_by(float("-inf")) == "at least 0"
+    assert KeyRule(low=0, infinite=True).broken_by(float("nan")) == "a number, not NaN"
+    assert KeyRule(low=0).broken_by(10**400) is None, "a large integer is finite"

@@ -16,143 +16,201 @@ from configs.model_schema import Model
 
 @dataclass
 class Run:
-    name: str = key("run", "the run's name: its folder, its W&B name, its job name")
-    dir: Optional[str] = key(None, "the run folder itself; None: runs/NAME")
-    seed: int = key(1234, "of weights, data order and dropout", low=0)
-    steps: Optional[int] = key(None, "optimizer steps after which the run stops", low=1)
-    tokens: Optional[int] = key(None, "tokens after which the run stops, rounded up to a step; instead of steps", low=1)
-    eval_interval_steps: Optional[int] = key(None, "validation every so many steps; None: at the end only", low=1)
-    eval_batches: int = key(8, "global batches of one validation; 0: no validation", low=0)
+    name: str = key("run", "Name of the run. It names the run folder (runs/NAME), the W&B run and the Slurm job.")
+    dir: Optional[str] = key(None, "The run folder itself. null: runs/NAME.")
+    seed: int = key(1234, "Seed of initial weights, data order and dropout.", low=0)
+    steps: Optional[int] = key(None, "Optimizer steps after which the run stops. Set either this or run.tokens.", low=1)
+    tokens: Optional[int] = key(
+        None, "Training tokens after which the run stops, rounded up to a whole step. Set either this or run.steps.", low=1
+    )
+    eval_interval_steps: Optional[int] = key(None, "Steps between two validations. null: one validation at the end.", low=1)
+    eval_batches: int = key(8, "Global batches of one validation. 0: no validation.", low=0)
 
 
 @dataclass
 class Parallel:
-    tensor: int = key(1, "tensor parallel degree", low=1)
+    tensor: int = key(1, "Tensor parallel degree: ranks that share the matrix products of a layer.", low=1)
     sequence: Optional[bool] = key(
-        None, "split activations between the tensor-parallel products over the sequence; None: when tensor > 1"
+        None,
+        "Sequence parallelism: tensor parallel ranks also split the sequence between their products. null: on when tensor > 1.",
     )
-    pipeline: int = key(1, "pipeline stages", low=1)
-    virtual_pipeline: Optional[int] = key(None, "chunks of layers a stage (interleaved schedule); None: 1", low=1)
+    pipeline: int = key(1, "Pipeline parallel degree: number of stages that the layers are divided into.", low=1)
+    virtual_pipeline: Optional[int] = key(None, "Chunks of layers on each stage (interleaved schedule). null: 1.", low=1)
     pipeline_split: Optional[List[int]] = key(
-        None, "layers of each chunk in model order; None: balanced with embedding and head counted", low=0
+        None, "Layers of each chunk in model order. null: balanced by cost, with embedding and output layer counted.", low=0
     )
-    context: int = key(1, "context parallel degree", low=1)
-    context_comm: str = key("p2p", "how keys and values travel on a GPU", choices=("p2p", "a2a", "all_gather", "a2a+p2p"))
-    expert: int = key(1, "expert parallel degree", low=1)
-    expert_tensor: int = key(1, "tensor parallel degree inside an expert; unlike Megatron, unset means 1, not tensor", low=1)
-    overlap_expert_comm: bool = key(False, "tokens travel to their experts while another micro-batch computes (bf16)")
+    context: int = key(1, "Context parallel degree: ranks that share one sequence.", low=1)
+    context_comm: str = key(
+        "p2p", "How context parallel ranks exchange keys and values on GPUs.", choices=("p2p", "a2a", "all_gather", "a2a+p2p")
+    )
+    expert: int = key(1, "Expert parallel degree: ranks over which the routed experts of a layer are divided.", low=1)
+    expert_tensor: int = key(
+        1, "Tensor parallel degree inside each routed expert. Its default is 1; Megatron-Core's is the tensor degree.", low=1
+    )
+    overlap_expert_comm: bool = key(
+        False, "Send tokens to experts while another micro-batch computes. Needs bf16 weights on GPUs."
+    )
 
 
 @dataclass
 class Zero:
-    engine: str = key("megatron", "who owns gradients and optimizer state", choices=("megatron", "deepspeed"))
+    engine: str = key("megatron", "Library that owns gradients and optimizer state.", choices=("megatron", "deepspeed"))
     stage: int = key(
-        1, "0 nothing, 1 optimizer state, 2 also gradients, 3 also weights sharded over data parallel ranks", low=0, high=3
+        1,
+        "What data parallel ranks divide among them. 0: nothing, 1: optimizer state, 2: also gradients, 3: also weights.",
+        low=0,
+        high=3,
     )
-    offload: str = key("none", "keep optimizer state, or parameters too, outside the GPU", choices=("none", "optimizer", "param"))
-    offload_device: str = key("cpu", "where offloaded optimizer state lives; nvme: zero.stage=3", choices=("cpu", "nvme"))
+    offload: str = key(
+        "none", "What is kept outside GPU memory. param: optimizer state and weights.", choices=("none", "optimizer", "param")
+    )
+    offload_device: str = key(
+        "cpu", "Where offloaded optimizer state is kept. nvme needs zero.stage = 3.", choices=("cpu", "nvme")
+    )
     nvme_path: Optional[str] = key(
-        None, "folder on each node's NVMe disk, for offload_device=nvme; emptied of this run's files at its start and end"
+        None,
+        "Folder on the NVMe disk of each node, for offload_device = nvme. The run's files in it are deleted when the run starts and ends.",
     )
-    overlap_grad_reduce: bool = key(False, "reduce gradients while the backward pass runs (GPU)")
-    overlap_param_gather: bool = key(False, "gather weights while the forward pass runs (GPU)")
+    overlap_grad_reduce: bool = key(False, "Reduce gradients while the backward pass runs. For GPUs.")
+    overlap_param_gather: bool = key(False, "Gather weights while the forward pass runs. For GPUs; needs overlap_grad_reduce.")
 
 
 @dataclass
 class Precision:
-    params: str = key("bf16", "weights and activations in the products", choices=("bf16", "fp32"))
-    grads: str = key("fp32", "accumulation and reduction of gradients", choices=("fp32", "bf16"))
-    fp8: str = key("none", "fp8 products through Transformer Engine (GPU)", choices=("none", "e4m3", "hybrid"))
-    fp8_recipe: str = key("delayed", "how fp8 scales are found", choices=("delayed", "tensorwise", "blockwise", "mxfp8"))
+    params: str = key("bf16", "Number format of weights and activations in matrix products.", choices=("bf16", "fp32"))
+    grads: str = key("fp32", "Number format in which gradients are accumulated and reduced.", choices=("fp32", "bf16"))
+    fp8: str = key(
+        "none",
+        "fp8 format of matrix products through Transformer Engine, on GPUs. none: products have the format of params.",
+        choices=("none", "e4m3", "hybrid"),
+    )
+    fp8_recipe: str = key(
+        "delayed",
+        "How Transformer Engine computes the scales of fp8 values.",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
 
 
 @dataclass
 class Recompute:
-    mode: str = key("none", "activations computed again in the backward pass", choices=("none", "selective", "full"))
+    mode: str = key(
+        "none",
+        "Activations that are computed again in the backward pass instead of kept. selective: those of modules; full: whole layers.",
+        choices=("none", "selective", "full"),
+    )
     modules: List[str] = key(
         factory=lambda: ["core_attn"],
-        doc="selective: which parts",
+        doc="With mode = selective: parts of a layer whose activations are computed again.",
         choices=("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
     )
-    method: str = key("uniform", "full: groups of layers, or the first layers of each stage", choices=("uniform", "block"))
-    num_layers: int = key(1, "full: layers a group (uniform), layers recomputed a chunk (block)", low=1)
+    method: str = key(
+        "uniform",
+        "With mode = full. uniform: every layer, in groups of num_layers; block: the first num_layers layers of each chunk.",
+        choices=("uniform", "block"),
+    )
+    num_layers: int = key(1, "With mode = full: layers in a group (uniform), or recomputed layers in each chunk (block).", low=1)
 
 
 @dataclass
 class BatchRamp:
     """Batch size grows from start to batch.global_batch_seqs in equal increments. Off while start_seqs is None."""
 
-    start_seqs: Optional[int] = key(None, "global batch at the start, in sequences", low=1)
-    increment_seqs: int = key(1, "growth of one increment, in sequences", low=1)
-    samples: int = key(0, "sequences over which the ramp runs", low=0)
+    start_seqs: Optional[int] = key(None, "Global batch of the first step, in sequences. null: no ramp.", low=1)
+    increment_seqs: int = key(1, "Size of one increment of the global batch, in sequences.", low=1)
+    samples: int = key(0, "Number of sequences over which the ramp extends.", low=0)
 
 
 @dataclass
 class Batch:
-    global_batch_seqs: int = key(8, "sequences of one optimizer step over all ranks", low=1)
-    micro_batch_seqs: int = key(1, "sequences of one forward pass on one rank", low=1)
-    seq_length_tokens: int = key(128, "tokens of one sequence", low=2)
+    global_batch_seqs: int = key(8, "Sequences of one optimizer step, over all ranks.", low=1)
+    micro_batch_seqs: int = key(1, "Sequences of one forward pass on one data parallel rank.", low=1)
+    seq_length_tokens: int = key(128, "Length of a training sequence in tokens.", low=2)
     ramp: BatchRamp = key(factory=BatchRamp)
 
 
 @dataclass
 class Optimizer:
-    kind: str = key("adamw", "optimizer", choices=("adamw",))
-    lr: float = key(3e-4, "peak learning rate", above=0)
-    beta1: float = key(0.9, "decay of the first moment", low=0, high=0.99999)
-    beta2: float = key(0.95, "decay of the second moment", low=0, high=0.99999)
-    eps: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.1, "decoupled; norms, biases and other vectors are excluded", low=0)
-    clip_grad_norm: float = key(1.0, "global gradient norm is clipped to this; 0: not clipped", low=0)
+    kind: str = key("adamw", "Kind of optimizer.", choices=("adamw",))
+    lr: float = key(3e-4, "Peak learning rate.", above=0)
+    beta1: float = key(0.9, "Decay rate of the first moment.", low=0, high=0.99999)
+    beta2: float = key(0.95, "Decay rate of the second moment.", low=0, high=0.99999)
+    eps: float = key(1e-8, "Number added to the root of the second moment.", above=0)
+    weight_decay: float = key(0.1, "Decoupled weight decay. Norms, biases and other vectors have none.", low=0)
+    clip_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm. 0: no clipping.", low=0)
 
 
 @dataclass
 class Schedule:
-    kind: str = key("cosine", "after warm-up", choices=("cosine", "linear", "wsd", "constant"))
-    warmup_steps: int = key(0, "linear rise from 0 to optimizer.lr", low=0)
-    horizon_steps: Optional[int] = key(None, "step at which min_lr is reached; None: run.steps of the first attempt", low=1)
-    min_lr: float = key(0.0, "learning rate at the horizon and after it", low=0)
-    decay_steps: Optional[int] = key(None, "wsd: length of the final decay; None: a tenth of the horizon", low=1)
-    decay_shape: str = key("linear", "wsd: shape of the final decay", choices=("linear", "cosine", "sqrt"))
+    kind: str = key(
+        "cosine",
+        "Shape of the learning rate after warm-up. wsd: constant, then a final decay.",
+        choices=("cosine", "linear", "wsd", "constant"),
+    )
+    warmup_steps: int = key(0, "Steps in which the learning rate rises linearly from 0 to optimizer.lr.", low=0)
+    horizon_steps: Optional[int] = key(
+        None, "Step at which the learning rate reaches min_lr. null: the steps of the run, as its first attempt had them.", low=1
+    )
+    min_lr: float = key(0.0, "Learning rate at the horizon and after it.", low=0)
+    decay_steps: Optional[int] = key(None, "With kind = wsd: steps of the final decay. null: a tenth of the horizon.", low=1)
+    decay_shape: str = key("linear", "With kind = wsd: shape of the final decay.", choices=("linear", "cosine", "sqrt"))
 
 
 @dataclass
 class TokenizerConfig:
-    kind: str = key("sentencepiece", "file format", choices=("sentencepiece", "huggingface"))
-    path: Optional[str] = key(None, "tokenizer.model (sentencepiece) or tokenizer.json (huggingface)")
-    eod: Optional[str] = key(None, "text of the end-of-document token; None: found by its usual names, <|endoftext|> first")
+    kind: str = key("sentencepiece", "File format of the tokenizer.", choices=("sentencepiece", "huggingface"))
+    path: Optional[str] = key(None, "File of the tokenizer: tokenizer.model (sentencepiece) or tokenizer.json (huggingface).")
+    eod: Optional[str] = key(
+        None,
+        "Text of the end-of-document token. null: the first of its usual names that the tokenizer has; <|endoftext|> comes first.",
+    )
 
 
 @dataclass
 class BlendPart:
-    path: str = key("", "prefix of PREFIX.bin and PREFIX.idx")
-    weight: float = key(1.0, "share of the samples, relative to the other parts", above=0)
+    path: str = key("", "Prefix of the files PREFIX.bin and PREFIX.idx.")
+    weight: float = key(1.0, "Share of the samples from this part, relative to the other parts.", above=0)
 
 
 @dataclass
 class Data:
     tokenizer: TokenizerConfig = key(factory=TokenizerConfig)
-    train: List[BlendPart] = key(factory=list, doc="what is trained on: {path, weight} each")
-    valid: List[BlendPart] = key(factory=list, doc="held-out text; empty: split off train by valid_fraction")
-    valid_fraction: float = key(0.01, "documents at the end of each part that are held out, when valid is empty", low=0, high=0.5)
-    document_mask: bool = key(False, "a token sees its own document only")
-    mask_eod_loss: bool = key(False, "no loss where the input is the end-of-document token; router losses count all tokens")
-    cache_dir: Optional[str] = key(None, "index cache; None: beside the data")
+    train: List[BlendPart] = key(factory=list, doc="Parts of the training data, each {path, weight}.")
+    valid: List[BlendPart] = key(
+        factory=list, doc="Parts of the validation data, each {path, weight}. Empty: valid_fraction of each training part."
+    )
+    valid_fraction: float = key(
+        0.01,
+        "With an empty valid: share of documents at the end of each training part that is held out for validation.",
+        low=0,
+        high=0.5,
+    )
+    document_mask: bool = key(False, "A token attends only to tokens of its own document.")
+    mask_eod_loss: bool = key(
+        False,
+        "Leave out the loss of positions whose input is the end-of-document token. Router losses count all tokens.",
+    )
+    cache_dir: Optional[str] = key(None, "Folder for cached sample indices. null: beside the data.")
 
 
 @dataclass
 class Checkpoint:
-    interval_steps: Optional[int] = key(None, "save every so many steps; None: at the end only", low=1)
-    keep: int = key(2, "newest checkpoints kept; 0: all", low=0)
-    milestone_interval_steps: Optional[int] = key(None, "checkpoints at multiples of this are kept for ever", low=1)
-    asynchronous: bool = key(True, "train on while the files are written")
-    save_at_end: bool = key(True, "save after the last step, and when stopped")
-    load: Optional[str] = key(None, "start from the weights of this checkpoint (warm start): fresh optimizer, step 0")
+    interval_steps: Optional[int] = key(None, "Steps between two saves. null: one save at the end.", low=1)
+    keep: int = key(2, "Number of newest checkpoints to keep. 0: all.", low=0)
+    milestone_interval_steps: Optional[int] = key(
+        None, "Checkpoints at multiples of this step are never deleted. null: none are milestones.", low=1
+    )
+    asynchronous: bool = key(True, "Continue training while the files of a checkpoint are written.")
+    save_at_end: bool = key(True, "Save after the last step, and when the run is stopped.")
+    load: Optional[str] = key(
+        None, "Checkpoint whose weights a new run starts from. Its optimizer state is not loaded; the run starts at step 0."
+    )
     resume_step: Optional[int] = key(
-        None, "go back to this step's checkpoint, once: later ones are set aside, and a restart goes on from the new line", low=1
+        None,
+        "Go back to the checkpoint of this step, once. Later checkpoints are set aside; restarts continue from the new ones.",
+        low=1,
     )
     allow_change: List[str] = key(
-        factory=list, doc="keys or sections that may differ from the resumed attempt: [optimizer.lr, data]"
+        factory=list, doc="Keys or sections that may differ from the resumed attempt, such as [optimizer.lr, data]."
     )
 
 
@@ -162,48 +220,66 @@ class Divergence:
 
     nonfinite: str = key(
         "stop",
-        "loss or gradients are not finite: stop the run, skip the step, or roll back and pass over the batches since",
+        "Reaction to a loss or gradient that is not finite. rollback: go back to a checkpoint and skip the batches since then.",
         choices=("stop", "skip", "rollback"),
     )
-    spike: str = key("off", "the loss jumps, by the rule below", choices=("off", "skip", "rollback", "stop"))
-    spike_window_steps: int = key(64, "a loss is held against the median of the losses of so many applied steps before it", low=4)
-    spike_min_steps: int = key(16, "no spike before so many losses are known", low=4)
-    spike_deviations: float = key(8.0, "a spike is more above the median than so many times 1.4826 x MAD of the window", above=0)
-    spike_floor_nats: float = key(0.2, "and more than this above it, in nats: a still window has a MAD near 0", above=0)
-    max_skips: int = key(10, "skipped steps of the whole run, over all attempts; the next one is the end", low=1)
-    max_rollbacks: int = key(3, "rollbacks of the whole run, over all attempts; the next one is the end", low=1)
+    spike: str = key(
+        "off", "Reaction to a spike of the loss, as defined by the spike_ keys.", choices=("off", "skip", "rollback", "stop")
+    )
+    spike_window_steps: int = key(
+        64, "A loss is compared with the median loss of this many steps before it; refused steps are not counted.", low=4
+    )
+    spike_min_steps: int = key(16, "Number of losses in the window below which no spike is detected.", low=4)
+    spike_deviations: float = key(
+        8.0,
+        "A spike exceeds the median by more than this many times 1.4826 x MAD (median absolute deviation) of the window.",
+        above=0,
+    )
+    spike_floor_nats: float = key(
+        0.2, "A spike also exceeds the median by more than this, in nats: the MAD of a flat loss is near 0.", above=0
+    )
+    max_skips: int = key(10, "Skipped steps over all attempts of the run. One more stops the run.", low=1)
+    max_rollbacks: int = key(3, "Rollbacks over all attempts of the run. One more stops the run.", low=1)
     rollback_checkpoints: int = key(
-        1, "how many complete checkpoints back a rollback goes; once more after a rollback without a save since", low=1
+        1,
+        "Number of complete checkpoints that a rollback goes back, and one more when no save followed the last rollback.",
+        low=1,
     )
 
 
 @dataclass
 class Wandb:
-    project: str = key("phalanx", "W&B project")
-    entity: Optional[str] = key(None, "W&B entity; None: the key's default")
-    mode: str = key("auto", "auto: online when a key is found, else offline", choices=("auto", "online", "offline", "disabled"))
-    group: Optional[str] = key(None, "W&B group")
-    tags: List[str] = key(factory=list, doc="W&B tags")
-    finish_timeout_s: float = key(30.0, "longest wait for the server at the end", above=0)
+    project: str = key("phalanx", "W&B project.")
+    entity: Optional[str] = key(None, "W&B user or team. null: the default of the API key.")
+    mode: str = key(
+        "auto", "auto: online when an API key is found, else offline.", choices=("auto", "online", "offline", "disabled")
+    )
+    group: Optional[str] = key(None, "W&B group of the run.")
+    tags: List[str] = key(factory=list, doc="W&B tags of the run.")
+    finish_timeout_s: float = key(30.0, "Longest time that the end of a run waits for the W&B server, in seconds.", above=0)
 
 
 @dataclass
 class Profile:
-    start_step: Optional[int] = key(None, "first profiled step; None: no profile", low=1)
-    num_steps: int = key(2, "profiled steps", low=1)
-    ranks: List[int] = key(factory=lambda: [0], doc="profiled ranks", low=0)
-    memory_snapshot: bool = key(False, "also a CUDA memory snapshot (GPU)")
+    start_step: Optional[int] = key(None, "First profiled step. null: no profile.", low=1)
+    num_steps: int = key(2, "Number of profiled steps.", low=1)
+    ranks: List[int] = key(factory=lambda: [0], doc="Ranks that are profiled.", low=0)
+    memory_snapshot: bool = key(False, "Also write a snapshot of CUDA memory. Needs a GPU.")
 
 
 @dataclass
 class Metrics:
     sinks: List[str] = key(
         factory=lambda: ["console", "jsonl", "wandb"],
-        doc="where metrics go; jsonl is the record and always on",
+        doc="Where metrics go. The record metrics.jsonl is always written.",
         choices=("console", "jsonl", "wandb"),
     )
-    log_interval_steps: int = key(1, "console line every so many steps; the record has every step", low=1)
-    expert_load_layers: int = key(8, "layers with their own expert-load keys, evenly spread; 0: only the summary", low=0)
+    log_interval_steps: int = key(1, "Steps between two lines on the console. The record has every step.", low=1)
+    expert_load_layers: int = key(
+        8,
+        "MoE layers, evenly spread, that report the load of their experts one by one. 0: only the summary of all layers.",
+        low=0,
+    )
     wandb: Wandb = key(factory=Wandb)
     profile: Profile = key(factory=Profile)
 
@@ -212,43 +288,57 @@ class Metrics:
 class Container:
     """What the ranks run inside of; the batch step stays on the host, where Slurm's commands are."""
 
-    kind: str = key("none", "how Slurm's tasks enter the image", choices=("none", "pyxis", "apptainer"))
-    image: Optional[str] = key(None, "image, as srun --container-image (pyxis) or apptainer exec takes it")
-    mounts: List[str] = key(factory=list, doc="HOST:INSIDE folders; the run folder and the data must be seen under the same path")
-    python: str = key("python3", "Python inside the image, with phalanx and torch installed")
-    args: List[str] = key(factory=list, doc="further words for srun (pyxis) or apptainer exec")
+    kind: str = key("none", "How Slurm starts the ranks inside the image.", choices=("none", "pyxis", "apptainer"))
+    image: Optional[str] = key(None, "Image, in the form that srun --container-image (pyxis) or apptainer exec accepts.")
+    mounts: List[str] = key(
+        factory=list, doc="Folders to mount, as HOST:INSIDE. The run folder and the data must have the same path inside."
+    )
+    python: str = key("python3", "Python inside the image that has phalanx and torch installed.")
+    args: List[str] = key(factory=list, doc="Further arguments of srun (pyxis) or apptainer exec.")
 
 
 @dataclass
 class Slurm:
-    partition: Optional[str] = key(None, "partition")
-    account: Optional[str] = key(None, "account")
-    qos: Optional[str] = key(None, "quality of service")
-    time: Optional[str] = key(None, "time limit, as sbatch takes it: D-HH:MM:SS")
-    constraint: Optional[str] = key(None, "node features")
-    gres: Optional[str] = key(None, "gres of each node")
-    gpus_per_node: Optional[str] = key(None, "GPUs of each node, as sbatch takes it")
-    mem: Optional[str] = key(None, "memory of each node; 0: all")
-    cpus_per_task: Optional[int] = key(None, "cores of each node's task", low=1)
-    nodelist: Optional[str] = key(None, "nodes to use")
-    exclude: Optional[str] = key(None, "nodes to keep off")
-    reservation: Optional[str] = key(None, "reservation")
-    dependency: Optional[str] = key(None, "start after other jobs, as sbatch takes it: afterok:123")
-    chain: int = key(0, "further jobs submitted at once, each after the end of the one before: for sites without requeue", low=0)
-    extra: List[str] = key(factory=list, doc="further #SBATCH lines, without the prefix: --mail-type=END")
-    modules: List[str] = key(factory=list, doc="environment modules to load, in this order")
-    prologue: List[str] = key(factory=list, doc="shell commands of the batch script before anything else, each whole in itself")
-    srun_args: List[str] = key(factory=list, doc="further words for srun: --cpu-bind=none")
-    python: Optional[str] = key(None, "Python with phalanx on the compute nodes; None: the one that submits")
-    container: Container = key(factory=Container)
-    min_nodes: Optional[int] = key(None, "go on with as few nodes when launch.nodes are not to be had; None: wait", low=1)
-    stop_before_s: float = key(120.0, "save this long before the time limit, or more when saves take longer", low=0)
-    requeue: bool = key(True, "start again by scontrol requeue after preemption, time limit, crash or node failure")
-    max_attempts: int = key(50, "attempts of one submission, all causes counted", low=1)
-    max_without_progress: int = key(
-        2, "crashes or hangs in a row without a new checkpoint, after which the run is given up", low=1
+    partition: Optional[str] = key(None, "Slurm partition.")
+    account: Optional[str] = key(None, "Slurm account.")
+    qos: Optional[str] = key(None, "Slurm quality of service.")
+    time: Optional[str] = key(None, "Time limit of one attempt, in the form that sbatch accepts, such as D-HH:MM:SS.")
+    constraint: Optional[str] = key(None, "Required node features.")
+    gres: Optional[str] = key(None, "Generic resources (gres) of each node.")
+    gpus_per_node: Optional[str] = key(None, "GPUs of each node, in the form that sbatch accepts.")
+    mem: Optional[str] = key(None, "Memory of each node, in the form that sbatch accepts. 0: all of it.")
+    cpus_per_task: Optional[int] = key(None, "CPU cores of the one task on each node, which starts the ranks.", low=1)
+    nodelist: Optional[str] = key(None, "Nodes to use.")
+    exclude: Optional[str] = key(None, "Nodes to leave out.")
+    reservation: Optional[str] = key(None, "Slurm reservation.")
+    dependency: Optional[str] = key(None, "Jobs to wait for, in the form that sbatch accepts, such as afterok:123.")
+    chain: int = key(
+        0,
+        "Further jobs that are submitted at once, each to start after the one before has ended: for sites without requeue.",
+        low=0,
     )
-    exclude_after_failures: int = key(2, "failures of one node in one submission, after which it is excluded; 0: never", low=0)
+    extra: List[str] = key(factory=list, doc="Further #SBATCH options, without the prefix, such as --mail-type=END.")
+    modules: List[str] = key(factory=list, doc="Environment modules to load, in this order.")
+    prologue: List[str] = key(
+        factory=list, doc="Shell commands at the start of the batch script. Each item is a complete command."
+    )
+    srun_args: List[str] = key(factory=list, doc="Further arguments of srun, such as --cpu-bind=none.")
+    python: Optional[str] = key(None, "Python on the compute nodes that has phalanx installed. null: the one that submits.")
+    container: Container = key(factory=Container)
+    min_nodes: Optional[int] = key(
+        None, "Fewest nodes to continue with when launch.nodes are not available. null: wait for all.", low=1
+    )
+    stop_before_s: float = key(
+        120.0, "Seconds before the time limit at which the run saves and stops. Slow saves make it stop earlier.", low=0
+    )
+    requeue: bool = key(True, "Restart with scontrol requeue after preemption, time limit, crash or node failure.")
+    max_attempts: int = key(50, "Attempts of one submission, whatever ended them.", low=1)
+    max_without_progress: int = key(
+        2, "Crashes or hangs in a row without a new checkpoint after which the run is given up.", low=1
+    )
+    exclude_after_failures: int = key(
+        2, "Failures of one node in a submission after which later attempts leave it out. 0: never.", low=0
+    )
 
 
 @dataclass
@@ -256,29 +346,35 @@ class Watch:
     """When ranks count as hung, and nodes as slow; the launcher's watchdog looks from outside of the ranks."""
 
     step_timeout_s: Optional[float] = key(
-        None, "longest time without a sign of progress inside a step; None: 20 median steps, at least 300 s; 0: never hung", low=0
+        None,
+        "Longest time in a step without progress of a rank, in seconds. null: 20 median steps, at least 300 s. 0: no limit.",
+        low=0,
     )
     start_timeout_s: float = key(
-        1800.0, "the same outside of steps and in the first one: imports, data, restore, save, validation; 0: never hung", low=0
+        1800.0,
+        "The same limit for the first step and outside steps: imports, data, restore, save, validation. 0: no limit.",
+        low=0,
     )
-    stacks: bool = key(True, "ask hung ranks for their stacks before the attempt is ended")
+    stacks: bool = key(True, "Write the Python stacks of hung ranks before the attempt is ended.")
     straggler_ratio: Optional[float] = key(
-        1.5, "a rank is slow from so many times the median of all; None: not looked at", above=1
+        1.5, "A rank is reported as slow above this many times the median time of all ranks. null: not checked.", above=1
     )
     probe_interval_steps: Optional[int] = key(
-        20, "time a small fixed matrix product every so many steps, to tell a slow rank; None: never", low=1
+        20, "Steps between two timings of a small matrix product on every rank, which find slow ranks. null: never.", low=1
     )
-    per_rank_files_max: int = key(256, "with more ranks, logs are gathered into one file a node", low=0)
+    per_rank_files_max: int = key(
+        256, "Up to this many ranks, every rank has its own log file. With more, each node has one.", low=0
+    )
 
 
 @dataclass
 class Launch:
-    target: str = key("local", "where the run starts", choices=("local", "slurm"))
-    nodes: int = key(1, "machines", low=1)
-    processes_per_node: int = key(1, "ranks a machine: one a GPU", low=1)
-    env: Dict[str, str] = key(factory=dict, doc="environment of every rank")
+    target: str = key("local", "Where the run starts: on this machine or through Slurm.", choices=("local", "slurm"))
+    nodes: int = key(1, "Number of machines.", low=1)
+    processes_per_node: int = key(1, "Ranks on each machine. On GPU nodes one per GPU.", low=1)
+    env: Dict[str, str] = key(factory=dict, doc="Environment variables of every rank.")
     master_port: Optional[int] = key(
-        None, "rendezvous port; None: a free one (local), from the job id (Slurm)", low=1024, high=65535
+        None, "Port of the rendezvous. null: a free one (local), or one derived from the job id (Slurm).", low=1024, high=65535
     )
     slurm: Slurm = key(factory=Slurm)
     watch: Watch = key(factory=Watch)
@@ -286,14 +382,22 @@ class Launch:
 
 @dataclass
 class Cluster:
-    name: str = key("laptop", "a label, for people")
-    device: str = key("auto", "where ranks compute; auto: cuda when present", choices=("auto", "cpu", "cuda"))
-    gpu: Optional[str] = key(None, "GPU type, as named in the planner's table; None: CPU")
-    gpus_per_node: int = key(8, "GPUs a machine", low=1)
-    scaleup_gpus: Optional[int] = key(None, "GPUs in one scale-up (NVLink) domain; None: gpus_per_node", low=1)
-    interface: Optional[str] = key(None, "network interface for gloo and NCCL's first contact: eth0; None: theirs to choose")
-    network_gbit_s: Optional[float] = key(None, "NIC bandwidth a GPU, one direction; None: typical for the GPU", above=0)
-    price_per_gpu_hour_usd: Optional[float] = key(None, "price of a GPU for an hour", low=0)
+    name: str = key("laptop", "Name of the cluster, for people only.")
+    device: str = key(
+        "auto", "Device of the ranks. auto: CUDA when there is a GPU, else the CPU.", choices=("auto", "cpu", "cuda")
+    )
+    gpu: Optional[str] = key(None, "GPU type, by its name in the planner's table (configs/gpus.json). null: no GPU.")
+    gpus_per_node: int = key(8, "GPUs of one machine.", low=1)
+    scaleup_gpus: Optional[int] = key(None, "GPUs of one scale-up (NVLink) domain. null: gpus_per_node.", low=1)
+    interface: Optional[str] = key(
+        None, "Network interface of gloo and of NCCL's bootstrap, such as eth0. null: the libraries choose."
+    )
+    network_gbit_s: Optional[float] = key(
+        None, "Network bandwidth of one GPU in one direction, in Gbit/s. null: the usual one of the GPU type.", above=0
+    )
+    price_per_gpu_hour_usd: Optional[float] = key(
+        None, "Price of one GPU for one hour, in US dollars. null: no cost is computed.", low=0
+    )
 
 
 @dataclass

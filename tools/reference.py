@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-from configs.fields import Rule as KeyRule
+from configs.fields import KeyRule
 from configs.keys import Key, keys_of
 from configs.schema import Config
 from parallel.compat import index as compat_index
 from parallel.legality import zero_table
-from parallel.legality.rules import Rule
+from parallel.legality.rules import LegalityRule
 from parallel.legality.verdict import NOTICE_RULES, PROBLEM_RULES
 from pretrain.run import events
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_CODE
@@ -55,14 +55,16 @@ def _section(section: type, prefix: str, level: int) -> Iterable[str]:
 def _row(item: Field[Any], key: Key) -> str:
     allowed = _allowed(item.metadata.get("rule"))
     meaning = str(item.metadata.get("doc", ""))
-    meaning += f". Allowed: {allowed}" if allowed else ""
+    meaning += f" Allowed: {allowed}." if allowed else ""
     cells = (f"`{key.path}`", key.words, _default(item), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _default(item: Field[Any]) -> str:
     if item.default is not MISSING:
-        return "unset" if item.default is None else f"`{item.default}`".replace("True", "true").replace("False", "false")
+        if item.default == "":
+            return "empty"
+        return "`null`" if item.default is None else f"`{item.default}`".replace("True", "true").replace("False", "false")
     if item.default_factory is MISSING:
         return "required"
     made = item.default_factory()
@@ -88,7 +90,7 @@ def notices_reference() -> str:
     return _rules(NOTICE_RULES)
 
 
-def _rules(rules: Iterable[Rule[Any]]) -> str:
+def _rules(rules: Iterable[LegalityRule[Any]]) -> str:
     rows = ["| Rule | What it says | Keys |", "|---|---|---|"]
     for rule in rules:
         text = " ".join((rule.check.__doc__ or "").split()).replace("|", "\\|")

@@ -21,7 +21,9 @@ def test_launched_inside_an_allocation_of_another_kind(cluster: Cluster, run_con
     """The allocation has memory by core, the run asks for memory by node: srun refuses to get both."""
     words = ["launch.slurm.mem=1500", "launch.slurm.extra=[]"]
     leaked = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100"}
-    dry = phalanx("launch", str(run_config), f"run.dir={tmp_path / 'run'}", *NODES, *WORDS, *words, "--dry-run", **leaked)
+    dry = phalanx(
+        "launch", str(run_config), f"run.dir={tmp_path / 'run'}", *NODES, *WORDS, *words, "--dry-run", timeout_s=120, **leaked
+    )
     assert "2 variables of Slurm job 7" in dry.stderr and dry.stdout.startswith("#!/bin/bash")
     run = submit(cluster, run_config, tmp_path / "run", *words, **leaked)
     assert run.wait_over().state == "finished" and len(run.life.ends) == 1, run.story()

@@ -6,7 +6,6 @@ In: a folder. Out: values in the tensors of `StateSlice`s. Every rank reads on i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,18 +13,9 @@ import torch
 from pretrain.checkpoint.manifest import Manifest, StoredSlice, read_index, read_manifest, slice_key
 from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_bytes, read_header
 from pretrain.engine.base import StateSlice
-from pretrain.model.tensor_slice import TensorSlice, split_range
+from pretrain.model.tensor_slice import split_range
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A rectangular, contiguous part of a stored slice: `tensor_slice` at element `position` of the slice."""
-
-    stored: StoredSlice
-    tensor_slice: TensorSlice
-    position: int
 
 
 class CheckpointReader:

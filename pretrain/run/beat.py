@@ -2,7 +2,7 @@
 
 A rank overwrites its record in place with one write. A watchdog on the same machine may read it at any moment. A record that
 was read while half written fails its checksum and decodes to None. pretrain/run/heartbeat.py writes the records,
-launch/watch/beats.py reads them.
+launch/watch/heartbeats.py reads them.
 
 PHALANX_BEAT_DIR   a folder on this machine, best in memory, that the launcher makes for rank_N.beat and rank_N.stack
 

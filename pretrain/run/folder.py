@@ -8,7 +8,7 @@ runs/NAME/
     outcome.json       how the last attempt ended
     DONE               the run is finished
     launch/            attempt_0001/ of each attempt: config.yaml, provenance.json, command.sh, launcher.json, metrics_cut.jsonl;
-                       job_0001/ of each Slurm submission: the batch script
+                       job_0001/ of each Slurm submission: the batch script; launch.lock: one launch at a time
     logs/              attempt_0001/: rank_0.log …, torchrun.log, rank_3.failure.json, stacks.txt; on large runs one NODE.log a
                        node. slurm-JOB.out: the output of the batch step
     checkpoints/       step_0000100/ …

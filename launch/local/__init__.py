@@ -1,1 +1,1 @@
-"""Ranks on this machine: starting them, passing signals on, ending them."""
+"""Runs on this machine: starting the ranks, forwarding signals to them and ending them."""

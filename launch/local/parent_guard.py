@@ -1,8 +1,9 @@
-"""Ends what a launch left behind. In: the launch's mark, and a pipe that breaks when the launcher dies. Linux (/proc).
+"""Kills the processes that a dead launcher left behind. In: the launch's mark, and a pipe from the launcher. Linux only.
 
-A program of its own (standard library only, started with -I -S in some 10 ms), because nothing inside the launcher can
-act after the launcher's SIGKILL. Every process of a launch carries the mark in its environment, in whatever session or
-process group, whoever adopted it: that finds them all.
+The pipe breaks when the launcher dies. The guard is a program of its own, because no code inside the launcher can act after
+the launcher's SIGKILL. The guard uses only the standard library, and with -I -S it starts in about 10 ms. Every process of a
+launch carries the mark in its environment. The mark therefore finds processes in other sessions and process groups, and
+processes that another parent adopted.
 
 Torch-free.
 """
@@ -15,16 +16,16 @@ import sys
 import time
 
 MARK_NAME = "PHALANX_LAUNCH"
-# A process that was just being forked shows up within this.
+# A process that is being forked becomes visible within this time.
 _QUIET_S = 1.0
-# W&B's copy takes some seconds to send the last rows.
+# The process that copies the metrics to W&B takes some seconds to send the last rows.
 LINGER_S = 8.0
-# A process stuck in the kernel (a hung GPU driver, a lost file server) dies only when the kernel lets it.
+# A hung GPU driver or a lost file server keeps a process in the kernel. Such a process dies only when the kernel returns.
 _GIVE_UP_S = 30.0
 
 
 def marked_pids(mark: str) -> list[int]:
-    """Processes of this user that carry the mark, this one excepted."""
+    """The pids of this user's processes that carry the mark, without this process."""
     wanted = f"{MARK_NAME}={mark}".encode()
     found = []
     for name in os.listdir("/proc"):
@@ -34,13 +35,16 @@ def marked_pids(mark: str) -> list[int]:
                     if wanted in file.read().split(b"\0"):
                         found.append(int(name))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                # Ended meanwhile, or another user's.
+                # The process has ended meanwhile, or belongs to another user.
                 continue
     return found
 
 
 def kill_marked(mark: str, quiet_s: float = _QUIET_S) -> int:
-    """SIGKILL every marked process until none has been seen for `quiet_s`; returns how many were killed."""
+    """Send SIGKILL to every marked process until none has been seen for `quiet_s` seconds, for 30 s at most.
+
+    Returns the number of processes that received the signal.
+    """
     killed: set[int] = set()
     quiet_since = time.monotonic()
     deadline = quiet_since + _GIVE_UP_S
@@ -57,7 +61,7 @@ def kill_marked(mark: str, quiet_s: float = _QUIET_S) -> int:
 
 
 def clear_up(mark: str, linger_s: float) -> None:
-    """Wait for the last marked processes, then kill what stays."""
+    """Wait up to `linger_s` seconds for the marked processes to end, then kill the rest."""
     deadline = time.monotonic() + linger_s
     while marked_pids(mark):
         if time.monotonic() >= deadline:
@@ -67,7 +71,7 @@ def clear_up(mark: str, linger_s: float) -> None:
 
 
 def main() -> int:
-    """Wait on stdin: the word `done` ends the guard, a broken pipe ends the launch."""
+    """Read stdin to its end. The text `done` ends only the guard; any other end of the pipe makes the guard kill the launch."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.read() != "done":

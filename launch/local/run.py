@@ -1,7 +1,7 @@
-"""Runs a plan on this machine. In: a `LaunchPlan`. Out: logs a rank, who failed first or hangs, an exit code; no process left.
+"""Runs a plan on this machine and leaves no process behind. In: a `LaunchPlan`. Out: one log per rank, a `LocalRunResult`.
 
-The agent (torchrun) runs in its own session, so that a Ctrl-C at the terminal reaches only this launcher, which passes it
-to the ranks themselves: torchrun would pass a signal on twice and kill the ranks 30 s later, in the middle of a save.
+torchrun, the agent, runs in its own session. A Ctrl-C at the terminal therefore reaches only this launcher, and the launcher
+forwards the signal to the ranks. torchrun would forward a signal twice and kill the ranks 30 s later, even during a save.
 
 Torch-free.
 """
@@ -48,18 +48,23 @@ from pretrain.run.folder import (
 from pretrain.run.process import node_name
 
 POLL_S = 0.1
-# Between looks at the ranks' heartbeats.
+# The time between two looks at the ranks' heartbeats.
 LOOK_S = 1.0
 STACKS = "stacks.txt"
-# A killed attempt's processes need a moment to go.
+# The processes of a killed attempt need some time to end.
 PATIENCE_S = 5.0
-# Less than this free: logs and outcome may be missing.
+# With less free space than this, logs and the outcome may be missing.
 FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LocalRunResult:
-    """`state` is an outcome's state, with its `why`, or bad_input, or died (no outcome was written), or hung, with its triage."""
+    """How an attempt on this machine ended.
+
+    `state`: the state of the outcome, or bad_input, or hung, or died (no outcome was written). `exit_code`: the launcher's.
+    `failures`: the failed ranks, the most likely cause first. `triage`: the cause of a hang; None: the run did not hang.
+    `why`: the outcome's reason; empty: the state is not from the outcome.
+    """
 
     attempt: int
     state: str
@@ -71,9 +76,11 @@ class LocalRunResult:
 
 
 def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
-    """Start the ranks and stay until all are gone. Raises ConfigError when the run folder refuses.
+    """Start the ranks and return when all of them are gone.
 
-    `out` shows the run while it trains (launch/local/view.py). The launcher's own words go to `err`.
+    `environ`: the ranks' environment, to which the plan adds its variables. `out`: the stream that shows the run while it
+    trains (launch/local/view.py). `err`: the stream for the launcher's own messages. `total_steps`: the length of the progress
+    bar. Raises ConfigError if run.dir holds foreign files, is in use, or can't be written.
     """
     if problems := check_run_folder(plan.folder):
         raise ConfigError(problems)
@@ -96,10 +103,10 @@ def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: T
             signals.agent = agent.pid
             view = RunView(log_dir, plan.folder.metrics, out, total_steps)
             triage = _stay(agent, view, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
-            # Not by the agent's own way, which lets hung ranks live for another 30 s.
+            # SIGKILL, because an agent that ends by itself lets hung ranks live for another 30 s.
             agent.kill()
             code = agent.wait()
-            # At once when the agent itself was killed.
+            # If the agent itself was killed, the ranks are killed without a delay.
             clear_up(mark, 0.0 if triage is None and code < 0 else LINGER_S)
         view.finish()
     finally:
@@ -112,7 +119,10 @@ def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: T
 def _stay(
     agent: subprocess.Popen[bytes], view: RunView, signals: SignalForwarder, watch: HangWatch, log_dir: Path
 ) -> Triage | None:
-    """Until the agent has ended: None. Or until the ranks hang: who is late, and all of them are still there."""
+    """Wait for the agent to end, then return None. If the ranks hang, write their stacks and return the cause.
+
+    All ranks are still alive after a hang.
+    """
     look_s = time.monotonic() + LOOK_S
     while agent.poll() is None:
         time.sleep(POLL_S)
@@ -128,7 +138,11 @@ def _stay(
 
 
 def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
-    """Take the next attempt number by making its launch folder. Raises ConfigError: foreign, held, or unwritable folder."""
+    """Take the next attempt number by making its launch folder, and return the number.
+
+    `patience_s`: how long to wait for the holder of the folder to end, in seconds. Raises ConfigError if run.dir holds
+    foreign files, is still held after that time, or can't be written.
+    """
     if problems := check_run_folder(folder):
         raise ConfigError(problems)
     deadline = time.monotonic() + patience_s
@@ -142,7 +156,7 @@ def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
             try:
                 folder.launch_dir(attempt).mkdir(parents=True)
             except FileExistsError:
-                # Another launcher was faster; the lock decides later which of us trains.
+                # Another launcher took this number first. The run's lock decides later which of the two trains.
                 continue
             return attempt
     except OSError as error:
@@ -150,7 +164,7 @@ def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
 
 
 def report(result: LocalRunResult, folder: RunFolder) -> str:
-    """What the launcher says at the end; empty when all is well."""
+    """The launcher's message at the end of the attempt. Empty: the run finished, or ended on request."""
     if result.state in ("finished", "stopped", "preempted"):
         return ""
     if result.triage is not None:
@@ -158,16 +172,16 @@ def report(result: LocalRunResult, folder: RunFolder) -> str:
     if result.state == "bad_input":
         return result.failures[0].text
     if result.state == "diverged":
-        # All ranks end with exit code 3, which torchrun takes for a failure.
+        # All ranks end with exit code 3, which torchrun reports as a failure.
         return f"diverged: {result.why}\nlogs: {result.log_dir}"
     if result.state == "failed" and all(failure.kind == "exit" for failure in result.failures):
-        # The ranks agreed on it, and left in good order.
+        # The ranks agreed on the failure and ended in good order.
         return f"failed: {result.why}\nlogs: {result.log_dir}"
     return describe(list(result.failures), result.log_dir) + _disk_note(folder)
 
 
 def _disk_note(folder: RunFolder) -> str:
-    """Of a run that ended badly: nobody could write why."""
+    """A note that the run's file system is full, because no process could then record a reason. Empty: it has free space."""
     free = shutil.disk_usage(folder.path).free
     return (
         f"\nthe file system of {folder.path} is full ({free / 1e6:.1f} MB free): free some space, then start it again"
@@ -177,7 +191,11 @@ def _disk_note(folder: RunFolder) -> str:
 
 
 def _write_launch_files(plan: LaunchPlan, attempt: int, log_dir: Path, mark: str) -> None:
-    """Make the attempt's folders; keep the line as it could be typed, and who to signal for a cancel."""
+    """Make the attempt's folders and write command.sh and launcher.json into them.
+
+    command.sh holds the command line as a user could type it. launcher.json names the process that `cancel` must signal.
+    Raises ConfigError if the files can't be written.
+    """
     folder = plan.folder.launch_dir(attempt)
     line = f"cd {shlex.quote(os.getcwd())}\n{torchrun_line(plan)}\n"
     pid = os.getpid()
@@ -203,7 +221,7 @@ def _start_guard(mark: str) -> subprocess.Popen[bytes]:
 
 
 def _dismiss(guard: subprocess.Popen[bytes]) -> None:
-    """Nothing is left to guard. A guard that somebody killed has broken its pipe already."""
+    """End the guard. BrokenPipeError means that the guard was killed before."""
     try:
         guard.communicate(b"done")
     except BrokenPipeError:
@@ -211,7 +229,11 @@ def _dismiss(guard: subprocess.Popen[bytes]) -> None:
 
 
 def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> LocalRunResult:
-    """The result, from the outcome that this launch's rank 0 wrote; torchrun's own exit code says only that all was well."""
+    """The result of the attempt, from the outcome that rank 0 wrote and from the failures of the ranks.
+
+    torchrun's exit code is not used, because it only tells whether all ranks ended with 0. `asked`: the state that a forwarded
+    signal asked for; empty: no signal came.
+    """
     attempt = _begun_attempt(folder, log_dir) or claimed
     failures = tuple(find_failures(log_dir))
     outcome = folder.read_outcome()
@@ -219,19 +241,19 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> Loc
     if failures and failures[0].kind == "bad_input":
         return LocalRunResult(attempt, "bad_input", EXIT_BAD_INPUT, log_dir, failures)
     if not asked and failures and state in ("stopped", "preempted"):
-        # torchrun's SIGTERM after another rank's failure, taken by rank 0 for a request to make room.
+        # Another rank failed and torchrun sent SIGTERM to rank 0. Rank 0 took that signal for a request to stop.
         state = "failed"
     if not state and asked and not any(failure.kind == "exception" for failure in failures):
-        # They died of the signal before they had anything to save.
+        # The signal ended the ranks before they had anything to save.
         state = asked
     why = outcome.why if outcome is not None and state == outcome.state else ""
     return LocalRunResult(attempt, state or "died", EXIT_CODE.get(state, EXIT_BROKE), log_dir, failures, why=why)
 
 
 def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalRunResult | None:
-    """Nobody else can write this outcome: rank 0 hung with the others. None: it had written its own before.
+    """Record the hang and return the result. None: rank 0 had recorded an outcome before the hang.
 
-    Raises ConfigError when the disk refuses it.
+    The launcher writes this outcome, because rank 0 hung with the other ranks. Raises ConfigError if it can't be written.
     """
     attempt = _begun_attempt(folder, log_dir) or claimed
     try:
@@ -243,7 +265,7 @@ def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triag
 
 
 def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:
-    """The number that rank 0 gave the attempt with our logs; None: it never began."""
+    """The number that rank 0 recorded for the attempt with these logs. None: the attempt never began."""
     if not folder.events.exists():
         return None
     rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == EventKind.ATTEMPT)

@@ -1,7 +1,7 @@
-"""Temporary folders of a launch on this machine. In: a purpose. Out: a folder that is removed with its owner.
+"""Makes temporary folders for a launch on this machine. In: a purpose. Out: a folder that is removed when its owner ends.
 
-A killed owner leaves its folder behind, and the next owner removes it. A lock of the kernel shows whether an owner is alive.
-A pid could not: containers may share /dev/shm without sharing pids.
+A killed owner leaves its folder behind, and the next owner removes that folder. A file lock held by the kernel shows whether
+an owner is alive. A pid would not show it, because containers may share /dev/shm without sharing pids.
 
 Torch-free.
 """
@@ -22,18 +22,19 @@ from configs.errors import ConfigError, Problem
 
 _MEMORY = Path("/dev/shm")
 _OWNER = "owner"
-# A folder without a lock may still be younger than this: its owner is about to lock it.
+# The owner of a folder younger than this may not have locked it yet.
 _YOUNG_S = 60.0
-# A place in memory must take this much: heartbeats and stacks of the ranks of a node.
+# The free space that a place must have. It holds the heartbeats and stacks of the ranks of one node.
 _NEEDED_BYTES = 1 << 20
 
 
 @contextmanager
 def scratch_folder(purpose: str, in_memory: bool = False) -> Iterator[Path]:
-    """A new folder, readable by this user only. `in_memory` is for small files that are written often.
+    """A new folder that only this user can read. It is removed at the end of the `with` block.
 
-    Places are /dev/shm (in memory) and the temporary folder (TMPDIR). The first one with room is taken. Raises ConfigError,
-    which names every place and its fault, if there is none.
+    `in_memory`: try /dev/shm before the temporary folder TMPDIR. Use it for small files that are written often. The folder is
+    made in the first place with 1 MiB of free space. Raises ConfigError if no place has room; the error names the fault of
+    each place.
     """
     places = [*([_MEMORY] if in_memory else []), Path(_temporary_folder())]
     prefix, faults = f"phalanx-{os.getuid()}-{purpose}-", {}
@@ -54,23 +55,26 @@ def scratch_folder(purpose: str, in_memory: bool = False) -> Iterator[Path]:
         fcntl.flock(owner, fcntl.LOCK_EX)
         yield folder
     finally:
-        # Ranks that are just dying may still write here.
+        # Errors are ignored, because dying ranks may still write into the folder.
         shutil.rmtree(folder, ignore_errors=True)
         os.close(owner)
 
 
 def _temporary_folder() -> str:
-    """TMPDIR as the user set it, though it be full: Python would silently take the working folder instead."""
+    """TMPDIR as the user set it, or /tmp.
+
+    tempfile.gettempdir() silently returns another folder if TMPDIR is full, in the end the working folder.
+    """
     return os.environ.get("TMPDIR") or "/tmp"
 
 
 def _make(place: Path, prefix: str) -> tuple[Path, int]:
-    """(folder, descriptor of its owner's file). Raises OSError if the place is missing, read-only or full."""
+    """(new folder, descriptor of its owner file). Raises OSError if the place is missing, read-only or full."""
     _remove_left_behind(place, prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     try:
         with open(folder / "room", "wb", buffering=0) as probe:
-            # Written, not only allocated: tmpfs and network file systems notice a full disk or quota at different moments.
+            # The probe is written and synced, because file systems notice a full disk or quota at different moments.
             written = probe.write(b"\0" * _NEEDED_BYTES)
             if written < _NEEDED_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
@@ -89,7 +93,7 @@ def _remove_left_behind(base: Path, prefix: str) -> None:
                 continue
             owner = os.open(folder / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:
-            # Removed meanwhile by another launcher, or on a read-only file system.
+            # Another launcher has removed the folder meanwhile, or the file system is read-only.
             continue
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
-"""Passes what a launcher is told to its ranks. In: signals. Out: one signal to each rank, a word for people, the state asked.
+"""Forwards the launcher's signals to its ranks. In: signals. Out: one signal per rank, a message, the requested end state.
 
-To the ranks themselves, not to torchrun's agent: that would pass a signal on twice and kill the ranks 30 s later.
+The signals go to the ranks and not to torchrun, because torchrun would forward a signal twice and kill the ranks 30 s later.
 
 Torch-free.
 """
@@ -18,7 +18,7 @@ from pretrain.metrics.screen import ScreenWriter
 
 REPEAT_S = 5.0
 
-# What each signal asks of the ranks, and how the run ends when they die of it before they can write an outcome.
+# Received signal → (the signal that the ranks get, the run's state if the ranks die before they can write an outcome).
 _FORWARD = {
     signal.SIGINT: (signal.SIGINT, "stopped"),
     signal.SIGTERM: (signal.SIGTERM, "preempted"),
@@ -28,7 +28,12 @@ _FORWARD = {
 
 
 class SignalForwarder:
-    """The first signal asks for a save, one after 5 s ends the ranks at once, a third one kills everything marked."""
+    """Forwards signals to the ranks, and escalates when they are repeated.
+
+    The first signal asks the ranks to save and end. Further signals are ignored for 5 s. The next signal after that time ends
+    the ranks at once. One more signal kills every process that carries the launch's mark. `asked`: the end state that the first
+    signal asked for; empty: no signal came. `agent`: the pid of torchrun.
+    """
 
     def __init__(self, mark: str, err: TextIO | ScreenWriter) -> None:
         self.asked = ""
@@ -41,19 +46,23 @@ class SignalForwarder:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Before the agent starts; `agent`, its pid, is set right after. Main thread only."""
+        """Install the signal handlers. Call it in the main thread, before the agent starts.
+
+        Set `agent` as soon as the agent has started. Raises ValueError in any other thread.
+        """
         for number in _FORWARD:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                # nohup: stay.
+                # nohup has set SIGHUP to be ignored, and the run must survive the end of the terminal.
                 continue
             self._before[number] = signal.signal(number, lambda received, _: self._waiting.append(received))
 
     def restore(self) -> None:
+        """Put the previous signal handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def deliver(self) -> None:
-        """Act on what came since the last call."""
+        """Act on the signals that came since the last call."""
         while self._waiting:
             self._receive(signal.Signals(self._waiting.pop(0)))
 
@@ -75,7 +84,7 @@ class SignalForwarder:
         self._forward(passed)
 
     def _forward(self, number: signal.Signals) -> None:
-        """To the ranks: the agent's own children. Before there are any, to the agent."""
+        """Send the signal to the ranks, which are the agent's children. Without any rank, send it to the agent."""
         ranks = [pid for pid in marked_pids(self._mark) if _parent(pid) == self.agent]
         for pid in ranks or [self.agent]:
             try:
@@ -87,7 +96,7 @@ class SignalForwarder:
         try:
             print(f"phalanx: {text}", file=self._err, flush=True)
         except OSError:
-            # A closed terminal is why SIGHUP came; the message has nobody to reach.
+            # After SIGHUP the terminal may be closed, so that the message reaches nobody.
             return
 
 

@@ -1,8 +1,8 @@
-"""What a person sees of a local run. In: the attempt's log folder and the run's record. Out: text on the launcher's stdout.
+"""Shows a local run while it trains. In: the attempt's log folder and the run's metrics. Out: text on the launcher's stdout.
 
-In a pipe or a file: rank 0's log as it grows. On a terminal: a bar made from the record, the log's other lines above it, and
-the summary below. The launcher's own thread only reads files; a `ScreenWriter` waits for the reader, so that a paused
-terminal or an unread pipe holds up neither signals nor the watchdog.
+A pipe or a file gets rank 0's log as it grows. A terminal gets a progress bar made from the metrics, the log's other lines
+above the bar, and the summary below it. The launcher's thread only reads files. A `ScreenWriter` waits for the reader in a
+thread of its own. A paused terminal or an unread pipe therefore delays neither signals nor the watchdog.
 
 Torch-free.
 """
@@ -18,16 +18,20 @@ from pretrain.metrics.console import LiveConsole
 from pretrain.metrics.screen import screen_of
 from pretrain.run.follow import RecordFollower
 
-# Of the log, in one look: what a reader takes in a moment.
+# The most that one look reads from the log. A reader takes this amount without a noticeable delay.
 _READ_BYTES = 1 << 16
 _FINISH_POLL_S = 0.05
-# A step's line of PlainConsole: the bar shows it.
+# PlainConsole's line for a step. The progress bar shows its content.
 _STEP_LINE = re.compile(rb"step +\d+/\d+  ")
 _END_LINE = re.compile(rb"(finished|stopped|preempted|diverged|failed) at step \d+: ")
 
 
 class RunView:
-    """Shows one attempt until rank 0 fails: the traceback that counts is the first failing rank's, which the launcher tells."""
+    """Shows one attempt.
+
+    Nothing more of rank 0's log is shown once rank 0 has failed. The launcher prints the traceback of the rank that failed
+    first, which may be another rank.
+    """
 
     def __init__(self, log_dir: Path, record: Path, out: TextIO | None, total_steps: int) -> None:
         self._log = log_dir / "rank_0.log"
@@ -42,7 +46,7 @@ class RunView:
             self._bar = LiveConsole(self._screen, total_steps)
 
     def pump(self) -> None:
-        """Show what came since the last call; nothing while the reader is behind. Never waits."""
+        """Show the text that came since the last call. Shows nothing while the reader is behind, and never blocks."""
         if self._screen is not None and self._screen.is_behind:
             return
         if self._bar is None:
@@ -55,7 +59,10 @@ class RunView:
             self._show(line)
 
     def finish(self) -> None:
-        """Show the rest, the summary with it. The ranks are gone: from here on the launcher waits for its reader."""
+        """Show the rest of the log with the summary, and close the screen. Call it when all ranks are gone.
+
+        The call waits until the reader has taken the text or is gone.
+        """
         while self._unread_bytes() and not (self._screen is not None and self._screen.is_lost):
             self.pump()
             time.sleep(_FINISH_POLL_S if self._screen is not None and self._screen.is_behind else 0.0)
@@ -70,7 +77,7 @@ class RunView:
             self._screen.close()
 
     def _show(self, line: bytes) -> None:
-        """A line of the log, above the bar while there is one."""
+        """Show one line of the log. It stands above the progress bar while there is one."""
         if self._bar is None:
             self._write(line + b"\n")
         elif _END_LINE.match(line):
@@ -81,10 +88,10 @@ class RunView:
             self._bar.show_message(line.decode(errors="replace"))
 
     def _unread_bytes(self) -> int:
-        """What the log has beyond what was shown; 0 once rank 0 has failed."""
+        """How many bytes of the log are not shown yet. 0 once rank 0 has failed."""
         if not self._log.exists():
             return 0
-        # The failure file is written before the traceback: a size taken before the look at it is free of the traceback.
+        # Rank 0 writes its failure file before the traceback. A size read before the check for that file excludes the traceback.
         size = self._log.stat().st_size
         return 0 if self._failure.exists() else size - self._offset
 

@@ -1,1 +1,1 @@
-"""Ranks seen from outside: heartbeats, hangs, stacks, failures."""
+"""Observing the ranks from outside their processes: heartbeats, hangs, stacks and failures."""

@@ -1,8 +1,9 @@
-"""Which rank failed first. In: an attempt's log folder. Out: the failure to show first, and the others behind it.
+"""Finds the rank that failed first. In: an attempt's log folder. Out: the failed ranks, the most likely cause first.
 
-Ranks leave rank_N.failure.json with the time of their exception (pretrain/rank/process_setup.py). A rank that was killed, or
-crashed in C code, leaves none, but torchrun's own log has its exit code: such a rank comes first, for the others then
-only report that their partner is gone. What torchrun itself ended (SIGTERM, after 30 s SIGKILL) is no cause.
+pretrain/rank/process_setup.py writes rank_N.failure.json with the time of a rank's exception. A rank that was killed or that
+crashed in C code leaves no such file, but torchrun's log has its exit code. A killed rank comes first in the list, because the
+other ranks only report that they lost their peer. torchrun ends the remaining ranks by SIGTERM, and by SIGKILL 30 s later.
+Ranks that torchrun ended are not listed.
 
 Torch-free.
 """
@@ -17,26 +18,27 @@ from pathlib import Path
 from pretrain.run.files import iterate_lines, read_json
 from pretrain.run.folder import EXIT_CODE
 
-# torchrun's own log is torchrun.log, or NODE.torchrun.log over several nodes. Gathered logs (launch/watch/gathered_logs.py)
-# are NODE.log and NODE.failures.jsonl.
+# torchrun's own log is torchrun.log on one machine, and NODE.torchrun.log on several nodes.
+# launch/watch/gathered_logs.py writes NODE.log and NODE.failures.jsonl.
 AGENT_LOG = "torchrun.log"
 NODE_LOG = ".log"
 GATHERED = ".failures.jsonl"
-# The rank of a failure before there were ranks: the node's own.
+# The rank number of a failure of the node's agent before it started any rank.
 NO_RANK = -1
 _TAIL_LINES = 30
-# torchrun takes every exit code but 0 for a failure; these come with an outcome.
+# torchrun reports every exit code except 0 as a failure. A rank that ends with one of these codes has recorded an outcome.
 _IN_ORDER = frozenset(EXIT_CODE[state] for state in ("preempted", "stopped", "diverged"))
-# torchrun's summary, one block a failed rank: "rank : 2 (local_rank: 2)", then "exitcode : -9 (pid: 17)".
+# torchrun's summary has one block per failed rank: "rank : 2 (local_rank: 2)", then "exitcode : -9 (pid: 17)".
 _AGENT_FAILURE = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 _AGENT_KILLED = re.compile(r"Unable to shutdown process (\d+)")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end. `time` in seconds since the epoch, 0: unknown. `kind`: bad_input, exception, killed or exit.
+    """The failure of one rank.
 
-    `node`: its machine's name; empty: not known.
+    `time`: when the rank failed, in seconds since the epoch; 0: unknown. `kind`: bad_input, exception, killed (by a signal) or
+    exit (with an exit code). `text`: the message for people. `node`: the name of the rank's machine; empty: unknown.
     """
 
     rank: int
@@ -47,7 +49,11 @@ class Failure:
 
 
 def find_failures(log_dir: Path) -> list[Failure]:
-    """All failed ranks, the first cause first. Also those that the nodes of a large run gathered."""
+    """All failed ranks, the most likely cause first. The failures that the nodes of a large run gathered are included.
+
+    The order is: killed ranks, ranks with a recorded exception or bad input by its time, ranks with only an exit code. Raises
+    OSError if a log can't be read.
+    """
     written = {failure.rank: failure for path in log_dir.glob("rank_*.failure.json") if (failure := _read(path))}
     gathered = (row for path in log_dir.glob(f"*{GATHERED}") for _, row in iterate_lines(path) if row is not None)
     found = [*written.values(), *(Failure(**row) for row in gathered)]
@@ -66,15 +72,15 @@ def find_failures(log_dir: Path) -> list[Failure]:
 
 
 def agent_logs(log_dir: Path) -> list[Path]:
-    """torchrun's own logs: torchrun.log, or one a node."""
+    """The paths of torchrun's own logs: torchrun.log on one machine, or one log per node."""
     return sorted(log_dir.glob(f"*{AGENT_LOG}"))
 
 
 def describe(failures: list[Failure], log_dir: Path) -> str:
-    """The first failure in full, the others in a line, and where to read on."""
+    """The first failure in full, the other failed ranks in one line, and the folder of the logs."""
     if not failures:
         logs = [path for path in agent_logs(log_dir) or log_dir.glob(f"*{NODE_LOG}") if path.stat().st_size]
-        # An agent that was killed leaves an empty log of its own; its ranks may have written.
+        # A killed agent leaves its own log empty, but its ranks may have written to their logs.
         logs = logs or [path for path in log_dir.glob("rank_*.log") if path.stat().st_size]
         if not logs:
             return f"no process wrote a log in {log_dir}: none was started, or its agent was killed"
@@ -92,7 +98,7 @@ def describe(failures: list[Failure], log_dir: Path) -> str:
 
 
 def tail_of(path: Path, lines: int = _TAIL_LINES) -> str:
-    """The last lines of a log; empty when there is none."""
+    """The last `lines` lines of a log, from its last 64 KiB at most. Empty if the log doesn't exist."""
     if not path.exists():
         return ""
     with open(path, "rb") as file:
@@ -108,7 +114,10 @@ def _read(path: Path) -> Failure | None:
 
 
 def _agent_exit_codes(log: Path) -> list[tuple[int, int]]:
-    """(rank, exit code) as torchrun lists them at its end, without those that it ended itself or that ended in good order."""
+    """(rank, exit code) of each failed rank in the summary at the end of torchrun's log.
+
+    Ranks that torchrun ended itself, and ranks whose exit code comes with an outcome, are left out.
+    """
     text = log.read_text(errors="replace")
     ended_by_agent = set(_AGENT_KILLED.findall(text))
     failed = [(int(rank), int(code)) for rank, code, pid in _AGENT_FAILURE.findall(text) if pid not in ended_by_agent]

@@ -1,8 +1,8 @@
-"""One log and one list of failures a node. In: the folder on this machine that its ranks write. Out: two growing files.
+"""Writes one log and one list of failures per node. In: the local folder of the ranks' logs. Out: HOSTNAME.log and failures.
 
-100,000 ranks with a log each would be 100,000 files on the shared file system. Here each node's agent copies what its
-ranks wrote into HOSTNAME.log, every line with its origin ("[rank 3] …", "[torchrun] …"), and at the end the failures
-into HOSTNAME.failures.jsonl.
+One log per rank would put 100,000 files on the shared file system for 100,000 ranks. Instead, each node's agent copies the
+lines of its ranks into HOSTNAME.log. A prefix tells the origin of each line: "[rank 3] …" or "[torchrun] …". At the end, the
+agent writes the failures into HOSTNAME.failures.jsonl.
 
 Torch-free.
 """
@@ -21,7 +21,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class GatheredLogs:
-    """Copies whole lines; `close` also what has no newline."""
+    """Copies the logs of one node's ranks. `pump` copies whole lines only; `close` also copies a last line without a newline."""
 
     def __init__(self, own: Path, log_dir: Path, host: str) -> None:
         self._own = own
@@ -30,11 +30,11 @@ class GatheredLogs:
         self._offsets: dict[str, int] = {}
 
     def pump(self) -> None:
-        """Copy what is new. Raises OSError."""
+        """Copy the whole lines that were written since the last call. Raises OSError if a file can't be read or written."""
         self._copy(final=False)
 
     def close(self, failures: Sequence[Failure]) -> None:
-        """Copy the rest, and leave the failures. Raises OSError."""
+        """Copy the rest of all logs and write the failures. Raises OSError if a file can't be read or written."""
         self._copy(final=True)
         if failures:
             _append(self._failures, (json.dumps(asdict(failure)).encode() for failure in failures))
@@ -42,12 +42,15 @@ class GatheredLogs:
     def _copy(self, final: bool) -> None:
         for path in sorted(self._own.glob("*.log")):
             origin = "torchrun" if path.name == AGENT_LOG else path.stem.replace("_", " ")
-            # Block after block: a rank that wrote gigabytes must not be held in memory.
+            # Copying in blocks bounds the memory: a rank may have written gigabytes.
             while block := self._next_block(path, final):
                 _append(self._log, (b"[%b] %b" % (origin.encode(), line) for line in block.split(b"\n")[: block.count(b"\n")]))
 
     def _next_block(self, path: Path, final: bool) -> bytes:
-        """Whole lines from where the last block ended; empty: nothing more."""
+        """The whole lines after the last block, at most 1 MiB. Empty: nothing is left to copy.
+
+        A part of a line is returned with a newline if the line is longer than 1 MiB, or if `final` is True.
+        """
         offset = self._offsets.get(path.name, 0)
         with open(path, "rb") as file:
             file.seek(offset)

@@ -1,4 +1,4 @@
-"""Watches one node's ranks for a hang. In: their beats. Out: how they stand; once hung, with their stacks.
+"""Watches one node's ranks for a hang. In: the ranks' heartbeats. Out: the ranks' states and, during a hang, their stacks.
 
 Torch-free.
 """
@@ -13,7 +13,10 @@ from launch.watch.stacks import collect_stacks
 
 
 class HangWatch:
-    """Call `look` every second or so. `states`, `hung` and `stacks` (text, all threads) are what it saw last."""
+    """Detects when the ranks of one node begin and cease to hang. Call `look` about once a second.
+
+    `states`, `hung` and `stacks` are the result of the last look. `stacks` is text with the stacks of all threads.
+    """
 
     def __init__(self, folder: Path, policy: WatchPolicy, node: str) -> None:
         self._folder, self._policy = folder, policy
@@ -24,14 +27,17 @@ class HangWatch:
         self.stacks = ""
 
     def look(self) -> bool:
-        """True when hung has begun or ended. Takes seconds when it begins: the ranks are asked for their stacks."""
+        """Read the heartbeats again. True: `hung` has changed.
+
+        The call takes seconds when a hang begins, because it asks the ranks for their stacks.
+        """
         before = self.hung
         self.states = self._watch.look()
         self.hung = hung(self.states, self._policy)
         if self.hung and not before and self._policy.stacks:
             found, self.stacks = collect_stacks(self._folder, self.states)
             self._frames = {state.rank: state.frames for state in found}
-            # A rank that went on meanwhile was only slow.
+            # A rank that made progress while the stacks were collected was only slow.
             self.states = self._watch.look()
             self.hung = hung(self.states, self._policy)
         if self.hung:

@@ -1,8 +1,8 @@
-"""Is a node's part of a run hung? In: the beats of its ranks. Out: what each rank does since when, and a verdict.
+"""Decides whether ranks hang. In: the heartbeats of a node's ranks. Out: each rank's phase and its age, and the verdict.
 
-Ranks wait for those that are behind them, never for those ahead. So a run is hung when all ranks that are furthest behind
-have been in their phase for longer than that phase may last; how long the others wait (for rank 0 that saves) says nothing.
-A process that was stopped comes back to nobody, whatever its phase.
+A rank waits only for ranks that are behind it. A run is therefore hung when all ranks that are furthest behind have exceeded
+the timeout of their phase. How long the other ranks wait is no sign of a hang: they may wait while rank 0 saves. A run is also
+hung when the process of any rank has been unable to move for longer than the timeout of a step, whatever the rank's phase.
 
 Torch-free.
 """
@@ -23,12 +23,13 @@ from parallel.layout import world_size
 from pretrain.run.beat import ENDING, OF_A_STEP, PHASES, Beat, decode
 from pretrain.run.files import read_json, write_atomically
 
-# Without step_timeout_s: so many median steps, but no less than this.
+# The timeout if step_timeout_s is not set: this many median step times, but at least _LEAST_TIMEOUT_S.
 _STEPS_PER_TIMEOUT = 20
 _LEAST_TIMEOUT_S = 300.0
-# The watchdog itself did not run for so long (asking for stacks takes less): machine or job were suspended, waiting begins anew.
+# A longer pause between two looks means that the machine or the job was suspended. All ages then start again from zero.
+# Collecting stacks takes less time than this.
 _GAP_S = 30.0
-# A report a node every 2 s; on large runs all nodes together write 50 a second.
+# Each node writes a report every 2 s. On large runs the interval grows, so that all nodes together write 50 reports a second.
 _REPORT_S = 2.0
 _REPORTS_PER_S = 50
 MISSING = -1
@@ -36,7 +37,12 @@ MISSING = -1
 
 @dataclass(frozen=True)
 class WatchPolicy:
-    """launch.watch, and the size of the run; what a node's agent needs of the config. `gather`: one log a node."""
+    """The part of the config that a node's agent needs: the keys of launch.watch and the size of the run.
+
+    Timeouts and `report_interval_s` are in seconds. `step_timeout_s` None: derived from the measured step time; 0: no timeout.
+    `start_timeout_s` 0: no timeout. `straggler_ratio`: the multiple of the median from which a rank is slow; None: no search.
+    `gather`: write one log per node instead of one per rank.
+    """
 
     step_timeout_s: float | None
     start_timeout_s: float
@@ -48,11 +54,12 @@ class WatchPolicy:
     processes_per_node: int
 
     def to_json(self) -> str:
+        """The policy as one line of JSON."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> WatchPolicy:
-        """What `to_json` wrote. Raises ValueError: something else."""
+        """The policy that `to_json` wrote. Raises ValueError if `text` is not JSON or has other keys."""
         value = json.loads(text)
         names = {item.name for item in fields(WatchPolicy)}
         if not isinstance(value, dict) or set(value) != names:
@@ -61,7 +68,7 @@ class WatchPolicy:
 
 
 def make_watch_policy(config: Config) -> WatchPolicy:
-    """Pure."""
+    """The policy of a config. On large runs the report interval grows with the number of nodes."""
     watch, launch = config.launch.watch, config.launch
     return WatchPolicy(
         step_timeout_s=watch.step_timeout_s,
@@ -77,10 +84,13 @@ def make_watch_policy(config: Config) -> WatchPolicy:
 
 @dataclass(frozen=True)
 class RankState:
-    """A rank as seen from outside. `rank` MISSING: a process that never beat. `process`: see launch/watch/processes.py.
+    """A rank's state as seen from outside its process.
 
-    `age_s`: how long it has been in its phase. `stuck_s`: how long its process couldn't move. `frames`: its main thread's
-    stack, innermost first, once it was asked.
+    `rank`: MISSING stands for a process that has written no heartbeat yet. `age_s`: how long the rank has been in its phase.
+    `step_time_s`, `batch_wait_s` and `probe_s`: medians over the last steps; None: not measured yet. `rollbacks`: how often the
+    run returned to an earlier step. `process`: the state by launch/watch/processes.py. `stuck_s`: how long the process has been
+    unable to move. `kernel`: the kernel function in which the process sleeps. `frames`: the main thread's stack, innermost
+    frame first; empty until the stacks are collected. All times are in seconds.
     """
 
     rank: int
@@ -100,21 +110,23 @@ class RankState:
 
     @property
     def has_ended(self) -> bool:
-        """Gone after its last phase: it ended well, and nobody waits for it."""
+        """Whether the process ended after its last phase. Such a rank ended in good order, and no other rank waits for it."""
         return self.phase == ENDING and self.process in ("gone", "zombie")
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """How far the rank has come."""
+        """The rank's progress as (rollbacks, step, index of the phase). The smallest value is furthest behind."""
         return self.rollbacks, self.step, PHASES.index(self.phase) if self.phase in PHASES else -1
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node's agent last said. `time`: s since the epoch, its own clock. `failures`: {rank, time, kind, text}.
+    """The last report of a node's agent.
 
-    `exit_code`: torchrun's, once it has ended. `hung`: as far as this node's own ranks can tell; they may wait for others.
-    `silent_s`: how long the reader has seen no newer report.
+    `time`: when the report was written, in seconds since the epoch by the node's clock. `pid`: the agent's. `exit_code`:
+    torchrun's; None: torchrun still runs. `hung`: the verdict over this node's ranks alone, which may wait for ranks of other
+    nodes. `failures`: the fields of launch/watch/failures.py's `Failure`. `silent_s`: for how many seconds the reader has seen
+    no newer report.
     """
 
     host: str
@@ -128,20 +140,23 @@ class NodeReport:
 
 
 def timeout_s(state: RankState, policy: WatchPolicy) -> float:
-    """How long this rank may be in its phase; infinite: for ever."""
+    """How long the rank may stay in its phase, in seconds. Infinite: there is no timeout."""
     is_known = state.phase in OF_A_STEP and state.step_time_s is not None
     return step_timeout_s(state, policy) if is_known else policy.start_timeout_s or float("inf")
 
 
 def step_timeout_s(state: RankState, policy: WatchPolicy) -> float:
-    """How long a phase of a step may last, and a process be stopped."""
+    """How long a phase of a step may last, and how long a process may be stopped, in seconds. Infinite: there is no timeout."""
     if policy.step_timeout_s is None:
         return max(_LEAST_TIMEOUT_S, _STEPS_PER_TIMEOUT * (state.step_time_s or 0.0))
     return policy.step_timeout_s or float("inf")
 
 
 def hung(states: Sequence[RankState], policy: WatchPolicy) -> bool:
-    """By the rule above, of ranks of one node or of all. Those that have ended don't count."""
+    """The verdict by the rule in this module's docstring. `states`: the ranks of one node or of all nodes.
+
+    Ranks that ended in good order don't count.
+    """
     waiting = [state for state in states if not state.has_ended]
     if any(state.stuck_s > step_timeout_s(state, policy) for state in waiting):
         return True
@@ -151,7 +166,7 @@ def hung(states: Sequence[RankState], policy: WatchPolicy) -> bool:
 
 
 class HeartbeatReader:
-    """Reads one node's beats, again and again, and remembers those that a torn read would lose."""
+    """Reads one node's heartbeats repeatedly. A heartbeat that was read while half written leaves the last whole one in place."""
 
     def __init__(self, folder: Path, policy: WatchPolicy, node: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
@@ -160,11 +175,11 @@ class HeartbeatReader:
         self._clock = clock
         self._beats: dict[int, Beat] = {}
         self._stuck_since_s: dict[int, float] = {}
-        # Only what the watchdog has seen itself counts.
+        # Ages count from the start of this reader at the earliest.
         self._begun_s = self._not_before_s = self._looked_s = clock()
 
     def look(self) -> list[RankState]:
-        """Every rank of this node, by rank."""
+        """The state of every rank of this node, by rank. Processes without a heartbeat come last, as MISSING."""
         now_s = self._clock()
         if now_s - self._looked_s > _GAP_S:
             self._not_before_s = now_s
@@ -202,17 +217,21 @@ class HeartbeatReader:
 
 
 def report_path(attempt_dir: Path, host: str) -> Path:
+    """The file of a node's report. `attempt_dir`: the launch folder of the attempt."""
     return attempt_dir / "nodes" / f"{host}.json"
 
 
 def write_report(attempt_dir: Path, report: NodeReport) -> None:
-    """Replace the node's report. Raises OSError. Not forced to the disk: the next one comes in seconds."""
+    """Replace the node's report. Raises OSError if it can't be written.
+
+    The report is not forced to the disk, because the next one follows within seconds.
+    """
     path = report_path(attempt_dir, report.host)
     write_atomically(path, json.dumps(asdict(report)) + "\n", durable=False)
 
 
 def read_reports(attempt_dir: Path) -> list[NodeReport]:
-    """The newest report of each node, by host. What is no report is left out."""
+    """The newest report of each node, sorted by host. Files that hold no report are left out."""
     folder = attempt_dir / "nodes"
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith("."))
@@ -222,16 +241,16 @@ def read_reports(attempt_dir: Path) -> list[NodeReport]:
 
 
 class ReportReader:
-    """Reads all nodes' reports again and again, and measures by its own clock for how long each node has been silent."""
+    """Reads all nodes' reports repeatedly and measures, by its own clock, how long each node has been silent."""
 
     def __init__(self, attempt_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._attempt_dir = attempt_dir
         self._clock = clock
-        # host → (its report's own time, when that was first seen here)
+        # host → (the time in its newest report, when this reader first saw that report)
         self._news: dict[str, tuple[float, float]] = {}
 
     def read(self) -> list[NodeReport]:
-        """As `read_reports`, with `silent_s`."""
+        """The result of `read_reports` with `silent_s` filled in."""
         return [replace(report, silent_s=self._silent_s(report)) for report in read_reports(self._attempt_dir)]
 
     def _silent_s(self, report: NodeReport) -> float:
@@ -244,7 +263,7 @@ class ReportReader:
 
 
 def _parse(value: Any) -> NodeReport | None:
-    """None: another program's file, or another version's."""
+    """The report in a JSON value. None: another program or another version wrote the value."""
     try:
         ranks = tuple(RankState(**{**rank, "frames": tuple(rank["frames"])}) for rank in value["ranks"])
         return NodeReport(**{**value, "ranks": ranks, "failures": tuple(value["failures"])})

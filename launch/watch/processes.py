@@ -1,6 +1,6 @@
-"""What the kernel says of other processes. In: pids. Out: their state, their children, the signals that they catch. Linux.
+"""Reads the state of other processes from /proc. In: pids. Out: states, children and caught signals. Linux only.
 
-A pid alone may name a later process: where it matters the start time goes with it.
+The kernel reuses pids. Functions that must not confuse a process with a later one take the process's start time too.
 
 Torch-free.
 """
@@ -12,14 +12,18 @@ from pathlib import Path
 
 from pretrain.run.folder import process_start_ticks
 
-# /proc/PID/stat's letter → our word. What isn't listed can run, or sleeps and can be woken.
+# The state letter of /proc/PID/stat → our name for it. All other letters mean a process that runs or can be woken.
 _STATES = {"T": "stopped", "t": "traced", "Z": "zombie", "X": "zombie", "D": "uninterruptible"}
-# These make no progress whatever they wait for.
+# A process in one of these states makes no progress, whatever it waits for.
 STUCK = ("stopped", "traced", "zombie", "gone")
 
 
 def state_of(pid: int, start_ticks: int) -> str:
-    """alive, stopped (SIGSTOP), traced (a debugger), zombie, uninterruptible (in the kernel), or gone."""
+    """One of alive, stopped, traced, zombie, uninterruptible and gone.
+
+    stopped: by SIGSTOP. traced: a debugger holds the process. uninterruptible: the process sleeps in the kernel and takes no
+    signal. `start_ticks`: the start time that the process must have, in clock ticks since boot; 0: any.
+    """
     fields = _stat_fields(pid)
     if not fields:
         return "gone"
@@ -30,13 +34,17 @@ def state_of(pid: int, start_ticks: int) -> str:
 
 
 def waits_in_kernel(pid: int) -> str:
-    """The kernel function that a sleeping process is in; empty: it runs, or the kernel doesn't say."""
+    """The kernel function in which a process sleeps. Empty: the process runs, or the kernel doesn't tell."""
     text = _text(Path(f"/proc/{pid}/wchan"))
     return "" if text == "0" else text
 
 
 def children_of(parent: int) -> list[int]:
-    """The live children of a process, oldest first. Costs a file a thread of it; where the kernel has none, a file a process."""
+    """The pids of the live children of a process, in ascending order.
+
+    The call reads one file per thread of the parent. Kernels without /proc/PID/task/TID/children cost one file per process of
+    the machine.
+    """
     lists = list(Path(f"/proc/{parent}/task").glob("*/children"))
     if lists:
         pids = [int(word) for path in lists for word in _text(path).split()]
@@ -47,19 +55,19 @@ def children_of(parent: int) -> list[int]:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Has the process a handler of its own for this signal? False for one that is gone."""
+    """Whether the process has its own handler for the signal `number`. False if the process is gone."""
     lines = _text(Path(f"/proc/{pid}/status")).splitlines()
     mask = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), 0)
     return bool(mask >> (number - 1) & 1)
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name: state, parent, …; empty: no such process."""
+    """The fields of /proc/PID/stat after the process name: state, parent, …. Empty: there is no such process."""
     return _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
 
 
 def _text(path: Path) -> str:
-    """Empty: the process has ended, or isn't ours to look at."""
+    """The text of the file. Empty: the process has ended, or belongs to another user."""
     try:
         return path.read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,7 +1,8 @@
-"""Where hung ranks are. In: their states. Out: each one's main thread, innermost frame first, and all stacks as text.
+"""Collects the stacks of hung ranks. In: the ranks' states. Out: each main thread's frames, innermost first; all stacks as text.
 
-A rank's own faulthandler answers SIGUSR2 from C, also while its main thread is stuck in a collective. A rank that doesn't
-answer (stopped, or deep in the kernel) is read from outside by py-spy, where that is installed.
+A rank's faulthandler answers SIGUSR2. The handler is C code, so it also answers while the main thread is stuck in a
+collective. A stopped rank, or one that sleeps in the kernel, doesn't answer. py-spy reads such a rank from outside, if py-spy
+is installed.
 
 Torch-free.
 """
@@ -28,13 +29,13 @@ ANSWER_S = 2.0
 _POLL_S = 0.05
 _PY_SPY_S = 5.0
 _FRAMES = 24
-# faulthandler: '  File "/x/y.py", line 12 in wait'; py-spy --full-filenames: '    wait (/x/y.py:12)'.
+# A frame of faulthandler: '  File "/x/y.py", line 12 in wait'. A frame of py-spy --full-filenames: '    wait (/x/y.py:12)'.
 _FAULT_THREAD = re.compile(r"^(?:Current thread|Thread) ", re.MULTILINE)
 _FAULT_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _SPY_THREAD = re.compile(r"^Thread ", re.MULTILINE)
 _SPY_FRAME = re.compile(r"^    (\S+) \((.*):(\d+)\)$", re.MULTILINE)
 
-# Who waits for other ranks is in one of these (the waiting itself is C, without a frame).
+# The innermost Python frame of a rank that waits for other ranks is in one of these files. The C code that waits has no frame.
 _WAITING_FILES = (
     "torch/distributed/",
     "megatron/core/pipeline_parallel/p2p_communication.py",
@@ -45,7 +46,11 @@ _WAITING_FILES = (
 
 
 def collect_stacks(folder: Path, states: Sequence[RankState], answer_s: float = ANSWER_S) -> tuple[list[RankState], str]:
-    """The states with their frames, and every thread of every rank as text. `folder`: the beats'. Takes seconds."""
+    """(the states with their frames, the stacks of all threads of all ranks as text).
+
+    `folder`: the folder of the heartbeats. `answer_s`: how long to wait for the ranks' answers, in seconds. The call takes up
+    to `answer_s`, and up to 5 s more for each silent rank that py-spy can't read.
+    """
     answers = _ask(folder, states, answer_s)
     silent = [state for state in states if not answers.get(state.rank) and state.process not in ("zombie", "gone") and state.pid]
     answers |= _spy([state.pid for state in silent], {state.pid: state.rank for state in silent})
@@ -55,31 +60,34 @@ def collect_stacks(folder: Path, states: Sequence[RankState], answer_s: float = 
 
 
 def main_frames(text: str) -> tuple[str, ...]:
-    """The main thread's frames, innermost first: `all_reduce (torch/distributed/distributed_c10d.py:3012)`."""
+    """The main thread's frames, innermost first, at most 24. `text`: the output of faulthandler or py-spy.
+
+    A frame reads `all_reduce (torch/distributed/distributed_c10d.py:3012)`. Empty: `text` shows no main thread.
+    """
     for thread, frame, order in ((_FAULT_THREAD, _FAULT_FRAME, (3, 1, 2)), (_SPY_THREAD, _SPY_FRAME, (1, 2, 3))):
         starts = [match.start() for match in thread.finditer(text)]
         for start, stop in pairwise([*starts, len(text)]):
             frames = [tuple(match[group] for group in order) for match in frame.finditer(text, start, stop)]
-            # The main thread alone begins in a module (or runs one by -m); others begin in threading.py or in C.
+            # Only the main thread's outermost frame is a module or `python -m`. Other threads begin in threading.py or in C.
             if frames and frames[-1][0] in ("<module>", "_run_module_as_main"):
                 return tuple(f"{name} ({_short(file)}:{line})" for name, file, line in frames[:_FRAMES])
     return ()
 
 
 def waits_in(state: RankState) -> str:
-    """The collective that the rank waits in; empty: none, or not known."""
+    """The name of the collective in which the rank waits. Empty: the rank waits in none, or its stack is unknown."""
     found = ""
     for frame in state.frames:
         name, _, place = frame.partition(" (")
         if not place.startswith(_WAITING_FILES):
             break
-        # torch wraps its collectives in a logging `wrapper`.
+        # torch wraps its collectives in a function `wrapper` that logs the call.
         found = name if name != "wrapper" else found
     return found
 
 
 def _short(file: str) -> str:
-    """From the package on: site-packages and the folders above ours say nothing."""
+    """The path from the package folder on, without site-packages. For other files, the last folder and the name."""
     for root in ("site-packages/", "dist-packages/"):
         if root in file:
             return file.rpartition(root)[2]
@@ -87,11 +95,11 @@ def _short(file: str) -> str:
 
 
 def _ask(folder: Path, states: Sequence[RankState], answer_s: float) -> dict[int, str]:
-    """What the ranks' faulthandlers wrote, by rank."""
+    """Send SIGUSR2 to the ranks and return what their faulthandlers wrote, by rank. Ranks that didn't answer are left out."""
     asked: dict[int, tuple[Path, int]] = {}
     for state in states:
         path = stack_path(folder, state.rank)
-        # Without its handler SIGUSR2 would end the process.
+        # SIGUSR2 would end a process that has no handler for it.
         if state.process in ("alive", "uninterruptible") and path.exists() and catches(state.pid, signal.SIGUSR2):
             asked[state.rank] = (path, path.stat().st_size)
             try:
@@ -102,7 +110,7 @@ def _ask(folder: Path, states: Sequence[RankState], answer_s: float) -> dict[int
     answers: dict[int, str] = {}
     while True:
         before, answers = answers, {rank: _read_from(*place) for rank, place in asked.items()}
-        # An answer is whole when it grows no more.
+        # An answer counts as complete when it has not grown since the last poll.
         if (all(answers.values()) and answers == before) or time.monotonic() > deadline:
             return {rank: answer for rank, answer in answers.items() if answer}
         time.sleep(_POLL_S)
@@ -115,7 +123,10 @@ def _read_from(path: Path, offset: int) -> str:
 
 
 def _spy(pids: Sequence[int], rank_of: dict[int, int]) -> dict[int, str]:
-    """py-spy's view of processes that can't answer; all at once. What py-spy can't read is left out."""
+    """The stacks that py-spy reads from processes that can't answer, by rank. Processes that py-spy can't read are left out.
+
+    All py-spy processes run at the same time.
+    """
     beside = Path(sys.executable).with_name("py-spy")
     program = str(beside) if beside.exists() else shutil.which("py-spy")
     if program is None:

@@ -1,8 +1,8 @@
-"""Who is late, and who is slow. In: the states of ranks, or the reports of all nodes. Out: `Triage` for people and records.
+"""Names the ranks that block a hung run, and the slow ranks of a running one. In: ranks' states, or reports. Out: `Triage`.
 
-Of the ranks of a hung run all but a few wait for the others. In this order: a process that can't move; a rank behind the
-others in step and phase; a rank that waits in no collective while the others do. Where none of it tells them apart, that
-is said.
+In a hung run most ranks wait for a few others. The search for those few tries these signs in order: a process that can't
+move or never wrote a heartbeat; a rank behind the others in step and phase; a rank that waits in no collective while the
+others do. If no sign distinguishes any rank, the text says so.
 
 Torch-free.
 """
@@ -25,10 +25,10 @@ from pretrain.run.folder import Outcome, RunFolder
 
 _NAMED = 4
 _SHOWN_FRAMES = 12
-# A node that sends no report for so many intervals, at least 30 s, is silent: its agent or the machine is gone.
+# A node is silent if it sends no report for this many intervals and for at least 30 s. Its agent or its machine is gone.
 _SILENT_INTERVALS = 5
 _SILENT_S = 30.0
-# Waiting for data counts when it is at least this part of a step.
+# A wait for data is counted only if it takes more than this fraction of a step.
 _WAIT_SHARE = 0.1
 
 _CANT_MOVE = {
@@ -41,9 +41,10 @@ _CANT_MOVE = {
 
 @dataclass(frozen=True)
 class Triage:
-    """`ranks`: those to blame, none when nothing tells them apart. `nodes`: theirs, and nodes that went silent.
+    """The cause of a hang.
 
-    `line`: one line, for outcome.json. `text`: for people, with stacks.
+    `ranks`: the ranks that block the run; empty: no sign distinguishes any rank, or a node is silent. `nodes`: the nodes of
+    these ranks and the silent nodes. `why`: the reason. `line`: one line for outcome.json. `text`: for people, with stacks.
     """
 
     ranks: tuple[RankState, ...]
@@ -55,7 +56,11 @@ class Triage:
 
 @dataclass(frozen=True)
 class Straggler:
-    """`what` (speed probe, waiting for data) took `ratio` times the median of all ranks on these ranks of a node."""
+    """Slow ranks of one node.
+
+    `what`: the slow activity, the speed probe or waiting for data. `ratio`: the median over `ranks` of the activity's duration,
+    as a multiple of the median over all ranks of the run.
+    """
 
     node: str
     what: str
@@ -67,7 +72,10 @@ class Straggler:
 
 
 def find_late(ranks: Sequence[RankState], silent: Sequence[str] = ()) -> Triage:
-    """Of all ranks of a hung run; `silent` names the nodes that say nothing any more."""
+    """The cause of a hang.
+
+    `ranks`: the states of all ranks of the run. `silent`: the nodes that send no reports any more.
+    """
     ranks = [state for state in ranks if not state.has_ended]
     late, why = ([], f"no report from {', '.join(silent)}") if silent else _late(ranks)
     nodes = tuple(dict.fromkeys([*silent, *(state.node for state in late)]))
@@ -83,20 +91,26 @@ def find_late(ranks: Sequence[RankState], silent: Sequence[str] = ()) -> Triage:
 
 
 def combine(reports: Sequence[NodeReport], policy: WatchPolicy) -> Triage | None:
-    """None: no hang, by launch/watch/heartbeats.py's rule over the ranks of all nodes that still run and speak."""
+    """The cause of a hang of the whole run. None: the run doesn't hang.
+
+    The verdict is the rule of launch/watch/heartbeats.py over the ranks of all nodes that still run and still report.
+    """
     silence_s = max(_SILENT_S, _SILENT_INTERVALS * policy.report_interval_s)
     running = [report for report in reports if report.exit_code is None]
     silent = [report.host for report in running if report.silent_s > silence_s]
     speaking = [report for report in running if report.host not in silent]
     ranks = [replace(state, age_s=state.age_s + report.silent_s) for report in speaking for state in report.ranks]
-    # The nodes of the ranks furthest behind say so themselves, with stacks.
+    # The nodes of the ranks furthest behind report a hang themselves. Their reports then hold the stacks.
     if not any(report.hung for report in speaking) or not hung(ranks, policy):
         return None
     return find_late(ranks, silent)
 
 
 def stragglers(reports: Sequence[NodeReport], ratio: float | None) -> list[Straggler]:
-    """The slow ranks by node, the slowest node first. `ratio` None: not looked at."""
+    """The slow ranks by node, the slowest node first.
+
+    `ratio`: the multiple of the median from which a rank is slow; None: no search, and the list is empty.
+    """
     ranks = [state for report in reports for state in report.ranks]
     if ratio is None:
         return []
@@ -112,9 +126,10 @@ def stragglers(reports: Sequence[NodeReport], ratio: float | None) -> list[Strag
 
 
 def record_hang(folder: RunFolder, attempt: int, found: Triage) -> bool:
-    """An event, and the outcome that rank 0 can't write. Call it once all ranks are gone. Raises OSError.
+    """Write the event of the hang, and the outcome that the hung rank 0 can't write. Call it when all ranks are gone.
 
-    False, and nothing is written: rank 0 had said how the attempt ended before the ranks stood still on their way out.
+    False: nothing was written, because rank 0 recorded the attempt's outcome before the ranks hung on their way out. Raises
+    OSError if the files can't be written.
     """
     outcome = folder.read_outcome()
     if outcome is not None and outcome.attempt == attempt and outcome.state != "failed":
@@ -129,7 +144,7 @@ def record_hang(folder: RunFolder, attempt: int, found: Triage) -> bool:
 
 
 def _late(ranks: Sequence[RankState]) -> tuple[list[RankState], str]:
-    """(the late ones, why)."""
+    """(the ranks that block the run, the reason as the rest of a sentence)."""
     for process, why in _CANT_MOVE.items():
         if found := [state for state in ranks if state.process == process]:
             return found, f"{'is' if len(found) == 1 else 'are'} late: {why} in {_place(found[0])}{_for(found)}"
@@ -138,7 +153,7 @@ def _late(ranks: Sequence[RankState]) -> tuple[list[RankState], str]:
         return missing, f"never came to life{_for(missing)}"
     first = min(state.position for state in ranks)
     behind = [state for state in ranks if state.position == first]
-    # A rank whose stack isn't known counts as one that is busy: the others gave theirs.
+    # A rank without a known stack counts as busy, because the other ranks answered with theirs.
     busy = [state for state in behind if not waits_in(state)]
     if len(behind) < len(ranks):
         found = busy or behind
@@ -176,7 +191,7 @@ def _list(ranks: Sequence[int]) -> str:
 
 
 def _waiting(others: Sequence[RankState]) -> list[str]:
-    """What the others do, the most common first."""
+    """One line for each of the most common activities of the other ranks, the most common first."""
     kinds = Counter((_place(state), waits_in(state)) for state in others)
     first = {(_place(state), waits_in(state)): state for state in reversed(others)}
     return [
@@ -195,10 +210,10 @@ def _stack(state: RankState) -> list[str]:
 
 
 def _slow(what: str, values: dict[RankState, float], all_values: list[float], ratio: float) -> list[Straggler]:
-    """Ranks whose value is at least `ratio` times the median of `all_values`, by node."""
+    """The ranks whose value is at least `ratio` times the median of `all_values`, by node. Values are in seconds."""
     if not all_values:
         return []
-    # Where most ranks don't wait at all, any wait is long: a microsecond keeps the quotient finite.
+    # The median is 0 if most ranks don't wait at all. A microsecond as the least median keeps the quotient finite.
     median = max(statistics.median(all_values), 1e-6)
     slow = {state: value / median for state, value in values.items() if value >= ratio * median}
     nodes = dict.fromkeys(state.node for state in slow)

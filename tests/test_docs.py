@@ -44,18 +44,34 @@ def shortened(quickstart: str) -> str:
     return quickstart
 
 
+COMMAND = """#!{python}
+import runpy
+
+runpy.run_path("{tree}/configs/own_packages.py")
+from tools.cli import main
+
+if __name__ == "__main__":
+    main()
+"""
+
+
 @pytest.mark.timeout(900)
 def test_every_command_works(tmp_path: Path) -> None:
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    path = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "WANDB_MODE": "offline"}
+    # The console script of the environment would take the checkout's packages: here is the copy's.
+    script = tmp_path / "bin" / "phalanx"
+    script.parent.mkdir()
+    script.write_text(COMMAND.format(python=sys.executable, tree=tmp_path))
+    script.chmod(0o755)
+    path = f"{script.parent}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "WANDB_MODE": "offline"}
     run = commands()
     assert run[0] == "make demo", "the first thing that a newcomer types"
     # The environment is here already, and a few short steps show that the demo runs.
-    run[0] = "make -o .venv/installed demo"
+    run[0] = "make -o .venv/installed BIN=bin demo"
     quickstart = tmp_path / "configs" / "run" / "quickstart.yaml"
     quickstart.write_text(shortened(quickstart.read_text()))
     for command in run:

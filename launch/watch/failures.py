@@ -67,7 +67,8 @@ def find_failures(log_dir: Path) -> list[Failure]:
                 found.append(Failure(rank, 0.0, "killed", _with_tail(text, log_dir, rank), node))
             else:
                 found.append(Failure(rank, 0.0, "exit", _with_tail(f"exit code {exit_code}", log_dir, rank), node))
-    order = {"killed": 0, "exit": 2}
+    # Ranks refuse bad input together, before any of them ends: a rank that then dies of a lost partner is no cause.
+    order = {"bad_input": -1, "killed": 0, "exit": 2}
     return sorted(found, key=lambda failure: (order.get(failure.kind, 1), failure.time))
 
 

@@ -23,11 +23,11 @@ def phalanx(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_the_run_folder_is_as_the_readme_says(undisturbed: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_run_folder_is_as_the_docs_say(undisturbed: Path) -> None:
+    page = (ROOT / "docs" / "survival.md").read_text()
     for name in ("config.yaml", "provenance.json", "metrics.jsonl", "events.jsonl", "outcome.json", "DONE"):
         assert (undisturbed / name).exists()
-        assert name in readme
+        assert name in page
     assert sorted(path.name for path in (undisturbed / "logs" / "attempt_0001").glob("rank_*.log")) == [
         "rank_0.log",
         "rank_1.log",

@@ -46,9 +46,10 @@ def test_two_runs_side_by_side_survive_all_that_happens_to_them(
     """
     with WandbStub() as server:
         online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
-        first = submit(cluster, run_config, tmp_path / "first", WATCHFUL, **online)
         second = submit(cluster, run_config, tmp_path / "second")
         act(second, world.restart_controller)
+        # Only now: on a quick machine its steps would be over before the controller is back.
+        first = submit(cluster, run_config, tmp_path / "first", WATCHFUL, **online)
         with ThreadPoolExecutor() as pool:
             acts = [
                 pool.submit(act_one_by_one, first, (world.preempt, SAVING), (world.kill_a_rank, ""), (world.stop_a_rank, "")),

@@ -325,7 +325,7 @@ def test_a_process_stuck_in_c_gives_its_stack_and_a_stopped_one_its_state(tmp_pa
 
 
 def test_a_scratch_folder_goes_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.local.scratch.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     left_behind = tmp_path / f"phalanx-{os.getuid()}-beats-killed"
     (left_behind / "sub").mkdir(parents=True)
     os.utime(left_behind, (0, 0))

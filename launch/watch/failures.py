@@ -51,8 +51,8 @@ class Failure:
 def find_failures(log_dir: Path) -> list[Failure]:
     """All failed ranks, the most likely cause first. The failures that the nodes of a large run gathered are included.
 
-    The order is: killed ranks, ranks with a recorded exception or bad input by its time, ranks with only an exit code. Raises
-    OSError if a log can't be read.
+    The order is: ranks that refused bad input, killed ranks, ranks with a recorded exception by its time, ranks with only an
+    exit code. Raises OSError if a log can't be read.
     """
     written = {failure.rank: failure for path in log_dir.glob("rank_*.failure.json") if (failure := _read(path))}
     gathered = (row for path in log_dir.glob(f"*{GATHERED}") for _, row in iterate_lines(path) if row is not None)

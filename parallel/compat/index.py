@@ -34,7 +34,8 @@ def markdown() -> str:
 
 def _row(guard: Guard) -> str:
     first, last = guard.versions
-    versions = f"from {first}" if last is None else first if first == last else f"{first} to {last}"
+    until = "" if last == first else f" to {last}"
+    versions = f"from {first}" if last is None else first + until
     file, _, name = guard.test.partition("::")
     cells = (guard.fault, versions, f"`{guard.guard}`", guard.symptom, f"`{name}` in `{file}`")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from configs.errors import ConfigError, Problem
 from pretrain.run.process import importing
@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
     return int(result.get("ok") is False)
 
 
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -49,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    work = _work_options(shared)
+    _add_import(commands, work)
+    _add_export(commands, work)
+    _add_inspect(commands, shared)
+    _add_verify(commands, shared)
+    return parser
+
+
+def _work_options(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options of a conversion that writes files: import and export."""
     work = argparse.ArgumentParser(add_help=False, parents=[shared])
     work.add_argument(
         "--dtype",
@@ -71,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         help="number of threads (default: %(default)s)",
     )
     work.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    return work
 
+
+def _add_import(commands: Subcommands, work: argparse.ArgumentParser) -> None:
     get = commands.add_parser(
         "import",
         parents=[work],
@@ -82,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("--model", metavar="PRESET|YAML", help="the model, when a Megatron-LM checkpoint does not state it")
     get.set_defaults(run=_import)
 
+
+def _add_export(commands: Subcommands, work: argparse.ArgumentParser) -> None:
     put = commands.add_parser("export", parents=[work], help="make a Hugging Face folder from a checkpoint")
     put.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder (its newest checkpoint)")
     put.add_argument("out", type=Path, metavar="HF_DIR")
@@ -91,12 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     put.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the model, when the run's own file is gone")
     put.set_defaults(run=_export)
 
+
+def _add_inspect(commands: Subcommands, shared: argparse.ArgumentParser) -> None:
     look = commands.add_parser(
         "inspect", parents=[shared], help="list the model, tensors and types of a folder, and check that it is complete"
     )
     look.add_argument("path", type=Path, metavar="PATH")
     look.set_defaults(run=_inspect)
 
+
+def _add_verify(commands: Subcommands, shared: argparse.ArgumentParser) -> None:
     prove = commands.add_parser("verify", parents=[shared], help="compare logits of the Megatron-Core model with transformers'")
     prove.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     prove.add_argument("hf", type=Path, metavar="HF_DIR")
@@ -116,7 +138,6 @@ def _parser() -> argparse.ArgumentParser:
         help="largest allowed |difference| of a logit; multiplied by max |logit| / 10 when that exceeds 1 (default: 1e-3)",
     )
     prove.set_defaults(run=_verify)
-    return parser
 
 
 def _share(text: str) -> WorkShare:

@@ -74,7 +74,10 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
         return 0
     found = preflight(config, with_data=not options.dry_run and not options.no_data)
     on_slurm = config.launch.target == "slurm"
-    target_problems = check_slurm(config) if on_slurm else [] if options.dry_run else check_local(config)
+    if on_slurm:
+        target_problems = check_slurm(config)
+    else:
+        target_problems = [] if options.dry_run else check_local(config)
     if problems := [*found.problems, *target_problems]:
         raise ConfigError(problems)
     for notice in found.notices:

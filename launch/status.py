@@ -110,7 +110,7 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> RunStatus:
         last_row_age_s=max(0.0, now_s - folder.metrics.stat().st_mtime) if rows else None,
         holder=holder.describe() if holder else None,
         done=folder.done.exists(),
-        job={**asdict(job), "requeued_excluding": list(life.excluded)} if job else {"unknown": silence} if life.jobs else None,
+        job=_job_dict(job, life, silence),
         nodes=list(life.nodes),
         interruptions=[found.as_dict() for found in interruptions(recent_rows(folder.events))] if life.jobs else [],
         events=[event for event in recent_rows(folder.events, 1 << 14) if event.get("kind") not in _QUIET][-_EVENTS:],
@@ -191,6 +191,13 @@ def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: di
     if job.state == "CANCELLED":
         return "stopped", "cancelled while it waited" if life.phase == QUEUED else f"job {job.number} was cancelled"
     return "died", f"job {job.number} is {job.state.lower()}; its last event was {life.phase}"
+
+
+def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[str, Any] | None:
+    """The job as JSON has it: what Slurm says, or why Slurm says nothing. None for a run without jobs."""
+    if job is not None:
+        return {**asdict(job), "requeued_excluding": list(life.excluded)}
+    return {"unknown": silence} if life.jobs else None
 
 
 def _job_text(job: dict[str, Any]) -> str:

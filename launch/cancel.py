@@ -1,7 +1,7 @@
-"""Ends a live run. In: the run folder. Out: a request to its Slurm job, its launcher or its rank 0; then a wait.
+"""Ends a live run. In: the run folder. Out: a request to the Slurm job, the launcher or rank 0 of the run, then a wait.
 
-A job is asked through Slurm, from any host. A process is signalled only when it is certainly the recorded one: same host,
-same pid, same start time.
+A Slurm job is asked through Slurm, from any host. A process is signalled only if its host, pid and start time are those
+in the record, because the kernel may have given the pid to another process.
 
 Torch-free.
 """
@@ -24,14 +24,15 @@ from pretrain.run.files import read_json
 from pretrain.run.folder import RunFolder, live_holder, process_start_ticks
 
 POLL_S = 0.2
-# Each look is a question to Slurm's controller.
+# Each poll of a job is a request to Slurm's controller, so jobs are polled less often than processes.
 JOB_POLL_S = 1.0
 
 
 def cancel(folder: RunFolder, wait_s: float, at_once: bool = False) -> str:
-    """Ask the run to save and stop, and wait for it. Returns what happened. Raises ConfigError when nothing here can be asked.
+    """Ask the run to save and stop, and wait for its end for at most `wait_s` seconds. Returns a sentence on what happened.
 
-    `at_once`: a Slurm job is ended by scancel instead; its ranks have Slurm's KillWait (often 30 s) to save.
+    With `at_once`, scancel ends a Slurm job. The ranks then have Slurm's KillWait, often 30 s, to save. Raises ConfigError
+    if Slurm does not answer, or if a local run is live on another host.
     """
     life = read_lifecycle(folder)
     if life.jobs and life.phase != OVER:
@@ -78,7 +79,10 @@ def _cancel_jobs(folder: RunFolder, life: RunLifecycle, wait_s: float, at_once: 
 
 
 def find_process(folder: RunFolder) -> tuple[str, int] | None:
-    """(launcher or rank 0, pid) of the live run on this host; None: nothing is live. Raises ConfigError: live elsewhere."""
+    """The name and pid of the process to signal: the launcher, or else rank 0. None if no attempt is live.
+
+    Raises ConfigError if the run is live on another host.
+    """
     for attempt in reversed(folder.claimed_attempts()):
         launcher = read_json(folder.launch_dir(attempt) / "launcher.json")
         if isinstance(launcher, dict) and _is_live(launcher):

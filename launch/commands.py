@@ -1,6 +1,7 @@
 """The commands launch, status, logs, cancel and resume. In: the words after `phalanx`. Out: an exit code.
 
-0 finished (or said what was asked) · 1 broke · 2 bad input · 3 diverged · 75 preempted, start it again · 130 stopped.
+Exit codes: 0 the run finished or the command answered, 1 the run broke, 2 the input is bad, 3 the run diverged, 75 the run
+was preempted and can be started again, 130 the run was stopped.
 
 Torch-free.
 """
@@ -37,7 +38,7 @@ CANCEL_WAIT_S = 60.0
 
 
 def main(argv: list[str]) -> int:
-    """`argv[0]` names the command."""
+    """Run the command that `argv[0]` names and return its exit code. Raises ConfigError if the input is bad."""
     command, *words = argv
     commands = {"launch": _launch, "resume": _resume, "status": _status, "logs": _logs, "cancel": _cancel}
     return commands[command](words)
@@ -88,7 +89,7 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
 
 
 def _finished_at(config: Config, folder: RunFolder) -> int | None:
-    """The step that a legal config stops at, where its run has got that far."""
+    """The last step of a legal config if its run has reached that step, otherwise None."""
     done = folder.done_step()
     if done is None or check_config(config).problems or pending_step(folder, config.checkpoint.resume_step) is not None:
         return None
@@ -184,7 +185,7 @@ def _logs(words: list[str]) -> int:
 
 
 def _rank(text: str) -> int | None:
-    """None: all of them."""
+    """The number of a rank, or None for all ranks. Raises ValueError if `text` is neither a number nor `all`."""
     return None if text == "all" else int(text)
 
 

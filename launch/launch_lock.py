@@ -1,8 +1,8 @@
-"""One launch at a time in a run folder. In: the run folder. Out: a lock for the time of a launch, or a refusal.
+"""One launch at a time in a run folder. In: the run folder. Out: a lock that is held during a launch, or a refusal.
 
-A local launcher holds the lock until its ranks are gone, a Slurm submission until its job is in the queue. The lock is the
-kernel's: it ends with its process, however that ends. Rank 0's own lock (pretrain/run/lock.py) begins seconds later, when
-two launches at once would both have started ranks.
+A local launcher holds the lock until its ranks are gone. A Slurm submission holds it until the job is in the queue. The
+kernel releases the lock when the process ends, even if the process is killed. Rank 0 takes a lock of its own
+(pretrain/run/lock.py) seconds later. Without the launch lock, two simultaneous launches would both start ranks before that.
 
 Torch-free.
 """
@@ -26,7 +26,10 @@ _POLL_S = 0.1
 
 @contextmanager
 def launch_lock(folder: RunFolder, patience_s: float) -> Iterator[None]:
-    """Wait for the lock for at most `patience_s`. Raises ConfigError if another launch holds it, or the disk refuses."""
+    """Hold the lock inside the `with` block. The wait for it takes at most `patience_s` seconds.
+
+    Raises ConfigError if another launch holds the lock for longer, or if the lock file cannot be written.
+    """
     path = folder.path / "launch" / _NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,7 @@ def _lock_now(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # A file system without locks: rank 0's own lock still keeps two attempts apart.
+        # The file system has no locks. Rank 0's own lock still keeps two attempts apart.
         return True
     return True
 

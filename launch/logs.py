@@ -1,4 +1,6 @@
-"""A run's logs. In: the run folder. Out: the first failure first, then a rank's log, followed while it grows if asked.
+"""Prints a run's logs. In: the run folder. Out: the first failure, then the log of one rank or of all ranks.
+
+The log of one rank can be followed while the run is live.
 
 Torch-free.
 """
@@ -22,12 +24,12 @@ from pretrain.run.folder import RunFolder, live_holder
 POLL_S = 0.2
 QUEUE_POLL_S = 2.0
 _SHOWN_LINES = 2000
-# Of each rank, or each node's gathered log, in the view of all.
+# `--rank all` shows this many last lines of each rank's log and of each node's gathered log.
 _MERGED_LINES = 200
 
 
 def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
-    """The logs of `attempt`, or of the newest attempt that has any. Raises ConfigError, naming the attempts that have."""
+    """The logs of `attempt`, or of the newest attempt that has any. Raises ConfigError if there are none."""
     known = sorted(path.name for path in (folder.path / "logs").glob("attempt_*") if any(path.iterdir()))
     if attempt is None and known:
         return folder.path / "logs" / known[-1]
@@ -41,13 +43,13 @@ def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
 
 @dataclass(frozen=True)
 class RankLog:
-    """A rank's lines: all of `path`, or those that begin with `origin` in the log of its node."""
+    """Where the lines of a rank are: all lines of `path`, or the lines of a node's log `path` that begin with `origin`."""
 
     path: Path
     origin: bytes = b""
 
     def lines_of(self, text: bytes) -> bytes:
-        """The rank's own among whole lines, without their origin."""
+        """The lines of this rank in `text`, without their origin. `text` consists of whole lines."""
         if not self.origin:
             return text
         lines = text.splitlines(keepends=True)
@@ -55,8 +57,10 @@ class RankLog:
 
 
 def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> RankLog:
-    """A rank's log, of its own or its node's. Raises ConfigError, naming the ranks that have one; torchrun's own log when no
-    rank came to life. `reports` say on which node a rank of a large run was.
+    """The log of a rank: its own file, or its lines in the log of its node. If no rank started, the log of torchrun.
+
+    `reports` say on which node a rank ran, so that the logs of other nodes need not be searched. Raises ConfigError if the
+    rank has no log.
     """
     path = log_dir / f"rank_{rank}.log"
     if path.exists():
@@ -75,10 +79,13 @@ def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> 
 
 
 def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
-    """Print the first failure, if any, and the rank's log; `follow` goes on, over later attempts too, until the run is over."""
+    """Print the first failure, if any, and the rank's log. Raises ConfigError if the attempt or the rank has no log.
+
+    With `follow`, new lines are printed until the run is over. Without `attempt`, later attempts are followed too.
+    """
     batch = sorted((folder.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if attempt is None and batch and not any((folder.path / "logs").glob("attempt_*/*")):
-        # No rank came to life: what the batch step and srun said is all there is.
+        # No rank started. The output of the batch step and srun is the only log.
         print(f"--- {batch[-1]}\n{tail_of(batch[-1], lines=_SHOWN_LINES)}", file=out)
         return
     log_dir = choose_log_dir(folder, attempt)
@@ -101,7 +108,10 @@ def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bo
 
 
 def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
-    """The first failure, if any, then the last lines of every rank, each line with its origin."""
+    """Print the first failure, if any, then the last lines of every rank, each line with its origin.
+
+    Raises ConfigError if the attempt has no logs.
+    """
     log_dir = choose_log_dir(folder, attempt)
     if failures := find_failures(log_dir):
         print(describe(failures, log_dir), file=out)
@@ -110,12 +120,12 @@ def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
         for line in tail_of(path, lines=_MERGED_LINES).splitlines():
             print(f"[rank {rank}] {line}", file=out)
     for path in _gathered_logs(log_dir):
-        # Their lines name their ranks already.
+        # The lines of a gathered log already name their ranks.
         print(f"--- {path.name}\n{tail_of(path, lines=_MERGED_LINES)}", file=out)
 
 
 def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
-    """While the attempt is held."""
+    """Print the new lines of the log until no process holds the run folder."""
     with open(log.path, "rb") as file:
         while True:
             alive = live_holder(folder) is not None
@@ -127,7 +137,7 @@ def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
 
 
 def _next_log_dir(folder: RunFolder, log_dir: Path) -> Path | None:
-    """The logs of the next attempt of a Slurm run, waited for while it is in the queue; None: there will be none."""
+    """Wait for the next attempt of a Slurm run and return its logs. None if the run is over."""
     while read_lifecycle(folder).phase in (QUEUED, RUNNING, ENDED):
         newest = choose_log_dir(folder, None)
         if newest != log_dir and any(newest.glob("rank_*.log")):
@@ -156,7 +166,7 @@ def _tail(log: RankLog) -> str:
 
 
 def _whole_lines(file: BinaryIO, log: RankLog) -> bytes:
-    """The rank's part of what was appended since the last call. A line that is being written is left for the next one."""
+    """The rank's part of what was appended since the last call. An unfinished line is left for the next call."""
     text = file.read()
     if log.origin and (torn := len(text) - text.rfind(b"\n") - 1):
         file.seek(-torn, os.SEEK_CUR)

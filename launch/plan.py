@@ -1,6 +1,6 @@
-"""What a launch runs, as a value and as text. In: a checked config and how it was named. Out: `LaunchPlan`, the shell line.
+"""What a launch runs. In: a checked config and its name on the command line. Out: a `LaunchPlan` and the shell line.
 
-Pure: nothing is started or written here, so a dry run is the same path less the start.
+This module starts nothing and writes nothing, so a dry run shows exactly what a launch would run.
 
 Torch-free.
 """
@@ -18,23 +18,23 @@ from configs.schema import Config
 from launch.watch.heartbeats import WatchPolicy, make_watch_policy
 from pretrain.run.folder import RunFolder, folder_of
 
-# Every rank's environment unless the user's environment or launch.env says otherwise: variable → value, reason.
+# Defaults for every rank's environment: variable → (value, reason). The user's environment and launch.env win over them.
 ENV_DEFAULTS: dict[str, tuple[str, str]] = {
     "OMP_NUM_THREADS": ("1", "ranks share the cores, and the order of a sum must not depend on how many there are"),
     "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "tensor parallel overlap needs kernels to start in the order they were queued"),
     "PYTHONFAULTHANDLER": ("1", "a crash in C code leaves the Python stack in the rank's log"),
     "TOKENIZERS_PARALLELISM": ("false", "threads of a tokenizer don't survive the data loader's fork"),
 }
-# With parallel.overlap_expert_comm.
+# These replace the defaults above if parallel.overlap_expert_comm is true.
 EXPERT_OVERLAP_ENV: dict[str, tuple[str, str]] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": ("32", "tokens travel on a stream of their own: one queue would hold them up behind products"),
 }
-# Where machines find each other, when cluster.interface names it: a node has several networks, and the first is often slow.
+# The variables that are set to cluster.interface. A node has several networks, and the first one is often slow.
 INTERFACE_ENV: dict[str, str] = {
     "GLOO_SOCKET_IFNAME": "the interface of gloo: control messages, and everything on CPU",
     "NCCL_SOCKET_IFNAME": "the interface of NCCL's first contact; the data go over InfiniBand or RoCE where there is any",
 }
-# One machine's ranks meet on loopback: no name service, no firewall, no network that comes and goes.
+# The ranks of a single machine meet on loopback, which depends on no name service, firewall or external network.
 LOOPBACK = "127.0.0.1"
 LOOPBACK_ENV = {"GLOO_SOCKET_IFNAME": "lo"}
 DEFAULT_PORT = 29500
@@ -57,7 +57,7 @@ class LaunchPlan:
 
     @property
     def argv(self) -> list[str]:
-        """The agent's command. Restarts are none: a restart is a new attempt, decided by whoever started this one."""
+        """The agent's command. torchrun restarts no ranks, because a restart is a new attempt of the launcher or of Slurm."""
         local = ["--local-addr", LOOPBACK] if self.nodes == 1 else []
         return [
             *own_packages.command(self.python, "launch.torchrun"),
@@ -70,7 +70,7 @@ class LaunchPlan:
 
 
 def rank_env(config: Config) -> list[tuple[str, str, str]]:
-    """(variable, default, reason) of every rank's environment over several machines."""
+    """The environment of the ranks of a run on several machines, as tuples (variable, default, reason)."""
     chosen = ENV_DEFAULTS | (EXPERT_OVERLAP_ENV if config.parallel.overlap_expert_comm else {})
     found = [(name, value, reason) for name, (value, reason) in chosen.items()]
     interface = config.cluster.interface
@@ -78,7 +78,7 @@ def rank_env(config: Config) -> list[tuple[str, str, str]]:
 
 
 def program_path() -> str:
-    """pretrain/main.py of this installation, from any working folder."""
+    """The absolute path of pretrain/main.py in this installation."""
     return str(own_packages.ROOT / "pretrain" / "main.py")
 
 
@@ -90,10 +90,11 @@ def make_plan(
     program: str | None = None,
     host: str | None = None,
 ) -> LaunchPlan:
-    """The plan of a config named `source` (path or shipped name) with `overrides`.
+    """The plan of a config with `overrides`. `source` is the path of its file or the name of a shipped config.
 
-    One node: port 0, the agent takes a free one itself, so that nobody can take it in between. Several nodes: every
-    machine runs the line with the first machine's `host`.
+    On one node the port is 0 unless launch.master_port is set. The agent then binds a free port itself, and no other
+    process can take that port in between. On several nodes, every machine runs the same line with the address `host` of
+    one of them.
     """
     launch = config.launch
     single = launch.nodes == 1
@@ -114,13 +115,13 @@ def make_plan(
 
 
 def torchrun_line(plan: LaunchPlan) -> str:
-    """The command as a shell takes it, environment first."""
+    """The command quoted for a shell, with the environment in front of it."""
     env = [f"{name}={shlex.quote(value)}" for name, value in plan.env]
     return " ".join([*env, shlex.join(plan.argv)])
 
 
 def manual_start_text(plan: LaunchPlan) -> str:
-    """How several machines are started without a scheduler."""
+    """Instructions for starting the ranks of several machines by hand, without a scheduler."""
     return (
         f"# on each of the {plan.nodes} machines, HOST replaced by the address of one of them;\n"
         f"# the run folder and the data must be the same files everywhere (a shared file system):\n{torchrun_line(plan)}"
@@ -128,7 +129,7 @@ def manual_start_text(plan: LaunchPlan) -> str:
 
 
 def check_local(config: Config) -> list[Problem]:
-    """What the local launcher can't do."""
+    """The problems of a config that the local launcher cannot run, because it starts ranks on this machine only."""
     nodes = config.launch.nodes
     if config.launch.target != "local" or nodes == 1:
         return []

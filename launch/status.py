@@ -1,6 +1,7 @@
-"""How a run stands, from its folder's files and, for a Slurm run, its queue. In: the run folder. Out: `RunStatus`.
+"""The status of a run. In: the files of the run folder and, for a Slurm run, Slurm's queue. Out: a `RunStatus`.
 
-Works while the run trains, from any host that sees the folder, and long after; without Slurm's commands it says so.
+The status can be read during the run and after its end, from any host that sees the folder. On a host without Slurm's
+commands, the status says that Slurm does not answer.
 
 Torch-free.
 """
@@ -27,15 +28,17 @@ from pretrain.run.folder import RunFolder, is_run_folder, live_holder
 
 _ETA_STEPS = 20
 _EVENTS = 5
-# Kinds that come with every checkpoint: they would push what matters out of the last few.
+# Every checkpoint writes events of these kinds. They would push rarer events out of the few that are shown.
 _QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`state`: queued, starting, running, an outcome's state, gave_up, or died (it ended without a word). None: not known.
+    """The status of a run. A value that is not known is None.
 
-    `job`: what Slurm says of the run's job, or why it says nothing; `nodes`: of the last attempt; `events`: the last few.
+    `state` is queued, starting, running, the state of an outcome, gave_up, or died. A run died if it ended without an
+    outcome. `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt.
+    `events` are the most recent events. Names that end in `_s` are in seconds.
     """
 
     run_dir: str
@@ -63,7 +66,7 @@ class RunStatus:
 
 
 def require_run_folder(path: str) -> RunFolder:
-    """The folder of a run that has begun. Raises ConfigError."""
+    """The run folder at `path`. Raises ConfigError if no run has begun there."""
     folder = RunFolder(Path(path))
     if is_run_folder(folder) or folder.claimed_attempts():
         return folder
@@ -80,7 +83,7 @@ def require_run_folder(path: str) -> RunFolder:
 
 
 def read_status(folder: RunFolder, now_s: float | None = None) -> RunStatus:
-    """`now_s`: seconds since the epoch, for the age of the last row."""
+    """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now."""
     now_s = time.time() if now_s is None else now_s
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
@@ -152,7 +155,7 @@ def as_json(status: RunStatus) -> str:
 
 
 def list_runs(parent: Path) -> list[RunStatus]:
-    """The runs whose folders lie in `parent`, the one that moved last first."""
+    """The runs whose folders lie in `parent`, the one with the newest event first."""
     folders = [RunFolder(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     found = [folder for folder in folders if is_run_folder(folder)]
     return [read_status(folder) for folder in sorted(found, key=lambda folder: folder.events.stat().st_mtime, reverse=True)]
@@ -167,7 +170,7 @@ def line_of(status: RunStatus) -> str:
 
 
 def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
-    """The newest job that Slurm knows, a live one first; else why nothing is known."""
+    """The first live job of the run, or else the newest job that Slurm knows, and the reason to show if there is no job."""
     if not life.jobs:
         return None, ""
     try:
@@ -194,7 +197,7 @@ def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: di
 
 
 def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[str, Any] | None:
-    """The job as JSON has it: what Slurm says, or why Slurm says nothing. None for a run without jobs."""
+    """The job for the JSON document: what Slurm says, or why Slurm says nothing. None for a run without jobs."""
     if job is not None:
         return {**asdict(job), "requeued_excluding": list(life.excluded)}
     return {"unknown": silence} if life.jobs else None
@@ -235,6 +238,6 @@ def _total_steps(folder: RunFolder) -> int | None:
     try:
         config = from_yaml_text(folder.config.read_text(), str(folder.config))
     except ConfigError:
-        # Written by another version of the schema: the rest of the status is still good.
+        # Another version of the schema wrote this config. The rest of the status is still valid.
         return None
     return steps_of(config) if config.run.steps is not None or config.run.tokens is not None else None

@@ -1,6 +1,7 @@
-"""torchrun, whose imports are not searched for garbage: 0.8 s of its 2.1 s CPU, before every start of the ranks.
+"""Runs torchrun without garbage collection during its imports. In: torchrun's arguments. Out: torchrun's exit code.
 
-In: torchrun's arguments. Out: its exit code. Whoever starts ranks by hand types torchrun itself.
+Garbage collection takes 0.8 s of the 2.1 s of CPU time that torchrun needs before it starts the ranks. Ranks that are
+started by hand can use plain torchrun.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How fast the ranks' machines compute and talk: torchrun … launch/doctor/network_probe.py --out FILE --sizes-mib 1,16,64.
+"""Measures compute and network speed of a run's nodes: torchrun … network_probe.py --out FILE --sizes-mib 1,16,64.
 
-Out: FILE as JSON, written by rank 0 after each part, so that a later part's hang leaves the earlier ones: the clocks of the
-nodes, a fixed matrix product a node, all-reduce inside each node, between neighbouring nodes, over all ranks. Whoever starts
-it bounds its time.
+Out: FILE as JSON. It holds the clock of each node, the time of a fixed matrix product on each node, and the bandwidth of
+all-reduce inside each node, between neighbouring nodes and over all ranks. Rank 0 writes FILE after each part, so that the
+earlier parts survive if a later part hangs. The probe has no time limit of its own: the caller must set one.
 
-Bus bandwidth as NCCL's tests define it: 2 (n-1)/n × bytes / seconds for n ranks, what one rank's link must carry in one
-direction whatever n is. Unit here: Gbit/s, as network cards are sold.
+Bus bandwidth is defined as in NCCL's tests: 2 (n-1)/n × bytes / seconds for n ranks. This is what the link of one rank must
+carry in one direction, whatever n is. The unit here is Gbit/s, as in the data sheets of network cards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Started by its path, as pretrain/main.py.
+    # torchrun starts this file by its path, as it starts pretrain/main.py, so the finder of our packages is installed here.
     runpy.run_path(str(Path(__file__).resolve().parents[2] / "configs" / "own_packages.py"))
 
 import torch
@@ -35,13 +35,13 @@ from pretrain.run.process import die_with_parent, node_name
 BLOCKS, REPEATS, BLOCK_S = 2, 5, 0.5
 PINGS = 8
 MATRIX = {"cpu": (512, torch.float32), "cuda": (8192, torch.bfloat16)}
-# Long enough that another process's turn on the core doesn't hide every one of the products.
+# The products are repeated for this many seconds, so that at least one of them is not interrupted by another process.
 PRODUCTS_S = 0.5
 
 
 @dataclass(frozen=True)
 class ProbeWorld:
-    """The ranks of each node, nodes in the order of their lowest rank; `node` is the index of this rank's own."""
+    """The nodes and their ranks. `names` and `ranks` are ordered by the lowest rank. `node` is the index of this rank's node."""
 
     runtime: Runtime
     names: tuple[str, ...]
@@ -54,13 +54,14 @@ class ProbeWorld:
 
 
 def bus_gbit_s(ranks: int, size_bytes: int, seconds: float) -> float:
+    """Bus bandwidth in Gbit/s of an all-reduce of `size_bytes` among `ranks` ranks, as NCCL's tests define it."""
     return 2 * (ranks - 1) / ranks * size_bytes * 8 / seconds / 1e9
 
 
 def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """The edges of a ring in rounds of pairs that share no node: every node is measured with both of its neighbours.
+    """The edges of a ring of nodes, in rounds. The pairs of one round share no node, so they can be measured at once.
 
-    2 for an even ring, 3 for an odd one, 1 for two nodes, 0 for one.
+    An even ring has 2 rounds and an odd ring has 3. Two nodes have 1 round and a single node has none.
     """
     if nodes < 2:
         return []
@@ -71,6 +72,7 @@ def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def find_world(runtime: Runtime) -> ProbeWorld:
+    """Gather the node names of all ranks. Every rank must call this function."""
     names: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(names, node_name(os.environ))
     nodes = tuple(dict.fromkeys(names))
@@ -84,17 +86,19 @@ def _wait(world: ProbeWorld) -> None:
 
 
 def _meet() -> None:
-    """All ranks, over gloo."""
+    """Wait for all ranks. The tensor is on the CPU, so gloo carries it."""
     dist.all_reduce(torch.zeros(1))
 
 
 def _all_reduce_gbit_s(world: ProbeWorld, ranks: Sequence[int], sizes_mib: Sequence[int]) -> dict[str, float]:
-    """Size in MiB → bus bandwidth of all-reduce among `ranks`; {} for a rank alone. All ranks of the world call this alike:
-    torch names a group by how many groups its maker has made, and ranks that disagree on the name wait for ever.
+    """Size in MiB → bus bandwidth of all-reduce among `ranks` in Gbit/s. Empty for a single rank.
+
+    All ranks of the world must call this function equally often. torch names a group by the number of groups that the
+    process has made, and ranks that disagree on the name wait for ever.
     """
     group = dist.group.WORLD
     if len(ranks) < world.runtime.world_size:
-        # Only its members make a group: that scales, and different groups are made side by side.
+        # Only the members make a group. This scales, and several groups can be made at the same time.
         made = dist.new_group(sorted(ranks), use_local_synchronization=True)
         assert isinstance(made, dist.ProcessGroup), "a rank makes only groups that it is in"
         group = made
@@ -102,7 +106,7 @@ def _all_reduce_gbit_s(world: ProbeWorld, ranks: Sequence[int], sizes_mib: Seque
 
 
 def _one_size_gbit_s(world: ProbeWorld, group: dist.ProcessGroup | None, ranks: int, mib: int) -> float:
-    """The better one of two medians: the rest of the machine only ever makes it slower."""
+    """Bus bandwidth in Gbit/s from the better of two medians, because other load can only slow a measurement down."""
     tensor = torch.zeros(mib << 18, dtype=torch.float32, device=world.runtime.device)
     first_s = min(_timed_all_reduce(world, tensor, group) for _ in range(2))
     slowest = torch.tensor([first_s], dtype=torch.float64)
@@ -120,14 +124,17 @@ def _timed_all_reduce(world: ProbeWorld, tensor: torch.Tensor, group: dist.Proce
 
 
 def _gather(world: ProbeWorld, value: Any) -> list[Any]:
-    """Each rank's value, by rank."""
+    """The values of all ranks, in the order of the ranks."""
     values: list[Any] = [None] * world.runtime.world_size
     dist.all_gather_object(values, value)
     return values
 
 
 def measure_clocks(world: ProbeWorld) -> list[dict[str, Any]]:
-    """Each node's clock against the first's: offset in seconds, true within ± bound (half of the quickest round trip)."""
+    """The offset of each node's clock from the first node's clock, in seconds.
+
+    The error of an offset is at most `bound_s`, which is half of the quickest round trip.
+    """
     rows = [{"node": world.names[0], "offset_s": 0.0, "bound_s": 0.0}]
     for name, ranks in zip(world.names[1:], world.ranks[1:], strict=True):
         if world.runtime.rank == 0:
@@ -150,7 +157,10 @@ def _ping(rank: int) -> tuple[float, float]:
 
 
 def measure_compute(world: ProbeWorld) -> list[dict[str, Any]]:
-    """The quickest of half a second of matrix products, all ranks at once: seconds of each node's slowest rank."""
+    """The time of a matrix product in seconds, for the slowest rank of each node.
+
+    All ranks multiply at once for half a second. The quickest product of each rank counts.
+    """
     size, dtype = MATRIX[world.runtime.device.type]
     left = torch.ones(size, size, dtype=dtype, device=world.runtime.device)
     _meet()
@@ -165,7 +175,10 @@ def measure_compute(world: ProbeWorld) -> list[dict[str, Any]]:
 
 
 def measure_inside(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
-    """All-reduce among the ranks of each node, all nodes at once; empty where a node has one rank."""
+    """Bandwidth in Gbit/s of all-reduce among the ranks of each node, all nodes at once.
+
+    Nodes with a single rank are left out.
+    """
     ranks = world.ranks[world.node]
     found = _gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib))
     return [
@@ -176,9 +189,10 @@ def measure_inside(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[str
 
 
 def measure_between(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[str, Any]]:
-    """All-reduce between neighbours: GPU n of one node with GPU n of the other, all at once, each over its own network card.
+    """Bandwidth in Gbit/s of all-reduce between neighbouring nodes. The slowest pair of ranks counts.
 
-    On CPUs the first rank of each only: more would measure the cores. The figure is the slowest pair's.
+    GPU n of one node is paired with GPU n of the other. All pairs run at once, each over its own network card. On CPUs only
+    the first rank of each node takes part, because more ranks would measure the cores.
     """
     rows = []
     for edges in ring_rounds(len(world.names)):
@@ -195,12 +209,13 @@ def measure_between(world: ProbeWorld, sizes_mib: Sequence[int]) -> list[dict[st
 
 
 def measure_all(world: ProbeWorld, sizes_mib: Sequence[int]) -> dict[str, Any]:
+    """Bandwidth in Gbit/s of all-reduce over all ranks. The slowest rank counts."""
     ranks = range(world.runtime.world_size)
     return {"ranks": len(ranks), "gbit_s": _slowest(_gather(world, _all_reduce_gbit_s(world, ranks, sizes_mib)))}
 
 
 def _slowest(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Size in MiB → the least of the ranks' figures; {} without any."""
+    """Size in MiB → the smallest bandwidth of the ranks in Gbit/s. Empty if `found` is empty."""
     return {size: min(part[size] for part in found) for size in found[0]} if found else {}
 
 

@@ -1,1 +1,1 @@
-"""A run as a Slurm job: its script, its batch step, its life over requeues."""
+"""Runs training as a Slurm job: the batch script, the batch step, and the lifecycle of a run across requeues."""

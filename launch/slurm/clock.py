@@ -16,16 +16,19 @@ from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows
 from pretrain.run.folder import RunFolder
 
-# The limit is asked for again after this: an administrator may change it.
+# The limit is asked for again after this many seconds, because an administrator may change it.
 REFRESH_S = 60.0
-# The end of the ranks takes this long beside a step and a save: the last all-reduce, the outcome, W&B's last rows.
+# Seconds for the end of the ranks beyond a step and a save: the last all-reduce, the outcome, and W&B's last rows.
 MARGIN_S = 30.0
-# `sbatch --signal` may send its signal up to 60 s early (its manual), and the time until it is handled.
+# The manual of sbatch says that `--signal` may come up to 60 s early. The handling of the signal adds up to 5 s.
 SIGNAL_EARLY_S = 65.0
 
 
 class TimeLimitClock:
-    """Asks the controller every minute. While it does not answer, the last answer counts, or SLURM_JOB_END_TIME."""
+    """The time that is left until the job's time limit. Slurm's controller is asked for the limit every minute.
+
+    While the controller does not answer, its last answer counts. Before the first answer, SLURM_JOB_END_TIME counts.
+    """
 
     def __init__(self, folder: RunFolder, job: int, stop_before_s: float, environ: Mapping[str, str]) -> None:
         self._folder, self._job, self._stop_before_s = folder, job, stop_before_s

@@ -1,4 +1,6 @@
-"""What each interruption cost, Slurm's own part apart. In: the run's events. Out: one `Interruption` a gap. Pure.
+"""The cost of each interruption of a run. In: the run's events. Out: one `Interruption` for each gap between attempts.
+
+The time that Slurm takes is reported apart from the time that saving and restoring take.
 
 Torch-free.
 """
@@ -14,10 +16,11 @@ from pretrain.run.events import EventKind
 
 @dataclass(frozen=True)
 class Interruption:
-    """Between the attempts `before` and `after`, in seconds; None: not recorded.
+    """The gap between the attempts `before` and `after`. Times are in seconds. A value that was not recorded is None.
 
-    `save_s`: from the signal to the end of the ranks. `slurm_s`: from there to the next batch step (requeue, queue, start).
-    `restore_s`: from there to the restored state, imports and data included. `lost_steps`: trained, and to be trained again.
+    `save_s` is the time from the signal to the end of the ranks. `slurm_s` is the time from the end of the ranks to the
+    start of the next attempt, which covers requeue, queue and start. `restore_s` is the time from that start to the
+    restored state, with imports and data. `lost_steps` counts the steps that must be trained again.
     """
 
     before: int
@@ -38,7 +41,7 @@ class Interruption:
 
 
 def interruptions(rows: Iterable[Mapping[str, Any]]) -> list[Interruption]:
-    """Oldest first. Rows as in events.jsonl: job_signal, job_ended, job_attempt, resumed."""
+    """The interruptions, oldest first. `rows` are rows of events.jsonl; job_signal, job_ended, job_attempt and resumed count."""
     rows = list(rows)
     found = []
     for ended in (row for row in rows if row.get("kind") == EventKind.JOB_ENDED):

@@ -1,4 +1,6 @@
-"""The part of the config that the batch step needs, as JSON in the job's folder. A compute node's Python may lack OmegaConf.
+"""The part of the config that the batch step needs, as JSON in the job's folder.
+
+The batch step cannot load the config itself, because the Python of a compute node may lack OmegaConf.
 
 Torch-free.
 """
@@ -67,7 +69,7 @@ class JobFile:
 
 
 def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence[int]) -> JobFile:
-    """`run_dir` is absolute, because the batch step may start in any folder."""
+    """The settings of a job. `run_dir` must be absolute, because the batch step may start in any folder."""
     slurm = config.launch.slurm
     policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
     watch, resume_step, port = make_watch_policy(config), config.checkpoint.resume_step, config.launch.master_port

@@ -1,10 +1,11 @@
-"""The life of a Slurm run as a state machine. In: events.jsonl's rows. Out: where the run stands, and what to do next.
+"""The lifecycle of a Slurm run as a state machine. In: events.jsonl's rows. Out: where the run stands, and what to do next.
 
     new ──job_submitted──► queued ──job_attempt──► running ──job_ended──► ended ──job_requeued──► queued
                              │                                              └──────job_over──────► over
                              └──────────────────────job_over (cancelled while it waited)─────────► over
 
-No clock, no Slurm. The rows are the record: who starts later, anywhere, replays them and decides alike.
+This module reads no clock and asks no Slurm command. Any batch step that replays the same rows makes the same decision,
+whenever and wherever it starts.
 
 Torch-free.
 """
@@ -22,7 +23,7 @@ from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, EXIT_CODE, RunFolder
 
 NEW, QUEUED, RUNNING, ENDED, OVER = "new", "queued", "running", "ended", "over"
 
-# What each row does to the phase, from every phase: a killed supervisor may have left rows out.
+# Kind of row → the phase after it, from every phase. A killed batch step may have left rows out.
 TRANSITIONS = {
     EventKind.JOB_SUBMITTED: QUEUED,
     EventKind.JOB_ATTEMPT: RUNNING,
@@ -31,7 +32,7 @@ TRANSITIONS = {
     EventKind.JOB_OVER: OVER,
 }
 
-# Why an attempt ended → the state in which the run is over; None: the run goes on in another attempt.
+# Cause of an attempt's end → the final state of the run. None: the run goes on in another attempt.
 CAUSES: dict[str, str | None] = {
     "finished": "finished",
     "stopped": "stopped",
@@ -44,16 +45,21 @@ CAUSES: dict[str, str | None] = {
     "crashed": None,
     "hung": None,
 }
-# Without progress, again and again, no restart will help: the run's own fault, or too little time for one checkpoint.
+# If these causes repeat without progress, no restart will help. The run itself is at fault, or the time limit is too short
+# for one checkpoint.
 SUSPECT = frozenset({"crashed", "hung", "killed", "time_limit"})
-# The node may be at fault.
+# After these causes, the node may be at fault.
 BLAMES_NODE = frozenset({"bad_node", "crashed", "hung", "killed"})
 EXIT_OF = {**EXIT_CODE, "bad_input": EXIT_BAD_INPUT, "gave_up": EXIT_BROKE}
 
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """`step_before`, `step_after`: the newest complete checkpoint. `node`: on which it began to go wrong, empty: none."""
+    """The recorded end of an attempt.
+
+    `step_before` and `step_after` are the steps of the newest complete checkpoint before and after the attempt. `node` is
+    the node on which the failure began, or empty.
+    """
 
     attempt: int
     cause: str
@@ -68,7 +74,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class RequeuePolicy:
-    """How often a run is started again; see launch.slurm of the config."""
+    """How often a run is started again. The keys of launch.slurm in the config have the same names."""
 
     requeue: bool = True
     max_attempts: int = 50
@@ -78,7 +84,11 @@ class RequeuePolicy:
 
 @dataclass(frozen=True)
 class NextAction:
-    """`action`: over, requeue, or wait (Slurm starts it again by itself). `state`: of a run that is over. `exclude`: nodes."""
+    """What follows the end of an attempt.
+
+    `action` is over, requeue or wait. With wait, Slurm starts the job again by itself. `state` is the final state of a run
+    that is over. `exclude` are the nodes to keep the job off.
+    """
 
     action: str
     why: str
@@ -92,7 +102,7 @@ class NextAction:
 
 @dataclass(frozen=True)
 class RunLifecycle:
-    """The run since its last submission. `lost`: an attempt that began and whose end nobody wrote; 0: none."""
+    """The run since its last submission. `lost` is the number of an attempt whose end was not recorded, or 0."""
 
     phase: str = NEW
     jobs: tuple[int, ...] = ()
@@ -111,7 +121,7 @@ class RunLifecycle:
 
 
 def replay(rows: Iterable[Mapping[str, Any]]) -> RunLifecycle:
-    """Fold the rows, oldest first; rows of other kinds pass."""
+    """The lifecycle after all `rows`, oldest first. Rows of other kinds change nothing."""
     life = RunLifecycle()
     for row in rows:
         life = advance(life, row)
@@ -119,13 +129,13 @@ def replay(rows: Iterable[Mapping[str, Any]]) -> RunLifecycle:
 
 
 def read_lifecycle(folder: RunFolder) -> RunLifecycle:
-    """The life in a run folder's events; a new one without any."""
+    """The lifecycle recorded in the events of a run folder. A folder without events has a new lifecycle."""
     events = folder.events
     return replay(row for _, row in iterate_lines(events) if row is not None) if events.exists() else RunLifecycle()
 
 
 def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
-    """One row. A submission begins a new life: its bounds count from there."""
+    """The lifecycle after one more row. A submission begins a new lifecycle, so attempts are counted from there."""
     kind = row.get("kind", "")
     if kind not in TRANSITIONS:
         return life
@@ -147,7 +157,7 @@ def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
 
 
 def decide(life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = False) -> NextAction:
-    """What follows the last end of `life`. `slurm_requeues`: Slurm has put the job back into its queue by itself."""
+    """Decide what follows the last end of `life`. `slurm_requeues` says that Slurm has requeued the job by itself."""
     assert life.ends, "a decision follows an end"
     last = life.ends[-1]
     state = CAUSES[last.cause]
@@ -172,7 +182,7 @@ def decide(life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = Fal
 
 
 def without_progress(ends: Sequence[AttemptEnd]) -> int:
-    """Suspect ends in a row without a new checkpoint. Preemptions and lost nodes in between neither count nor excuse."""
+    """The number of suspect ends since the last new checkpoint. Preemptions and lost nodes in between change nothing."""
     count = 0
     for end in reversed(ends):
         if end.step_after > end.step_before:
@@ -182,7 +192,7 @@ def without_progress(ends: Sequence[AttemptEnd]) -> int:
 
 
 def failed_nodes(ends: Sequence[AttemptEnd], policy: RequeuePolicy) -> list[str]:
-    """Nodes blamed often enough to be kept off, by name."""
+    """The nodes, sorted by name, that were blamed often enough for the job to be kept off them."""
     blamed = Counter(end.node for end in ends if end.node and end.cause in BLAMES_NODE)
     limit = policy.exclude_after_failures
     return sorted(node for node, times in blamed.items() if limit and times >= limit)

@@ -1,12 +1,13 @@
 """The agent of one node: python -m launch.slurm.node_agent --attempt-dir DIR --log-dir DIR --policy JSON -- torchrun's command.
 
-What a Slurm task runs. It starts torchrun, hands each signal to the ranks once, watches their heartbeats, and says how
-this node stands in ATTEMPT_DIR/nodes/HOSTNAME.json. It ends no run: whether all nodes hang, the supervisor decides
-(launch/slurm/batch_step.py). Exit code: torchrun's; 128 + n when signal n came before there were ranks.
+Each task of the Slurm step runs this agent. The agent starts torchrun, hands each signal to the ranks once, watches the
+ranks' heartbeats, and reports the state of this node in ATTEMPT_DIR/nodes/HOSTNAME.json. The agent ends no run. The batch
+step (launch/slurm/batch_step.py) decides whether the run hangs, because it sees all nodes. The exit code is torchrun's. If
+signal n ended torchrun before there were ranks, the exit code is 128 + n.
 
-Slurm signals every process of a step. torchrun and this agent take none for themselves: torchrun would pass it on twice and
-kill the ranks 30 s later, in the middle of a save (so its command has --signals-to-handle SIGQUIT, and inherits the others
-ignored). Ranks install their handlers over that; before they have, the agent keeps the signal for them.
+Slurm signals every process of a step. torchrun would pass the signal on a second time, and would kill the ranks 30 s later
+in the middle of a save. torchrun's command therefore has --signals-to-handle SIGQUIT, and torchrun inherits the other
+signals as ignored. The ranks install handlers of their own. The agent keeps a signal until a rank has done so.
 
 Torch-free.
 """
@@ -44,9 +45,9 @@ from pretrain.run.process import die_with_parent, node_name
 
 POLL_S = 0.2
 _LOOK_S = 1.0
-# A repeat of a signal within this is the same request (Slurm signals every process, torchrun would twice).
+# Signals within this many seconds of the first one are the same request, because Slurm signals every process of a step.
 REPEAT_S = 5.0
-# What comes → what the ranks get: a rank may rightly ignore SIGHUP (nohup).
+# Signal received → signal sent to the ranks. SIGHUP becomes SIGTERM, because a rank under nohup ignores SIGHUP.
 _SIGNALS = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)} | {signal.SIGHUP: signal.SIGTERM}
 
 
@@ -66,11 +67,11 @@ class RankSignals:
 
     @property
     def asked(self) -> int:
-        """The first signal that came; 0: none."""
+        """The first signal that was received, or 0."""
         return [*self._asked, *self._waiting, 0][0]
 
     def deliver(self, ranks: Sequence[int]) -> None:
-        """To those of `ranks` (pids) that haven't had it and are ready for it."""
+        """Send each requested signal to the processes of `ranks` that catch it and have not had it yet. `ranks` are pids."""
         while self._waiting:
             number = self._waiting.pop(0)
             if not self._asked:
@@ -89,7 +90,10 @@ class RankSignals:
 
 
 class NodeAgent:
-    """One torchrun and its ranks. `beats` and `own_logs` (None: logs aren't gathered) are folders of this machine."""
+    """Runs and watches one torchrun and its ranks.
+
+    `beats` and `own_logs` are folders on this machine. `own_logs` is None if logs are not gathered.
+    """
 
     def __init__(
         self, attempt_dir: Path, log_dir: Path, policy: WatchPolicy, node: str, beats: Path, own_logs: Path | None
@@ -104,7 +108,7 @@ class NodeAgent:
         self._refused = ""
 
     def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Until torchrun has ended; its exit code. Raises OSError when it can't be started."""
+        """Run torchrun to its end and return the exit code. Raises OSError if torchrun cannot be started."""
         signals = RankSignals()
         signals.install()
         mark = environ.get(MARK_NAME) or secrets.token_hex(8)
@@ -116,7 +120,7 @@ class NodeAgent:
             if (now_s := time.monotonic()) >= self._look_s:
                 self._look_s = now_s + _LOOK_S
                 self._look(now_s)
-        # A rank that was just being forked when torchrun was killed doesn't know yet whom to follow.
+        # A rank that was being forked when torchrun was killed has not yet asked the kernel to end it with its parent.
         clear_up(mark, LINGER_S if code >= 0 else 0.0)
         self._end(code)
         if code < 0:
@@ -137,14 +141,14 @@ class NodeAgent:
         self._had_ranks = self._had_ranks or bool(ranks)
         signals.deliver(ranks)
         if not self._had_ranks:
-            # Nothing is there to be saved. torchrun itself ignores signals.
+            # Without ranks there is nothing to save. torchrun ignores the signal, so it is killed.
             torchrun.kill()
 
     def _look(self, now_s: float) -> None:
         changed = self._hang.look()
         self._had_ranks = self._had_ranks or any(state.pid for state in self._hang.states)
         if changed and self._hang.stacks:
-            # Beside gathered logs they are one more log of this node.
+            # If logs are gathered, the stacks are gathered as one more log of this node.
             path = self._log_dir / f"{self._node}.stacks.txt" if self._gathered is None else self._logs / "stacks.log"
             self._write_if_possible(lambda: write_atomically(path, self._hang.stacks))
         if changed or now_s >= self._report_s:
@@ -169,7 +173,10 @@ class NodeAgent:
         self._write_if_possible(lambda: write_report(self._attempt_dir, report))
 
     def _write_if_possible(self, write: Callable[[], None]) -> None:
-        """A shared file system that is away or full for a while must not end training: said once, tried again."""
+        """Call `write`. A failure is printed once and the next call tries again.
+
+        A shared file system that is full or away for a while must not end training.
+        """
         try:
             write()
         except OSError as error:
@@ -179,7 +186,7 @@ class NodeAgent:
 
 
 def fill_command(command: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The command with {is_host} and {local_addr} replaced, which differ from node to node.
+    """The command with {is_host} and {local_addr} replaced. Both values differ from node to node.
 
     torchrun would decide by comparing names and addresses which node is the host. That fails where a node knows itself as
     127.0.1.1 (Debian), or where its Slurm name is not its host name. Node 0 of the step is the host by definition.
@@ -208,7 +215,7 @@ def _own_address(command: Sequence[str]) -> str:
 
 
 def _as_child() -> None:
-    """In torchrun before it is one: it takes no signals, and goes when the agent goes."""
+    """Prepare the forked child before it runs torchrun: it ignores the signals, and ends when the agent ends."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

@@ -1,7 +1,8 @@
 """Where the agents of all nodes meet. In: the job and its first node. Out: a host name and a free port of that node.
 
-The batch step of a job runs on the job's first node, so it can see which ports are taken there. The agents meet a second or
-two later; a port that is taken in between is told apart by the next attempt, which starts its search elsewhere.
+The batch step of a job runs on the job's first node, so it can see which ports are taken there. The agents meet a second
+or two later. If another process takes the port in between, the attempt fails, and the next attempt starts its search at
+another port.
 
 Torch-free.
 """
@@ -16,11 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Below the ephemeral range of Linux (32768 and above), above most registered ports.
+# The ports lie below Linux's ephemeral range, which begins at 32768, and above most registered ports.
 PORT_BASE, PORT_COUNT = 20000, 10000
-# So many ports are tried before the search is given up.
+# The search gives up after this many ports.
 _TRIED = 200
-# Successive attempts of a job begin this far apart.
+# The searches of successive attempts of a job begin this many ports apart.
 _ATTEMPT_STRIDE = 997
 
 
@@ -82,7 +83,7 @@ def resolves(host: str) -> bool:
 
 
 def choose_host(node: str, address: str, known: Callable[[str], bool] = resolves) -> str:
-    """The node's Slurm name, or its NodeAddr where the name does not resolve. Raises RendezvousError: neither resolves."""
+    """The node's Slurm name, or its NodeAddr if the name does not resolve. Raises RendezvousError if neither resolves."""
     for host in dict.fromkeys((node, address)):
         if host and known(host):
             return _bracketed(host)

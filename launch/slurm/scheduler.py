@@ -33,7 +33,7 @@ LIVE = frozenset(
 NODE_UNAVAILABLE = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot", "maint", "inval")
 # Words of the states whose processes are gone. A node that is being drained, or is to be rebooted later, still runs its job.
 NODE_LOST = ("down", "no_respond", "unk", "error", "power", "inval")
-# Not responding: sinfo appends * to the state.
+# sinfo appends this mark to the state of a node that is not responding.
 NOT_RESPONDING = "*"
 # Refusals that will not change later: requeue is forbidden, the job is another user's, or there is no such job.
 FINAL = ("presently disabled", "permission denied", "invalid job id")
@@ -176,7 +176,7 @@ def _accounted(number: int) -> SlurmJob | None:
 
 
 def details(number: int) -> SlurmJobDetails:
-    """Raises SchedulerError."""
+    """What `scontrol show job` says about the job `number`. Raises SchedulerError."""
     text = call(["scontrol", "--all", "show", "job", "-o", str(number)], timeout_s=10.0)
     values = dict(word.split("=", 1) for word in text.split() if "=" in word)
     begin_s, length_s = _seconds(values.get("StartTime", "")), seconds_of(values.get("TimeLimit"))
@@ -210,22 +210,23 @@ def exclude_nodes(numbers: Sequence[int], nodes: Sequence[str]) -> None:
 
 
 def _exclude(number: int, nodes: Sequence[str], patience_s: float) -> None:
-    """`scontrol update` replaces the list, and the user's own nodes are in it: the union is written."""
+    """Write the union of the old list and `nodes`. `scontrol update` alone would drop the nodes that the user excluded."""
     union = list(dict.fromkeys([*details(number).excluded, *nodes]))
     call_again(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(union)}"], patience_s)
 
 
 def cancel(numbers: Sequence[int]) -> None:
+    """End the jobs by scancel. Raises SchedulerError."""
     call(["scancel", *map(str, numbers)])
 
 
 def signal_batch(number: int, name: str) -> None:
-    """Signal the batch step, and no other process of the job."""
+    """Send the signal `name` to the batch step and to no other process of the job. Raises SchedulerError."""
     call(["scancel", f"--signal={name}", "--batch", str(number)])
 
 
 def expand(nodelist: str) -> list[str]:
-    """node[1-3] → node1, node2, node3."""
+    """The names in a node list of Slurm: node[1-3] gives node1, node2, node3. Raises SchedulerError."""
     lines = (line.strip() for line in call(["scontrol", "show", "hostnames", nodelist]).splitlines())
     # A host name has no blanks; a banner has.
     return [line for line in lines if line and " " not in line]

@@ -1,7 +1,8 @@
-"""The batch script as a pure function of the config. In: config, folder, where and with which Python. Out: its text.
+"""The batch script of a run. In: the config, the run folder, the working folder and Python. Out: the text of the script.
 
-Values reach the script in two ways only: as words quoted for the shell, or in #SBATCH lines, which sbatch splits by the
-same quoting rules and the shell takes for comments. A rule (parallel/legality/slurm.py) keeps line breaks out of all of them.
+Values reach the script in two ways only: as words quoted for the shell, or in #SBATCH lines. sbatch splits these lines by
+the same quoting rules, and the shell takes them for comments. A legality rule in parallel/legality/slurm.py refuses values
+with line breaks.
 
 Torch-free.
 """
@@ -26,7 +27,7 @@ from pretrain.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class ScriptLocation:
-    """Where the script is written from: absolute paths, the submitter's working folder and Python."""
+    """The paths that the script names: the folder of the job, and the submitter's working folder and Python."""
 
     job_dir: Path
     cwd: Path
@@ -34,12 +35,12 @@ class ScriptLocation:
 
 
 def job_folder(folder: RunFolder, number: int) -> Path:
-    """launch/job_0001 of a run folder: one submission, which may have many attempts."""
+    """The folder of one submission, such as launch/job_0001 in the run folder. A submission may have many attempts."""
     return folder.path / "launch" / f"job_{number:04d}"
 
 
 def job_numbers(folder: RunFolder) -> list[int]:
-    """The submissions of a run, ascending."""
+    """The numbers of a run's submissions, ascending."""
     return sorted(int(path.name.removeprefix("job_")) for path in (folder.path / "launch").glob("job_[0-9]*"))
 
 
@@ -59,7 +60,7 @@ def render(config: Config, folder: RunFolder, place: ScriptLocation) -> str:
 
 
 def fill(template: str, **words: Any) -> str:
-    """A script of a template. A word that it names and isn't given raises jinja2.UndefinedError."""
+    """The text of a template with `words` filled in. Raises jinja2.UndefinedError if the template names another word."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=StrictUndefined,
@@ -74,7 +75,7 @@ def fill(template: str, **words: Any) -> str:
 
 
 def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
-    """What every job of a config shares: its environment, and how a node's ranks are started."""
+    """The template words that all jobs of a config share: the environment, and how the ranks of a node are started."""
     launch, slurm = config.launch, config.launch.slurm
     python, container = slurm.python or place.python, slurm.container
     return {
@@ -96,14 +97,14 @@ def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
 
 
 def sbatch_lines(config: Config, folder: RunFolder) -> list[str]:
-    """What stands behind #SBATCH, each option once, the user's own lines last: there they win."""
+    """The options of the #SBATCH lines. The user's own options come last, because sbatch takes the last value."""
     slurm = config.launch.slurm
     options = {
         "job-name": config.run.name,
         **placement(config),
         "output": output_pattern(folder.path.absolute() / "logs" / "slurm") + "-%j.out",
         "open-mode": "append",
-        # To the batch step alone, which passes it on: a signal to every process would end torchrun.
+        # B: sends the signal to the batch step alone. The batch step passes it on. A signal to all would end torchrun.
         "signal": f"B:USR1@{max(1, round(slurm.stop_before_s))}",
         "time": slurm.time,
         "dependency": slurm.dependency,
@@ -112,7 +113,7 @@ def sbatch_lines(config: Config, folder: RunFolder) -> list[str]:
 
 
 def placement(config: Config) -> dict[str, object]:
-    """Where and as whom every job of a config runs; None: not said."""
+    """The sbatch options for the nodes, the resources and the account of a job. None: the config does not say."""
     slurm = config.launch.slurm
     return {
         "nodes": node_range(config),
@@ -136,12 +137,12 @@ def option_lines(options: Mapping[str, object]) -> list[str]:
 
 
 def output_pattern(path: Path) -> str:
-    """A path as sbatch's --output takes it, where % begins a pattern."""
+    """A path for sbatch's --output, with % doubled because a single % begins a pattern."""
     return str(path).replace("%", "%%")
 
 
 def srun_words(slurm: Slurm) -> list[str]:
-    """srun's further options, quoted: since Slurm 22.05 it does not take --cpus-per-task over from sbatch."""
+    """Further options of srun, quoted for the shell. Since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch."""
     words = []
     if slurm.cpus_per_task is not None:
         words.append(f"--cpus-per-task={slurm.cpus_per_task}")
@@ -163,6 +164,6 @@ def apptainer_words(slurm: Slurm) -> str:
 
 
 def node_range(config: Config) -> str:
-    """As sbatch takes it: 4, or 2-4 where the run may go on with fewer."""
+    """The value of sbatch's --nodes: 4, or 2-4 if the run may go on with fewer nodes."""
     nodes, least = config.launch.nodes, config.launch.slurm.min_nodes
     return str(nodes) if least is None or least == nodes else f"{least}-{nodes}"

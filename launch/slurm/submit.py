@@ -46,7 +46,7 @@ class Submitted:
     notes: tuple[str, ...] = ()
 
 
-# A submission takes seconds, more with a slow controller.
+# A submission takes seconds, and longer with a slow controller.
 SUBMISSION_PATIENCE_S = 30.0
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from launch.slurm import scheduler
-from launch.slurm.lifecycle import OVER, RunLifecycle, read_lifecycle
+from launch.slurm.lifecycle import OVER, QUEUED, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.files import read_json
-from pretrain.run.folder import RunFolder, live_holder, process_start_ticks
+from pretrain.run.folder import EXIT_CODE, RunFolder, live_holder, process_start_ticks
 
 POLL_S = 0.2
 # Each poll of a job is a request to Slurm's controller, so jobs are polled less often than processes.
@@ -61,21 +61,43 @@ def _cancel_jobs(folder: RunFolder, life: RunLifecycle, wait_s: float, at_once: 
         return "nothing to cancel: no job of this run is live"
     waiting = [job.number for job in jobs if job.state == "PENDING"]
     running = [job.number for job in jobs if job.state != "PENDING"]
+    # While modules and prologue run, the batch script takes no SIGINT, and there is nothing to save.
+    at_once = at_once or life.phase == QUEUED
     if waiting or at_once:
         scheduler.cancel([*waiting, *(running if at_once else [])])
     if not running:
-        append_event(folder, life.attempt, EventKind.JOB_OVER, state="stopped", exit_code=130, why="cancelled while it waited")
-        return f"cancelled job {', '.join(map(str, waiting))}, which had not begun"
+        return _end_queued(folder, life, waiting, "cancelled while it waited")
     if not at_once:
         for number in running:
             scheduler.signal_batch(number, "INT")
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        if not any(job.live for job in scheduler.find_jobs(running).values()):
-            life = read_lifecycle(folder)
-            return f"{life.state or life.phase}: {life.why}"
+        live = [job for job in scheduler.find_jobs(running).values() if job.live]
+        if not live:
+            return _ended(folder, running)
+        if back := [job.number for job in live if job.state == "PENDING"]:
+            # The batch step was about to requeue the job when the request came.
+            scheduler.cancel(back)
         time.sleep(JOB_POLL_S)
-    return f"asked job {', '.join(map(str, running))} to save and stop; it still saves. --now ends it by scancel."
+    numbers = ", ".join(map(str, running))
+    if at_once:
+        return f"cancelled job {numbers}; it has not ended yet"
+    return f"asked job {numbers} to save and stop; it still saves. --now ends it by scancel."
+
+
+def _ended(folder: RunFolder, jobs: list[int]) -> str:
+    life = read_lifecycle(folder)
+    if life.phase == QUEUED:
+        return _end_queued(folder, life, jobs, "cancelled before its batch step began")
+    if life.phase == OVER:
+        return f"{life.state}: {life.why}"
+    return f"job {', '.join(map(str, jobs))} has ended without a record of its end; see phalanx status {folder.path}"
+
+
+def _end_queued(folder: RunFolder, life: RunLifecycle, jobs: list[int], why: str) -> str:
+    """Record the end of a run whose job has been cancelled without an attempt. Such a job cannot record it itself."""
+    append_event(folder, life.attempt, EventKind.JOB_OVER, state="stopped", exit_code=EXIT_CODE["stopped"], why=why)
+    return f"stopped: job {', '.join(map(str, jobs))} was {why}"
 
 
 def find_process(folder: RunFolder) -> tuple[str, int] | None:

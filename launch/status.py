@@ -193,6 +193,11 @@ def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: di
         return ("running" if life.phase == RUNNING and row else "starting"), ""
     if job.state == "CANCELLED":
         return "stopped", "cancelled while it waited" if life.phase == QUEUED else f"job {job.number} was cancelled"
+    if life.phase == QUEUED:
+        return "died", f"job {job.number} ended ({job.state.lower()}) before its batch step began; phalanx logs shows its output"
+    if job.state == "TIMEOUT":
+        why = f"job {job.number} reached its time limit before the ranks had saved: set a longer launch.slurm.time"
+        return "died", f"{why}; phalanx resume goes on"
     return "died", f"job {job.number} is {job.state.lower()}; its last event was {life.phase}"
 
 

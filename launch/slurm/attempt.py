@@ -194,17 +194,23 @@ class JobAttempt:
         if triage is not None and not record_hang(folder, self.number, triage):
             triage = None
         reports, failures = read_reports(self._own_dir()), tuple(find_failures(folder.log_dir(self.number)))
+        down, silent = self._missing(nodes, outcome, reports, failures)
+        agentless = ""
+        # Several silent nodes are a network's failure. One may have lost its agent alone.
+        if not down and len(silent) == 1 and self.context.query_slurm(lambda: scheduler.answers(silent[0]), False):
+            silent, agentless = [], silent[0]
         seen = AttemptEvidence(
             self.asked,
             outcome,
             failures,
             _hang_evidence(triage),
-            self._lost(nodes, outcome, reports, failures),
+            [*down, *silent],
             exit_code,
             {rank.rank: report.host for report in reports for rank in report.ranks},
             self.slurm_requeues(),
             self.asked == TERMINATE and self.context.clock.left_s() < 1.0,
             [report.host for report in reports if report.exit_code is None],
+            agentless,
         )
         self._record_end(judge(seen), before, {"srun_exit_code": exit_code, "seconds": round(time.time() - started_s, 1)})
 
@@ -212,8 +218,9 @@ class JobAttempt:
         """Record the end of an attempt whose batch step was killed, with its node or by Slurm."""
         failures = tuple(find_failures(self.context.folder.log_dir(self.number)))
         outcome = self._outcome()
-        lost = self._lost(life.nodes, outcome, read_reports(self._own_dir()), failures)
-        self._record_end(judge(AttemptEvidence("", outcome, failures, None, lost)), life.step_before, {"post_mortem": True})
+        down, silent = self._missing(life.nodes, outcome, read_reports(self._own_dir()), failures)
+        seen = AttemptEvidence("", outcome, failures, None, [*down, *silent])
+        self._record_end(judge(seen), life.step_before, {"post_mortem": True})
 
     def _record_end(self, verdict: tuple[str, str, str], before: int, more: Mapping[str, Any]) -> None:
         cause, why, node = verdict
@@ -231,16 +238,16 @@ class JobAttempt:
         outcome = self.context.folder.read_outcome()
         return outcome if outcome is not None and outcome.attempt == self.number else None
 
-    def _lost(
+    def _missing(
         self, nodes: Sequence[str], outcome: Outcome | None, reports: Sequence[NodeReport], failures: Sequence[Failure]
-    ) -> Sequence[str]:
-        """The lost nodes of an attempt that did not end well: down for Slurm, or silent before the first failure."""
+    ) -> tuple[list[str], list[str]]:
+        """(nodes that are down for Slurm, other nodes that fell silent before the first failure). Empty after a good end."""
         if outcome is not None and outcome.state != "failed":
-            return ()
+            return [], []
         down = self.context.query_slurm(lambda: scheduler.lost_nodes(nodes), [])
         first_s = min((failure.time for failure in failures if failure.time), default=None)
         silent = fell_silent(reports, first_s, self.context.spec.watch.report_interval_s)
-        return [*down, *(node for node in silent if node not in down)]
+        return down, [node for node in silent if node not in down]
 
     def _take_signals(self) -> None:
         clock = self.context.clock

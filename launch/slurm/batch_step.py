@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import EXIT_BAD_INPUT, SILENCE_S, RunFolder, live_holder
 
+# The batch script sets this variable when SIGUSR1 comes before the batch step has begun.
+EARLY_SIGNAL = "PHALANX_SIGNALLED"
 # A restarted controller is back within minutes. Waiting longer would hold the nodes for nothing.
 REQUEUE_PATIENCE_S = 600.0
 # The lock of a rank 0 that died with its node may be taken once its heartbeat has been silent long enough.
@@ -152,9 +154,12 @@ def _finish(context: JobContext, life: RunLifecycle, state: str, why: str, exit_
     return exit_code
 
 
-def install_signal_queue() -> list[int]:
-    """Install the handlers first of all, because Slurm may signal at any time. Returns the list that receives the signals."""
-    waiting: list[int] = []
+def install_signal_queue(environ: Mapping[str, str]) -> list[int]:
+    """Install the handlers first of all, because Slurm may signal at any time. Returns the list that receives the signals.
+
+    A SIGUSR1 that came while the batch script ran modules and prologue is in the list already.
+    """
+    waiting = [int(signal.SIGUSR1)] if environ.get(EARLY_SIGNAL) else []
     for number in SIGNAL_REQUESTS:
         signal.signal(number, lambda received, _: waiting.append(received))
     return waiting
@@ -162,7 +167,7 @@ def install_signal_queue() -> list[int]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the batch step. `argv` is JOB_DIR -- COMMAND, as in the batch script."""
-    waiting = install_signal_queue()
+    waiting = install_signal_queue(os.environ)
     parser = argparse.ArgumentParser(
         prog="python -m launch.slurm.batch_step",
         usage="%(prog)s JOB_DIR -- COMMAND …",

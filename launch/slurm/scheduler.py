@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from configs.units import seconds_of
 from launch.slurm.environment import query_environment, submission_environment
 
 TIMEOUT_S = 30.0
+# A slurmd that takes no connection within this time is away.
+ANSWER_S = 5.0
 # States of jobs that run or will run (squeue's long names).
 LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
@@ -260,6 +263,22 @@ def lost_nodes(nodes: Sequence[str]) -> list[str]:
     rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]), 2)
     states = {node: state.lower() for node, state in rows}
     return [node for node in nodes if _is_lost(states.get(node, ""))]
+
+
+def answers(node: str) -> bool:
+    """Does the node's slurmd take a connection from this machine? Slurm itself notices a dead node minutes later.
+
+    False also if Slurm does not show the node to this user. Raises SchedulerError.
+    """
+    columns = "NodeAddr:255|,Port:16"
+    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={node}", f"--Format={columns}"]), 2)
+    for address, port in rows[:1]:
+        try:
+            with socket.create_connection((address.strip(), int(port)), ANSWER_S):
+                return True
+        except OSError:
+            return False
+    return False
 
 
 def _is_lost(state: str) -> bool:

@@ -23,7 +23,7 @@ class AttemptEvidence:
     `asked` is empty or one of the words above. `outcome` is what rank 0 of this attempt wrote, or None. `hang` is the line
     and the node of the triage. `lost` are the nodes that are down or fell silent. `node_of` maps ranks to nodes, as far as
     known. `restarted`: Slurm has requeued the job by itself. `out_of_time`: the time limit has passed. `mute` are the nodes
-    whose agent wrote no last report.
+    whose agent wrote no last report. `agentless` is the only node that fell silent while Slurm still reaches it, or empty.
     """
 
     asked: str = ""
@@ -36,6 +36,7 @@ class AttemptEvidence:
     restarted: bool = False
     out_of_time: bool = False
     mute: Sequence[str] = ()
+    agentless: str = ""
 
 
 def fell_silent(reports: Sequence[NodeReport], first_failure_s: float | None, interval_s: float) -> list[str]:
@@ -68,6 +69,10 @@ def judge(seen: AttemptEvidence) -> tuple[str, str, str]:
         return "hung", *seen.hang
     if seen.lost:
         return "bad_node", f"lost {', '.join(seen.lost)}", seen.lost[0]
+    if seen.agentless:
+        # The ranks of other nodes only report that they lost this node's ranks.
+        node = seen.agentless
+        return "killed", f"the agent of {node} was killed or cannot write its reports; Slurm still reaches {node}", node
     broke = next((failure for failure in failures if failure.kind == "exception"), None)
     saved = outcome is not None and outcome.state in ("stopped", "preempted")
     if seen.asked and (saved or broke is None):

@@ -14,7 +14,7 @@ from configs.load import load_config
 from pretrain.preflight.disk_space import checkpoint_bytes
 from pretrain.run.events import COMMON_FIELDS, EventKind, check_event
 from pretrain.run.files import iterate_lines
-from pretrain.run.folder import NAMES, RunFolder
+from pretrain.run.folder import EXIT_CODE, NAMES, RunFolder
 from tests.run.world import ROOT, STEPS, check_equal, launch
 
 
@@ -126,3 +126,17 @@ def test_the_model_of_a_run_folder_cannot_change(run_config: Path, undisturbed: 
     assert changed.end() == 2
     assert "another architecture" in changed.errors
     assert (undisturbed / "DONE").exists()
+
+
+def test_a_diverged_run_ends_in_its_reason_and_not_in_torchruns_traceback(run_config: Path, tmp_path: Path) -> None:
+    """All ranks end with exit code 3, which torchrun reports as a failure."""
+    words = ("optimizer.lr=1e30", "optimizer.clip_grad_norm=0", "schedule.warmup_steps=0", "checkpoint.interval_steps=null")
+    command = launch(run_config, tmp_path / "blown", *words)
+    assert command.end() == EXIT_CODE["diverged"] == 3, command.errors
+    last = [line for line in command.errors.splitlines() if line][-2:]
+    assert last[0].startswith("diverged: ") and last[1].startswith("logs: "), command.errors
+    shown = [command.output, command.errors, phalanx("logs", str(tmp_path / "blown")).stdout]
+    status = phalanx("status", str(tmp_path / "blown")).stdout
+    assert "diverged: " in status
+    for text in (*shown, status):
+        assert "Traceback" not in text and "ChildFailedError" not in text and "failed first" not in text, text

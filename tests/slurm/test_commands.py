@@ -36,6 +36,24 @@ def test_a_queued_run_says_why_it_waits_and_is_cancelled(cluster: Cluster, run_c
     assert "nothing to cancel" in phalanx("cancel", str(tmp_path / "run")).stdout
 
 
+def test_signals_and_cancel_reach_a_run_that_still_runs_its_prologue(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    """A preemption's SIGUSR1 is kept for the batch step. `phalanx cancel` ends the job at once: nothing is there to save."""
+    prologue = f"until [ -e {tmp_path}/go ]; do touch {tmp_path}/waits; sleep 0.1; done"
+    run = submit(cluster, run_config, tmp_path / "run", f"launch.slurm.prologue=[{json.dumps(prologue)}]")
+    cluster.wait_for((tmp_path / "waits").exists, "the prologue", 60)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", str(run.job)], check=True)
+    (tmp_path / "go").touch()
+    run.wait(lambda: bool(run.life.ends), "the attempt's end")
+    assert (run.life.ends[0].cause, run.life.ends[0].why) == ("preempted", "preempted before the first step"), run.story()
+    (tmp_path / "go").unlink()
+    (tmp_path / "waits").unlink()
+    cluster.wait_for((tmp_path / "waits").exists, "the prologue of the requeued job", 60)
+    cancelled = phalanx("cancel", str(tmp_path / "run"))
+    assert cancelled.returncode == 0 and "was cancelled before its batch step began" in cancelled.stdout, cancelled
+    assert (run.life.phase, run.life.state) == (OVER, "stopped")
+    assert find_jobs([run.job])[run.job].state == "CANCELLED"
+
+
 def test_a_chain_is_submitted_and_cancelled_as_one(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
     run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.chain=2", "launch.slurm.extra=[--begin=now+1hour]")
     assert len(run.life.jobs) == 3

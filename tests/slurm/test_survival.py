@@ -90,7 +90,7 @@ def test_the_batch_script_can_be_submitted_by_hand_and_goes_on_with_fewer_nodes(
 
 WAYS = (
     world.preempt, world.near_the_limit, world.kill_a_rank, world.stop_a_rank, world.power_off, world.power_off_first,
-    world.restart_controller, world.usr1, world.kill_batch_step,
+    world.kill_an_agent, world.restart_controller, world.usr1, world.kill_batch_step,
 )  # fmt: skip
 
 
@@ -104,6 +104,15 @@ def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet
         act(run, generator.choice(WAYS), generator)
     assert run.wait_over(600).state == "finished", run.story()
     check_equal(run.folder.path, quiet, STEPS)
+
+
+@pytest.mark.prove
+def test_a_killed_agent_is_not_a_lost_node(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
+    run = submit(cluster, run_config, tmp_path / "run")
+    act(run, world.kill_an_agent)
+    end = run.life.ends[0]
+    assert end.node == run.events("job_attempt")[0]["nodes"][-1] and f"the agent of {end.node} was killed" in end.why, run.story()
+    check_one_run(run, quiet, ["killed"])
 
 
 @pytest.mark.prove

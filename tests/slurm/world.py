@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,18 @@ def near_the_limit(run: Run) -> str:
 def kill_a_rank(run: Run) -> str:
     run.ranks()[-1].kill()
     return "crashed"
+
+
+def kill_an_agent(run: Run) -> str:
+    """The agent of the last node dies alone, and its ranks with it. The other node's ranks fail right after."""
+    node = run.life.nodes[-1]
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            is_agent = process.name() != "srun" and "launch.slurm.node_agent" in process.cmdline()
+            env = process.environ() if is_agent else {}
+            if env.get("SLURM_JOB_ID") == str(run.job) and env.get("SLURMD_NODENAME") == node and "PHALANX_LAUNCH" not in env:
+                process.kill()
+    return "killed"
 
 
 def stop_a_rank(run: Run) -> str:

@@ -124,6 +124,19 @@ def test_a_prologue_must_be_whole() -> None:
     assert check_slurm(config(prologue=["if true; then\n  echo yes\nfi"])) == []
 
 
+def test_a_signal_during_the_prologue_is_kept_for_the_batch_step(tmp_path: Path) -> None:
+    """By default it would end the script, and with it the run."""
+    shows = tmp_path / "python"
+    shows.write_text('#!/bin/sh\necho "signalled: $PHALANX_SIGNALLED"; kill -USR1 $$; echo alive\n')
+    shows.chmod(0o700)
+    for signalled, command in (("USR1", "kill -USR1 $$"), ("", "true")):
+        text = script(config(prologue=[command], python=str(shows)), tmp_path)
+        # A requeued or resubmitted script may have been given the variable.
+        env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "PHALANX_SIGNALLED": "USR1"}
+        done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.stdout == f"signalled: {signalled}\nalive\n", done
+
+
 def test_fewer_nodes_only_where_the_layout_fits() -> None:
     made = config(min_nodes=1)
     made.launch.nodes, made.launch.processes_per_node, made.batch.global_batch_seqs = 8, 2, 16

@@ -28,6 +28,12 @@ def outcome(state: str) -> Outcome:
         (AttemptEvidence(failures=(Failure(0, 1.0, "bad_input", "1 problem\n  data.train"),)), "bad_input", "data.train", ""),
         (AttemptEvidence(mute=("node2",), exit_code=137), "killed", "the agent of node2 was killed", "node2"),
         (AttemptEvidence(mute=("node1", "node2"), exit_code=137), "killed", "without a message, srun with exit code 137", ""),
+        (
+            AttemptEvidence(failures=(CRASH,), node_of=NODES, agentless="node1"),
+            "killed",
+            "the agent of node1 was killed",
+            "node1",
+        ),
         (AttemptEvidence(failures=(NO_ROOM,)), "crashed", "node4: no room in /dev/shm", "node4"),
         (AttemptEvidence(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
         (AttemptEvidence(asked=PREEMPT), "preempted", "before the first step", ""),

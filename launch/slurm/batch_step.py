@@ -112,7 +112,8 @@ def carry_out(context: JobContext, decision: NextAction) -> int:
     later = _later_jobs(context, life)
     try:
         if not later:
-            scheduler.requeue(context.job, excluded, REQUEUE_PATIENCE_S)
+            if failure := scheduler.requeue(context.job, excluded, REQUEUE_PATIENCE_S):
+                context.log(f"the job is in the queue again, but {failure}")
         elif excluded:
             scheduler.exclude_nodes(later, excluded)
     except SchedulerError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -27,6 +28,9 @@ from launch.slurm.environment import query_environment, submission_environment
 TIMEOUT_S = 30.0
 # A slurmd that takes no connection within this time is away.
 ANSWER_S = 5.0
+# Between the requeue and the end of the job that asked for it lies Slurm's KillWait, 30 s by default. A job that is not
+# released by then stays held.
+HELD_PATIENCE_S = 8.0
 # States of jobs that run or will run (squeue's long names).
 LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
@@ -82,16 +86,35 @@ def call(words: Sequence[str], timeout_s: float = TIMEOUT_S) -> str:
 
 def _run(words: Sequence[str], env: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            words, env=dict(env), capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
-        )
+        process = _start_shielded(words, dict(env))
     except FileNotFoundError as error:
         raise SchedulerError(f"{words[0]} is not on this machine's PATH") from error
-    except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{words[0]} gave no answer within {timeout_s:g} s") from error
-    if done.returncode:
-        raise SchedulerError(done.stderr.strip() or done.stdout.strip() or f"{words[0]} exited with {done.returncode}")
-    return done
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise SchedulerError(f"{words[0]} gave no answer within {timeout_s:g} s") from error
+        finally:
+            # Does nothing to a command that has ended.
+            process.kill()
+    if process.returncode:
+        raise SchedulerError(stderr.strip() or stdout.strip() or f"{words[0]} exited with {process.returncode}")
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def _start_shielded(words: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command that SIGTERM does not end.
+
+    A requeue makes Slurm send SIGTERM to every process of the job, to the very command that asked for the requeue and to
+    those that follow it too. A process inherits the blocked signals of the thread that starts it.
+    """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return subprocess.Popen(
+            words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def call_again(words: Sequence[str], patience_s: float) -> str:
@@ -180,7 +203,14 @@ def _accounted(number: int) -> SlurmJob | None:
 
 def details(number: int) -> SlurmJobDetails:
     """What `scontrol show job` says about the job `number`. Raises SchedulerError."""
-    text = call(["scontrol", "--all", "show", "job", "-o", str(number)], timeout_s=10.0)
+    return _job_details(call(_show_job(number), timeout_s=10.0))
+
+
+def _show_job(number: int) -> list[str]:
+    return ["scontrol", "--all", "show", "job", "-o", str(number)]
+
+
+def _job_details(text: str) -> SlurmJobDetails:
     values = dict(word.split("=", 1) for word in text.split() if "=" in word)
     begin_s, length_s = _seconds(values.get("StartTime", "")), seconds_of(values.get("TimeLimit"))
     limit_s = begin_s + length_s if begin_s is not None and length_s is not None else math.inf
@@ -196,14 +226,25 @@ def _seconds(text: str) -> float | None:
         return None
 
 
-def requeue(number: int, exclude: Sequence[str], patience_s: float) -> None:
-    """Put the job back into the queue, and keep it off `exclude` and off all nodes excluded before. Raises SchedulerError."""
+def requeue(number: int, exclude: Sequence[str], patience_s: float) -> str:
+    """Put the job back into the queue, and keep it off `exclude` and off all nodes excluded before.
+
+    Returns what went wrong after the job was back in the queue, or an empty string. Raises SchedulerError while the job is
+    not in the queue.
+    """
     if not exclude:
         call_again(["scontrol", "requeue", str(number)], patience_s)
-        return
+        return ""
+    # Asked before: once the requeue is taken, Slurm is about to end the job that asks.
+    union = _united(call_again(_show_job(number), patience_s), exclude)
     call_again(["scontrol", "requeuehold", str(number)], patience_s)
-    _exclude(number, exclude, patience_s)
-    call_again(["scontrol", "release", str(number)], patience_s)
+    failures: list[str] = []
+    for words in (_exclusion(number, union), ["scontrol", "release", str(number)]):
+        try:
+            call_again(words, min(patience_s, HELD_PATIENCE_S))
+        except SchedulerError as error:
+            failures.append(f"{' '.join(words)}: {error}")
+    return "; ".join(failures)
 
 
 def exclude_nodes(numbers: Sequence[int], nodes: Sequence[str]) -> None:
@@ -213,9 +254,16 @@ def exclude_nodes(numbers: Sequence[int], nodes: Sequence[str]) -> None:
 
 
 def _exclude(number: int, nodes: Sequence[str], patience_s: float) -> None:
-    """Write the union of the old list and `nodes`. `scontrol update` alone would drop the nodes that the user excluded."""
-    union = list(dict.fromkeys([*details(number).excluded, *nodes]))
-    call_again(["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(union)}"], patience_s)
+    call_again(_exclusion(number, _united(call(_show_job(number)), nodes)), patience_s)
+
+
+def _united(job_text: str, nodes: Sequence[str]) -> list[str]:
+    """The union of a job's exclusions and `nodes`. `scontrol update` alone would drop the nodes that the user excluded."""
+    return list(dict.fromkeys([*_job_details(job_text).excluded, *nodes]))
+
+
+def _exclusion(number: int, nodes: Sequence[str]) -> list[str]:
+    return ["scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(nodes)}"]
 
 
 def cancel(numbers: Sequence[int]) -> None:

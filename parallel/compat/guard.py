@@ -5,6 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Library -> (first, last) version that was tested.
@@ -51,3 +52,13 @@ class Guard:
     def versions(self) -> tuple[str, str | None]:
         """(first, last) version that needs the guard; the first is the oldest tested one unless stated."""
         return self.first or TESTED[self.library][0], self.last
+
+    def needed_by(self, version: str) -> bool:
+        """Does this version of the library need the guard?"""
+        first, last = self.versions
+        return _numbers(version) >= _numbers(first) and (last is None or _numbers(version) <= _numbers(last))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 0.19.2rc1 gives (0, 19, 2)."""
+    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))

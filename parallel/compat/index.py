@@ -8,6 +8,8 @@ Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from parallel.compat.faults_deepspeed import DEEPSPEED_GUARDS
 from parallel.compat.faults_megatron import MEGATRON_GUARDS
 from parallel.compat.faults_torch import TORCH_GUARDS
@@ -19,6 +21,11 @@ GUARDS: tuple[Guard, ...] = (*MEGATRON_GUARDS, *DEEPSPEED_GUARDS, *TORCH_GUARDS)
 def guards_in(module: str) -> list[Guard]:
     """The guards of the index that live in one of our modules."""
     return [guard for guard in GUARDS if guard.module == module]
+
+
+def needed_guards(versions: Mapping[str, str]) -> tuple[str, ...]:
+    """The faults that libraries of these versions have: the guards that are on. An empty version: not installed."""
+    return tuple(guard.fault for guard in GUARDS if (version := versions.get(guard.library)) and guard.needed_by(version))
 
 
 def markdown() -> str:

@@ -10,6 +10,7 @@ Torch-free.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 
 from pretrain.run.process import importing
@@ -38,17 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="cuda: with Transformer Engine, one GPU per rank (default: cpu)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="PYTHON",
+        help="compare with the libraries of another interpreter, e.g. .venv-newest/bin/python, in place of one process",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code. 0: every layout agrees with one process; 1: a layout differs. Raises ConfigError for bad input."""
+    """Returns the exit code. 0: every layout agrees; 1: a layout differs. Raises ConfigError for bad input."""
     args = _parser().parse_intermixed_args(argv)
     if args.device == "cpu":
         # Megatron-Core is set up for the CPU, when it is imported, if no GPU is visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # torch and megatron take seconds; --help must not.
+    module, function = ("against", "rehearse_against") if args.against else ("rehearse", "rehearse")
     with importing():
-        from tools.rehearse.rehearse import rehearse  # noqa: PLC0415  (torch and megatron take seconds; --help must not)
-
-    return rehearse(args)
+        found = importlib.import_module(f"tools.rehearse.{module}")
+    return int(getattr(found, function)(args))

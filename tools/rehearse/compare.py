@@ -32,6 +32,7 @@ class Comparison:
     grad_max_rel: float
     weight_max_rel: float
     first_difference: str | None
+    first_difference_rel: float | None
     bit_equal: bool
 
     @property
@@ -60,35 +61,50 @@ def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
     return whole
 
 
-def compare(ranks: Sequence[RankResult], reference: RankResult) -> Comparison:
-    """The differences between the ranks of a layout and one process."""
-    got, want = ranks[0], reference
+def compare(ranks: Sequence[RankResult], references: Sequence[RankResult]) -> Comparison:
+    """The differences between the ranks of a layout and those of another training of the same model."""
+    got, want = ranks[0], references[0]
     loss = _largest(got.losses, want.losses)
     norm = _largest(got.grad_norms, want.grad_norms)
-    gradients, first_gradient, equal_gradients = _tensors([r.gradients for r in ranks], want.gradients, GRADIENT_TOLERANCE)
-    weights, first_weight, equal_weights = _tensors([r.weights for r in ranks], want.weights, WEIGHT_TOLERANCE)
-    first = first_gradient or first_weight
+    initial, gradients, weights = (
+        _tensors([getattr(rank, kind) for rank in ranks], [getattr(rank, kind) for rank in references], tolerance)
+        for kind, tolerance in (("initial", 0.0), ("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE))
+    )
+    first = initial.first and (f"{initial.first[0]} before the first step", initial.first[1])
+    first = first or gradients.first or weights.first
     if first is None and max(loss, norm) > LOSS_TOLERANCE:
-        first = "loss" if loss > LOSS_TOLERANCE else "gradient norm"
-    if any(rank.losses != got.losses for rank in ranks):
-        first = first or "loss, which differs between ranks"
-    return Comparison(loss, norm, gradients, weights, first, equal_gradients and equal_weights and got.losses == want.losses)
+        first = ("loss", loss) if loss > LOSS_TOLERANCE else ("gradient norm", norm)
+    if first is None and any(rank.losses != got.losses for rank in ranks):
+        first = ("loss, which differs between ranks", max(_largest(rank.losses, got.losses) for rank in ranks))
+    name, size = first or (None, None)
+    equal = gradients.bit_equal and weights.bit_equal and got.losses == want.losses
+    return Comparison(loss, norm, gradients.largest, weights.largest, name, size, equal)
 
 
 def _largest(got: Sequence[float], want: Sequence[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(got, want, strict=True))
 
 
+@dataclass(frozen=True)
+class _TensorDifferences:
+    """`first`: the first tensor in model order above the tolerance, and its relative difference."""
+
+    largest: float
+    first: tuple[str, float] | None
+    bit_equal: bool
+
+
 def _tensors(
-    slices: Sequence[dict[SliceKey, NDArray[np.float32]]], reference: dict[SliceKey, NDArray[np.float32]], tolerance: float
-) -> tuple[float, str | None, bool]:
-    """(largest relative difference, first tensor in model order above the tolerance, whether all bits are equal)."""
-    got, want = assemble(slices), assemble([reference])
+    slices: Sequence[dict[SliceKey, NDArray[np.float32]]],
+    reference: Sequence[dict[SliceKey, NDArray[np.float32]]],
+    tolerance: float,
+) -> _TensorDifferences:
+    got, want = assemble(slices), assemble(reference)
     if got.keys() != want.keys():
-        return float("inf"), f"{sorted(got.keys() ^ want.keys())[0]} (missing)", False
+        return _TensorDifferences(float("inf"), (f"{sorted(got.keys() ^ want.keys())[0]} (missing)", float("inf")), False)
     floor = FLOOR * float(np.sqrt(sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in want.values())))
     relative = {
         name: float(np.linalg.norm(got[name] - want[name]) / max(float(np.linalg.norm(want[name])), floor)) for name in want
     }
-    first = next((name for name, value in relative.items() if not value <= tolerance), None)
-    return max(relative.values()), first, all(np.array_equal(got[name], want[name]) for name in want)
+    first = next(((name, value) for name, value in relative.items() if not value <= tolerance), None)
+    return _TensorDifferences(max(relative.values()), first, all(np.array_equal(got[name], want[name]) for name in want))

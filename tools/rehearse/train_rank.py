@@ -1,8 +1,8 @@
 """One rank of a rehearsal: real optimizer steps on random tokens with random loss masks.
 
-In: the shrunken config. Out: losses and norms, this rank's slices of the gradients (first step) and of the weights (last
-step). Gradients are read from Adam's first moment after one step, which is (1 - beta1) times the clipped gradient in every
-engine. The norm that the engine reports undoes the clipping.
+In: the shrunken config. Out: losses and norms, this rank's slices of the gradients of the first step, and of the weights before
+the first and after the last step. Gradients are read from Adam's first moment after one step, which is (1 - beta1) times the
+clipped gradient in every engine. The norm that the engine reports undoes the clipping.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ SliceKey = tuple[str, tuple[int, ...], TensorSlice, int, int]
 
 @dataclass
 class RankResult:
-    """What one rank computed. `near_ties`: expert choices that rounding could change."""
+    """What one rank computed.
+
+    `initial`: its slices of the weights before the first step. `near_ties`: expert choices that rounding could change.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    initial: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     gradients: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     weights: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     near_ties: int = 0
@@ -57,7 +61,7 @@ def train(config: Config, steps: int) -> RankResult:
     model = make_model(config, VOCAB_SIZE, layout, chunks, groups, runtime.device)
     engine = make_engine(config, model, groups, runtime.device)
     margins = [record_router_margins(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    trained = RankResult()
+    trained = RankResult(initial=_slices(engine, WEIGHT, 1.0))
     for step in range(steps):
         result = engine.step(random_batches(config, step, groups.dp.rank(), groups.dp.size()), config.optimizer.lr)
         trained.losses.append(result.loss)

@@ -16,7 +16,7 @@ from pretrain.run.process import importing
 with importing():
     from pretrain.data.tokenizer import load_tokenizer, section_for
     from tests import keep_groups
-    from tools.data.corpus import expand
+    from tools.data.read.find_files import expand
     from tools.data.tokenize import tokenize
     from tools.data.train_tokenizer import train
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer, section_for
-from tools.data.corpus import expand
+from tools.data.read.find_files import expand
 from tools.data.tokenize import tokenize
 from tools.data.train_tokenizer import train
 

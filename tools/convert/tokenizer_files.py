@@ -21,7 +21,7 @@ from configs.errors import ConfigError, Problem
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.data.tokenizer import SentencePieceTokenizer, TextTokenizer, load_tokenizer, section_for
 from pretrain.run.files import write_json
-from tools.data import embedded_corpus
+from tools.data.read import embedded_corpus
 from tools.data.tokenizer_json import equal_tokenizer
 
 COMPANIONS = "huggingface"

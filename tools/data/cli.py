@@ -15,13 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError, Problem, json_problem, report
+from tools.data.faults import TokenizeFailed
 
+SHOWN_SKIPPED = 20
 EPILOG = """\
 sources (--corpus, one or more):
   embedded        text of the running Python: the language reference and the standard library
-  FILE            .txt (one document), .jsonl, .json, .parquet; also compressed: .gz, .zst
-  FOLDER          all such files in it, in the order of their paths
+  FILE            .txt (one document), .jsonl, .ndjson, .json, .parquet; all but Parquet also as .gz, .zst, .zstd, .bz2, .xz
+  FOLDER          all such files in it, in the order of their paths; links are followed, each file is read once, and a
+                  line on stderr says what was left out: hidden files, other kinds of files, tokenizers, token files
 
 example, from no data to training data:
   phalanx data tokenizer --corpus embedded --vocab-size 2048 --out data/tokenizer.model
@@ -31,13 +34,20 @@ example, from no data to training data:
 
 
 def main(argv: list[str]) -> int:
-    """Run one subcommand. Returns the exit code: 0, or 1 when it was interrupted. Raises ConfigError for bad input."""
+    """Run one subcommand. Returns 0, or 1 when it was interrupted or the machine failed. Raises ConfigError for bad input."""
     arguments = _parser().parse_args(argv)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result, text = arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted: no file was written", file=sys.stderr)
+        return 1
+    except (TokenizeFailed, MemoryError) as error:
+        memory = Problem("memory", None, "there must be enough memory; no file was written", "cut large documents, or give more")
+        problem = error.problem if isinstance(error, TokenizeFailed) else memory
+        if arguments.json:
+            print(json.dumps({"ok": False, "problems": [json_problem(problem)]}))
+        print(report([problem]), file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, former)
@@ -59,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--corpus", nargs="+", required=True, metavar="SRC", help="embedded, files or folders")
     source.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (default: text)")
     source.add_argument("--split-blank-lines", action="store_true", help="in .txt files, a blank line ends a document")
+    source.add_argument(
+        "--skip-bad", type=_count, default=0, metavar="N", help="pass over up to N bad lines, rows or documents (default: 0)"
+    )
     source.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
     train = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece tokenizer")
@@ -96,6 +109,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
+
+
 def _size(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
@@ -107,17 +127,22 @@ def _size(text: str) -> float:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from tools.data import corpus, train_tokenizer  # noqa: PLC0415
+    from tools.data import train_tokenizer  # noqa: PLC0415
+    from tools.data.read import find_files  # noqa: PLC0415
 
-    sources = corpus.expand(arguments.corpus, arguments.split_blank_lines)
+    corpus = find_files.expand(arguments.corpus, arguments.split_blank_lines)
+    _note(corpus.left_out_summary())
     found = train_tokenizer.train(
-        sources,
+        corpus,
         arguments.out,
         vocab_size=arguments.vocab_size,
         kind=arguments.model,
         max_bytes=arguments.max_mb * 1e6,
         text_key=arguments.text_key,
+        skip_bad=arguments.skip_bad,
     )
+    found["left_out"] = [vars(item) for item in corpus.left_out]
+    _note_skipped(found["skipped"])
     text = f"{found['path']}: {found['vocab_size']:,} tokens from {found['text_bytes'] / 1e6:.1f} MB of text"
     if found["tokenizer_json"]:
         return found, f"{text}\n{found['tokenizer_json']}: the same tokenizer for Hugging Face"
@@ -127,13 +152,13 @@ def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from pretrain.data.tokenizer import load_tokenizer, section_for  # noqa: PLC0415
-    from tools.data import corpus  # noqa: PLC0415
+    from tools.data.read import find_files  # noqa: PLC0415
     from tools.data.tokenize import tokenize  # noqa: PLC0415
 
     problems: list[Problem] = []
-    sources, tokenizer = [], None
+    corpus, tokenizer = None, None
     try:
-        sources = corpus.expand(arguments.corpus, arguments.split_blank_lines)
+        corpus = find_files.expand(arguments.corpus, arguments.split_blank_lines, arguments.tokenizer)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -142,10 +167,11 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         tokenizer = load_tokenizer(section, "--tokenizer")
     except ConfigError as error:
         problems += error.problems
-    if problems or tokenizer is None:
+    if problems or tokenizer is None or corpus is None:
         raise ConfigError(problems)
+    _note(corpus.left_out_summary())
     found = tokenize(
-        sources,
+        corpus,
         tokenizer,
         arguments.out,
         workers=arguments.workers or len(os.sched_getaffinity(0)),
@@ -153,10 +179,26 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text_key=arguments.text_key,
         max_bytes=arguments.max_mb and arguments.max_mb * 1e6,
         eod=arguments.eod,
+        skip_bad=arguments.skip_bad,
     )
+    found["left_out"] = [vars(item) for item in corpus.left_out]
+    _note_skipped(found["skipped"])
     rate = found["text_bytes"] / found["elapsed_s"] / 1e6
     text = f"{found['prefix']}.bin: {found['num_tokens']:,} tokens in {found['num_documents']:,} documents, {rate:.1f} MB/s; "
     return found, text + f"unigram entropy {found['unigram_entropy_nats']:.4f} nats a token"
+
+
+def _note(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _note_skipped(skipped: list[dict[str, str]]) -> None:
+    """What --skip-bad passed over, at most SHOWN_SKIPPED of it."""
+    if skipped:
+        lines = [f"  {item['place']}: {item['rule']}" for item in skipped[:SHOWN_SKIPPED]]
+        more = [f"  and {len(skipped) - SHOWN_SKIPPED:,} more; --json lists all"] if len(skipped) > SHOWN_SKIPPED else []
+        _note("\n".join([f"WARNING: {len(skipped):,} bad lines, rows or documents were passed over:", *lines, *more]))
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

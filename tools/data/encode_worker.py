@@ -19,9 +19,9 @@ from configs import schema
 from configs.errors import Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import load_tokenizer
-from tools.data.corpus import DocumentBatch
 from tools.data.encode import Encoder
-from tools.data.parse_documents import texts_of
+from tools.data.read.corpus import DocumentBatch
+from tools.data.read.parse_documents import texts_of
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ def _encoder(job: EncodingSettings) -> Encoder:
 
 
 def encode_batch(job: EncodingSettings, batch: DocumentBatch, check_only: bool) -> EncodedBatch:
-    """Parse, check and encode one batch. With `check_only` nothing is encoded: another batch already has a problem."""
+    """Parse, check and encode the good documents of one batch. With `check_only` nothing is encoded."""
     texts, problems = texts_of(batch, job.text_key)
-    if problems or check_only:
+    if check_only:
         return EncodedBatch(batch.read_bytes, problems=tuple(problems))
     encoder = _encoder(job)
     documents = [tokens for tokens in encoder.encode(texts) if tokens]
     itemsize = array(encoder.typecode).itemsize
     lengths = array("i", (len(tokens) // itemsize for tokens in documents)).tobytes()
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return EncodedBatch(batch.read_bytes, b"".join(documents), lengths, text_bytes)
+    return EncodedBatch(batch.read_bytes, b"".join(documents), lengths, text_bytes, tuple(problems))
 
 
 def exit_with_parent() -> None:

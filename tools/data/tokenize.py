@@ -1,6 +1,6 @@
 """A corpus -> PREFIX.bin, PREFIX.idx and PREFIX.meta.json, in parallel and in bounded memory.
 
-In: sources, a tokenizer. Out: the three files, and what they hold. Documents keep their order, and the files have the same
+In: a corpus, a tokenizer. Out: the three files, and what they hold. Documents keep their order, and the files have the same
 bytes for any number of workers: batches are handed out and taken back in order, at most three per worker at a time. Workers
 are spawned processes that parse, check and encode. This process reads files and writes tokens.
 
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,19 @@ import numpy as np
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import TextTokenizer
-from tools.data.corpus import CorpusSource, DocumentBatch, batches
 from tools.data.dataset_writer import DatasetWriter
 from tools.data.encode_worker import EncodedBatch, EncodingSettings, encode_batch, exit_with_parent
+from tools.data.faults import MOST_PROBLEMS, Faults, TokenizeFailed
 from tools.data.progress import ProgressMeter
+from tools.data.read.corpus import DocumentBatch, batches
+from tools.data.read.find_files import Corpus, CorpusSource
 
 IN_FLIGHT = 3
-MOST_PROBLEMS = 20
 META_FORMAT = 1
 
 
 def tokenize(
-    sources: list[CorpusSource],
+    corpus: Corpus,
     tokenizer: TextTokenizer,
     prefix: str,
     *,
@@ -42,34 +44,39 @@ def tokenize(
     text_key: str = "text",
     max_bytes: float | None = None,
     eod: str | None = None,
+    skip_bad: int = 0,
 ) -> dict[str, Any]:
-    """Write the three files. Returns the content of .meta.json, and `elapsed_s`. Raises ConfigError with all problems."""
+    """Write the three files. Returns the content of .meta.json, `elapsed_s`, and `skipped`: the bad lines that were passed over.
+
+    Raises ConfigError with all problems, TokenizeFailed when a worker dies.
+    """
     job = EncodingSettings(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    problems: list[Problem] = []
+    faults = Faults(skip_bad)
     text_bytes, start_s = 0, time.monotonic()
-    total_bytes = sum(source.size_bytes for source in sources)
+    total_bytes = sum(source.size_bytes for source in corpus.sources)
     with DatasetWriter(prefix, dtype) as writer, ProgressMeter(total_bytes) as meter:
-        feed = _feed(sources, text_key, max_bytes, problems)
-        for done in _in_order(job, feed, workers, problems):
-            problems += done.problems
-            if len(problems) >= MOST_PROBLEMS:
+        feed = _feed(corpus.sources, text_key, max_bytes, faults)
+        for done in _in_order(job, feed, workers, faults):
+            faults.lines += done.problems
+            if faults.fatal and len(faults.sources) + len(faults.lines) >= MOST_PROBLEMS:
                 break
-            if not problems:
+            if not faults.fatal:
                 writer.add(done.tokens, done.lengths)
                 counts += np.bincount(np.frombuffer(done.tokens, dtype), minlength=len(counts))
                 text_bytes += done.text_bytes
             meter.update(done.read_bytes, len(done.tokens) // dtype.itemsize)
-        if not problems and not writer.num_tokens:
-            names = ", ".join(source.name for source in sources)
-            problems.append(Problem("--corpus", names, "there must be some text", "name a corpus with text in it"))
-        if problems:
-            raise ConfigError(problems[:MOST_PROBLEMS])
+        if not faults.fatal and not writer.num_tokens:
+            names = ", ".join(corpus.labels)
+            faults.sources.append(Problem("--corpus", names, "there must be some text", "name a corpus with text in it"))
+        faults.check()
         meta = {
             "format": META_FORMAT,
             "tokenizer": {**tokenizer.identity(), "eod_id": tokenizer.eod_id},
-            "corpus": [source.name for source in sources],
+            "corpus": corpus.labels,
+            "left_out": corpus.left_out_counts(),
+            "num_skipped": len(faults.lines),
             "num_documents": len(writer.lengths),
             "num_tokens": writer.num_tokens,
             "text_bytes": text_bytes,
@@ -79,7 +86,7 @@ def tokenize(
             "unigram_entropy_nats": entropy_nats(counts),
         }
         writer.finish(meta)
-    return {"prefix": prefix, **meta, "elapsed_s": time.monotonic() - start_s}
+    return {"prefix": prefix, **meta, "elapsed_s": time.monotonic() - start_s, "skipped": faults.skipped()}
 
 
 def entropy_nats(counts: np.ndarray) -> float:
@@ -88,9 +95,7 @@ def entropy_nats(counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _feed(
-    sources: list[CorpusSource], text_key: str, max_bytes: float | None, problems: list[Problem]
-) -> Iterator[DocumentBatch]:
+def _feed(sources: list[CorpusSource], text_key: str, max_bytes: float | None, faults: Faults) -> Iterator[DocumentBatch]:
     """All batches of all sources. A source that can't be read adds its problem; the next source follows."""
     left = max_bytes
     for source in sources:
@@ -99,28 +104,55 @@ def _feed(
                 yield batch
                 left = None if left is None else left - batch.size_bytes
         except ConfigError as error:
-            problems += error.problems
+            faults.sources += error.problems
         if left is not None and left <= 0:
             return
 
 
-def _in_order(
-    job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int, problems: list[Problem]
-) -> Iterator[EncodedBatch]:
-    """Encoded batches in the order of `feed`. Once `problems` has an entry, the remaining batches are only checked."""
+def _in_order(job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int, faults: Faults) -> Iterator[EncodedBatch]:
+    """Encoded batches in the order of `feed`. Once the faults are fatal, the remaining batches are only checked."""
     if workers == 1:
-        yield from (encode_batch(job, batch, bool(problems)) for batch in feed)
+        yield from (encode_batch(job, batch, faults.fatal) for batch in feed)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
-    waiting: deque[Future[EncodedBatch]] = deque()
+    waiting: deque[tuple[str, Future[EncodedBatch]]] = deque()
     try:
         for batch in feed:
-            waiting.append(pool.submit(encode_batch, job, batch, bool(problems)))
+            waiting.append((batch.source, _submitted(pool, workers, job, batch, faults.fatal)))
             if len(waiting) >= IN_FLIGHT * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting, workers)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting, workers)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, workers: int, job: EncodingSettings, batch: DocumentBatch, check_only: bool
+) -> Future[EncodedBatch]:
+    try:
+        return pool.submit(encode_batch, job, batch, check_only)
+    except BrokenProcessPool as error:
+        raise _killed(workers, batch.source) from error
+    except OSError as error:
+        rule = f"this many processes must be able to start: {error.strerror or error}"
+        raise TokenizeFailed(Problem("--workers", workers, rule, "give fewer --workers")) from error
+
+
+def _result(waiting: deque[tuple[str, Future[EncodedBatch]]], workers: int) -> EncodedBatch:
+    source, future = waiting.popleft()
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise _killed(workers, source) from error
+    except MemoryError as error:
+        rule = f"each worker must have the memory for its documents; one had too little, at {source}"
+        raise TokenizeFailed(Problem("--workers", workers, rule, "give fewer --workers or more memory")) from error
+
+
+def _killed(workers: int, source: str) -> TokenizeFailed:
+    rule = f"a worker process was killed or died, at or after {source}; no file was written"
+    fix = "if memory ran out (the kernel's log says so: dmesg), give fewer --workers or more memory"
+    return TokenizeFailed(Problem("--workers", workers, rule, fix))

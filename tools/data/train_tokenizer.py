@@ -1,4 +1,4 @@
-"""Trains a sentencepiece tokenizer. In: sources. Out: PATH.model, and an equal tokenizer.json beside it where there is one.
+"""Trains a sentencepiece tokenizer. In: a corpus. Out: PATH.model, and an equal tokenizer.json beside it where there is one.
 
 Text is not normalized and gets no dummy prefix. Characters outside the vocabulary become bytes; digits stay single. Ids: 0
 <unk> (never produced), 1 <|endoftext|>, 2 to 257 the bytes, then the pieces. The same sources give the same file.
@@ -20,8 +20,10 @@ from sentencepiece import sentencepiece_model_pb2
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import file_problem
 from pretrain.data.tokenizer import load_tokenizer, section_for
-from tools.data.corpus import CorpusSource, batches
-from tools.data.parse_documents import texts_of
+from tools.data.faults import Faults
+from tools.data.read.corpus import batches
+from tools.data.read.find_files import Corpus
+from tools.data.read.parse_documents import texts_of
 from tools.data.tokenizer_json import equal_tokenizer
 
 EOD = "<|endoftext|>"
@@ -34,13 +36,14 @@ SAMPLE_CHARS = 400_000
 
 
 def train(
-    sources: list[CorpusSource],
+    corpus: Corpus,
     out: str,
     *,
     vocab_size: int = 32000,
     kind: str = "bpe",
     max_bytes: float = 64e6,
     text_key: str = "text",
+    skip_bad: int = 0,
 ) -> dict[str, Any]:
     """Train a tokenizer, write it, and export it.
 
@@ -48,7 +51,8 @@ def train(
     """
     path, beside = Path(out), Path(out).with_name("tokenizer.json")
     _check_out(path, beside)
-    texts = _texts(sources, max_bytes, text_key)
+    faults = Faults(skip_bad)
+    texts = _texts(corpus, max_bytes, text_key, faults)
     proto = _train(texts, vocab_size, kind)
     backend, reason = equal_tokenizer(proto, _samples(texts))
     try:
@@ -65,7 +69,9 @@ def train(
         "model": kind,
         **tokenizer.identity(),
         "eod_id": tokenizer.eod_id,
-        "corpus": [source.name for source in sources],
+        "corpus": corpus.labels,
+        "left_out": corpus.left_out_counts(),
+        "skipped": faults.skipped(),
         "text_bytes": sum(len(text.encode()) for text in texts),
         "tokenizer_json": str(beside) if backend is not None else None,
         "not_exported_because": reason,
@@ -85,25 +91,21 @@ def _check_out(path: Path, beside: Path) -> None:
         raise ConfigError(problems)
 
 
-def _texts(sources: list[CorpusSource], max_bytes: float, text_key: str) -> list[str]:
+def _texts(corpus: Corpus, max_bytes: float, text_key: str, faults: Faults) -> list[str]:
     """The training text: the head of each source, in proportion to its size. Held in memory, as the trainer does anyway."""
-    total = sum(source.size_bytes for source in sources)
+    total = sum(source.size_bytes for source in corpus.sources)
     texts: list[str] = []
-    problems: list[Problem] = []
-    for source in sources:
+    for source in corpus.sources:
         try:
             for batch in batches(source, text_key, max(max_bytes * source.size_bytes / max(total, 1), 1)):
                 found, wrong = texts_of(batch, text_key)
                 texts += found
-                problems += wrong
+                faults.lines += wrong
         except ConfigError as error:
-            problems += error.problems
-    if not texts and not problems:
-        problems.append(
-            Problem("--corpus", [source.name for source in sources], "there must be some text", "name another corpus")
-        )
-    if problems:
-        raise ConfigError(problems[:20])
+            faults.sources += error.problems
+    if not texts and not faults.fatal:
+        faults.sources.append(Problem("--corpus", corpus.labels, "there must be some text", "name another corpus"))
+    faults.check()
     return texts
 
 

@@ -28,7 +28,7 @@ from tools.convert.tokenizer_files import (
     find_tokenizer,
     write_tokenizer,
 )
-from tools.data.embedded_corpus import documents
+from tools.data.read.embedded_corpus import documents
 from tools.data.train_tokenizer import _passages
 
 UNCHANGED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}

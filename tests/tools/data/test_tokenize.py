@@ -26,11 +26,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from configs.errors import ConfigError
 from pretrain.data.indexed import open_index
 from pretrain.data.tokenizer import SentencePieceTokenizer, TextTokenizer, load_tokenizer, section_for
-from tools.data import corpus as corpus_module
-from tools.data.corpus import expand
 from tools.data.dataset_writer import DatasetWriter
-from tools.data.embedded_corpus import documents
 from tools.data.encode import Encoder, words_are_independent
+from tools.data.read import corpus as corpus_module
+from tools.data.read.embedded_corpus import documents
+from tools.data.read.find_files import expand
 from tools.data.tokenize import tokenize
 
 TEXTS = ["first text\nwith lines\n", "zweiter Text: äöü 日本語", "3rd"]
@@ -168,7 +168,7 @@ def test_blocks_of_lines_are_put_together_again(
     tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many small reads: lines and their numbers survive."""
-    monkeypatch.setattr("tools.data.file_blocks.BATCH_BYTES", 37)
+    monkeypatch.setattr("tools.data.read.file_blocks.BATCH_BYTES", 37)
     texts = [f"text number {k} " * (k % 7 + 1) for k in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenize(expand([str(tmp_path / "a.jsonl")]), tokenizer, str(tmp_path / "a"))
@@ -188,9 +188,9 @@ BAD = {
     "cut.jsonl": (b'{"text": "a"}\n{"text": ', r"cut\.jsonl:2.*one JSON object"),
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', r"surrogate\.jsonl:1.*surrogate"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-12], r"ends in the middle"),
-    "broken.jsonl.gz": (b"no gzip", r"\.gz file must be whole"),
+    "broken.jsonl.gz": (b"no gzip", r"gzip data must be whole"),
     "cut.jsonl.zst": (zstandard.compress(os.urandom(1000).hex().encode())[:-9], r"ends in the middle"),
-    "broken.jsonl.zst": (b"no zstd", r"\.zst file must be whole"),
+    "broken.jsonl.zst": (b"no zstd", r"zstd data must be whole"),
     "broken.parquet": (b"PAR1 no parquet", r"must be Parquet"),
     "broken.json": (b"[1,", r"must be JSON"),
 }
@@ -280,8 +280,9 @@ def test_an_interrupted_run_leaves_no_final_file(number: signal.Signals, folder:
     os.mkfifo(tmp_path / "endless.txt")
     (tmp_path / "a.txt").write_text("some text " * 1000)
     code = (
-        "import sys; from tools.data import corpus, cli\n"
-        "corpus.expand = lambda *_: [corpus.CorpusSource(p, 'lines' if 'end' in p else 'text', '', 1) for p in sys.argv[1:3]]\n"
+        "import sys; from tools.data import cli; from tools.data.read import find_files\n"
+        "sources = [find_files.CorpusSource(p, 'lines' if 'end' in p else 'text', '', 1) for p in sys.argv[1:3]]\n"
+        "find_files.expand = lambda *_: find_files.Corpus(sources)\n"
         "sys.exit(cli.main(sys.argv[3:]))"
     )
     arguments = [

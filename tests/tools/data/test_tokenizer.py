@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Backend
 from configs.errors import ConfigError
 from configs.schema import TokenizerConfig as Section
 from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, section_for
-from tools.data.corpus import expand
-from tools.data.embedded_corpus import documents
+from tools.data.read.embedded_corpus import documents
+from tools.data.read.find_files import expand
 from tools.data.train_tokenizer import train
 
 HARD = [

@@ -6,9 +6,15 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import re
+from itertools import accumulate
 
 from configs.errors import Problem
-from tools.data.corpus import DocumentBatch, not_utf8
+from tools.data.read.corpus import DocumentBatch, not_utf8
+
+MOST_LEVELS = 500
+"""Far below Python's limit of recursion, which depends on the calls before: every process must take the same lines."""
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def texts_of(batch: DocumentBatch, text_key: str) -> tuple[list[str], list[Problem]]:
@@ -23,6 +29,9 @@ def _from_documents(batch: DocumentBatch) -> tuple[list[str], list[Problem]]:
     texts: list[str] = []
     problems: list[Problem] = []
     for name, offset, raw in batch.documents:
+        if raw is None:
+            problems.append(Problem("--corpus", name, "every row must have a text, this one is null", "leave such rows out"))
+            continue
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -60,6 +69,8 @@ def _from_line(raw: bytes, place: str, offset_bytes: int, text_key: str) -> str 
         line = line.removeprefix("\ufeff")
     try:
         item = json.loads(line)
+        if (levels := _levels(line)) > MOST_LEVELS:
+            return Problem("--corpus", place, f"JSON may be nested {MOST_LEVELS} levels deep, this is {levels}", "mend the line")
     except (ValueError, RecursionError) as error:
         return Problem("--corpus", place, f"each line must be one JSON object: {error}", "mend the line")
     if not isinstance(item, dict):
@@ -75,6 +86,14 @@ def _from_line(raw: bytes, place: str, offset_bytes: int, text_key: str) -> str 
     if "\\u" in line and not _is_encodable(text):
         return Problem("--corpus", place, "half of a surrogate pair (\\ud800 to \\udfff) is no character", "mend the line")
     return text
+
+
+def _levels(line: str) -> int:
+    """How deeply a JSON line is nested, as far as it may exceed MOST_LEVELS."""
+    if line.count("[") + line.count("{") <= MOST_LEVELS:
+        return 0
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", STRING.sub("", line)))
+    return max(accumulate(steps), default=0)
 
 
 def _is_encodable(text: str) -> bool:

@@ -1,8 +1,7 @@
-"""The names given by --corpus -> batches of raw documents, in order and in bounded memory.
+"""A `CorpusSource` -> batches of raw documents, in order and in bounded memory.
 
-In: `embedded`, files (.txt, .jsonl, .json, .parquet; text files also by any other name; also compressed: .gz, .zst) and
-folders of such files. Out: `CorpusSource`s, and the `DocumentBatch`es of each, of about a MiB. Only Parquet and JSON arrays
-are parsed here. The workers parse the other batches (tools/data/parse_documents.py).
+In: a source of tools/data/read/find_files.py. Out: the `DocumentBatch`es of it, of about a MiB. Only Parquet and JSON arrays
+are parsed here. The workers parse the other batches (tools/data/read/parse_documents.py).
 
 Torch-free.
 """
@@ -10,34 +9,23 @@ Torch-free.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import file_problem
-from tools.data import embedded_corpus
-from tools.data.file_blocks import BATCH_BYTES, check_document_size, chunks, line_blocks
-
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
-
-
-@dataclass(frozen=True)
-class CorpusSource:
-    """One file, or the embedded corpus. `form`: embedded, text, blocks, lines, array or parquet."""
-
-    name: str
-    form: str
-    compression: str
-    size_bytes: int
+from tools.data.read import embedded_corpus
+from tools.data.read.file_blocks import BATCH_BYTES, check_document_size, chunks, line_blocks
+from tools.data.read.find_files import CorpusSource
+from tools.data.read.parquet_file import rows
 
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Raw documents: either `lines`, a block of JSON lines, or `documents`, tuples (name, offset, text).
+    """Raw documents: either `lines`, a block of JSON lines, or `documents`, tuples (name, offset, text). Text None: a row of
+    Parquet that has no text.
 
     Line numbers count from 1. `read_bytes`: how many bytes of its source the batch used up.
     """
@@ -47,51 +35,15 @@ class DocumentBatch:
     lines: bytes = b""
     first_line: int = 1
     first_offset_bytes: int = 0
-    documents: tuple[tuple[str, int, bytes], ...] = ()
+    documents: tuple[tuple[str, int, bytes | None], ...] = ()
 
     @property
     def size_bytes(self) -> int:
-        return len(self.lines) + sum(len(text) for _, _, text in self.documents)
+        return len(self.lines) + sum(len(text or b"") for _, _, text in self.documents)
 
 
-def expand(names: Sequence[str], split_blank_lines: bool = False) -> list[CorpusSource]:
-    """The sources in the order named, the files of a folder in the order of their paths.
-
-    Raises ConfigError with every bad name.
-    """
-    sources, problems = [], []
-    for name in names:
-        path = Path(name)
-        if name == "embedded":
-            sources.append(CorpusSource(name, "embedded", "", sum(len(text) for _, text in embedded_corpus.documents())))
-        elif path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffixes(file)[0] in SUFFIXES]
-            sources += [_source(file, split_blank_lines) for file in found if file.stat().st_size]
-            if not found:
-                rule = "a folder must hold files that end in " + ", ".join(SUFFIXES) + " (or these with .gz, .zst)"
-                problems.append(Problem("--corpus", name, rule, "name another folder, or the files themselves"))
-        elif not path.is_file():
-            problems.append(Problem("--corpus", name, "the file must exist", "name a file, a folder, or: embedded"))
-        elif path.stat().st_size == 0:
-            problems.append(Problem("--corpus", name, "the file must not be empty", "leave it out, or name another"))
-        else:
-            sources.append(_source(path, split_blank_lines))
-    if problems:
-        raise ConfigError(problems)
-    return sources
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """(suffix of the form, suffix of the compression): a.jsonl.gz -> .jsonl, .gz"""
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    return Path(path.name.removesuffix(compression)).suffix.lower(), compression
-
-
-def _source(path: Path, split_blank_lines: bool) -> CorpusSource:
-    suffix, compression = _suffixes(path)
-    forms = {".jsonl": "lines", ".ndjson": "lines", ".json": "array", ".parquet": "parquet"}
-    form = forms.get(suffix, "blocks" if split_blank_lines else "text")
-    return CorpusSource(str(path), form, compression, path.stat().st_size)
+BATCH_DOCUMENTS = 1 << 16
+"""Bound of a batch whose documents are tiny or empty."""
 
 
 def batches(source: CorpusSource, text_key: str, max_bytes: float | None = None) -> Iterator[DocumentBatch]:
@@ -127,19 +79,19 @@ def _head(batch: DocumentBatch, size_bytes: int) -> DocumentBatch:
         return DocumentBatch(batch.source, batch.read_bytes, lines, batch.first_line, batch.first_offset_bytes)
     kept, size = 0, 0
     while kept < len(batch.documents) and size < size_bytes:
-        size += len(batch.documents[kept][2])
+        size += len(batch.documents[kept][2] or b"")
         kept += 1
     return DocumentBatch(batch.source, batch.read_bytes, documents=batch.documents[: max(kept, 1)])
 
 
-def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iterator[DocumentBatch]:
+def _gather(name: str, documents: Iterator[tuple[str, int, bytes | None, int]]) -> Iterator[DocumentBatch]:
     """Batches of about BATCH_BYTES from (name, offset, text, bytes read)."""
-    held: list[tuple[str, int, bytes]] = []
+    held: list[tuple[str, int, bytes | None]] = []
     size = read = 0
     for label, offset, text, read_bytes in documents:
         held.append((label, offset, text))
-        size, read = size + len(text), read + read_bytes
-        if size >= BATCH_BYTES:
+        size, read = size + len(text or b""), read + read_bytes
+        if size >= BATCH_BYTES or len(held) >= BATCH_DOCUMENTS:
             yield DocumentBatch(name, read, documents=tuple(held))
             held, size, read = [], 0, 0
     if held:
@@ -147,7 +99,7 @@ def _gather(name: str, documents: Iterator[tuple[str, int, bytes, int]]) -> Iter
 
 
 def _embedded(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
-    return _gather(source.name, ((name, 0, text, len(text)) for name, text in embedded_corpus.documents()))
+    return _gather(source.label, ((name, 0, text, len(text)) for name, text in embedded_corpus.documents()))
 
 
 def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
@@ -157,7 +109,7 @@ def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
         parts.append(chunk)
         size, read = size + len(chunk), read + read_bytes
         check_document_size(source.name, size, "cut the file, use JSON lines, or --split-blank-lines")
-    yield DocumentBatch(source.name, read, documents=((source.name, 0, b"".join(parts)),))
+    yield DocumentBatch(source.label, read, documents=((source.label, 0, b"".join(parts)),))
 
 
 def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
@@ -174,19 +126,19 @@ def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
                     held.append(line)
                     size += len(line)
                 elif held:
-                    yield source.name, start, b"".join(held), read
+                    yield source.label, start, b"".join(held), read
                     held, size, read = [], 0, 0
                 offset += len(line)
             check_document_size(source.name, size, "the text has no blank lines: cut it, or use JSON lines")
         if held:
-            yield source.name, start, b"".join(held), 0
+            yield source.label, start, b"".join(held), 0
 
-    return _gather(source.name, blocks())
+    return _gather(source.label, blocks())
 
 
 def _lines(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
     for block, read_bytes, line, offset in line_blocks(source.name, source.compression):
-        yield DocumentBatch(source.name, read_bytes, block, line, offset)
+        yield DocumentBatch(source.label, read_bytes, block, line, offset)
 
 
 def _array(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
@@ -205,36 +157,18 @@ def _array(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
         items: list[Any] = json.loads(b"".join(parts).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(not_utf8(source.name, 0, error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(Problem("--corpus", source.name, f"the file must be JSON: {error}", "mend the file")) from error
     # One object per line, as in a file of JSON lines, so that messages count array items.
     lines = b"".join(json.dumps(item if isinstance(item, dict) else {text_key: item}).encode() + b"\n" for item in items)
-    yield DocumentBatch(source.name, source.size_bytes, lines)
+    yield DocumentBatch(source.label, source.size_bytes, lines)
 
 
 def _parquet(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
-    import pyarrow as pa  # noqa: PLC0415  (0.3 s, for Parquet only)
-    from pyarrow import parquet  # noqa: PLC0415
-
-    try:
-        table = parquet.ParquetFile(source.name)
-        names = table.schema_arrow.names
-        if text_key not in names:
-            rule = f"the file must have the column {text_key!r}; it has {', '.join(names[:20])}"
-            raise ConfigError(Problem("--corpus", source.name, rule, "name the column with --text-key"))
-        rows = table.metadata.num_rows
-        row = 0
-        for part in table.iter_batches(batch_size=1024, columns=[text_key]):
-            texts = part.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-            if None in texts:
-                rule = f"row {row + texts.index(None)} (counted from 0) has no text"
-                raise ConfigError(Problem("--corpus", source.name, rule, "leave such rows out"))
-            documents = tuple((f"{source.name} row {row + k}", 0, text) for k, text in enumerate(texts))
-            yield DocumentBatch(source.name, source.size_bytes * len(texts) // max(rows, 1), documents=documents)
-            row += len(texts)
-    except pa.ArrowException as error:
-        rule = f"the file must be Parquet with a column {text_key!r} of texts: {str(error)[:200]}"
-        raise ConfigError(Problem("--corpus", source.name, rule, "copy the file again, or name another")) from error
+    """The rows of one column, in batches by bytes."""
+    return _gather(
+        source.label, ((f"{source.label} row {row}", 0, text, read) for row, text, read in rows(source.name, text_key))
+    )
 
 
 def not_utf8(name: str, offset_bytes: int, error: UnicodeDecodeError) -> Problem:

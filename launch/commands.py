@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +22,13 @@ from launch.cancel import cancel
 from launch.local.run import LocalRunResult, report, run_local
 from launch.logs import print_all_logs, print_rank_log
 from launch.plan import LaunchPlan, check_local, make_plan, manual_start_text, torchrun_line
+from launch.run_list import list_runs
 from launch.slurm.submit import as_json as submit_json
 from launch.slurm.submit import check_slurm, environment_notes, script_of, submit
 from launch.slurm.submit import describe as describe_submitted
-from launch.status import as_json, describe, line_of, list_runs, read_status, require_run_folder
+from launch.status import as_json, read_status, require_run_folder
+from launch.status_text import describe, table
+from launch.status_watch import terminal_columns, watch
 from parallel.batch import steps_of
 from parallel.legality.verdict import check_config
 from pretrain.preflight.verdict import preflight
@@ -35,6 +37,8 @@ from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
 
 WATCH_S = 2.0
 CANCEL_WAIT_S = 60.0
+RUNS = Path("runs")
+NO_RUNS = f"no runs in {RUNS}/; phalanx status RUN_DIR names another place"
 
 
 def main(argv: list[str]) -> int:
@@ -153,20 +157,25 @@ def _status(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until the run is over")
     found = parser.parse_args(words)
-    if found.run_dir is None:
-        runs = list_runs(Path("runs"))
-        lines = [line_of(status) for status in runs] or ["no runs in runs/; phalanx status RUN_DIR names another place"]
-        print(json.dumps([status.as_dict() for status in runs], indent=2) if found.json else "\n".join(lines))
-        return 0
-    folder = require_run_folder(found.run_dir)
-    while True:
-        status = read_status(folder)
-        print(as_json(status) if found.json else describe(status), flush=True)
-        if not found.watch or status.state not in ("queued", "running", "starting"):
-            return 0
-        time.sleep(WATCH_S)
-        if not found.json:
-            print()
+    folder = require_run_folder(found.run_dir) if found.run_dir is not None else None
+
+    def look(columns: int | None) -> tuple[str, bool]:
+        """(the text, whether it may still change)."""
+        if folder is not None:
+            status = read_status(folder)
+            return as_json(status) if found.json else describe(status), status.live
+        runs = list_runs(RUNS)
+        if found.json:
+            text = json.dumps([status.as_dict() for status in runs], indent=2)
+        else:
+            text = "\n".join(table(runs, columns) if runs else [NO_RUNS])
+        return text, any(status.live for status in runs)
+
+    if found.watch:
+        watch(look, WATCH_S, sys.stdout, redraw=not found.json)
+    else:
+        print(look(terminal_columns(sys.stdout))[0])
+    return 0
 
 
 def _logs(words: list[str]) -> int:
@@ -180,7 +189,7 @@ def _logs(words: list[str]) -> int:
     if found.rank is None:
         print_all_logs(folder, found.attempt, sys.stdout)
     else:
-        print_rank_log(folder, found.rank, found.attempt, found.follow, sys.stdout)
+        print_rank_log(folder, found.rank, found.attempt, found.follow, sys.stdout, sys.stderr)
     return 0
 
 

@@ -7,22 +7,29 @@ Torch-free.
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
 from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_lifecycle
+from launch.status import read_status
 from launch.watch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
 from launch.watch.heartbeats import NodeReport, read_reports
 from pretrain.run.folder import RunFolder, live_holder
 
 POLL_S = 0.2
 QUEUE_POLL_S = 2.0
+# How often Slurm is asked whether a job that has no log yet, or no longer writes one, is still there.
+SLURM_POLL_S = 10.0
+# A following reader begins so far before the end of a log. Logs are read in blocks of this size at most.
+_TAIL_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 20
 _SHOWN_LINES = 2000
 # `--rank all` shows this many last lines of each rank's log and of each node's gathered log.
 _MERGED_LINES = 200
@@ -78,13 +85,16 @@ def choose_log(log_dir: Path, rank: int, reports: Sequence[NodeReport] = ()) -> 
     raise ConfigError(Problem("--rank", rank, f"the rank must have a log; have one: {known}", "choose one of them"))
 
 
-def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO) -> None:
-    """Print the first failure, if any, and the rank's log. Raises ConfigError if the attempt or the rank has no log.
+def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bool, out: TextIO, notes: TextIO) -> None:
+    """Print the first failure, if any, and the end of the rank's log. Raises ConfigError if the attempt or the rank has no log.
 
-    With `follow`, new lines are printed until the run is over. Without `attempt`, later attempts are followed too.
+    With `follow`, new lines are printed until the run is over, and a run that has no log yet is waited for. Without `attempt`,
+    later attempts are followed too. `notes` is told what is waited for.
     """
+    if follow and attempt is None:
+        _wait_for_logs(folder, notes)
     batch = sorted((folder.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
-    if attempt is None and batch and not any((folder.path / "logs").glob("attempt_*/*")):
+    if attempt is None and batch and not _has_attempt_logs(folder):
         # No rank started. The output of the batch step and srun is the only log.
         print(f"--- {batch[-1]}\n{tail_of(batch[-1], lines=_SHOWN_LINES)}", file=out)
         return
@@ -99,12 +109,37 @@ def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bo
         return
     while True:
         _follow(folder, log, out)
-        later = _next_log_dir(folder, log_dir) if attempt is None else None
+        later = _next_log_dir(folder, log_dir, notes) if attempt is None else None
         if later is None:
             return
         log_dir = later
         log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
         print(f"--- {log.path}", file=out)
+
+
+def _has_attempt_logs(folder: RunFolder) -> bool:
+    return any((folder.path / "logs").glob("attempt_*/*"))
+
+
+def _wait_for_logs(folder: RunFolder, notes: TextIO) -> None:
+    """Wait until a rank or an agent of the run has a log, or until the run is over without one."""
+    told = ""
+    while not _has_attempt_logs(folder):
+        status = read_status(folder)
+        if not status.live:
+            return
+        text = f"no log yet: the run is {status.state}" + (f": {status.why}" if status.why else "")
+        if text != told:
+            print(text, file=notes, flush=True)
+            told = text
+        _sleep_until(lambda: _has_attempt_logs(folder))
+
+
+def _sleep_until(arrived: Callable[[], bool]) -> None:
+    """Sleep for SLURM_POLL_S, or until `arrived` says so."""
+    deadline = time.monotonic() + SLURM_POLL_S
+    while not arrived() and time.monotonic() < deadline:
+        time.sleep(QUEUE_POLL_S)
 
 
 def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
@@ -125,25 +160,45 @@ def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
 
 
 def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
-    """Print the new lines of the log until no process holds the run folder."""
+    """Print the last lines of the log, then its new lines until no process holds the run folder."""
     with open(log.path, "rb") as file:
+        if log.origin:
+            # The lines of one rank are anywhere in a gathered log: it is read once, from its beginning.
+            print(_last_lines(file, log), file=out)
+        elif (size := file.seek(0, os.SEEK_END)) > _TAIL_BYTES:
+            file.seek(size - _TAIL_BYTES)
+            file.readline(_TAIL_BYTES)
+        else:
+            file.seek(0)
+        # A block may end within a character.
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         while True:
             alive = live_holder(folder) is not None
-            out.write(_whole_lines(file, log).decode(errors="replace"))
+            while text := _next_block(file, log):
+                out.write(decode(log.lines_of(text)))
             out.flush()
             if not alive:
                 return
             time.sleep(POLL_S)
 
 
-def _next_log_dir(folder: RunFolder, log_dir: Path) -> Path | None:
+def _next_log_dir(folder: RunFolder, log_dir: Path, notes: TextIO) -> Path | None:
     """Wait for the next attempt of a Slurm run and return its logs. None if the run is over."""
-    while read_lifecycle(folder).phase in (QUEUED, RUNNING, ENDED):
-        newest = choose_log_dir(folder, None)
-        if newest != log_dir and any(newest.glob("rank_*.log")):
-            return newest
-        time.sleep(QUEUE_POLL_S)
-    return None
+
+    def newest() -> Path | None:
+        found = choose_log_dir(folder, None)
+        return found if found != log_dir and any(found.glob("rank_*.log")) else None
+
+    told = False
+    while (later := newest()) is None:
+        phase = read_lifecycle(folder).phase
+        if phase not in (QUEUED, RUNNING, ENDED) or not read_status(folder).live:
+            return None
+        if not told:
+            print("the attempt is over; waiting for the next one", file=notes, flush=True)
+            told = True
+        _sleep_until(lambda: newest() is not None or read_lifecycle(folder).phase not in (QUEUED, RUNNING, ENDED))
+    return later
 
 
 def _gathered_logs(log_dir: Path) -> list[Path]:
@@ -153,7 +208,12 @@ def _gathered_logs(log_dir: Path) -> list[Path]:
 
 def _has_line(path: Path, origin: bytes) -> bool:
     with open(path, "rb") as file:
-        return any(line.startswith(origin) for line in file)
+        return any(line.startswith(origin) for line in _pieces(file))
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file. A line without end comes in blocks, so that no line needs the memory of a whole log."""
+    return iter(lambda: file.readline(_BLOCK_BYTES), b"")
 
 
 def _tail(log: RankLog) -> str:
@@ -161,14 +221,20 @@ def _tail(log: RankLog) -> str:
     if not log.origin:
         return tail_of(log.path, lines=_SHOWN_LINES)
     with open(log.path, "rb") as file:
-        last = deque((line for line in file if line.startswith(log.origin)), maxlen=_SHOWN_LINES)
+        return _last_lines(file, log)
+
+
+def _last_lines(file: BinaryIO, log: RankLog) -> str:
+    """The rank's last lines in a gathered log, which is read to its end."""
+    last = deque((line for line in _pieces(file) if line.startswith(log.origin)), maxlen=_SHOWN_LINES)
     return log.lines_of(b"".join(last)).decode(errors="replace").rstrip("\n")
 
 
-def _whole_lines(file: BinaryIO, log: RankLog) -> bytes:
-    """The rank's part of what was appended since the last call. An unfinished line is left for the next call."""
-    text = file.read()
-    if log.origin and (torn := len(text) - text.rfind(b"\n") - 1):
-        file.seek(-torn, os.SEEK_CUR)
-        text = text[:-torn]
-    return log.lines_of(text)
+def _next_block(file: BinaryIO, log: RankLog) -> bytes:
+    """What was appended since the last call, at most a block. An unfinished line of a gathered log is left for the next call."""
+    text = file.read(_BLOCK_BYTES)
+    whole = text.rfind(b"\n") + 1
+    if log.origin and (whole or len(text) < _BLOCK_BYTES):
+        file.seek(whole - len(text), os.SEEK_CUR)
+        text = text[:whole]
+    return text

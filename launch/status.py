@@ -1,7 +1,7 @@
 """The status of a run. In: the files of the run folder and, for a Slurm run, Slurm's queue. Out: a `RunStatus`.
 
 The status can be read during the run and after its end, from any host that sees the folder. On a host without Slurm's
-commands, the status says that Slurm does not answer.
+commands, the status says that Slurm does not answer. What is damaged in the folder is told in `damage`; the rest counts.
 
 Torch-free.
 """
@@ -9,23 +9,27 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
-from configs.units import duration
-from launch.slurm.interruptions import Interruption, interruptions
+from launch.slurm.interruptions import interruptions
 from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
+from pretrain.run.event_rows import count_damaged, recent_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import last_row, recent_rows
+from pretrain.run.files import recent_rows, storage_problem
 from pretrain.run.folder import RunFolder, is_run_folder, live_holder
 
+# A run in one of these states may still change.
+LIVE_STATES = ("queued", "starting", "running")
 _ETA_STEPS = 20
 _EVENTS = 5
 # Every checkpoint writes events of these kinds. They would push rarer events out of the few that are shown.
@@ -36,9 +40,10 @@ _QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 class RunStatus:
     """The status of a run. A value that is not known is None.
 
-    `state` is queued, starting, running, the state of an outcome, gave_up, or died. A run died if it ended without an
-    outcome. `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt.
-    `events` are the most recent events. Names that end in `_s` are in seconds.
+    `state` is queued, starting, running, the state of an outcome, gave_up, died, or unreadable. A run died if it ended without
+    an outcome. `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt.
+    `events` are the most recent events. `age_s` is the time since the newest sign of life. `damage` tells what is wrong with
+    files of the folder. Names that end in `_s` are in seconds.
     """
 
     run_dir: str
@@ -54,12 +59,18 @@ class RunStatus:
     step_time_s: float | None
     eta_s: float | None
     last_row_age_s: float | None
+    age_s: float | None
     holder: str | None
     done: bool
     job: dict[str, Any] | None
     nodes: list[str]
     interruptions: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    damage: list[str]
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE_STATES
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,8 +79,11 @@ class RunStatus:
 def require_run_folder(path: str) -> RunFolder:
     """The run folder at `path`. Raises ConfigError if no run has begun there."""
     folder = RunFolder(Path(path))
-    if is_run_folder(folder) or folder.claimed_attempts():
-        return folder
+    try:
+        if is_run_folder(folder) or folder.claimed_attempts():
+            return folder
+    except OSError as error:
+        raise ConfigError(storage_problem("RUN_DIR", path, error)) from error
     found = "nothing is there" if not folder.path.exists() else "it has neither config.yaml nor events.jsonl"
     runs = (
         sorted(str(config.parent) for config in folder.path.parent.glob("*/config.yaml")) if folder.path.parent.is_dir() else []
@@ -82,20 +96,33 @@ def require_run_folder(path: str) -> RunFolder:
     raise ConfigError(Problem("RUN_DIR", path, f"must be a run folder; {found}", fix))
 
 
-def read_status(folder: RunFolder, now_s: float | None = None) -> RunStatus:
-    """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now."""
-    now_s = time.time() if now_s is None else now_s
+def read_status(folder: RunFolder, now_s: float | None = None, ask_slurm: bool = True) -> RunStatus:
+    """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now.
+
+    `ask_slurm` False: the queue is not asked. Raises ConfigError if a file of the folder can't be read.
+    """
+    try:
+        return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm)
+    except OSError as error:
+        raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
+
+
+def _read_status(folder: RunFolder, now_s: float, ask_slurm: bool) -> RunStatus:
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
     life = read_lifecycle(folder)
-    job, silence = _job(life)
+    job, silence = _job(life) if ask_slurm else (None, "Slurm was not asked")
     state, why = _state(folder, attempt, holder is not None, row) if not life.jobs else _slurm_state(life, job, silence, row)
-    total_steps = _total_steps(folder)
-    times_s = [r["step_time_s"] for r in rows[-_ETA_STEPS:] if isinstance(r.get("step_time_s"), (int, float))]
-    step_time_s = statistics.median(times_s) if times_s else None
-    step = row.get("step", 0)
+    total_steps, damage = _total_steps(folder)
+    if damaged := count_damaged(folder):
+        damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
+    if rows and not isinstance(row.get("step"), int):
+        damage.append("metrics.jsonl: the last row has no step")
+    step_times_s = [value for r in rows[-_ETA_STEPS:] if (value := _number(r, "step_time_s")) is not None]
+    step_time_s = statistics.median(step_times_s) if step_times_s else None
+    step = int(_number(row, "step") or 0)
     left = max(0, total_steps - step) if total_steps is not None else None
     return RunStatus(
         run_dir=str(folder.path),
@@ -104,69 +131,47 @@ def read_status(folder: RunFolder, now_s: float | None = None) -> RunStatus:
         attempt=max(attempt, life.attempt),
         step=step,
         total_steps=total_steps,
-        loss=row.get("loss"),
-        val_loss=next((r["val_loss"] for r in reversed(rows) if r.get("val_loss") is not None), None),
-        tokens=row.get("tokens"),
-        tokens_per_s=row.get("tokens_per_s"),
+        loss=_number(row, "loss"),
+        val_loss=next((loss for r in reversed(rows) if (loss := _number(r, "val_loss")) is not None), None),
+        tokens=None if (tokens := _number(row, "tokens")) is None else int(tokens),
+        tokens_per_s=_number(row, "tokens_per_s"),
         step_time_s=step_time_s,
         eta_s=left * step_time_s if left is not None and step_time_s is not None and state == "running" else None,
         last_row_age_s=max(0.0, now_s - folder.metrics.stat().st_mtime) if rows else None,
+        age_s=None if (last_s := last_sign_s(folder)) is None else max(0.0, now_s - last_s),
         holder=holder.describe() if holder else None,
         done=folder.done.exists(),
         job=_job_dict(job, life, silence),
         nodes=list(life.nodes),
-        interruptions=[found.as_dict() for found in interruptions(recent_rows(folder.events))] if life.jobs else [],
-        events=[event for event in recent_rows(folder.events, 1 << 14) if event.get("kind") not in _QUIET][-_EVENTS:],
+        interruptions=[found.as_dict() for found in interruptions(recent_events(folder))] if life.jobs else [],
+        events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in _QUIET][-_EVENTS:],
+        damage=damage,
     )
 
 
-def describe(status: RunStatus) -> str:
-    """A few aligned lines for people."""
-    steps = f"{status.step}/{status.total_steps}" if status.total_steps is not None else str(status.step)
-    lines = [
-        ("run", status.run_dir),
-        ("state", status.state + (f": {status.why}" if status.why else "")),
-        ("attempt", f"{status.attempt}" + (f", held by {status.holder}" if status.holder else "")),
-        ("step", steps + (f", eta {duration(status.eta_s)}" if status.eta_s is not None else "")),
-    ]
-    numbers = [
-        ("loss", status.loss, "{:.4f}"),
-        ("val loss", status.val_loss, "{:.4f}"),
-        ("tokens", status.tokens, "{:,}"),
-        ("tokens/s", status.tokens_per_s, "{:,.0f}"),
-        ("s/step", status.step_time_s, "{:.3f}"),
-    ]
-    lines += [(name, text.format(value)) for name, value, text in numbers if value is not None]
-    if status.job is not None:
-        lines.append(("job", _job_text(status.job)))
-    if status.nodes:
-        lines.append(("nodes", ", ".join(status.nodes[:8]) + (f", … ({len(status.nodes)})" if len(status.nodes) > 8 else "")))
-    if status.last_row_age_s is not None and status.state == "running":
-        lines.append(("last row", f"{duration(status.last_row_age_s)} ago"))
-    broken = [str(Interruption(**found)) for found in status.interruptions[-3:]]
-    lines += [("" if index else "interrupted", text) for index, text in enumerate(broken)]
-    lines += [("" if index else "events", _event_text(event)) for index, event in enumerate(status.events)]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+def last_sign_s(folder: RunFolder) -> float | None:
+    """When the run was last seen at work, in seconds since the epoch. None: nobody can see."""
+    times_s = []
+    for path in (folder.metrics, folder.events, folder.lock, folder.config, folder.path):
+        try:
+            times_s.append(path.stat().st_mtime)
+        except OSError:
+            # Absent, or not for this user's eyes: the others count.
+            continue
+        if path in (folder.config, folder.path):
+            break
+    return max(times_s, default=None)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    """The finite number of this name. None: the row has none."""
+    value = row.get(name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
 
 
 def as_json(status: RunStatus) -> str:
     return json.dumps(status.as_dict(), indent=2)
-
-
-def list_runs(parent: Path) -> list[RunStatus]:
-    """The runs whose folders lie in `parent`, the one with the newest event first."""
-    folders = [RunFolder(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    found = [folder for folder in folders if is_run_folder(folder)]
-    return [read_status(folder) for folder in sorted(found, key=lambda folder: folder.events.stat().st_mtime, reverse=True)]
-
-
-def line_of(status: RunStatus) -> str:
-    """One line of a list of runs."""
-    steps = f"{status.step}/{status.total_steps}" if status.total_steps is not None else str(status.step)
-    loss = f"loss {status.loss:.4f}" if status.loss is not None else ""
-    why = f"  {status.why.splitlines()[0]}" if status.why and status.state != "finished" else ""
-    return f"{status.run_dir:<32} {status.state:<10} {steps:>13}  {loss}{why}"
 
 
 def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
@@ -208,22 +213,6 @@ def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[st
     return {"unknown": silence} if life.jobs else None
 
 
-def _job_text(job: dict[str, Any]) -> str:
-    if "unknown" in job:
-        return job["unknown"]
-    words = [f"{job['number']} {job['state'].lower()}"]
-    words += [f"on {job['nodes']}"] if job["nodes"] else []
-    words += [f"without {', '.join(job['requeued_excluding'])}"] if job["requeued_excluding"] else []
-    return ", ".join(words)
-
-
-def _event_text(event: dict[str, Any]) -> str:
-    clock = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-    shown = [(name, value) for name, value in event.items() if name not in ("time", "kind", "attempt")]
-    words = " ".join(f"{name}={value}" for name, value in shown if value not in ("", None, [])).splitlines() or [""]
-    return f"{clock}  #{event.get('attempt', 0)} {event['kind']}  {words[0][:120]}"
-
-
 def _state(folder: RunFolder, attempt: int, held: bool, row: dict[str, Any]) -> tuple[str, str]:
     if held:
         return ("running" if row else "starting"), ""
@@ -232,17 +221,22 @@ def _state(folder: RunFolder, attempt: int, held: bool, row: dict[str, Any]) -> 
         return outcome.state, outcome.why
     if attempt == 0:
         return "starting", "no attempt has begun yet; phalanx logs shows why when it lasts"
-    event = last_row(folder.events)
-    after = f"; its last event was {event['kind']}" if event is not None and "kind" in event else ""
+    events = recent_events(folder)
+    after = f"; its last event was {events[-1]['kind']}" if events else ""
     return "died", f"attempt {attempt} ended without an outcome{after}"
 
 
-def _total_steps(folder: RunFolder) -> int | None:
+def _total_steps(folder: RunFolder) -> tuple[int | None, list[str]]:
+    """(the steps that the config asks for, if it says so; what is wrong with the config)."""
     if not folder.config.exists():
-        return None
+        return None, []
     try:
-        config = from_yaml_text(folder.config.read_text(), str(folder.config))
-    except ConfigError:
-        # Another version of the schema wrote this config. The rest of the status is still valid.
-        return None
-    return steps_of(config) if config.run.steps is not None or config.run.tokens is not None else None
+        config = from_yaml_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
+    except UnicodeDecodeError:
+        return None, ["config.yaml: is no text"]
+    except ConfigError as error:
+        # Another version of the schema wrote this config, or it is damaged. The rest of the status is still valid.
+        first = error.problems[0]
+        more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+        return None, [f"config.yaml: {first.path}: {first.rule}{more}"]
+    return (steps_of(config) if config.run.steps is not None or config.run.tokens is not None else None), []

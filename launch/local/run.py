@@ -33,8 +33,9 @@ from launch.watch.hang import HangWatch
 from launch.watch.triage import Triage, find_late, record_hang
 from pretrain.metrics.screen import screen_of
 from pretrain.run.beat import BEAT_DIR
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import iterate_lines, storage_problem, write_atomically, write_json
+from pretrain.run.files import storage_problem, write_atomically, write_json
 from pretrain.run.folder import (
     EXIT_BAD_INPUT,
     EXIT_BROKE,
@@ -266,7 +267,5 @@ def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triag
 
 def _begun_attempt(folder: RunFolder, log_dir: Path) -> int | None:
     """The number that rank 0 recorded for the attempt with these logs. None: the attempt never began."""
-    if not folder.events.exists():
-        return None
-    rows = (row for _, row in iterate_lines(folder.events) if row is not None and row.get("kind") == EventKind.ATTEMPT)
+    rows = (row for row in read_events(folder) if row["kind"] == EventKind.ATTEMPT)
     return next((row["attempt"] for row in rows if row.get("logs") == str(log_dir)), None)

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import iterate_lines
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, EXIT_CODE, RunFolder
 
 NEW, QUEUED, RUNNING, ENDED, OVER = "new", "queued", "running", "ended", "over"
@@ -130,14 +130,14 @@ def replay(rows: Iterable[Mapping[str, Any]]) -> RunLifecycle:
 
 def read_lifecycle(folder: RunFolder) -> RunLifecycle:
     """The lifecycle recorded in the events of a run folder. A folder without events has a new lifecycle."""
-    events = folder.events
-    return replay(row for _, row in iterate_lines(events) if row is not None) if events.exists() else RunLifecycle()
+    return replay(read_events(folder))
 
 
 def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
     """The lifecycle after one more row. A submission begins a new lifecycle, so attempts are counted from there."""
     kind = row.get("kind", "")
-    if kind not in TRANSITIONS:
+    if kind not in TRANSITIONS or row.get("cause", "killed") not in CAUSES:
+        # A cause that this version does not know was written by another one: the next batch step finds the end anew.
         return life
     if kind == EventKind.JOB_SUBMITTED and life.phase != OVER and set(row["jobs"]) & set(life.jobs):
         # The job began before its submitter had written this row.

@@ -10,10 +10,12 @@ Torch-free.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.run.files import iterate_lines, read_json
 from pretrain.run.folder import EXIT_CODE
@@ -26,6 +28,9 @@ GATHERED = ".failures.jsonl"
 # The rank number of a failure of the node's agent before it started any rank.
 NO_RANK = -1
 _TAIL_LINES = 30
+_TAIL_BYTES = 1 << 16
+# torchrun's summary is at the end of its log: some 200 bytes for each failed rank.
+_AGENT_SUMMARY_BYTES = 1 << 22
 # torchrun reports every exit code except 0 as a failure. A rank that ends with one of these codes has recorded an outcome.
 _IN_ORDER = frozenset(EXIT_CODE[state] for state in ("preempted", "stopped", "diverged"))
 # torchrun's summary has one block per failed rank: "rank : 2 (local_rank: 2)", then "exitcode : -9 (pid: 17)".
@@ -55,8 +60,8 @@ def find_failures(log_dir: Path) -> list[Failure]:
     exit code. Raises OSError if a log can't be read.
     """
     written = {failure.rank: failure for path in log_dir.glob("rank_*.failure.json") if (failure := _read(path))}
-    gathered = (row for path in log_dir.glob(f"*{GATHERED}") for _, row in iterate_lines(path) if row is not None)
-    found = [*written.values(), *(Failure(**row) for row in gathered)]
+    gathered = [_failure_of(row) for path in log_dir.glob(f"*{GATHERED}") for _, row in iterate_lines(path)]
+    found = [*written.values(), *(failure for failure in gathered if failure is not None)]
     for path in agent_logs(log_dir):
         node = path.name.removesuffix(AGENT_LOG).rstrip(".")
         for rank, exit_code in _agent_exit_codes(path):
@@ -102,16 +107,29 @@ def tail_of(path: Path, lines: int = _TAIL_LINES) -> str:
     """The last `lines` lines of a log, from its last 64 KiB at most. Empty if the log doesn't exist."""
     if not path.exists():
         return ""
+    return "\n".join(_last_bytes(path, _TAIL_BYTES).decode(errors="replace").splitlines()[-lines:])
+
+
+def _last_bytes(path: Path, count: int) -> bytes:
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 65536))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+        return file.read(count)
 
 
 def _read(path: Path) -> Failure | None:
-    value = read_json(path)
+    return _failure_of(read_json(path))
+
+
+def _failure_of(value: Any) -> Failure | None:
+    """The failure that a rank wrote. None: the file holds something else."""
     if not isinstance(value, dict):
         return None
-    return Failure(int(value["rank"]), float(value["time"]), str(value["kind"]), str(value["text"]), str(value.get("node", "")))
+    try:
+        return Failure(
+            int(value["rank"]), float(value["time"]), str(value["kind"]), str(value["text"]), str(value.get("node", ""))
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _agent_exit_codes(log: Path) -> list[tuple[int, int]]:
@@ -119,7 +137,7 @@ def _agent_exit_codes(log: Path) -> list[tuple[int, int]]:
 
     Ranks that torchrun ended itself, and ranks whose exit code comes with an outcome, are left out.
     """
-    text = log.read_text(errors="replace")
+    text = _last_bytes(log, _AGENT_SUMMARY_BYTES).decode(errors="replace")
     ended_by_agent = set(_AGENT_KILLED.findall(text))
     failed = [(int(rank), int(code)) for rank, code, pid in _AGENT_FAILURE.findall(text) if pid not in ended_by_agent]
     return sorted((rank, code) for rank, code in failed if code != -signal.SIGTERM and code not in _IN_ORDER)

@@ -22,7 +22,7 @@ from configs.errors import Problem
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.rollback import ASIDE, Announce, move_aside
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.run.decision import events_of
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import RunFolder, complete_checkpoints, step_folder
@@ -31,7 +31,7 @@ from pretrain.run.folder import RunFolder, complete_checkpoints, step_folder
 def _newest_decision(folder: RunFolder) -> tuple[dict[str, Any] | None, set[str]]:
     """(the newest `went_back` event or None, names of the checkpoints that were set aside after it)."""
     decision, done = None, set()
-    for event in events_of(folder):
+    for event in read_events(folder):
         if event.get("kind") == EventKind.WENT_BACK:
             decision, done = event, set()
         elif event.get("kind") == EventKind.CHECKPOINT_ROLLED_BACK:

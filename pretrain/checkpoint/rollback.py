@@ -23,7 +23,7 @@ from configs.schema import Divergence
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.divergence import DivergencePolicy, RefusedStep, read_history
-from pretrain.run.decision import events_of
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import sync_folder
 from pretrain.run.folder import RunFolder, complete_checkpoints
@@ -87,7 +87,7 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
     """The divergence policy with the run's history. Rank 0 calls it after the record was cut back to the run's newest step."""
     rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
-    return DivergencePolicy(section, read_history(section, rows, events_of(folder), consumed_samples))
+    return DivergencePolicy(section, read_history(section, rows, read_events(folder), consumed_samples))
 
 
 def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep, announce: Announce) -> list[Path]:
@@ -96,7 +96,7 @@ def begin_rollback(folder: RunFolder, section: Divergence, refused: RefusedStep,
     Empty: there is no checkpoint, and nothing was changed. Once the event is written, the run is at the step of the first
     returned checkpoint, even if a kill follows.
     """
-    before = newest_rollback(events_of(folder))
+    before = newest_rollback(read_events(folder))
     folders = choose_targets(folder.checkpoints, refused.step - 1, section.rollback_checkpoints, before)
     if folders:
         rollback = Rollback(step_of(folders[0]), refused.samples)
@@ -112,7 +112,7 @@ def finish_rollback(folder: RunFolder, announce: Announce) -> int:
 
     Returns the number of leading samples that no step may read again; 0: the run never went back.
     """
-    rollback = newest_rollback(events_of(folder))
+    rollback = newest_rollback(read_events(folder))
     if rollback is None:
         return 0
     if not rollback.is_asked_for:

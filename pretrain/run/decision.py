@@ -8,19 +8,9 @@ Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
-
-
-def events_of(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The complete rows of events.jsonl, oldest first; empty when the file doesn't exist."""
-    if not folder.events.exists():
-        return iter(())
-    return (row for _, row in iterate_lines(folder.events) if row is not None)
 
 
 def pending_step(folder: RunFolder, resume_step: int | None) -> int | None:
@@ -32,7 +22,7 @@ def pending_step(folder: RunFolder, resume_step: int | None) -> int | None:
     if resume_step is None:
         return None
     decided: int | None = None
-    for event in events_of(folder):
+    for event in read_events(folder):
         if event.get("kind") == EventKind.WENT_BACK:
             decided = event["to_step"]
         elif event.get("kind") == EventKind.ATTEMPT and event.get("resume_step") != decided:

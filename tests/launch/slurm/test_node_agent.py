@@ -122,7 +122,7 @@ def test_logs_and_failures_of_a_large_run_are_gathered(start: Callable[..., Agen
     (report,) = read_reports(agent.attempt_dir)
     assert report.exit_code == 1 and report.failures[0]["rank"] == 0
     shown = io.StringIO()
-    print_rank_log(agent.run, 0, None, False, shown)
+    print_rank_log(agent.run, 0, None, False, shown, shown)
     assert shown.getvalue().startswith("rank 0 on node7 failed first:") and "\nstep 1\nstep 2\n" in shown.getvalue()
 
 

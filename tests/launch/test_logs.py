@@ -1,0 +1,114 @@
+"""`phalanx logs`: a queued run is waited for, a run that is over is left, and no log is too large."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import logs
+from pretrain.run.event_log import append_event
+from pretrain.run.events import EventKind
+from pretrain.run.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE, MOST_MIB = 1 << 28, 150
+
+
+@pytest.fixture
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run that waits in Slurm's queue, seen from a host without Slurm's commands."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("POLL_S", "QUEUE_POLL_S"):
+        monkeypatch.setattr(logs, name, 0.02)
+    monkeypatch.setattr(logs, "SLURM_POLL_S", 0.1)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    append_event(folder, 0, EventKind.JOB_SUBMITTED, jobs=[17])
+    return folder
+
+
+def begin(folder: RunFolder, attempt: int, text: str) -> None:
+    append_event(folder, attempt, EventKind.JOB_ATTEMPT, nodes=["n1"], logs="", job=17, restarts=0, step_before=0)
+    folder.log_dir(attempt).mkdir(parents=True)
+    (folder.log_dir(attempt) / "rank_0.log").write_text(text)
+
+
+def over(folder: RunFolder, attempt: int) -> None:
+    append_event(folder, attempt, EventKind.JOB_OVER, state="finished", exit_code=0, why="finished at step 3")
+
+
+def follow(folder: RunFolder) -> tuple[str, str]:
+    out, notes = io.StringIO(), io.StringIO()
+    logs.print_rank_log(folder, 0, None, True, out, notes)
+    return out.getvalue(), notes.getvalue()
+
+
+def test_a_queued_run_is_waited_for_and_followed_to_its_end(queued: RunFolder) -> None:
+    def live() -> None:
+        time.sleep(0.3)
+        begin(queued, 1, "first\n")
+        time.sleep(0.3)
+        begin(queued, 2, "second\n")
+        time.sleep(0.3)
+        over(queued, 2)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    out, notes = follow(queued)
+    thread.join()
+    assert out.splitlines() == ["first", f"--- {queued.log_dir(2) / 'rank_0.log'}", "second"]
+    assert "no log yet: the run is queued" in notes and "waiting for the next one" in notes
+
+
+def test_a_run_that_is_over_is_not_waited_for(queued: RunFolder) -> None:
+    begin(queued, 1, "all\n")
+    over(queued, 1)
+    assert follow(queued) == ("all\n", "")
+
+
+def test_a_run_that_ended_in_the_queue_shows_the_output_of_its_job(queued: RunFolder) -> None:
+    (queued.path / "logs").mkdir()
+    (queued.path / "logs" / "slurm-17.out").write_text("no such partition\n")
+    over(queued, 0)
+    out, notes = follow(queued)
+    assert "no such partition" in out and not notes
+
+
+# The peak of a process counts the memory of the process that forked it: this one is small.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def peak_mib(*words: str) -> tuple[int, bytes]:
+    """(peak memory of `phalanx words` in MiB, what it printed)."""
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "tools.cli", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return int(done.stderr.split()[-1]), done.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("-f",), ("--rank", "all")])
+@pytest.mark.parametrize("name", ["rank_0.log", "n1.log"])
+def test_a_log_of_gigabytes_takes_little_memory(name: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    """A line of 256 MiB without end, and the lines that matter behind it. The file has holes: it takes no room on the disk."""
+    folder = RunFolder(tmp_path / "run")
+    folder.log_dir(1).mkdir(parents=True)
+    folder.config.write_text("run: {name: a}\n")
+    log = folder.log_dir(1) / name
+    with log.open("wb") as file:
+        file.truncate(SIZE)
+        file.seek(SIZE)
+        file.write(b"\n[rank 0] the end\n")
+    mib, text = peak_mib("logs", str(folder.path), *words)
+    assert text.endswith(b"the end\n")
+    assert mib < MOST_MIB
+    assert len(text) < 1 << 20

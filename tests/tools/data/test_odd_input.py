@@ -159,7 +159,8 @@ def test_bad_lines_of_training_text(bad_lines: Path, tmp_path: Path, capfd: pyte
     capfd.readouterr()
     assert run([*arguments, "--out", str(tmp_path / "t.model"), "--skip-bad", "7", "--json"]) == 0
     shown = capfd.readouterr()
-    assert len(json.loads(shown.out)["skipped"]) > 2 and "were passed over" in shown.err
+    assert [item["place"] for item in json.loads(shown.out)["skipped"]] == [f"{bad_lines}/d.txt"]  # 30 kB have no other
+    assert f"1 bad lines, rows or documents were passed over:\n  {bad_lines}/d.txt" in shown.err
 
 
 COLUMNS = {

@@ -12,6 +12,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def command(python: str, module: str) -> list[str]:
 
 install()
 if __name__ == "__main__":
+    if os.environ.pop("PYTHONINSPECT", ""):
+        # Python would wait for input at the end and then return 0, whatever exit code the module asked for.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     del sys.argv[0]
     # run_module puts the module's own path into argv[0].
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

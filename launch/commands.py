@@ -82,7 +82,7 @@ def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -
     if on_slurm:
         target_problems = check_slurm(config)
     else:
-        target_problems = [] if options.dry_run else check_local(config)
+        target_problems = [] if options.dry_run else check_local(config, os.environ)
     if problems := [*found.problems, *target_problems]:
         raise ConfigError(problems)
     for notice in found.notices:
@@ -104,7 +104,8 @@ def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:
     folder = folder_of(loaded.config)
     if options.dry_run:
         text = script_of(loaded.config, Path.cwd())
-        for note in environment_notes(loaded.config, os.environ):
+        files = "the script needs the files that phalanx launch writes beside it; sbatch of this output alone ends at once"
+        for note in (*environment_notes(loaded.config, os.environ), files):
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps({"script": text, "run_dir": str(folder.path)}, indent=2) if options.json else text, end="")
         return 0

@@ -16,6 +16,7 @@ from configs import own_packages
 from configs.errors import Problem
 from configs.schema import Config
 from launch.watch.heartbeats import WatchPolicy, make_watch_policy
+from parallel.environment import check_environment
 from pretrain.run.folder import RunFolder, folder_of
 
 # Defaults for every rank's environment: variable → (value, reason). The user's environment and launch.env win over them.
@@ -100,7 +101,7 @@ def make_plan(
     single = launch.nodes == 1
     rendezvous = f"{LOOPBACK}:{launch.master_port or 0}" if single else f"{host or 'HOST'}:{launch.master_port or DEFAULT_PORT}"
     defaults = {name: value for name, value, _ in rank_env(config)} | (LOOPBACK_ENV if single else {})
-    env = {name: value for name, value in defaults.items() if name not in environ}
+    env = {name: value for name, value in defaults.items() if not environ.get(name)}
     return LaunchPlan(
         folder=folder_of(config),
         program=program or program_path(),
@@ -128,10 +129,12 @@ def manual_start_text(plan: LaunchPlan) -> str:
     )
 
 
-def check_local(config: Config) -> list[Problem]:
-    """The problems of a config that the local launcher cannot run, because it starts ranks on this machine only."""
+def check_local(config: Config, environ: Mapping[str, str]) -> list[Problem]:
+    """What keeps the local launcher from running a config: several nodes, or variables in the ranks' environment."""
     nodes = config.launch.nodes
-    if config.launch.target != "local" or nodes == 1:
+    if config.launch.target != "local":
         return []
+    if nodes == 1:
+        return check_environment({**environ, **config.launch.env})
     fix = "--dry-run prints the line to run by hand on each machine; or set launch.target=slurm, or launch.nodes=1"
     return [Problem("launch.nodes", nodes, "launch.target=local starts ranks on this machine only", fix)]

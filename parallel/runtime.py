@@ -12,7 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from configs.errors import ConfigError
 from parallel.compat import megatron_cpu as cpu
+from parallel.environment import check_environment, num_threads
 
 # How long a rank waits for the others in a collective.
 TIMEOUT_S, WATCHED_TIMEOUT_S = 600.0, 7200.0
@@ -40,13 +42,16 @@ def start(environ: Mapping[str, str], is_watched: bool = False) -> Runtime:
 
     `is_watched`: a watchdog outside ends what hangs, and names the rank; the ranks' own limit is then the second line.
     Small control messages travel as CPU tensors over gloo also on a GPU, so that they never wait for a stream.
+    Raises ConfigError if the environment lets no rank start (parallel/environment.py).
     """
+    if problems := check_environment(environ):
+        raise ConfigError(problems)
     rank, world_size, local_rank = read_environment(environ)
     device = torch.device("cuda", local_rank) if cpu.cuda_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", 1)))
+        torch.set_num_threads(num_threads(environ))
     if not dist.is_initialized():
         if "MASTER_ADDR" not in environ:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]

@@ -181,7 +181,11 @@ def main(argv: Sequence[str]) -> int:
     found, command = parser.parse_args(list(argv[:cut])), argv[cut + 1 :]
     if not command:
         parser.error("a command must follow --")
-    spec, environ = JobFile.read(found.job_dir), os.environ
+    try:
+        spec, environ = JobFile.read(found.job_dir), os.environ
+    except FileNotFoundError as error:
+        print(f"phalanx: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     job, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", 0))
     clock = TimeLimitClock(RunFolder(Path(spec.run_dir)), job, spec.stop_before_s, environ)
     return run(JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock))

@@ -18,6 +18,8 @@ from launch.watch.heartbeats import WatchPolicy, make_watch_policy
 from pretrain.run.files import read_json, write_json
 
 JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
+# Words of the batch script's command that the batch step replaces, and the last two that the node agent replaces.
+PLACEHOLDERS = ("{nodes}", "{attempt_dir}", "{log_dir}", "{host}", "{port}", "{is_host}", "{local_addr}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from configs.schema import Config
 from launch.launch_lock import launch_lock
 from launch.slurm import scheduler
 from launch.slurm.environment import describe_removed, overruling_variables, submission_environment
-from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME, make_job_file
+from launch.slurm.job_file import CONFIG_NAME, PLACEHOLDERS, SCRIPT_NAME, make_job_file
 from launch.slurm.lifecycle import OVER, read_lifecycle
 from launch.slurm.scheduler import SchedulerError, SlurmJob
 from launch.slurm.script import ScriptLocation, job_folder, job_numbers, render
@@ -51,8 +51,8 @@ SUBMISSION_PATIENCE_S = 30.0
 
 
 def check_slurm(config: Config) -> list[Problem]:
-    """Problems that only a shell can find: each command of the prologue must be complete by itself."""
-    problems = []
+    """Problems of the run folder's absolute path, and of the prologue: each command of it must be complete by itself."""
+    problems = _path_problems(folder_of(config).path.absolute())
     for index, command in enumerate(config.launch.slurm.prologue):
         done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
         if done.returncode or done.stderr:
@@ -61,6 +61,16 @@ def check_slurm(config: Config) -> list[Problem]:
             fix = "close the quote or the block; a command of several lines is one entry"
             problems.append(Problem(f"launch.slurm.prologue[{index}]", command, rule, fix))
     return problems
+
+
+def _path_problems(path: Path) -> list[Problem]:
+    """What neither sbatch nor the batch step can carry in the run folder's absolute path."""
+    rules = []
+    if "\\" in str(path):
+        rules.append("sbatch takes no backslash in the path of a job's output, which lies in the run folder")
+    if found := [name for name in PLACEHOLDERS if name in str(path)]:
+        rules.append(f"the batch script puts values in the place of {', '.join(PLACEHOLDERS)}; the path holds {found[0]}")
+    return [Problem("run.dir", str(path), rule, "choose another run.dir, or another working folder") for rule in rules]
 
 
 def sizes_of(config: Config) -> list[int]:

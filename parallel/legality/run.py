@@ -16,6 +16,11 @@ from parallel.layout import world_size
 from parallel.legality.layout import DEGREES, WORLD
 from parallel.legality.rules import data_size, near_multiples, on_gpu, reads
 
+# run.name is a part of longer names, like phalanx_NAME_0123456789abcdef.
+_NAME_BYTES = 128
+# The longest name of a file on Linux, NAME_MAX of <limits.h>.
+_PART_BYTES = 255
+
 
 @reads("batch.ramp", "batch.global_batch_seqs")
 def ramp_reaches_batch(config: Config) -> Iterator[Problem]:
@@ -172,11 +177,17 @@ def scaleup_domain(config: Config) -> Iterator[Problem]:
 
 @reads("run.name", "run.dir")
 def run_has_a_folder(config: Config) -> Iterator[Problem]:
-    """run.name can name a folder and a job."""
-    name = config.run.name
-    if not re.fullmatch(r"[\w.+-]+", name) or set(name) <= {"."}:
-        rule = "is a folder's and a job's name: letters, digits and . _ + - only"
+    """run.name can name a folder, a job and an option's value; run.dir is short enough for the files in it."""
+    name, folder = config.run.name, config.run.dir or ""
+    if not re.fullmatch(r"[\w.+][\w.+-]*", name) or set(name) <= {"."}:
+        rule = "is a folder's and a job's name: letters, digits and . _ + - only, and no - at its beginning"
         yield Problem("run.name", name, rule, "rename it; run.dir can be any path")
+    if (length := len(name.encode())) > _NAME_BYTES:
+        rule = f"has {length} bytes, must have at most {_NAME_BYTES}: it is a part of longer file names, which may have 255"
+        yield Problem("run.name", name, rule, "shorten it")
+    if (length := max(len(part.encode()) for part in folder.split("/"))) > _PART_BYTES:
+        rule = f"a part of the path has {length} bytes; file systems take at most {_PART_BYTES}"
+        yield Problem("run.dir", folder, rule, "shorten it")
 
 
 @reads("data.train", "data.valid")

@@ -59,10 +59,10 @@ def test_a_fixed_port_is_used() -> None:
 
 def test_several_machines_get_the_line_to_run_by_hand() -> None:
     made = config(nodes=2)
-    (problem,) = check_local(made)
+    (problem,) = check_local(made, {})
     assert problem.path == "launch.nodes" and problem.got == 2 and "--dry-run" in problem.fix
     text = manual_start_text(make_plan(made, "c", [], {}))
     assert "--nnodes 2" in text and "--rdzv-endpoint HOST:29500" in text and "--local-addr" not in text
-    assert check_local(config()) == []
+    assert check_local(config(), {}) == []
     made.launch.target = "slurm"
-    assert check_local(made) == []
+    assert check_local(made, {}) == []

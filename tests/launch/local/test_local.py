@@ -255,6 +255,8 @@ def test_dry_run_starts_nothing(start: Callable[..., Launch]) -> None:
     assert not launch.run.path.exists()
     code, out, _ = start("launch", "c.yaml", "--dry-run", "--json").end()
     assert json.loads(out)["command"][1:4] == ["-P", STARTER, "launch.torchrun"]
+    code, out, err = start("launch", "c.yaml", "--dry-run", "launch.target=slurm").end()
+    assert code == 0 and out.startswith("#!/bin/bash\n") and "sbatch of this output alone ends at once" in err
     code, out, _ = start("launch", "c.yaml", "--dry-run", "launch.nodes=2").end()
     assert code == 0 and "--rdzv-endpoint HOST:29500" in out
     code, _, err = start("launch", "c.yaml", "launch.nodes=2").end()

@@ -175,3 +175,13 @@ def test_a_refusal_for_good_is_not_asked_for_again() -> None:
     says = "echo 'Requested operation is presently disabled for job 7' >&2; exit 1"
     with pytest.raises(SchedulerError, match="presently disabled"):
         call_again(["bash", "-c", says], 600)
+
+
+@pytest.mark.parametrize(("name", "says"), [("a\\b", "no backslash"), ("a{nodes}", "holds {nodes}"), ("{port}", "holds {port}")])
+def test_a_run_folder_that_sbatch_or_the_batch_step_would_rewrite_is_refused(name: str, says: str) -> None:
+    made = config()
+    made.run.dir = f"runs/{name}"
+    (problem,) = check_slurm(made)
+    assert problem.path == "run.dir" and says in problem.rule
+    made.run.dir = "runs/a {b} 'c' \"d\" ü $e %j"
+    assert check_slurm(made) == []

@@ -191,8 +191,8 @@ def test_columns_align_whatever_the_names(tmp_path: Path) -> None:
 def test_the_run_that_was_seen_last_comes_first(tmp_path: Path) -> None:
     for name, age_s in (("old", 5000), ("new", 60), ("oldest", 100_000)):
         for path in (run := make_run(tmp_path / name)).iterdir():
-            os.utime(path, (time.time() - age_s,) * 2)
-        os.utime(run, (time.time() - age_s,) * 2)
+            os.utime(path, (time.time() - age_s, time.time() - age_s))
+        os.utime(run, (time.time() - age_s, time.time() - age_s))
     lines = table(list_runs(tmp_path), None)
     assert [Path(line.split()[0]).name for line in lines[1:]] == ["new", "old", "oldest"]
     assert "1:00 ago" in lines[1] and "1:23:20 ago" in lines[2]

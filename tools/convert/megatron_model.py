@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-def inference_config(model: Model, seq_length_tokens: int, layers: int | None = None) -> Config:
-    """The config of a model for inference: one rank, fp32, no dropout, no MTP, the first `layers` layers."""
+def inference_config(model: Model, seq_length_tokens: int, layers: int | None = None, with_depths: bool = False) -> Config:
+    """The config of a model for inference: one rank, fp32, no dropout, the first `layers` layers, MTP `with_depths` only."""
     model = copy.deepcopy(model)
-    model.mtp.num_layers = 0
+    if not with_depths:
+        model.mtp.num_layers = 0
     model.hidden_dropout = model.attention.dropout = 0.0
     # Megatron-Core applies jitter in evaluation, too.
     model.moe.router.jitter_eps = 0.0
@@ -61,12 +62,14 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
 
 
 @contextmanager
-def loaded_model(folder: Path, model: Model, seq_length_tokens: int, layers: int | None = None) -> Iterator[PaddedVocabGPT]:
+def loaded_model(
+    folder: Path, model: Model, seq_length_tokens: int, layers: int | None = None, with_depths: bool = False
+) -> Iterator[PaddedVocabGPT]:
     """The model with the checkpoint's weights, until the context ends.
 
     Raises ConfigError when the checkpoint is damaged. A process can hold one such model at a time.
     """
-    with _built(inference_config(model, seq_length_tokens, layers)) as (chunk, groups):
+    with _built(inference_config(model, seq_length_tokens, layers, with_depths)) as (chunk, groups):
         try:
             CheckpointReader(folder).fill(weight_slices(chunk, groups))
         except DamagedFile as error:
@@ -116,3 +119,24 @@ def logits_of(chunk: PaddedVocabGPT, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits = chunk(tokens, positions, None)
     return logits.float()[..., : chunk.num_tokens_in_vocab]
+
+
+def depth_logits_of(chunk: PaddedVocabGPT, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """tokens [b, s] -> logits of the model [b, s, vocab], then of each prediction depth k [b, s - k, vocab], in fp32.
+
+    Megatron-Core computes the depths within the loss only: their hidden states are taken on the way there.
+    """
+    hidden: list[Any] = []
+    hook = chunk.mtp.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    try:
+        with torch.no_grad():
+            chunk(tokens, positions, None, labels=tokens)
+            # [(1 + depths) * s, b, h]: the model's own hidden states come first.
+            parts = hidden[0].chunk(1 + len(chunk.mtp.layers), dim=0)
+            weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
+            logits = [chunk.output_layer(part, weight=weight)[0].transpose(0, 1) for part in parts]
+    finally:
+        hook.remove()
+    length, vocab = tokens.shape[1], chunk.num_tokens_in_vocab
+    return [part.float()[:, : length - depth, :vocab] for depth, part in enumerate(logits)]

@@ -95,7 +95,7 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
             Problem("HF_DIR", str(folder), rule, "export it again: phalanx convert export CHECKPOINT HF_DIR")
         ) from error
     model, found = loaded
-    # transformers has no model of MTP layers. It ignores only those of the published models.
+    # transformers' model leaves MTP layers to another class, and ignores only those of the published models.
     depths = _prediction_depths(config)
     kept = {
         kind: sorted(name for name in map(str, names) if kind != "unexpected_keys" or not name.startswith(depths))

@@ -76,6 +76,35 @@ def test_the_coefficient_comes_back_and_both_notes_say_what_it_means(name: str, 
         assert len(found) == (factor != 1)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(("by_sequence", "balance"), [(True, "seq_aux_loss"), (False, "aux_loss")])
+def test_alpha_of_deepseek_is_taken_as_it_is(name: str, by_sequence: bool, balance: str) -> None:
+    config = {**MODELS[name][1], "aux_loss_alpha": 0.003, "seq_aux": by_sequence}
+    family = family_named(name)
+    model, problems = family.to_model(config)
+    assert not problems
+    assert (model.moe.router.aux_loss_coeff, model.moe.router.balance) == (0.003, balance)
+    back = family.to_hf_config(model)
+    assert (back["aux_loss_alpha"], back["seq_aux"]) == (0.003, by_sequence)
+    model.moe.router.balance = "none"
+    assert family.to_hf_config(model)["aux_loss_alpha"] == 0.0
+    model.moe.router.balance = "global_aux_loss"
+    assert any("global_aux_loss" in note for note in family.notes(family.to_hf_config(model), model))
+    found = [problem.path for problem in family.to_model({**config, "aux_loss_alpha": -1, "seq_aux": "no"})[1]]
+    assert found == ["config.json: aux_loss_alpha", "config.json: seq_aux"]
+
+
+def test_the_paper_of_deepseek_weighs_the_same_loss() -> None:
+    """DeepSeek-V2, equations 23 to 25: alpha * sum f_i P_i, f_i = E / (k T) * number of tokens that choose expert i."""
+    logits = torch.randn(TOKENS, NUM_EXPERTS, generator=torch.Generator().manual_seed(4))
+    scores = logits.softmax(-1)
+    chosen = torch.zeros(NUM_EXPERTS)
+    for token in scores:
+        chosen[token.topk(TOP_K).indices] += 1
+    f, p = NUM_EXPERTS / (TOP_K * TOKENS) * chosen, scores.mean(0)
+    assert float(megatron_loss(0.003, (logits,))) == pytest.approx(0.003 * float((f * p).sum()), rel=1e-6)
+
+
 def test_no_balancing_is_a_coefficient_of_0() -> None:
     family = family_named("mixtral")
     model, _ = family.to_model(MODELS["mixtral"][1])

@@ -175,8 +175,22 @@ def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
     run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
     verdict = verify(tmp_path / "checkpoint", tmp_path / "hf", None, 1, 24, 1e-4)
-    (note,) = verdict["notes"]
-    assert verdict["ok"] and verdict["mtp_layers_not_compared"] == 1 and "not compared" in note
+    assert verdict["ok"] and verdict["mtp_layers_compared"] == 1 and not verdict["notes"]
+    assert verdict["mtp_max_abs_diff"] < 1e-4
+    (note,) = verify(tmp_path / "checkpoint", tmp_path / "hf", 1, 1, 24, 1e-4)["notes"]
+    assert "not compared: the 1 prediction depths" in note and "--layers" in note
+
+
+def test_a_fault_in_a_prediction_depth_is_found(tmp_path: Path) -> None:
+    """The model's own logits are right, those of the depth are not."""
+    make("deepseek_v3", tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", "deepseek_v3")
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    layer = read_config(tmp_path / "hf")["num_hidden_layers"]
+    swapped = f"model.layers.{layer}.eh_proj.weight"
+    other = change(tmp_path / "hf", tmp_path / "other", lambda held: held[swapped].copy_(held[swapped].roll(1, 1)))
+    verdict = verify(tmp_path / "checkpoint", other, None, 1, 24, 1e-4)
+    assert not verdict["ok"] and verdict["max_abs_diff"] < 1e-4 < 1e-2 < verdict["mtp_max_abs_diff"]
 
 
 def test_prediction_depths_that_are_missing_are_said(tmp_path: Path) -> None:

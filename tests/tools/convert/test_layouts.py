@@ -23,7 +23,7 @@ from tests.tools.convert.test_families import run_import
 from tests.tools.convert.tiny import MODELS, make
 from tools.convert.checkpoints import model_of, open_manifest
 from tools.convert.megatron_model import inference_config, weight_slices
-from tools.convert.verify import transformers_logits
+from tools.convert.transformers_model import transformers_logits
 
 LENGTH = 24
 
@@ -73,7 +73,7 @@ def test_logits_on_four_ranks(name: str, tmp_path: Path) -> None:
     made = make(name, tmp_path / "hf", **more)
     run_import(tmp_path / "hf", tmp_path / "checkpoint")
     found = [logits for logits in run_ranks(4, parallel_logits, tmp_path / "checkpoint") if logits is not None]
-    expected = transformers_logits(tmp_path / "hf", {}, fixed_tokens(90), made.config.num_hidden_layers)
+    expected = transformers_logits(tmp_path / "hf", {}, fixed_tokens(90), made.config.num_hidden_layers)[0]
     assert len(found) == 2
     for logits in found:
         assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4

@@ -97,7 +97,7 @@ def test_an_absent_key_has_transformers_default(model_type: str) -> None:
 
 
 def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:
-    """transformers has no model of the depths and finds their tensors unexpected; they are not what is wrong with a folder."""
+    """transformers' model finds the tensors of the depths unexpected; they are not what is wrong with a folder."""
     make("deepseek_v3", tmp_path / "hf")
     with_prediction_depth(tmp_path / "hf", "deepseek_v3")
     with pytest.raises(ConfigError, match="must hold a tokenizer"):

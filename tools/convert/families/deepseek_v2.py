@@ -9,6 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import DeepSeekBalance
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
@@ -27,6 +28,7 @@ DEEPSEEK_V2 = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k"),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
+        DeepSeekBalance(),
         settings.SharedExperts(absent=2),
         settings.DenseFirst(absent=0),
         AllowedValues(
@@ -43,5 +45,5 @@ DEEPSEEK_V2 = Family(
                                  "moe.shared_gate": False, "mtp.num_layers": 0}),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts()),
-    ignored=("aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
+    ignored=("pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
 )  # fmt: skip

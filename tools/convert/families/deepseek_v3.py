@@ -8,6 +8,7 @@ Torch-free.
 from __future__ import annotations
 
 from tools.convert.hf_config import settings
+from tools.convert.hf_config.aux_loss import DeepSeekBalance
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
@@ -36,6 +37,7 @@ DEEPSEEK_V3 = Family(
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+        DeepSeekBalance(),
         settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=3),
         settings.ExpertGroups(absent=(8, 4)),
@@ -50,5 +52,5 @@ DEEPSEEK_V3 = Family(
         *tensors.EXPERT_BIAS, *tensors.MTP,
     ),
     copies=tensors.mtp_copies,
-    ignored=("aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
+    ignored=("pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),
 )  # fmt: skip

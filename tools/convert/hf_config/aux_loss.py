@@ -1,4 +1,6 @@
-"""router_aux_loss_coef of config.json, which weighs another load balancing loss than model.moe.router.aux_loss_coeff.
+"""The weights of load balancing losses in config.json, and model.moe.router.balance and aux_loss_coeff.
+
+router_aux_loss_coef weighs another loss than ours:
 
 Legend: E experts, k experts per token, L MoE layers, f_e(l) tokens of layer l that choose expert e over all tokens, P_e(l) mean
 router probability of expert e in layer l.
@@ -9,6 +11,10 @@ Megatron-Core (switch_load_balancing_loss_func) divides by k and adds the losses
     coeff * sum_l E / k * sum_e f_e(l) * P_e(l)
 With coeff = coef * k / L the two are equal in one layer, in layers that route alike, and at perfect balance, where both are
 coef * k. Elsewhere transformers multiplies means over layers, and Megatron-Core means over layers of products.
+
+aux_loss_alpha of DeepSeek's files weighs the same loss as ours: each layer adds
+    alpha * sum_e P_e(l) * f_e(l) * E / k
+over each sequence where seq_aux is true (DeepSeek-V2, arXiv 2405.04434, equations 23 to 25), else over the micro-batch.
 
 Torch-free.
 """
@@ -24,6 +30,7 @@ from configs.model_schema import Model
 from parallel import architecture as arch
 from tools.convert.hf_config.family import wrong_value
 
+ALPHA, BY_SEQUENCE = "aux_loss_alpha", "seq_aux"
 NAME, MODEL_KEY = "router_aux_loss_coef", "moe.router.aux_loss_coeff"
 _DIGITS = 12
 """Significant digits of a converted value, so that a round trip gives the same number."""
@@ -62,6 +69,41 @@ class AuxLossCoefficient:
             f"{sum(arch.moe_layers(model))}): transformers averages over layers and adds up the top-k, Megatron-Core adds up "
             "layers and divides by top-k; equal for layers that route alike"
         )
+
+
+@dataclass(frozen=True)
+class DeepSeekBalance:
+    """aux_loss_alpha and seq_aux of DeepSeek's own modeling code. Absent keys have that code's defaults: 0.001 and true."""
+
+    def names(self) -> tuple[str, ...]:
+        return (ALPHA, BY_SEQUENCE)
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        alpha, by_sequence = (
+            default if hf_config.get(name) is None else hf_config[name] for name, default in ((ALPHA, 0.001), (BY_SEQUENCE, True))
+        )
+        wrong = wrong_value(ALPHA, alpha, MODEL_KEY, (float,))
+        problems = [wrong] if wrong else []
+        if not isinstance(by_sequence, bool):
+            rule = "must be true or false: it sets model.moe.router.balance"
+            problems.append(Problem(f"config.json: {BY_SEQUENCE}", by_sequence, rule, "mend the config.json"))
+        if problems:
+            yield from problems
+            return
+        router = model.moe.router
+        router.aux_loss_coeff, router.balance = float(alpha), "seq_aux_loss" if by_sequence else "aux_loss"
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        router = model.moe.router
+        hf_config[ALPHA] = 0.0 if router.balance == "none" else router.aux_loss_coeff
+        hf_config[BY_SEQUENCE] = router.balance in ("seq_aux_loss", "none")
+        return iter(())
+
+    def note(self, hf_config: Mapping[str, Any], model: Model) -> str | None:
+        """Only losses over a sequence or a micro-batch have a word in config.json."""
+        if model.moe.router.balance != "global_aux_loss":
+            return None
+        return f"config.json: {BY_SEQUENCE} has no word for model.moe.router.balance = global_aux_loss: false is the nearest"
 
 
 def _factor(model: Model) -> float:

@@ -17,6 +17,9 @@ from parallel.legality.rules import reads
 # Line breaks of any kind and other control characters: the one thing that quoting can't carry in an #SBATCH line.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
+# Options of srun that the batch step states, and those that say the same in another way.
+_SRUN_SIZE = frozenset({"--nodes", "--ntasks", "--ntasks-per-node", "--tasks-per-node", "--multi-prog"})
+
 
 @reads("launch")
 def slurm_lines(config: Config) -> Iterator[Problem]:
@@ -35,6 +38,19 @@ def slurm_lines(config: Config) -> Iterator[Problem]:
         if not line.startswith("-"):
             rule = "is what stands behind #SBATCH, so it begins with - or --"
             yield Problem("launch.slurm.extra", line, rule, f"write --{line.lstrip('-# ') or 'option'}")
+
+
+@reads("launch")
+def srun_arguments(config: Config) -> Iterator[Problem]:
+    """launch.slurm.srun_args leaves the number of agents and the ranks' environment alone."""
+    for word in config.launch.slurm.srun_args:
+        name, _, value = word.partition("=")
+        if name == "--export" and value.split(",")[0] != "ALL":
+            rule = "must keep the environment of the batch step (ALL first): the ranks need launch.env and what the step sets"
+            yield Problem("launch.slurm.srun_args", word, rule, f"write --export=ALL{',' + value if '=' in value else ''}")
+        elif name in _SRUN_SIZE or re.match(r"-[nN]\d*$", word):
+            rule = "must not say how many nodes and tasks srun starts: the batch step starts one agent on each node it uses"
+            yield Problem("launch.slurm.srun_args", word, rule, "set launch.nodes and launch.processes_per_node")
 
 
 @reads("launch.slurm.time", "launch.target")
@@ -85,4 +101,4 @@ def fewer_nodes(config: Config) -> Iterator[Problem]:
         yield Problem("launch.slurm.min_nodes", least, rule, f"set launch.slurm.min_nodes to at most {nodes}")
 
 
-RULES = (slurm_lines, slurm_time, time_holds_a_save, interface_is_a_name, container_has_an_image, fewer_nodes)
+RULES = (slurm_lines, srun_arguments, slurm_time, time_holds_a_save, interface_is_a_name, container_has_an_image, fewer_nodes)

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pretrain.metrics.screen import redraws
+
 # (columns of the terminal, or None) -> (the text, whether it may still change)
 Look = Callable[[int | None], tuple[str, bool]]
 
@@ -29,10 +31,10 @@ def terminal_columns(out: TextIO) -> int | None:
 def watch(look: Look, every_s: float, out: TextIO, redraw: bool) -> None:
     """Show what `look` says every `every_s` seconds until it can't change any more.
 
-    With `redraw` and on a terminal, each text takes the place of the one before. Lines are then cut to the window. Elsewhere
-    a blank line stands between two texts, and a text that is the same as the one before is left out.
+    With `redraw` and on a terminal with cursor movement, each text takes the place of the one before. Lines are then cut to
+    the window. Elsewhere a blank line stands between two texts, and a text that is the same as the one before is left out.
     """
-    if redraw and out.isatty() and os.environ.get("TERM") != "dumb":
+    if redraw and redraws(out):
         _redraw(look, every_s, out)
         return
     before = ""

@@ -1,8 +1,9 @@
 """Shows a local run while it trains. In: the attempt's log folder and the run's metrics. Out: text on the launcher's stdout.
 
-A pipe or a file gets rank 0's log as it grows. A terminal gets a progress bar made from the metrics, the log's other lines
-above the bar, and the summary below it. The launcher's thread only reads files. A `ScreenWriter` waits for the reader in a
-thread of its own. A paused terminal or an unread pipe therefore delays neither signals nor the watchdog.
+A pipe, a file or a terminal without cursor movement (TERM=dumb) gets rank 0's log as it grows. Other terminals get a progress
+bar made from the metrics, the log's other lines above the bar, and the summary below it. The launcher's thread only reads
+files. A `ScreenWriter` waits for the reader in a thread of its own. A paused terminal or an unread pipe therefore delays
+neither signals nor the watchdog.
 
 Torch-free.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pretrain.metrics.console import LiveConsole
-from pretrain.metrics.screen import screen_of
+from pretrain.metrics.screen import redraws, screen_of
 from pretrain.run.follow import RecordFollower
 
 # The most that one look reads from the log. A reader takes this amount without a noticeable delay.
@@ -42,7 +43,7 @@ class RunView:
         self._screen = screen_of(out)
         self._bar: LiveConsole | None = None
         self._rows = RecordFollower(record, from_end=True)
-        if self._screen is not None and self._screen.isatty():
+        if self._screen is not None and redraws(self._screen):
             self._bar = LiveConsole(self._screen, total_steps)
 
     def pump(self) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from configs.units import count, duration
-from pretrain.metrics.screen import ScreenWriter, screen_of
+from pretrain.metrics.screen import ScreenWriter, redraws, screen_of
 from pretrain.metrics.sinks import Sink
 from pretrain.run.folder import Outcome
 
@@ -112,9 +112,12 @@ class LiveConsole:
 
 
 def make_console(total_steps: int, interval_steps: int, stdout: TextIO | None = None) -> Sink:
-    """The live bar when the stream is a terminal, plain lines otherwise. `stdout` None: the stdout of this process."""
+    """The live bar when the stream is a terminal with cursor movement, plain lines otherwise.
+
+    `stdout` None: the stdout of this process.
+    """
     stream: TextIO | ScreenWriter = stdout if stdout is not None else sys.stdout
-    if stream.isatty():
+    if redraws(stream):
         screen = stream if isinstance(stream, ScreenWriter) else screen_of(stream)
         if screen is not None:
             return LiveConsole(screen, total_steps)

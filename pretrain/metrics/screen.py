@@ -121,6 +121,11 @@ class ScreenWriter(io.TextIOBase):
         return True
 
 
+def redraws(stream: TextIO | ScreenWriter) -> bool:
+    """Whether text on the stream can be replaced. A terminal without cursor movement (TERM=dumb) only takes further lines."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def screen_of(stream: TextIO | None) -> ScreenWriter | None:
     """A writer on the stream's descriptor. None: the stream is closed, or has no descriptor, like a text in memory."""
     if stream is None:

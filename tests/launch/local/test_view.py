@@ -19,9 +19,9 @@ from pretrain.run.folder import RunFolder
 from tests.launch.local.test_local import CONFIG, LAUNCHER, PROGRAM, ROOT, wait_until
 
 
-def start(folder: Path, out: int, plan: str = "{}") -> subprocess.Popen[bytes]:
+def start(folder: Path, out: int, plan: str = "{}", term: str = "xterm") -> subprocess.Popen[bytes]:
     (folder / "c.yaml").write_text(CONFIG % 1)
-    env = {**os.environ, "PYTHONPATH": ROOT, "RANK_PLAN": plan}
+    env = {**os.environ, "PYTHONPATH": ROOT, "RANK_PLAN": plan, "TERM": term}
     command = [sys.executable, "-c", LAUNCHER, PROGRAM, "launch", "c.yaml"]
     return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
 
@@ -77,6 +77,17 @@ def test_a_terminal_shows_a_bar_and_the_logs_other_lines(tmp_path: Path) -> None
     assert shown.rstrip().endswith("run folder  here")
     frames = [line for line in re.split(r"[\r\n]+", shown) if "/5 " in line]
     assert frames and all(130 < len(frame.rstrip()) <= 140 for frame in frames)
+    os.close(master)
+
+
+def test_a_terminal_without_cursor_movement_shows_plain_lines(tmp_path: Path) -> None:
+    """TERM=dumb, as in an editor's shell: a bar could only be drawn once, at the end."""
+    master, slave = pty.openpty()
+    process = start(tmp_path, slave, '{"steps": 3, "console": true, "last_words": "run folder  here"}', term="dumb")
+    os.close(slave)
+    shown = read_for(master, lambda: process.poll() is not None)
+    assert process.wait(30) == 0
+    assert "step 2/3  loss 1\r\n" in shown and shown.rstrip().endswith("run folder  here") and "\x1b" not in shown
     os.close(master)
 
 

@@ -13,11 +13,12 @@ WORDS ?=
 
 # What the tests' private Slurm cluster is made of (tests/slurm); without it those tests are skipped.
 SLURM := slurmctld slurmd slurm-client munge
+ACCOUNTING := slurmdbd mariadb-server lmod
 
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install slurm libaio demo data test prove lint docs clean
+.PHONY: install slurm libaio accounting demo data test prove lint docs clean
 
 install: $(VENV)/installed
 
@@ -70,7 +71,16 @@ libaio:
 	  || echo "no libaio: the tests that swap will be skipped" >&2; \
 	else echo "no libaio, and no root or apt-get to install it: the tests that swap will be skipped" >&2; fi
 
-prove: install slurm libaio
+# A database of accounts for the private Slurm, and Lmod.
+accounting:
+	@if command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get install -y -qq --no-install-recommends $(ACCOUNTING) || \
+	   (apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ACCOUNTING))) >/dev/null \
+	  || echo "no slurmdbd: its tests will be skipped" >&2; \
+	else echo "no slurmdbd, and no root or apt-get to install it: its tests will be skipped" >&2; fi
+
+prove: install slurm libaio accounting
 	$(BIN)/python -m pytest -q -m prove --timeout 3600
 
 lint: install

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from configs.errors import ConfigError, Problem
@@ -45,7 +46,9 @@ def cancel(folder: RunFolder, wait_s: float, at_once: bool = False) -> str:
     if target is None:
         return "nothing to cancel: no attempt is live in this folder"
     name, pid = target
-    os.kill(pid, signal.SIGINT)
+    with suppress(ProcessLookupError):
+        # It may have ended meanwhile, as the loop below then sees.
+        os.kill(pid, signal.SIGINT)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if live_holder(folder) is None and find_process(folder) is None:
@@ -69,7 +72,7 @@ def _cancel_jobs(folder: RunFolder, life: RunLifecycle, wait_s: float, at_once: 
         return _end_queued(folder, life, waiting, "cancelled while it waited")
     if not at_once:
         for number in running:
-            scheduler.signal_batch(number, "INT")
+            _ask_to_stop(number)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         live = [job for job in scheduler.find_jobs(running).values() if job.live]
@@ -83,6 +86,15 @@ def _cancel_jobs(folder: RunFolder, life: RunLifecycle, wait_s: float, at_once: 
     if at_once:
         return f"cancelled job {numbers}; it has not ended yet"
     return f"asked job {numbers} to save and stop; it still saves. --now ends it by scancel."
+
+
+def _ask_to_stop(number: int) -> None:
+    """Send SIGINT to the batch step. A job that has just ended needs none. Raises SchedulerError."""
+    try:
+        scheduler.signal_batch(number, "INT")
+    except SchedulerError:
+        if any(job.live for job in scheduler.find_jobs([number]).values()):
+            raise
 
 
 def _ended(folder: RunFolder, jobs: list[int]) -> str:

@@ -99,8 +99,12 @@ def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bo
         print(f"--- {batch[-1]}\n{tail_of(batch[-1], lines=_SHOWN_LINES)}", file=out)
         return
     log_dir = choose_log_dir(folder, attempt)
-    log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
     failures = find_failures(log_dir)
+    if failures and not (_gathered_logs(log_dir) or agent_logs(log_dir) or any(log_dir.glob("rank_*.log"))):
+        # The agents of the nodes failed before they started any rank.
+        print(describe(failures, log_dir), file=out)
+        return
+    log = choose_log(log_dir, rank, read_reports(folder.path / "launch" / log_dir.name))
     if failures:
         print(describe(failures, log_dir), file=out)
         print(f"--- {log.path}", file=out)

@@ -21,7 +21,7 @@ from configs.units import duration
 from launch.doctor.local import probe_arguments, probe_path
 from launch.doctor.request import FINISHED, HOSTNAMES, NETWORK_LOG, NODES_LOG, CheckupRequest
 from launch.doctor.results import read_hostnames
-from launch.slurm import scheduler
+from launch.slurm import node_states, scheduler
 from launch.slurm.job_file import SCRIPT_NAME
 from launch.slurm.scheduler import SchedulerError, SlurmJob
 from launch.slurm.script import ScriptLocation, common_words, fill, option_lines, output_pattern, placement
@@ -147,7 +147,7 @@ def _unavailable(partition: str | None) -> list[str]:
     except SchedulerError as error:
         return [f"sinfo does not answer: {error}"]
     cells = dict.fromkeys(tuple(row.split("|", 2)) for row in rows)
-    lost = [cell for cell in cells if len(cell) == 3 and any(word in cell[1].lower() for word in scheduler.NODE_UNAVAILABLE)]
+    lost = [cell for cell in cells if len(cell) == 3 and any(word in cell[1].lower() for word in node_states.NODE_UNAVAILABLE)]
     return [f"{node} {state} ({reason})" if reason != "none" else f"{node} {state}" for node, state, reason in lost]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.slurm import scheduler
+from launch.slurm import node_states, scheduler
 from launch.slurm.clock import TimeLimitClock
 from launch.slurm.job_file import JobFile
 from launch.slurm.lifecycle import RunLifecycle
@@ -123,7 +123,7 @@ class JobAttempt:
     def _choose_rendezvous(self, node: str) -> Rendezvous:
         """Raises RendezvousError. Slurm is asked for an address only where the node's name has none."""
         context = self.context
-        addresses = {} if resolves(node) else context.query_slurm(lambda: scheduler.node_addresses([node]), {})
+        addresses = {} if resolves(node) else context.query_slurm(lambda: node_states.node_addresses([node]), {})
         port = choose_port(context.job, context.restarts, context.spec.master_port)
         return Rendezvous(choose_host(node, addresses.get(node, "")), port)
 
@@ -136,7 +136,8 @@ class JobAttempt:
             time.sleep(POLL_S)
             self._take_signals()
             if not self.asked and self.context.clock.is_near():
-                self._request_stop(TIME_LIMIT, "the time limit is near")
+                self._forward()
+                self._note_stop(TIME_LIMIT, "the time limit is near")
             now_s = time.monotonic()
             if triage is None and now_s >= next_reports_s:
                 next_reports_s = now_s + self.context.spec.watch.report_interval_s
@@ -197,7 +198,7 @@ class JobAttempt:
         down, silent = self._missing(nodes, outcome, reports, failures)
         agentless = ""
         # Several silent nodes are a network's failure. One may have lost its agent alone.
-        if not down and len(silent) == 1 and self.context.query_slurm(lambda: scheduler.answers(silent[0]), False):
+        if not down and len(silent) == 1 and self.context.query_slurm(lambda: node_states.answers(silent[0]), False):
             silent, agentless = [], silent[0]
         seen = AttemptEvidence(
             self.asked,
@@ -244,7 +245,7 @@ class JobAttempt:
         """(nodes that are down for Slurm, other nodes that fell silent before the first failure). Empty after a good end."""
         if outcome is not None and outcome.state != "failed":
             return [], []
-        down = self.context.query_slurm(lambda: scheduler.lost_nodes(nodes), [])
+        down = self.context.query_slurm(lambda: node_states.lost_nodes(nodes), [])
         first_s = min((failure.time for failure in failures if failure.time), default=None)
         silent = fell_silent(reports, first_s, self.context.spec.watch.report_interval_s)
         return down, [node for node in silent if node not in down]
@@ -253,21 +254,26 @@ class JobAttempt:
         clock = self.context.clock
         while self.context.waiting:
             number = signal.Signals(self.context.waiting.pop(0))
+            # First of all, because the controller may take seconds to answer.
+            self._forward()
             asked = SIGNAL_REQUESTS[number]
             if number == signal.SIGUSR1:
                 # Slurm announces the time limit and a preemption by the same signal. The clock tells them apart.
                 clock.refresh()
                 asked = TIME_LIMIT if clock.is_announced() else asked
-            self._request_stop(asked, number.name)
+            self._note_stop(asked, number.name)
 
-    def _request_stop(self, asked: str, why: str) -> None:
-        """Forward a stop to the ranks. srun hands SIGUSR1 to every task without the controller."""
+    def _note_stop(self, asked: str, why: str) -> None:
+        """Keep the reason of a stop. Only the first one is recorded as an event."""
         first = not self.asked
         # A cancel by the user outweighs the signals that follow it.
         self.asked = asked if first or (asked == TERMINATE and self.asked != STOP) else self.asked
         if first:
             self._event(EventKind.JOB_SIGNAL, signal=why, asked=asked)
             self.context.log(f"{why}: the ranks finish their step and save")
+
+    def _forward(self) -> None:
+        """Ask the ranks to save and end. srun hands SIGUSR1 to every task without the controller."""
         if self._step is not None and self._step.poll() is None:
             self._step.send_signal(signal.SIGUSR1)
 

@@ -238,7 +238,20 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(found.log_dir, node_name(os.environ), str(error))
 
 
+def cores_note(cores: int, ranks: int, node: str) -> str:
+    """A line about a node whose ranks share cores, or an empty text. Slurm grants one core unless it is asked for more."""
+    if cores >= ranks:
+        return ""
+    return (
+        f"phalanx: note: {node}: {ranks} ranks may use {cores} core{'s' if cores > 1 else ''} in all; "
+        "set launch.slurm.cpus_per_task, or --exclusive in launch.slurm.extra"
+    )
+
+
 def _run_agent(found: argparse.Namespace) -> int:
+    note = cores_note(len(os.sched_getaffinity(0)), found.policy.processes_per_node, node_name(os.environ))
+    if note and os.environ.get("SLURM_NODEID", "0") == "0":
+        print(note, file=sys.stderr, flush=True)
     with ExitStack() as stack:
         beats = stack.enter_context(scratch_folder("beats", in_memory=True))
         own_logs = stack.enter_context(scratch_folder("logs")) if found.policy.gather else None

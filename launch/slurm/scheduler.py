@@ -13,10 +13,8 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,8 +24,6 @@ from configs.units import seconds_of
 from launch.slurm.environment import query_environment, submission_environment
 
 TIMEOUT_S = 30.0
-# A slurmd that takes no connection within this time is away.
-ANSWER_S = 5.0
 # Between the requeue and the end of the job that asked for it lies Slurm's KillWait, 30 s by default. A job that is not
 # released by then stays held.
 HELD_PATIENCE_S = 8.0
@@ -36,12 +32,6 @@ LIVE = frozenset(
     {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
      "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )  # fmt: skip
-# Words of sinfo's states of nodes that cannot take a job.
-NODE_UNAVAILABLE = ("down", "fail", "drain", "no_respond", "unk", "error", "power", "reboot", "maint", "inval")
-# Words of the states whose processes are gone. A node that is being drained, or is to be rebooted later, still runs its job.
-NODE_LOST = ("down", "no_respond", "unk", "error", "power", "inval")
-# sinfo appends this mark to the state of a node that is not responding.
-NOT_RESPONDING = "*"
 # Refusals that will not change later: requeue is forbidden, the job is another user's, or there is no such job.
 FINAL = ("presently disabled", "permission denied", "invalid job id")
 
@@ -131,7 +121,7 @@ def call_again(words: Sequence[str], patience_s: float) -> str:
         pause_s = min(2 * pause_s, 15.0)
 
 
-def _rows(text: str, cells: int) -> list[list[str]]:
+def rows_of(text: str, cells: int) -> list[list[str]]:
     """The lines of `text` with `cells` cells that | separates. Other lines come from a site's wrapper, and are left out."""
     rows = [line.strip().split("|", cells - 1) for line in text.splitlines()]
     return [row for row in rows if len(row) == cells]
@@ -173,7 +163,7 @@ def find_jobs(numbers: Sequence[int]) -> dict[int, SlurmJob]:
     for number in numbers:
         words = ["squeue", "--all", "--noheader", "--states=all", f"--jobs={number}", "--format=%i|%T|%r|%N|%S"]
         try:
-            rows = _rows(call(words), 5)
+            rows = rows_of(call(words), 5)
         except SchedulerError as error:
             if "invalid job id" not in str(error).lower():
                 raise
@@ -196,7 +186,7 @@ def _accounted(number: int) -> SlurmJob | None:
     except SchedulerError:
         # No sacct, or no slurmdbd behind it. The run folder still tells how the run ended.
         return None
-    for state, nodes, start in _rows(text, 3)[-1:]:
+    for state, nodes, start in rows_of(text, 3)[-1:]:
         return SlurmJob(number, state.split()[0], "", _known(nodes, "None assigned"), start)
     return None
 
@@ -281,53 +271,3 @@ def expand(nodelist: str) -> list[str]:
     lines = (line.strip() for line in call(["scontrol", "show", "hostnames", nodelist]).splitlines())
     # A host name has no blanks; a banner has.
     return [line for line in lines if line and " " not in line]
-
-
-def node_addresses(nodes: Sequence[str]) -> dict[str, str]:
-    """Each node's NodeAddr, the name or address by which the controller reaches it. Raises SchedulerError."""
-    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%o"]), 2)
-    return dict(map(tuple[str, str], rows))
-
-
-def partition_size(partition: str | None) -> int:
-    """All nodes of a partition (None: of the default one), drained and lost ones too. 0 if Slurm does not show it.
-
-    Of several partitions (a,b) the largest counts. Raises SchedulerError.
-    """
-    # sinfo refuses both options at once. A partition that is named is shown although it is hidden.
-    where = f"--partition={partition}" if partition else "--all"
-    sizes: Counter[str] = Counter()
-    for name, count in _rows(call(["sinfo", where, "--noheader", "--format=%P|%D"]), 2):
-        if count.isdecimal() and (partition or name.endswith("*")):
-            sizes[name] += int(count)
-    return max(sizes.values(), default=0)
-
-
-def lost_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of `nodes` whose processes are gone: Slurm shows them as down or not responding. Raises SchedulerError.
-
-    A node that Slurm does not show to this user (another's reservation, a private partition) is unknown, not lost.
-    """
-    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]), 2)
-    states = {node: state.lower() for node, state in rows}
-    return [node for node in nodes if _is_lost(states.get(node, ""))]
-
-
-def answers(node: str) -> bool:
-    """Does the node's slurmd take a connection from this machine? Slurm itself notices a dead node minutes later.
-
-    False also if Slurm does not show the node to this user. Raises SchedulerError.
-    """
-    columns = "NodeAddr:255|,Port:16"
-    rows = _rows(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={node}", f"--Format={columns}"]), 2)
-    for address, port in rows[:1]:
-        try:
-            with socket.create_connection((address.strip(), int(port)), ANSWER_S):
-                return True
-        except OSError:
-            return False
-    return False
-
-
-def _is_lost(state: str) -> bool:
-    return state.endswith(NOT_RESPONDING) or any(word in state for word in NODE_LOST)

@@ -21,7 +21,7 @@ from configs.errors import ConfigError, Problem
 from configs.load import Loaded
 from configs.schema import Config
 from launch.launch_lock import launch_lock
-from launch.slurm import scheduler
+from launch.slurm import node_states, scheduler
 from launch.slurm.environment import describe_removed, overruling_variables, submission_environment
 from launch.slurm.job_file import CONFIG_NAME, PLACEHOLDERS, SCRIPT_NAME, make_job_file
 from launch.slurm.lifecycle import OVER, read_lifecycle
@@ -148,7 +148,7 @@ def _estimate(script: Path, config: Config) -> str:
     try:
         return scheduler.test_only(script)
     except SchedulerError as error:
-        if 0 < scheduler.partition_size(config.launch.slurm.partition) < sizes_of(config)[0]:
+        if 0 < node_states.partition_size(config.launch.slurm.partition) < sizes_of(config)[0]:
             raise
         said = str(error).splitlines()[-1].removeprefix("allocation failure: ")
         return f"it cannot start at present (sbatch --test-only: {said}); it waits in the queue"

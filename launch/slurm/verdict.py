@@ -5,6 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from launch.watch.failures import NO_RANK, Failure
 from launch.watch.heartbeats import NodeReport
 from pretrain.run.folder import Outcome
 
+# The first line of a ConfigError.
+_PROBLEMS = re.compile(r"\d+ problems?:")
 # The stop that a signal or the time limit requested.
 PREEMPT, TIME_LIMIT, STOP, TERMINATE = "preempted", "time_limit", "stopped", "terminated"
 
@@ -106,8 +109,10 @@ def _asked(seen: AttemptEvidence) -> tuple[str, str, str]:
 
 
 def _last_line(text: str) -> str:
-    """The message of a traceback, or the first line of any other text."""
+    """The message of a traceback, the whole text of a ConfigError, or the first line of any other text."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "no message"
+    if _PROBLEMS.fullmatch(lines[0]):
+        return "; ".join(line.strip() for line in lines[1:])
     return lines[-1].strip() if lines[0].startswith("Traceback") else lines[0].strip()

@@ -82,10 +82,13 @@ def missing() -> str:
 
 
 class Cluster:
-    """`nodes` virtual nodes named node1 …, 4 cores each; partition main, and urgent that preempts it (grace 20 s)."""
+    """`nodes` virtual nodes named node1 …, 4 cores each; partition main, and urgent that preempts it (grace 20 s).
 
-    def __init__(self, folder: Path, nodes: int = 5) -> None:
-        self.folder = folder
+    `settings` are further lines of slurm.conf, which win over those above.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 5, settings: str = "") -> None:
+        self.folder, self._settings = folder, settings
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._port = 0
@@ -105,11 +108,11 @@ class Cluster:
             "munged", "munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key", f"--socket={run}/munge.sock",
             f"--pid-file={run}/munged.pid", f"--log-file={self.folder}/log/munged.log", f"--seed-file={self.folder}/state/seed",
         )  # fmt: skip
-        self.wait_for((run / "munge.sock").exists, "munged's socket", 10)
+        self.wait_for((run / "munge.sock").exists, "munged's socket", 60)
         self.start_controller()
         for node in self.nodes:
             self.power_on(node)
-        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle", 30)
+        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle", 120)
 
     def stop(self) -> None:
         """What runs on the nodes dies with them."""
@@ -118,7 +121,7 @@ class Cluster:
 
     def start_controller(self) -> None:
         self._spawn("slurmctld", "slurmctld", "-D")
-        self.wait_for(lambda: self._run("scontrol", "ping").returncode == 0, "slurmctld to answer", 20)
+        self.wait_for(lambda: self._run("scontrol", "ping").returncode == 0, "slurmctld to answer", 60)
 
     def kill_controller(self) -> None:
         """SIGKILL: as if its machine had crashed."""
@@ -150,7 +153,7 @@ class Cluster:
         self._call("scancel", "--user=root")
         for node in self.off:
             self.power_on(node)
-        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle again", 90)
+        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle again", 180)
 
     def wait_for(self, what: Callable[[], bool], words: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -160,7 +163,8 @@ class Cluster:
 
     def _write_files(self) -> None:
         rows = [f"NodeName={node} NodeAddr=127.0.1.{i} Port={self._port + i}" for i, node in enumerate(self.nodes, 1)]
-        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, port=self._port, nodes="\n".join(rows)))
+        text = _CONF.format(folder=self.folder, port=self._port, nodes="\n".join(rows))
+        (self.folder / "slurm.conf").write_text(text + self._settings.replace("{folder}", str(self.folder)))
         hosts = [line for line in Path("/etc/hosts").read_text().splitlines() if not line.startswith("127.0.1.")]
         hosts += [f"127.0.1.{i} {node}" for i, node in enumerate(self.nodes, 1)]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
@@ -177,7 +181,7 @@ class Cluster:
             )  # fmt: skip
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=30)
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=60)
 
     def _call(self, *command: str) -> str:
         done = self._run(*command)

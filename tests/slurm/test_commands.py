@@ -40,14 +40,14 @@ def test_signals_and_cancel_reach_a_run_that_still_runs_its_prologue(cluster: Cl
     """A preemption's SIGUSR1 is kept for the batch step. `phalanx cancel` ends the job at once: nothing is there to save."""
     prologue = f"until [ -e {tmp_path}/go ]; do touch {tmp_path}/waits; sleep 0.1; done"
     run = submit(cluster, run_config, tmp_path / "run", f"launch.slurm.prologue=[{json.dumps(prologue)}]")
-    cluster.wait_for((tmp_path / "waits").exists, "the prologue", 60)
+    cluster.wait_for((tmp_path / "waits").exists, "the prologue", 120)
     subprocess.run(["scancel", "--signal=USR1", "--batch", str(run.job)], check=True)
     (tmp_path / "go").touch()
     run.wait(lambda: bool(run.life.ends), "the attempt's end")
     assert (run.life.ends[0].cause, run.life.ends[0].why) == ("preempted", "preempted before the first step"), run.story()
     (tmp_path / "go").unlink()
     (tmp_path / "waits").unlink()
-    cluster.wait_for((tmp_path / "waits").exists, "the prologue of the requeued job", 60)
+    cluster.wait_for((tmp_path / "waits").exists, "the prologue of the requeued job", 120)
     cancelled = phalanx("cancel", str(tmp_path / "run"))
     assert cancelled.returncode == 0 and "was cancelled before its batch step began" in cancelled.stdout, cancelled
     assert (run.life.phase, run.life.state) == (OVER, "stopped")
@@ -82,7 +82,7 @@ def test_hostile_strings_are_harmless(cluster: Cluster, run_config: Path, tmp_pa
         cluster, run_config, tmp_path / "run", f"launch.env={words[0]}", f"launch.slurm.srun_args={words[1]}",
         f"launch.slurm.extra={json.dumps(['--exclusive', '--comment=' + shlex.quote(payload)])}", "launch.slurm.requeue=false",
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while find_jobs([run.job])[run.job].live and run.life.phase != OVER and time.monotonic() < deadline:
         time.sleep(0.2)
     for name in ("partition", "account", "qos", "constraint", "gres", "gpus_per_node", "mem", "nodelist", "exclude",
@@ -105,7 +105,7 @@ def test_bad_data_ends_the_job_with_its_report(cluster: Cluster, run_config: Pat
     assert life.state == "bad_input" and len(life.ends) == 1, run.story()
     assert "nowhere" in phalanx("status", str(tmp_path / "run")).stdout
     assert "nowhere" in phalanx("logs", str(tmp_path / "run")).stdout
-    cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 30)
+    cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 90)
     code = subprocess.run(["scontrol", "show", "job", "-o", str(run.job)], check=True, capture_output=True, text=True).stdout
     assert "ExitCode=2:0" in code
 

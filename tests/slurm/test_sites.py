@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import scheduler
+from launch.slurm import node_states, scheduler
 from tests.slurm.cluster import Cluster
 from tests.slurm.world import NODES, WORDS, phalanx, submit
 
@@ -67,10 +67,10 @@ def test_what_a_hidden_partition_hides_is_not_lost(cluster: Cluster, tmp_path: P
             wrap_commands(tmp_path / "bin", as_user, f'exec setpriv {user} {{real}} "$@"')
             shown = subprocess.run(["sinfo", "--noheader", "--Node"], check=True, capture_output=True, text=True).stdout
             assert shown.strip() == "", "sinfo without --all shows nothing"
-            assert scheduler.lost_nodes(cluster.nodes) == []
-            assert scheduler.node_addresses(["node2"]) == {"node2": "127.0.1.2"}
+            assert node_states.lost_nodes(cluster.nodes) == []
+            assert node_states.node_addresses(["node2"]) == {"node2": "127.0.1.2"}
             assert scheduler.find_jobs([job])[job].state == "PENDING"
-            assert scheduler.lost_nodes(["of-another-cluster"]) == [], "unknown is not lost"
+            assert node_states.lost_nodes(["of-another-cluster"]) == [], "unknown is not lost"
 
 
 def test_a_draining_node_is_not_lost_and_one_without_power_is(cluster: Cluster) -> None:
@@ -78,14 +78,14 @@ def test_a_draining_node_is_not_lost_and_one_without_power_is(cluster: Cluster) 
         ["sbatch", "--parsable", "--nodelist=node1", "--output=/dev/null", "--wrap=sleep 60"],
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
-    cluster.wait_for(lambda: scheduler.find_jobs([int(job)])[int(job)].state == "RUNNING", "the job's start", 20)
+    cluster.wait_for(lambda: scheduler.find_jobs([int(job)])[int(job)].state == "RUNNING", "the job's start", 90)
     drain = ["nodename=node[1-2]", "state=drain", "reason=test"]
     with changed((drain, ["nodename=node[1-2]", "state=resume"])):
         states = subprocess.run(["sinfo", "-h", "-N", "-n", "node[1-2]", "-o", "%T"], check=True, capture_output=True, text=True)
         assert {"draining", "drained"} <= set(states.stdout.split())
-        assert scheduler.lost_nodes(["node1", "node2"]) == []
+        assert node_states.lost_nodes(["node1", "node2"]) == []
     cluster.power_off("node3")
-    cluster.wait_for(lambda: scheduler.lost_nodes(cluster.nodes) == ["node3"], "node3 to be lost", 60)
+    cluster.wait_for(lambda: node_states.lost_nodes(cluster.nodes) == ["node3"], "node3 to be lost", 120)
 
 
 def test_banners_and_formats_do_not_change_what_is_read(
@@ -99,9 +99,9 @@ def test_banners_and_formats_do_not_change_what_is_read(
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\n#SBATCH --time=30 --nodelist=node1 --output=/dev/null\nsleep 30\n")
     job = scheduler.submit(script)
-    cluster.wait_for(lambda: scheduler.find_jobs([job])[job].state == "RUNNING", "the job's start", 20)
+    cluster.wait_for(lambda: scheduler.find_jobs([job])[job].state == "RUNNING", "the job's start", 90)
     assert scheduler.find_jobs([job])[job].nodes == "node1"
-    assert scheduler.lost_nodes(["node1"]) == [] and scheduler.expand("node[1-2]") == ["node1", "node2"]
+    assert node_states.lost_nodes(["node1"]) == [] and scheduler.expand("node[1-2]") == ["node1", "node2"]
     assert abs(scheduler.details(job).limit_s - time.time() - 1800) < 30, "relative times would give no limit at all"
 
 

@@ -64,7 +64,7 @@ class Run:
         rows = [row for _, row in iterate_lines(self.folder.metrics) if row] if self.folder.metrics.exists() else []
         return rows[-1]["step"] if rows else 0
 
-    def wait(self, what: Callable[[], bool], words: str, timeout_s: float = 150) -> None:
+    def wait(self, what: Callable[[], bool], words: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not what():
             assert self.life.phase != OVER, f"waited for {words}; it is over: {self.story()}"
@@ -100,9 +100,16 @@ class Run:
             rank.resume()
 
     def _first_rank(self) -> list[psutil.Process]:
-        return [process for process in self.ranks()[:1] if process.environ()["RANK"] == "0"]
+        """Rank 0 of the attempt that runs now. Ranks of an attempt whose end is recorded may still be on their way out."""
+        life, found = self.life, []
+        for process in self.ranks()[:2]:
+            with suppress(psutil.NoSuchProcess):
+                env = process.environ()
+                if life.phase == RUNNING and env["RANK"] == "0" and env["PHALANX_ATTEMPT"] == str(life.attempt):
+                    found.append(process)
+        return found[:1]
 
-    def wait_over(self, timeout_s: float = 240) -> RunLifecycle:
+    def wait_over(self, timeout_s: float = 400) -> RunLifecycle:
         deadline = time.monotonic() + timeout_s
         while self.life.phase != OVER:
             assert time.monotonic() < deadline, f"it is not over: {self.story()}"
@@ -240,7 +247,7 @@ def kill_batch_step(run: Run) -> str:
                 process.kill()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    run.cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 60)
+    run.cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 120)
     resumed = phalanx("resume", str(run.folder.path))
     assert resumed.returncode == 0, f"{resumed.stderr}: {run.story()}"
     return ""

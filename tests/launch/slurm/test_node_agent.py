@@ -19,6 +19,7 @@ import pytest
 from configs.schema import Config
 from launch.local.parent_guard import MARK_NAME, kill_marked, marked_pids
 from launch.logs import print_rank_log
+from launch.slurm.node_agent import cores_note
 from launch.watch.failures import find_failures
 from launch.watch.heartbeats import RankState, WatchPolicy, make_watch_policy, read_reports
 from launch.watch.triage import combine
@@ -150,3 +151,10 @@ def test_a_hang_is_reported_and_the_agents_death_leaves_nothing(start: Callable[
     while marked_pids(agent.mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marked_pids(agent.mark) == []
+
+
+def test_ranks_that_must_share_cores_are_told() -> None:
+    assert cores_note(4, 4, "node1") == cores_note(96, 8, "node1") == ""
+    assert cores_note(1, 8, "node1").startswith(
+        "phalanx: note: node1: 8 ranks may use 1 core in all; set launch.slurm.cpus_per_task"
+    )

@@ -137,6 +137,32 @@ def test_a_signal_during_the_prologue_is_kept_for_the_batch_step(tmp_path: Path)
         assert done.stdout == f"signalled: {signalled}\nalive\n", done
 
 
+LMOD = Path("/usr/share/lmod/lmod/init/bash")
+
+
+@pytest.mark.prove
+def test_lmods_own_scripts_read_unset_variables_as_they_like(tmp_path: Path) -> None:
+    if not LMOD.exists():
+        pytest.skip("not installed: lmod (make accounting)")
+    (tmp_path / "compiler.lua").write_text('setenv("COMPILER", "13.2")\n')
+    shows = tmp_path / "python"
+    shows.write_text("#!/bin/sh\necho $COMPILER\n")
+    shows.chmod(0o700)
+    starts = [f". {LMOD}", f"module use {tmp_path}"]
+    for made, code, said in (
+        (config(prologue=[*starts, "module load compiler"], python=str(shows)), 0, "13.2\n"),
+        (config(prologue=[*starts, "module load absent || exit 7"], python=str(shows)), 7, ""),
+        (config(modules=["compiler"], python=str(shows)), 0, "13.2\n"),
+        (config(modules=["absent"], python=str(shows)), 1, ""),
+    ):
+        # A login shell's profile makes `module` known, as BASH_ENV does here.
+        env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "BASH_ENV": str(LMOD), "MODULEPATH": str(tmp_path)}
+        done = subprocess.run(
+            ["bash", "-c", script(made, tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, said), done
+
+
 def test_fewer_nodes_only_where_the_layout_fits() -> None:
     made = config(min_nodes=1)
     made.launch.nodes, made.launch.processes_per_node, made.batch.global_batch_seqs = 8, 2, 16

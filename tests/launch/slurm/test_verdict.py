@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from configs.errors import ConfigError, Problem
 from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
 from launch.watch.failures import NO_RANK, Failure
 from launch.watch.heartbeats import NodeReport
@@ -11,7 +12,7 @@ from pretrain.run.folder import Outcome
 
 CRASH = Failure(3, 1.0, "exception", "Traceback (most recent call last):\n  File x\nRuntimeError: ECC error")
 KILLED = Failure(1, 0.0, "killed", "killed by signal 9 (SIGKILL)")
-NO_ROOM = Failure(NO_RANK, 2.0, "exception", "no room in /dev/shm", "node4")
+NO_ROOM = Failure(NO_RANK, 2.0, "exception", str(ConfigError(Problem("TMPDIR", "/x", "needs room", "free some"))), "node4")
 NODES = {1: "node1", 3: "node2"}
 
 
@@ -34,7 +35,7 @@ def outcome(state: str) -> Outcome:
             "the agent of node1 was killed",
             "node1",
         ),
-        (AttemptEvidence(failures=(NO_ROOM,)), "crashed", "node4: no room in /dev/shm", "node4"),
+        (AttemptEvidence(failures=(NO_ROOM,)), "crashed", "node4: TMPDIR = '/x'; rule: needs room; fix:  free some", "node4"),
         (AttemptEvidence(asked=PREEMPT, outcome=outcome("preempted")), "preempted", "after step 8", ""),
         (AttemptEvidence(asked=PREEMPT), "preempted", "before the first step", ""),
         (AttemptEvidence(asked=TIME_LIMIT, outcome=outcome("preempted")), "time_limit", "time limit is near", ""),

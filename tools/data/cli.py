@@ -19,6 +19,7 @@ from configs.errors import ConfigError, Problem, json_problem, report
 from tools.data.faults import TokenizeFailed
 
 SHOWN_SKIPPED = 20
+LARGE_CHARS = 4_000_000
 EPILOG = """\
 sources (--corpus, one or more):
   embedded        text of the running Python: the language reference and the standard library
@@ -91,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--eod", metavar="TEXT", help="the end-of-document token, as data.tokenizer.eod (default: the first of the usual names)"
     )
+    encode.add_argument(
+        "--special-tokens",
+        choices=("token", "text"),
+        default="token",
+        help="a special token's name in the text, such as <|endoftext|>: as the tokenizer reads it, or as plain characters",
+    )
     encode.set_defaults(run=_tokenize)
 
     inspect = commands.add_parser("inspect", help="show what token files or a tokenizer hold")
@@ -152,6 +159,7 @@ def _tokenizer(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from pretrain.data.tokenizer import load_tokenizer, section_for  # noqa: PLC0415
+    from tools.data.encode import read_special_tokens_as_text  # noqa: PLC0415
     from tools.data.read import find_files  # noqa: PLC0415
     from tools.data.tokenize import tokenize  # noqa: PLC0415
 
@@ -165,6 +173,8 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         section = section_for(arguments.tokenizer)
         section.eod = arguments.eod
         tokenizer = load_tokenizer(section, "--tokenizer")
+        if arguments.special_tokens == "text":
+            read_special_tokens_as_text(tokenizer)
     except ConfigError as error:
         problems += error.problems
     if problems or tokenizer is None or corpus is None:
@@ -180,9 +190,12 @@ def _tokenize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_bytes=arguments.max_mb and arguments.max_mb * 1e6,
         eod=arguments.eod,
         skip_bad=arguments.skip_bad,
+        special_as_text=arguments.special_tokens == "text",
     )
     found["left_out"] = [vars(item) for item in corpus.left_out]
     _note_skipped(found["skipped"])
+    _note_special(found["special_tokens_in_text"])
+    _note_whole(*found["whole"])
     rate = found["text_bytes"] / found["elapsed_s"] / 1e6
     text = f"{found['prefix']}.bin: {found['num_tokens']:,} tokens in {found['num_documents']:,} documents, {rate:.1f} MB/s; "
     return found, text + f"unigram entropy {found['unigram_entropy_nats']:.4f} nats a token"
@@ -199,6 +212,23 @@ def _note_skipped(skipped: list[dict[str, str]]) -> None:
         lines = [f"  {item['place']}: {item['rule']}" for item in skipped[:SHOWN_SKIPPED]]
         more = [f"  and {len(skipped) - SHOWN_SKIPPED:,} more; --json lists all"] if len(skipped) > SHOWN_SKIPPED else []
         _note("\n".join([f"WARNING: {len(skipped):,} bad lines, rows or documents were passed over:", *lines, *more]))
+
+
+def _note_special(counts: dict[str, int]) -> None:
+    if counts:
+        names = ", ".join(f"{name} {count:,} times" for name, count in counts.items())
+        text = (
+            f"WARNING: the text itself spells special tokens, and they were encoded as such: {names}. An end-of-document token "
+        )
+        _note(text + "ends a document there. --special-tokens text reads them as plain characters.")
+
+
+def _note_whole(chars: int, reason: str) -> None:
+    if chars >= LARGE_CHARS:
+        text = (
+            f"note: a document of {chars / 1e6:,.0f} million characters was encoded in one piece, which takes much memory, since "
+        )
+        _note(text + f"this tokenizer has no place to cut a text with the same ids: {reason}")
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

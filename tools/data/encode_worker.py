@@ -19,7 +19,7 @@ from configs import schema
 from configs.errors import Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import load_tokenizer
-from tools.data.encode import Encoder
+from tools.data.encode import Encoder, read_special_tokens_as_text
 from tools.data.read.corpus import DocumentBatch
 from tools.data.read.parse_documents import texts_of
 
@@ -33,22 +33,30 @@ class EncodingSettings:
     eod: str | None
     append_eod: bool
     text_key: str
+    special_as_text: bool = False
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The documents of a batch as the .bin (tokens) and .idx (lengths, int32) hold them, and the size of their text."""
+    """The documents of a batch as the .bin (tokens) and .idx (lengths, int32) hold them, and the size of their text.
+
+    `whole_chars`, `whole_reason`: as the worker's Encoder has them.
+    """
 
     read_bytes: int
     tokens: bytes = b""
     lengths: bytes = b""
     text_bytes: int = 0
     problems: tuple[Problem, ...] = ()
+    whole_chars: int = 0
+    whole_reason: str = ""
 
 
 @lru_cache(maxsize=1)
 def _encoder(job: EncodingSettings) -> Encoder:
     tokenizer = load_tokenizer(schema.TokenizerConfig(kind=job.kind, path=job.path, eod=job.eod))
+    if job.special_as_text:
+        read_special_tokens_as_text(tokenizer)
     return Encoder(tokenizer, token_dtype(tokenizer.vocab_size), job.append_eod)
 
 
@@ -62,7 +70,8 @@ def encode_batch(job: EncodingSettings, batch: DocumentBatch, check_only: bool) 
     itemsize = array(encoder.typecode).itemsize
     lengths = array("i", (len(tokens) // itemsize for tokens in documents)).tobytes()
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return EncodedBatch(batch.read_bytes, b"".join(documents), lengths, text_bytes, tuple(problems))
+    whole = (encoder.whole_chars, encoder.whole_reason)
+    return EncodedBatch(batch.read_bytes, b"".join(documents), lengths, text_bytes, tuple(problems), *whole)
 
 
 def exit_with_parent() -> None:

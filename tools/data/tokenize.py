@@ -24,6 +24,7 @@ from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import token_dtype
 from pretrain.data.tokenizer import TextTokenizer
 from tools.data.dataset_writer import DatasetWriter
+from tools.data.encode import special_tokens
 from tools.data.encode_worker import EncodedBatch, EncodingSettings, encode_batch, exit_with_parent
 from tools.data.faults import MOST_PROBLEMS, Faults, TokenizeFailed
 from tools.data.progress import ProgressMeter
@@ -45,15 +46,17 @@ def tokenize(
     max_bytes: float | None = None,
     eod: str | None = None,
     skip_bad: int = 0,
+    special_as_text: bool = False,
 ) -> dict[str, Any]:
-    """Write the three files. Returns the content of .meta.json, `elapsed_s`, and `skipped`: the bad lines that were passed over.
+    """Write the three files. Returns the content of .meta.json, `elapsed_s`, `skipped`: the bad lines that were passed over, and
+    `whole`: (characters, reason) of the longest document that had to be encoded in one piece.
 
     Raises ConfigError with all problems, TokenizeFailed when a worker dies.
     """
-    job = EncodingSettings(tokenizer.kind, tokenizer.path, eod, append_eod, text_key)
+    job = EncodingSettings(tokenizer.kind, tokenizer.path, eod, append_eod, text_key, special_as_text)
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    faults = Faults(skip_bad)
+    faults, whole = Faults(skip_bad), (0, "")
     text_bytes, start_s = 0, time.monotonic()
     total_bytes = sum(source.size_bytes for source in corpus.sources)
     with DatasetWriter(prefix, dtype) as writer, ProgressMeter(total_bytes) as meter:
@@ -66,6 +69,7 @@ def tokenize(
                 writer.add(done.tokens, done.lengths)
                 counts += np.bincount(np.frombuffer(done.tokens, dtype), minlength=len(counts))
                 text_bytes += done.text_bytes
+                whole = max(whole, (done.whole_chars, done.whole_reason))
             meter.update(done.read_bytes, len(done.tokens) // dtype.itemsize)
         if not faults.fatal and not writer.num_tokens:
             names = ", ".join(corpus.labels)
@@ -82,11 +86,22 @@ def tokenize(
             "text_bytes": text_bytes,
             "dtype": dtype.name,
             "append_eod": append_eod,
+            "special_tokens": "text" if special_as_text else "token",
+            "special_tokens_in_text": _spelled(tokenizer, counts, len(writer.lengths) if append_eod else 0),
             "max_token_id": int(np.flatnonzero(counts)[-1]),
             "unigram_entropy_nats": entropy_nats(counts),
         }
         writer.finish(meta)
-    return {"prefix": prefix, **meta, "elapsed_s": time.monotonic() - start_s, "skipped": faults.skipped()}
+    return {"prefix": prefix, **meta, "elapsed_s": time.monotonic() - start_s, "skipped": faults.skipped(), "whole": whole}
+
+
+def _spelled(tokenizer: TextTokenizer, counts: np.ndarray, num_appended: int) -> dict[str, int]:
+    """Name -> how often the text itself spells a special token that was encoded as such. `num_appended`: ends of documents that
+    were appended.
+    """
+    found = {name: int(counts[number]) for number, name in special_tokens(tokenizer).items()}
+    found[tokenizer.token(tokenizer.eod_id)] -= num_appended
+    return {name: count for name, count in found.items() if count}
 
 
 def entropy_nats(counts: np.ndarray) -> float:

@@ -16,7 +16,10 @@ from configs.errors import ConfigError, Problem
 
 ROWS_BYTES = 4 << 20
 """Text that is decoded at a time, by the mean size of a row group's rows."""
-MOST_ROWS = 1024
+DICTIONARY_ROWS_BYTES = 64 << 20
+"""Text that is decoded at a time when every row is as large as the whole dictionary."""
+MOST_ROWS = 64
+"""Bound where a few large rows stand together among many small ones. A call for 64 rows takes 20 µs."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -27,10 +30,9 @@ def rows(name: str, text_key: str) -> Iterator[tuple[int, bytes | None, int]]:
 
     with open(name, "rb") as file:
         try:
-            options: dict[str, Any] = {"buffer_size": BUFFER_BYTES, "page_checksum_verification": True}
-            plain = parquet.ParquetFile(file)
-            _check_column(plain.schema_arrow, name, text_key)
-            yield from _rows(parquet.ParquetFile(file, read_dictionary=[text_key], metadata=plain.metadata, **options), text_key)
+            table = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+            _check_column(table.schema_arrow, name, text_key)
+            yield from _rows(table, text_key)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # of the disk; a broken page is an OSError of Arrow, without a number
                 raise
@@ -56,29 +58,30 @@ def _check_column(schema: Any, name: str, text_key: str) -> None:
 
 
 def _rows(table: Any, text_key: str) -> Iterator[tuple[int, bytes | None, int]]:
+    import pyarrow as pa  # noqa: PLC0415
+
     row = 0
     for group in range(table.num_row_groups):
         stored = table.metadata.row_group(group)
         if not stored.num_rows:
             continue
         columns = [stored.column(number) for number in range(stored.num_columns)]
-        column = next(column for column in columns if column.path_in_schema == text_key)
-        mean_bytes = max(column.total_uncompressed_size // stored.num_rows, 1)
-        count = min(max(ROWS_BYTES // mean_bytes, 1), MOST_ROWS)
+        count = _rows_at_a_time(next(column for column in columns if column.path_in_schema == text_key), stored.num_rows)
         read_bytes = sum(column.total_compressed_size for column in columns) // stored.num_rows
         for part in table.iter_batches(count, row_groups=[group], columns=[text_key], use_threads=False):
-            for text in _texts(part.column(0)):
+            texts = part.column(0)
+            texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
+            large = pa.types.is_large_string(texts.type)
+            for text in texts.cast(pa.large_binary() if large else pa.binary()).to_pylist():  # not checked as UTF-8
                 yield row, text, read_bytes
                 row += 1
 
 
-def _texts(column: Any) -> Iterator[bytes | None]:
-    """The bytes of each row, copied one at a time: a dictionary's value may stand in many rows."""
-    import pyarrow as pa  # noqa: PLC0415
-
-    values = column.dictionary if isinstance(column, pa.DictionaryArray) else column
-    numbers = column.indices if isinstance(column, pa.DictionaryArray) else range(len(column))
-    values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())  # not checked as UTF-8
-    for place in numbers:
-        number = place if isinstance(place, int) else place.as_py()
-        yield None if number is None else values[number].as_py()
+def _rows_at_a_time(column: Any, num_rows: int) -> int:
+    """Rows that are decoded at a time. A value of a dictionary, which is stored once, may stand in every row."""
+    ratio = max(column.total_uncompressed_size / max(column.total_compressed_size, 1), 1)
+    count = ROWS_BYTES * num_rows // max(column.total_uncompressed_size, 1)
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        dictionary_bytes = ratio * (column.data_page_offset - column.dictionary_page_offset)
+        count = min(count, int(DICTIONARY_ROWS_BYTES // max(dictionary_bytes, 1)))
+    return min(max(count, 1), MOST_ROWS)

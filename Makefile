@@ -13,12 +13,13 @@ WORDS ?=
 
 # What the tests' private Slurm cluster is made of (tests/slurm); without it those tests are skipped.
 SLURM := slurmctld slurmd slurm-client munge
-ACCOUNTING := slurmdbd mariadb-server lmod
+# What sites put around it: a database of accounts, modules, and a file system that caches.
+EXTRAS := slurmdbd mariadb-server-core lmod bindfs fuse3
 
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install slurm libaio accounting demo data test prove lint docs clean
+.PHONY: install slurm libaio slurm-extras demo data test prove lint docs clean
 
 install: $(VENV)/installed
 
@@ -71,16 +72,15 @@ libaio:
 	  || echo "no libaio: the tests that swap will be skipped" >&2; \
 	else echo "no libaio, and no root or apt-get to install it: the tests that swap will be skipped" >&2; fi
 
-# A database of accounts for the private Slurm, and Lmod.
-accounting:
-	@if command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null; then :; \
+slurm-extras:
+	@if command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null && command -v bindfs >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  (apt-get install -y -qq --no-install-recommends $(ACCOUNTING) || \
-	   (apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ACCOUNTING))) >/dev/null \
-	  || echo "no slurmdbd: its tests will be skipped" >&2; \
-	else echo "no slurmdbd, and no root or apt-get to install it: its tests will be skipped" >&2; fi
+	  (apt-get install -y -qq --no-install-recommends $(EXTRAS) || \
+	   (apt-get update -qq && apt-get install -y -qq --no-install-recommends $(EXTRAS))) >/dev/null \
+	  || echo "not all of $(EXTRAS): their tests will be skipped" >&2; \
+	else echo "not all of $(EXTRAS), and no root or apt-get: their tests will be skipped" >&2; fi
 
-prove: install slurm libaio accounting
+prove: install slurm libaio slurm-extras
 	$(BIN)/python -m pytest -q -m prove --timeout 3600
 
 lint: install

@@ -66,9 +66,10 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
 # MessageTimeout: what a busy node has not confirmed within it, Slurm 22.05 sends once more a minute later, and stops the
 # tasks of the job's next attempt.
-# $1: the folder, $2: the node. The namespaces die with the shell, whose pid is the node's power switch.
+# $1: the folder, $2: the node, $3: further commands. The namespaces die with the shell, whose pid is the node's power switch.
 _NODE = """\
 hostname "$2"; mount --bind "$1/hosts" /etc/hosts; mount -t tmpfs tmpfs /dev/shm
+eval "$3"
 slurmd -D -N "$2" & wait $!
 """
 
@@ -84,11 +85,12 @@ def missing() -> str:
 class Cluster:
     """`nodes` virtual nodes named node1 …, 4 cores each; partition main, and urgent that preempts it (grace 20 s).
 
-    `settings` are further lines of slurm.conf, which win over those above.
+    `settings` are further lines of slurm.conf, which win over those above. `setup` are shell commands that each node runs
+    before its slurmd.
     """
 
-    def __init__(self, folder: Path, nodes: int = 5, settings: str = "") -> None:
-        self.folder, self._settings = folder, settings
+    def __init__(self, folder: Path, nodes: int = 5, settings: str = "", setup: str = "") -> None:
+        self.folder, self._settings, self._setup = folder, settings, setup
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._port = 0
@@ -132,7 +134,7 @@ class Cluster:
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir()
         unshare = ["unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._spawn(node, *unshare, "bash", "-c", _NODE, "node", str(self.folder), node)
+        self._spawn(node, *unshare, "bash", "-c", _NODE, "node", str(self.folder), node, self._setup)
 
     def power_off(self, name: str) -> None:
         """A node, or a daemon."""

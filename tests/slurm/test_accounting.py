@@ -72,7 +72,7 @@ class AccountedCluster(Cluster):
 @pytest.fixture
 def accounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    if why := missing() or (f"not installed: {', '.join(absent)} (make accounting)" if absent else ""):
+    if why := missing() or (f"not installed: {', '.join(absent)} (make slurm-extras)" if absent else ""):
         pytest.skip(why)
     cluster = AccountedCluster(tmp_path / "accounted", 31500 + os.getpid() % 400)
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])

@@ -88,8 +88,9 @@ class Run:
         """Rank 0 stands still where its heartbeat says that it is at `phase`, which may last milliseconds, until a signal waits
         for it: what the body sends comes within the phase.
         """
-        self.wait(lambda: bool(self._first_rank()), "rank 0 of an attempt")
-        (rank,) = self._first_rank()
+        found: list[psutil.Process] = []
+        self.wait(lambda: bool(found.extend(self._first_rank()) or found), "rank 0 of an attempt")
+        rank = found[0]
         # The node's own /dev/shm.
         path = beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0)
         self.wait(lambda: _stop_at(rank, path, phase), f"rank 0 {phase}")

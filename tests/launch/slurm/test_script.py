@@ -143,7 +143,7 @@ LMOD = Path("/usr/share/lmod/lmod/init/bash")
 @pytest.mark.prove
 def test_lmods_own_scripts_read_unset_variables_as_they_like(tmp_path: Path) -> None:
     if not LMOD.exists():
-        pytest.skip("not installed: lmod (make accounting)")
+        pytest.skip("not installed: lmod (make slurm-extras)")
     (tmp_path / "compiler.lua").write_text('setenv("COMPILER", "13.2")\n')
     shows = tmp_path / "python"
     shows.write_text("#!/bin/sh\necho $COMPILER\n")

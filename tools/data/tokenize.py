@@ -131,7 +131,10 @@ def _in_order(job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
+    except OSError as error:
+        raise _not_started(workers, error) from error
     waiting: deque[tuple[str, Future[EncodedBatch]]] = deque()
     try:
         for batch in feed:
@@ -141,7 +144,17 @@ def _in_order(job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int
         while waiting:
             yield _result(waiting, workers)
     finally:
+        _shut_down(pool)
+
+
+def _shut_down(pool: ProcessPoolExecutor) -> None:
+    """End the workers. A pool whose threads could not start can't do it itself."""
+    try:
         pool.shutdown(cancel_futures=True)
+    except RuntimeError:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+            worker.join()
 
 
 def _submitted(
@@ -151,9 +164,13 @@ def _submitted(
         return pool.submit(encode_batch, job, batch, check_only)
     except BrokenProcessPool as error:
         raise _killed(workers, batch.source) from error
-    except OSError as error:
-        rule = f"this many processes must be able to start: {error.strerror or error}"
-        raise TokenizeFailed(Problem("--workers", workers, rule, "give fewer --workers")) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: can't start new thread
+        raise _not_started(workers, error) from error
+
+
+def _not_started(workers: int, error: Exception) -> TokenizeFailed:
+    rule = f"this many processes must be able to start; no file was written: {error}"
+    return TokenizeFailed(Problem("--workers", workers, rule, "give fewer --workers, or raise the limits: ulimit -a"))
 
 
 def _result(waiting: deque[tuple[str, Future[EncodedBatch]]], workers: int) -> EncodedBatch:

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,23 @@ def test_little_compressed_data_never_becomes_a_large_chunk(tmp_path: Path) -> N
     (tmp_path / "a.bz2").write_bytes(bz2.compress(b"\0" * 20_000_000))
     sizes = [len(plain) for plain, _ in chunks(str(tmp_path / "a.bz2"), "bzip2")]
     assert max(sizes) <= BATCH_BYTES and sum(sizes) == 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", "text".encode("utf-16"), "iconv -f UTF-16 "),
+        ("a.txt", "text".encode("utf-16-le"), "byte 1 is one: is it UTF-16"),
+        ("a.jsonl", gzip.compress(LINES), "add .gz to its name"),
+        ("a.jsonl", zstandard.compress(LINES), "add .zst to its name"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(
+    name: str, content: bytes, text: str, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        tokenize(expand([str(tmp_path / name)]), tokenizer, str(tmp_path / "out"))
 
 
 def test_undecodable_names(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +239,34 @@ def test_a_killed_worker_is_a_report(folder: Path, tmp_path: Path) -> None:
 
 def _is_worker(pid: str) -> bool:
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("spare", (4, 10))
+def test_workers_that_cannot_start_are_a_report(spare: int, folder: Path, tmp_path: Path) -> None:
+    """Too few open files are allowed, so that the start fails in one place or another."""
+    (tmp_path / "a.txt").write_text("some text")
+    code = (
+        "import os, resource, sys; from tools.cli import run; import tools.data.cli, tools.data.tokenize\n"
+        "import concurrent.futures.process, multiprocessing.queues, multiprocessing.popen_spawn_posix\n"
+        "import rich.console, sentencepiece\n"
+        "limit = len(os.listdir('/proc/self/fd')) + int(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)); sys.exit(run(sys.argv[2:]))"
+    )
+    arguments = [
+        "data",
+        "tokenize",
+        "--corpus",
+        str(tmp_path / "a.txt"),
+        "--tokenizer",
+        str(folder / "tok.model"),
+        "--workers",
+        "4",
+    ]
+    command = [sys.executable, "-c", code, str(spare), *arguments, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    if done.returncode == 0:
+        assert names == ["a.txt", "out.bin", "out.idx", "out.meta.json"]
+    else:
+        assert done.returncode in (1, 2) and "problem" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert names == ["a.txt"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -36,12 +36,15 @@ class DocumentBatch:
     first_line: int = 1
     first_offset_bytes: int = 0
     documents: tuple[tuple[str, int, bytes | None], ...] = ()
+    is_text_file: bool = False
 
     @property
     def size_bytes(self) -> int:
         return len(self.lines) + sum(len(text or b"") for _, _, text in self.documents)
 
 
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"PAR1": ".parquet"}
+"""How the files begin that are often misnamed."""
 BATCH_DOCUMENTS = 1 << 16
 """Bound of a batch whose documents are tiny or empty."""
 
@@ -76,12 +79,12 @@ def _head(batch: DocumentBatch, size_bytes: int) -> DocumentBatch:
     if batch.lines:
         end = batch.lines.find(b"\n", size_bytes)
         lines = batch.lines if end < 0 else batch.lines[: end + 1]
-        return DocumentBatch(batch.source, batch.read_bytes, lines, batch.first_line, batch.first_offset_bytes)
+        return replace(batch, lines=lines)
     kept, size = 0, 0
     while kept < len(batch.documents) and size < size_bytes:
         size += len(batch.documents[kept][2] or b"")
         kept += 1
-    return DocumentBatch(batch.source, batch.read_bytes, documents=batch.documents[: max(kept, 1)])
+    return replace(batch, documents=batch.documents[: max(kept, 1)])
 
 
 def _gather(name: str, documents: Iterator[tuple[str, int, bytes | None, int]]) -> Iterator[DocumentBatch]:
@@ -109,7 +112,7 @@ def _text(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
         parts.append(chunk)
         size, read = size + len(chunk), read + read_bytes
         check_document_size(source.name, size, "cut the file, use JSON lines, or --split-blank-lines")
-    yield DocumentBatch(source.label, read, documents=((source.label, 0, b"".join(parts)),))
+    yield DocumentBatch(source.label, read, documents=((source.label, 0, b"".join(parts)),), is_text_file=True)
 
 
 def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
@@ -133,7 +136,7 @@ def _blocks(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
         if held:
             yield source.label, start, b"".join(held), 0
 
-    return _gather(source.label, blocks())
+    return (replace(batch, is_text_file=True) for batch in _gather(source.label, blocks()))
 
 
 def _lines(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
@@ -173,5 +176,11 @@ def _parquet(source: CorpusSource, text_key: str) -> Iterator[DocumentBatch]:
 
 def not_utf8(name: str, offset_bytes: int, error: UnicodeDecodeError) -> Problem:
     """The problem of text that isn't UTF-8, with the offset in the uncompressed file."""
-    rule = f"text must be UTF-8; byte {offset_bytes + error.start} is 0x{error.object[error.start]:02x} ({error.reason})"
-    return Problem("--corpus", name, rule, "convert it, e.g.: iconv -f LATIN1 -t UTF-8")
+    raw, at = error.object, error.start
+    rule = f"text must be UTF-8; byte {offset_bytes + at} is 0x{raw[at]:02x} ({error.reason})"
+    fix = "convert it, e.g.: iconv -f LATIN1 -t UTF-8"
+    if offset_bytes == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fix = "it begins as UTF-16 does; convert it: iconv -f UTF-16 -t UTF-8"
+    elif offset_bytes == 0 and (suffix := next((end for start, end in MAGIC.items() if raw.startswith(start)), None)):
+        fix = f"it begins as a {suffix} file does; add {suffix} to its name"
+    return Problem("--corpus", name, rule, fix)

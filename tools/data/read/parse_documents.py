@@ -37,6 +37,10 @@ def _from_documents(batch: DocumentBatch) -> tuple[list[str], list[Problem]]:
         except UnicodeDecodeError as error:
             problems.append(not_utf8(name, offset, error))
             continue
+        if batch.is_text_file and "\0" in text:
+            rule = f"a text file has no zero bytes, byte {offset + raw.index(0)} is one: is it UTF-16, or no text?"
+            problems.append(Problem("--corpus", name, rule, "convert it, e.g.: iconv -f UTF-16LE -t UTF-8"))
+            continue
         if offset == 0:
             text = text.removeprefix("\ufeff")
         if text:

@@ -48,14 +48,15 @@ class ConfigError(Exception):
 
 def json_problem(problem: Problem) -> dict[str, Any]:
     """A problem as strict JSON takes it: what isn't a JSON value (NaN, infinity, bytes) becomes its text."""
-    return problem.as_dict() | {"got": _json_value(problem.got)}
+    return problem.as_dict() | {"got": json_value(problem.got)}
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """The value as strict JSON takes it: NaN, infinity and what JSON doesn't know become their texts."""
     if isinstance(value, dict):
-        return {str(name): _json_value(item) for name, item in value.items()}
+        return {str(name): json_value(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
     return value if value is None or isinstance(value, (bool, int, str)) else repr(value)

@@ -1,7 +1,7 @@
 """Ends a live run. In: the run folder. Out: a request to the Slurm job, the launcher or rank 0 of the run, then a wait.
 
-A Slurm job is asked through Slurm, from any host. A process is signalled only if its host, pid and start time are those
-in the record, because the kernel may have given the pid to another process.
+A Slurm job is asked through Slurm, from any host. A process is signalled only if it is the one in the record
+(launch/live_process.py).
 
 Torch-free.
 """
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from contextlib import suppress
-from typing import Any
 
 from configs.errors import ConfigError, Problem
+from launch.live_process import is_live, live_launcher
 from launch.slurm import scheduler
 from launch.slurm.lifecycle import OVER, QUEUED, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.files import read_json
-from pretrain.run.folder import EXIT_CODE, RunFolder, live_holder, process_start_ticks
+from pretrain.run.folder import EXIT_CODE, RunFolder, live_holder
 
 POLL_S = 0.2
 # Each poll of a job is a request to Slurm's controller, so jobs are polled less often than processes.
@@ -117,19 +115,12 @@ def find_process(folder: RunFolder) -> tuple[str, int] | None:
 
     Raises ConfigError if the run is live on another host.
     """
-    for attempt in reversed(folder.claimed_attempts()):
-        launcher = read_json(folder.launch_dir(attempt) / "launcher.json")
-        if isinstance(launcher, dict) and _is_live(launcher):
-            return "the launcher", int(launcher["pid"])
+    if (pid := live_launcher(folder)) is not None:
+        return "the launcher", pid
     holder = live_holder(folder)
     if holder is None:
         return None
-    if _is_live({"host": holder.host, "pid": holder.pid, "start_ticks": holder.start_ticks}):
+    if is_live({"host": holder.host, "pid": holder.pid, "start_ticks": holder.start_ticks}):
         return "rank 0", holder.pid
     rule = f"a local run is cancelled on its own host; this one is held by {holder.describe()}"
     raise ConfigError(Problem("RUN_DIR", str(folder.path), rule, f"run phalanx cancel on {holder.host}"))
-
-
-def _is_live(process: dict[str, Any]) -> bool:
-    ticks = process.get("start_ticks", 0)
-    return process.get("host") == socket.gethostname() and ticks != 0 and process_start_ticks(int(process["pid"])) == ticks

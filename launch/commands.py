@@ -167,7 +167,7 @@ def _status(words: list[str]) -> int:
             return as_json(status) if found.json else describe(status), status.live
         runs = list_runs(RUNS)
         if found.json:
-            text = json.dumps([status.as_dict() for status in runs], indent=2)
+            text = as_json(runs)
         else:
             text = "\n".join(table(runs, columns) if runs else [NO_RUNS])
         return text, any(status.live for status in runs)

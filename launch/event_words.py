@@ -65,7 +65,7 @@ def _gap(row: Row) -> str:
 
 
 def _submitted(row: Row) -> str:
-    jobs = f"job {row['jobs'][0]}" if len(row["jobs"]) == 1 else f"jobs {_names(row['jobs'])}"
+    jobs = f"job {row['jobs'][0]}" if len(row["jobs"]) == 1 else f"jobs {_names(row['jobs']) or '(none)'}"
     return f"{jobs} submitted to Slurm" + (f": {row['why']}" if row.get("why") else "")
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
+from launch.live_process import attempt_is_live
 from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_lifecycle
 from launch.status import read_status
 from launch.watch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
 from launch.watch.heartbeats import NodeReport, read_reports
-from pretrain.run.folder import RunFolder, live_holder
+from pretrain.run.folder import RunFolder
 
 POLL_S = 0.2
 QUEUE_POLL_S = 2.0
@@ -91,8 +92,8 @@ def print_rank_log(folder: RunFolder, rank: int, attempt: int | None, follow: bo
     With `follow`, new lines are printed until the run is over, and a run that has no log yet is waited for. Without `attempt`,
     later attempts are followed too. `notes` is told what is waited for.
     """
-    if follow and attempt is None:
-        _wait_for_logs(folder, notes)
+    if follow:
+        _wait_for_log(folder, rank, attempt, notes)
     batch = sorted((folder.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if attempt is None and batch and not _has_attempt_logs(folder):
         # No rank started. The output of the batch step and srun is the only log.
@@ -125,10 +126,17 @@ def _has_attempt_logs(folder: RunFolder) -> bool:
     return any((folder.path / "logs").glob("attempt_*/*"))
 
 
-def _wait_for_logs(folder: RunFolder, notes: TextIO) -> None:
-    """Wait until a rank or an agent of the run has a log, or until the run is over without one."""
+def _wait_for_log(folder: RunFolder, rank: int, attempt: int | None, notes: TextIO) -> None:
+    """Wait until the rank has a log, or until the run is over without one. torchrun's log comes before those of the ranks."""
     told = ""
-    while not _has_attempt_logs(folder):
+
+    def has_log() -> bool:
+        names = [path.name for path in (folder.path / "logs").glob("attempt_*")]
+        newest = max([*names, *(folder.log_dir(number).name for number in folder.claimed_attempts())], default="")
+        log_dir = folder.path / "logs" / (folder.log_dir(attempt).name if attempt is not None else newest)
+        return (log_dir / f"rank_{rank}.log").exists() or bool(_gathered_logs(log_dir))
+
+    while not has_log():
         status = read_status(folder)
         if not status.live:
             return
@@ -136,7 +144,7 @@ def _wait_for_logs(folder: RunFolder, notes: TextIO) -> None:
         if text != told:
             print(text, file=notes, flush=True)
             told = text
-        _sleep_until(lambda: _has_attempt_logs(folder))
+        _sleep_until(has_log)
 
 
 def _sleep_until(arrived: Callable[[], bool]) -> None:
@@ -164,7 +172,7 @@ def print_all_logs(folder: RunFolder, attempt: int | None, out: TextIO) -> None:
 
 
 def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
-    """Print the last lines of the log, then its new lines until no process holds the run folder."""
+    """Print the last lines of the log, then its new lines until the attempt is over."""
     with open(log.path, "rb") as file:
         if log.origin:
             # The lines of one rank are anywhere in a gathered log: it is read once, from its beginning.
@@ -177,7 +185,7 @@ def _follow(folder: RunFolder, log: RankLog, out: TextIO) -> None:
         # A block may end within a character.
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         while True:
-            alive = live_holder(folder) is not None
+            alive = attempt_is_live(folder)
             while text := _next_block(file, log):
                 out.write(decode(log.lines_of(text)))
             out.flush()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
+from launch.folder_files import check_files
 from launch.slurm.lifecycle import OVER, read_lifecycle
 from launch.status import RunStatus, last_sign_s, read_status
 from pretrain.run.files import storage_problem
@@ -41,6 +42,8 @@ def _status_of(folder: RunFolder, slurm_answers: bool) -> RunStatus | None:
     try:
         if not folder.path.is_dir() or not (is_run_folder(folder) or folder.claimed_attempts()):
             return None
+        if problems := check_files(folder):
+            raise ConfigError(problems)
         return read_status(folder, ask_slurm=slurm_answers and read_lifecycle(folder).phase != OVER)
     except OSError as error:
         return _unreadable(folder, storage_problem("RUN_DIR", folder.path, error))

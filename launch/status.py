@@ -9,7 +9,6 @@ Torch-free.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -17,8 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError, Problem, json_value
+from configs.fields import check_keys
 from configs.load import from_yaml_text
+from launch.folder_files import check_files
+from launch.live_process import launcher_is_gone, live_launcher
 from launch.slurm.interruptions import interruptions
 from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
@@ -30,7 +32,10 @@ from pretrain.run.folder import RunFolder, is_run_folder, live_holder
 
 # A run in one of these states may still change.
 LIVE_STATES = ("queued", "starting", "running")
+_FORGOTTEN = "Slurm no longer knows"
 _ETA_STEPS = 20
+# No number of a run is larger. What is larger is damage, and Python could not even convert it.
+_MOST = 1e18
 _EVENTS = 5
 # Every checkpoint writes events of these kinds. They would push rarer events out of the few that are shown.
 _QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
@@ -102,6 +107,8 @@ def read_status(folder: RunFolder, now_s: float | None = None, ask_slurm: bool =
     `ask_slurm` False: the queue is not asked. Raises ConfigError if a file of the folder can't be read.
     """
     try:
+        if problems := check_files(folder):
+            raise ConfigError(problems)
         return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm)
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
@@ -114,7 +121,8 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: bool) -> RunStatus:
     holder = live_holder(folder)
     life = read_lifecycle(folder)
     job, silence = _job(life) if ask_slurm else (None, "Slurm was not asked")
-    state, why = _state(folder, attempt, holder is not None, row) if not life.jobs else _slurm_state(life, job, silence, row)
+    held = holder is not None
+    state, why = _slurm_state(life, job, silence, row, held) if life.jobs else _state(folder, attempt, held, row)
     total_steps, damage = _total_steps(folder)
     if damaged := count_damaged(folder):
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
@@ -166,12 +174,15 @@ def last_sign_s(folder: RunFolder) -> float | None:
 def _number(row: Mapping[str, Any], name: str) -> float | None:
     """The finite number of this name. None: the row has none."""
     value = row.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
     return value if is_number else None
 
 
-def as_json(status: RunStatus) -> str:
-    return json.dumps(status.as_dict(), indent=2)
+def as_json(found: RunStatus | list[RunStatus]) -> str:
+    """One JSON document: the object of a run, or the list of the objects of runs."""
+    value = [status.as_dict() for status in found] if isinstance(found, list) else found.as_dict()
+    # Events of another version may hold any value.
+    return json.dumps(json_value(value), indent=2, allow_nan=False)
 
 
 def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
@@ -183,12 +194,14 @@ def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
     except SchedulerError as error:
         return None, f"Slurm does not answer here: {str(error).splitlines()[-1]}"
     live = [job for job in jobs if job.live]
-    return (live or jobs[-1:] or [None])[0], f"Slurm no longer knows job {life.jobs[-1]}"
+    return (live or jobs[-1:] or [None])[0], f"{_FORGOTTEN} job {life.jobs[-1]}"
 
 
-def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: dict[str, Any]) -> tuple[str, str]:
+def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: dict[str, Any], held: bool) -> tuple[str, str]:
     if life.phase == OVER:
         return life.state, life.why
+    if job is None and silence.startswith(_FORGOTTEN) and not held:
+        return "died", f"{silence}; its last event was {life.phase}"
     if job is None:
         return {RUNNING: "running", QUEUED: "queued"}.get(life.phase, "died"), silence
     if job.state == "PENDING":
@@ -216,9 +229,14 @@ def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[st
 def _state(folder: RunFolder, attempt: int, held: bool, row: dict[str, Any]) -> tuple[str, str]:
     if held:
         return ("running" if row else "starting"), ""
+    claimed = max(folder.claimed_attempts(), default=0)
+    if claimed > attempt and live_launcher(folder) is not None:
+        return "starting", f"attempt {claimed} has not begun to train yet"
     outcome = folder.read_outcome()
     if outcome is not None and outcome.attempt == attempt:
         return outcome.state, outcome.why
+    if attempt == 0 and launcher_is_gone(folder):
+        return "died", f"attempt {claimed} ended before it began to train; phalanx logs shows why"
     if attempt == 0:
         return "starting", "no attempt has begun yet; phalanx logs shows why when it lasts"
     events = recent_events(folder)
@@ -232,6 +250,8 @@ def _total_steps(folder: RunFolder) -> tuple[int | None, list[str]]:
         return None, []
     try:
         config = from_yaml_text(folder.config.read_text(encoding="utf-8"), str(folder.config))
+        if problems := check_keys(config):
+            raise ConfigError(problems)
     except UnicodeDecodeError:
         return None, ["config.yaml: is no text"]
     except ConfigError as error:

@@ -18,6 +18,9 @@ from launch.status import RunStatus
 
 _HEAD = ("RUN", "STATE", "STEP", "LOSS", "AGE", "WHY")
 _RIGHT = ("STEP", "LOSS", "AGE")
+_GAP = "  "
+# In characters. A longer name than this is cut where the window has no room, or where it would take the reasons' room.
+_LEAST_NAME, _LONG_NAME = 20, 32
 _MOST_NODES = 8
 
 
@@ -49,15 +52,22 @@ def describe(status: RunStatus, now_s: float | None = None) -> str:
     lines += _named("interrupted", [str(Interruption(**found)) for found in status.interruptions[-3:]])
     lines += _named("events", [f"{clock(event['time'], now_s)}  {sentence(event)}" for event in status.events])
     width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    return "\n".join(f"{name:<{width}}  {_printable(value)}" for name, value in lines)
 
 
 def table(runs: Sequence[RunStatus], columns: int | None) -> list[str]:
-    """A header and one line for each run, cut to `columns` characters; None: as wide as they are."""
+    """A header and one line for each run, cut to `columns` characters; None: as wide as they are.
+
+    A long name is cut, so that it leaves room for the other columns.
+    """
     rows = [_HEAD, *(_row(status) for status in runs)]
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    if columns:
+        room = columns - sum(width + len(_GAP) for width in widths[1:-1]) - len(_GAP) - 1
+        widths[0] = min(widths[0], max(_LEAST_NAME, min(room, max(_LONG_NAME, columns // 3))))
+        rows = [(_cut(name, widths[0]), *rest) for name, *rest in rows]
     lines = [
-        "  ".join(
+        _GAP.join(
             _padded(cell, width, right=name in _RIGHT) for cell, width, name in zip(row, widths, _HEAD, strict=True)
         ).rstrip()
         for row in rows
@@ -75,14 +85,18 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     reason = "; ".join(_one_line(text) for text in [why, *status.damage] if text)
     loss = f"{status.loss:.4f}" if status.loss is not None else ""
     steps = "" if status.state == "unreadable" else _steps(status)
-    age = f"{duration(status.age_s)} ago" if status.age_s is not None else ""
-    return _one_line(status.run_dir), status.state, steps, loss, age, reason
+    age = duration(status.age_s) if status.age_s is not None else ""
+    return _printable(status.run_dir).replace("\n", "?"), status.state, steps, loss, age, reason
 
 
 def _one_line(text: str) -> str:
     """The first line, without characters that move the cursor."""
-    first = (text.splitlines() or [""])[0]
-    return "".join(char if char.isprintable() else "?" for char in first)
+    return _printable((text.splitlines() or [""])[0])
+
+
+def _printable(text: str) -> str:
+    """Without characters that would change colours, the title or the cursor of a terminal. Lines stay lines."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
 def _steps(status: RunStatus) -> str:

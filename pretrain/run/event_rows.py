@@ -9,6 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from pretrain.run.folder import RunFolder
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """NaN and infinity, which Python reads from JSON, are no numbers here: JSON has neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_integer(value: Any) -> bool:

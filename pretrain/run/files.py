@@ -18,6 +18,8 @@ from typing import Any
 from configs.errors import Problem
 
 _TAIL_BYTES = 1 << 16
+# A row has some kilobytes.
+_LINE_BYTES = 1 << 24
 
 _RULES = {
     errno.ENOSPC: ("the disk must have room", "free some space, or choose another folder"),
@@ -86,7 +88,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     """The JSON object in the line. None: the line holds something else."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -94,12 +96,17 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Each complete line with its newline, and the line's JSON object, or None where it has none.
 
-    An incomplete last line is left out. Raises OSError.
+    An incomplete last line is left out. A line of more than _LINE_BYTES has no object and comes in pieces, so that a damaged
+    file of gigabytes takes little memory. Raises OSError.
     """
     with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield line, parse_line(line)
+        is_rest = False
+        while line := file.readline(_LINE_BYTES):
+            is_whole = line.endswith(b"\n")
+            if not is_whole and len(line) < _LINE_BYTES:
+                return
+            yield line, parse_line(line) if is_whole and not is_rest else None
+            is_rest = not is_whole
 
 
 def append_line(descriptor: int, row: dict[str, Any]) -> None:

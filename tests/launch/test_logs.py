@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from launch import logs
+from launch.status import read_status
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.folder import RunFolder
+from pretrain.run.files import write_json
+from pretrain.run.folder import RunFolder, process_start_ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, MOST_MIB = 1 << 28, 150
@@ -112,3 +117,41 @@ def test_a_log_of_gigabytes_takes_little_memory(name: str, words: tuple[str, ...
     assert text.endswith(b"the end\n")
     assert mib < MOST_MIB
     assert len(text) < 1 << 20
+
+
+def test_a_run_that_was_just_launched_here_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's log is there before those of the ranks, and a rank's log before rank 0 holds the run folder."""
+    for name in ("POLL_S", "QUEUE_POLL_S"):
+        monkeypatch.setattr(logs, name, 0.02)
+    folder, pid = RunFolder(tmp_path / "run"), os.getpid()
+    for path in (folder.log_dir(1), folder.launch_dir(1)):
+        path.mkdir(parents=True)
+    launcher = {"host": socket.gethostname(), "pid": pid, "start_ticks": process_start_ticks(pid)}
+    (folder.launch_dir(1) / "launcher.json").write_text(json.dumps(launcher))
+    (folder.log_dir(1) / "torchrun.log").write_text("torchrun's own\n")
+
+    def live() -> None:
+        time.sleep(0.3)
+        with (folder.log_dir(1) / "rank_0.log").open("w") as log:
+            log.write("first\n")
+            log.flush()
+            time.sleep(0.3)
+            log.write("last\n")
+        outcome = {"attempt": 1, "state": "finished", "why": "", "step": 3, "consumed_samples": 3}
+        write_json(folder.outcome, outcome)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    out, notes = follow(folder)
+    thread.join()
+    assert out == "first\nlast\n" and "no log yet: the run is starting" in notes
+
+
+def test_a_job_that_slurm_has_forgotten_is_not_waited_for(queued: RunFolder, tmp_path: Path) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    begin(queued, 1, "all\n")
+    assert follow(queued) == ("all\n", "")
+    status = read_status(queued)
+    assert status.state == "died" and "Slurm no longer knows job 17; its last event was running" in status.why

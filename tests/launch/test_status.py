@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import pty
+import socket
 import struct
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from rich.cells import cell_len
 
 from launch.event_words import clock, sentence
 from launch.run_list import list_runs
-from launch.status import LIVE_STATES, RunStatus, read_status
+from launch.status import LIVE_STATES, RunStatus, as_json, read_status
 from launch.status_text import describe, table
 from launch.status_watch import watch
 from pretrain.run.event_rows import is_event
@@ -95,6 +97,37 @@ def _loop(run: Path) -> None:
     (run / "metrics.jsonl").symlink_to(run / "metrics.jsonl")
 
 
+def _pipe(run: Path) -> None:
+    (run / "events.jsonl").unlink()
+    os.mkfifo(run / "events.jsonl")
+
+
+def _huge(run: Path) -> None:
+    """Files with holes: they take no room on the disk."""
+    for name in ("metrics.jsonl", "outcome.json"):
+        with (run / name).open("ab") as file:
+            file.truncate(3 << 30)
+
+
+def _numbers_beyond_any(run: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 1%s, "loss": -1e308, "tokens": 1e308, "tokens_per_s": 1e400}\n' % ("0" * 400))
+    row = {"time": time.time(), "attempt": 1, "kind": "of another version", "ratio": 0}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"a": math.inf, "b": math.nan}) + "\n")
+        file.write('{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+
+
+def _zero_tokens(run: Path) -> None:
+    (run / "config.yaml").write_text("run: {tokens: 10}\nbatch: {seq_length_tokens: 0}\n")
+
+
+def _never_began(run: Path) -> None:
+    """The ranks refused their input: no attempt was opened, and the launcher is gone."""
+    (run / "launch" / "attempt_0001" / "config.yaml").unlink()
+    launcher = {"host": socket.gethostname(), "pid": 2**22 + 1, "start_ticks": 5}
+    (run / "launch" / "attempt_0001" / "launcher.json").write_text(json.dumps(launcher))
+
+
 def _newer_version(run: Path) -> None:
     rows = [{"time": 4e18, "attempt": 1, "kind": "dreamt", "of": "sheep"}, ENDED | {"cause": "bored"}]
     with (run / "events.jsonl").open("a") as file:
@@ -117,6 +150,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "files for folders": (_files_for_folders, "starting"),
     "dangling links": (_dangling_links, "died"),
     "a link to itself": (_loop, "died"),
+    "a named pipe": (_pipe, "events.jsonl must be a file, it is a named pipe"),
+    "huge files": (_huge, "outcome.json must have at most 16 MiB, it has 3072 MiB"),
+    "numbers beyond any": (_numbers_beyond_any, "events.jsonl: 1 line is no event"),
+    "zero tokens": (_zero_tokens, "batch.seq_length_tokens: must be"),
+    "never began": (_never_began, "attempt 1 ended before it began to train"),
     "a newer version": (_newer_version, "config.yaml: "),
 }
 
@@ -133,7 +171,7 @@ def test_each_broken_folder_is_one_line_and_none_hides_another(tmp_path: Path) -
     for name, (_, said) in BROKEN.items():
         (line,) = [line for line in lines if line.startswith(str(tmp_path / name) + " ")]
         assert said in line, line
-    json.loads(json.dumps([status.as_dict() for status in list_runs(tmp_path)], allow_nan=False))
+    assert len(json.loads(as_json(list_runs(tmp_path)), parse_constant=pytest.fail)) == len(BROKEN)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -180,11 +218,14 @@ def status_of(path: Path, **changed: Any) -> RunStatus:
 def test_columns_align_whatever_the_names(tmp_path: Path) -> None:
     names = ["a", "名前の長い実験", "emoji-🚀", "tab\tand\x1b[31m colour"]
     runs = [status_of(tmp_path / str(index), run_dir=name, why="because") for index, name in enumerate(names)]
+    assert "\x1b" not in describe(runs[-1])
     lines = table(runs, None)
     starts = {cell_len(line[: line.index(word)]) for line, word in zip(lines, ["STATE", *["died"] * 4], strict=True)}
     assert len(starts) == 1
     assert all(char.isprintable() for line in lines for char in line)
     assert all(cell_len(line) <= 40 for line in table(runs, 40))
+    long = table([*runs, status_of(tmp_path / "long", run_dir="n" * 250, why="because")], 80)
+    assert all(cell_len(line) <= 80 and "died" in line and "7/10  2.5000" in line for line in long[1:]) and "WHY" in long[0]
     assert any(line.endswith("…") for line in table(runs, 40))
 
 
@@ -195,7 +236,7 @@ def test_the_run_that_was_seen_last_comes_first(tmp_path: Path) -> None:
         os.utime(run, (time.time() - age_s, time.time() - age_s))
     lines = table(list_runs(tmp_path), None)
     assert [Path(line.split()[0]).name for line in lines[1:]] == ["new", "old", "oldest"]
-    assert "1:00 ago" in lines[1] and "1:23:20 ago" in lines[2]
+    assert " 1:00 " in lines[1] and " 1:23:20 " in lines[2]
 
 
 def example(kind: EventKind) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""Whether the files of a run folder can be read without harm. In: a run folder. Out: problems.
+
+Opening a pipe that nobody writes to takes for ever, and a file of gigabytes in the place of a small one takes the memory of a
+login node. Both are found by their metadata.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from configs.errors import Problem
+from pretrain.run.folder import RunFolder
+
+# In bytes. The files of the first kind have some kilobytes and are read whole; events.jsonl has some megabytes and is read line
+# by line, several times.
+_SMALL, _LARGE = 1 << 24, 1 << 28
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def check_files(folder: RunFolder) -> list[Problem]:
+    """Problems of the files that a status is read from. Raises OSError."""
+    problems = []
+    most_bytes = dict.fromkeys((folder.config, folder.outcome, folder.done, folder.lock), _SMALL) | {folder.events: _LARGE}
+    for path in (*most_bytes, folder.metrics):
+        if not path.exists():
+            continue
+        found, most, rule = path.stat(), most_bytes.get(path), ""
+        if not stat.S_ISREG(found.st_mode):
+            rule = f"{path.name} must be a file, it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a device')}"
+        elif most is not None and found.st_size > most:
+            rule = f"{path.name} must have at most {most >> 20} MiB, it has {found.st_size >> 20} MiB"
+        if rule:
+            problems.append(Problem("RUN_DIR", str(path), rule, "look what wrote it and move it away, or name another run"))
+    return problems

@@ -186,6 +186,8 @@ def _logs(words: list[str]) -> int:
     parser.add_argument("--attempt", type=int, default=None, metavar="N", help="of which attempt (default: the newest)")
     parser.add_argument("-f", "--follow", action="store_true", help="go on while the run is live")
     found = parser.parse_args(words)
+    if found.rank is None and found.follow:
+        parser.error("--follow shows the log of one rank: name it by --rank N, or leave --follow out")
     folder = require_run_folder(found.run_dir)
     if found.rank is None:
         print_all_logs(folder, found.attempt, sys.stdout)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch import logs
+from launch.commands import main
 from launch.status import read_status
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
@@ -145,6 +146,12 @@ def test_a_run_that_was_just_launched_here_is_waited_for(tmp_path: Path, monkeyp
     out, notes = follow(folder)
     thread.join()
     assert out == "first\nlast\n" and "no log yet: the run is starting" in notes
+
+
+def test_one_rank_is_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["logs", "runs/a", "--rank", "all", "-f"])
+    assert "--follow shows the log of one rank" in capsys.readouterr().err
 
 
 def test_a_job_that_slurm_has_forgotten_is_not_waited_for(queued: RunFolder, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import difflib
 import io
 import re
 from collections.abc import Sequence
@@ -104,7 +105,9 @@ def file_sources(name: str, folder: Path | None = None, chain: tuple[Path, ...] 
     path = find_file(name, folder or Path.cwd())
     if path is None:
         asked = f"{display_name(chain[-1])}: base" if chain else "CONFIG"
-        fix = "give the path of a YAML file, or one of: " + ", ".join(shipped_names())
+        close = difflib.get_close_matches(name, shipped_names(), n=1)
+        fix = f"did you mean {close[0]}? Otherwise give" if close else "give"
+        fix += " the path of a YAML file, or one of: " + ", ".join(shipped_names())
         return [], [Problem(asked, name, "must be a file, or the name of a shipped config", fix)]
     path = path.resolve()
     if path in chain:

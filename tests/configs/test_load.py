@@ -272,3 +272,9 @@ def test_a_key_may_say_that_it_takes_infinity() -> None:
     assert KeyRule(low=0, infinite=True).broken_by(float("-inf")) == "at least 0"
     assert KeyRule(low=0, infinite=True).broken_by(float("nan")) == "a number, not NaN"
     assert KeyRule(low=0).broken_by(10**400) is None, "a large integer is finite"
+
+
+def test_a_misspelled_name_of_a_shipped_config_is_recognised() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config("quickstrat")
+    assert refused.value.problems[0].fix.startswith("did you mean quickstart? Otherwise give the path of a YAML file")

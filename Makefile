@@ -1,11 +1,13 @@
 # make demo   from a fresh clone to a trained MoE on this machine's CPU, exported and writing text in transformers
 # make test   what a user runs before trusting it; make prove: the long campaigns
+# make test-newest   the tests that depend on libraries, with the newest ones, in a second virtual environment
 # make lint   ruff and pyright; make docs: the documentation, as a site in site/
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEWEST ?= .venv-newest
 DATA := data/quickstart
 
 # WORDS: key=value words for the demo, e.g. make demo WORDS="run.steps=500"
@@ -19,7 +21,7 @@ EXTRAS := slurmdbd mariadb-server-core lmod bindfs fuse3
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install slurm libaio slurm-extras demo data test prove lint docs clean
+.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove lint docs clean
 
 install: $(VENV)/installed
 
@@ -29,6 +31,17 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+install-newest: $(NEWEST)/installed
+
+# Newer versions of Megatron-Core state Python 3.12 and run on 3.11: there pip takes the newest one by force.
+$(NEWEST)/installed: setup.py Makefile
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q --upgrade pip
+	$(NEWEST)/bin/pip install -q torch==2.13.0
+	$(NEWEST)/bin/pip install -q torch==2.13.0 -e '.[dev]'
+	$(NEWEST)/bin/pip install -q --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
 $(DATA)/tokenizer.model: | $(VENV)/installed
@@ -64,6 +77,12 @@ slurm:
 test: install slurm
 	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
 
+# Parity, engines, the independent trainer, rehearsals, conversion and whole runs, under Megatron-Core 0.19.
+NEWEST_TESTS := tests/parallel/compat tests/reference tests/pretrain tests/tools/rehearse tests/tools/convert tests/run/test_commands.py tests/run/test_other_libraries.py
+
+test-newest: install-newest
+	$(NEWEST)/bin/python -m pytest -q -n 2 --no-loadscope-reorder $(NEWEST_TESTS)
+
 # What DeepSpeed's swapping to NVMe is built from.
 libaio:
 	@if [ -e /usr/include/libaio.h ]; then :; \
@@ -94,4 +113,4 @@ docs: install
 	@echo "documentation: site/index.html"
 
 clean:
-	rm -rf site $(VENV) build *.egg-info
+	rm -rf site $(VENV) $(NEWEST) build *.egg-info

@@ -29,7 +29,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         # Private names of these two are replaced (parallel/compat): the bounds are the versions that were tested.
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.19.8,<0.20",
         "wandb>=0.22",
         "omegaconf>=2.3",

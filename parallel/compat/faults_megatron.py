@@ -10,11 +10,15 @@ from parallel.compat.guard import Guard
 _PARITY = "tests/pretrain/model/test_parity.py"
 _LAYOUT_TEST = f"{_PARITY}::test_layout_changes_nothing"
 _BALANCE_TEST = "tests/parallel/compat/test_router_losses.py::test_each_balancing_loss_acts_as_its_formula_says"
+_PREDICTION = "megatron.core.transformer.multi_token_prediction"
+_PREDICTION_TEST = "tests/parallel/compat/test_megatron_guards.py::test_prediction_losses_are_means_over_valid_tokens"
 _ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
 
 
-def _megatron(fault: str, guard: str, symptom: str, test: str, *names: str) -> Guard:
-    return Guard(fault, "megatron-core", guard, symptom, test, names)
+def _megatron(
+    fault: str, guard: str, symptom: str, test: str, *names: str, first: str | None = None, last: str | None = None
+) -> Guard:
+    return Guard(fault, "megatron-core", guard, symptom, test, names, first, last)
 
 
 MEGATRON_GUARDS = (
@@ -42,6 +46,7 @@ MEGATRON_GUARDS = (
         "parallel.compat.megatron_guards:router_loss_weight",
         "gradients of router losses are too small by tensor x context, no error",
         f"{_PARITY}::test_router_losses_guard",
+        last="0.18",
     ),
     _megatron(
         "The balancing loss of sequences is weighted by the tokens of one sequence",
@@ -49,6 +54,7 @@ MEGATRON_GUARDS = (
         "the gradient of seq_aux_loss is too small by the sequences of a micro-batch, no error",
         _BALANCE_TEST,
         f"{_ROUTER}.attach_and_log_load_balancing_loss",
+        last="0.18",
     ),
     _megatron(
         "The balancing loss of the global batch is weighted by the tokens of one data parallel rank",
@@ -68,6 +74,14 @@ MEGATRON_GUARDS = (
         "pretrain.model.specs:_attention_spec",
         "gradient norm 1.09392 where 1.09504 is right, no error",
         f"{_PARITY}::test_latent_attention_guard",
+    ),
+    _megatron(
+        "Latent attention replaces the modules that its spec names where queries come from no latent vector",
+        "pretrain.model.specs:LatentAttention",
+        "DeepSeek-V2-Lite can't be built without Transformer Engine",
+        "tests/tools/convert/test_families.py::test_round_trip_and_logits",
+        "megatron.core.transformer.multi_latent_attention:MLASelfAttention._resolve_qk_norm_config",
+        first="0.19",
     ),
     _megatron(
         "The local norm refuses sequence parallelism",
@@ -139,16 +153,55 @@ MEGATRON_GUARDS = (
         _LAYOUT_TEST,
         "megatron.core.transformer.moe.moe_utils:get_moe_layer_wise_logging_tracker",
         "megatron.core.transformer.moe.moe_utils:clear_aux_losses_tracker",
+        last="0.17",
+    ),
+    _megatron(
+        "Router losses are kept in a tracker object whose own reduction averages in a collective, which gloo lacks",
+        "parallel.compat.megatron_private:take_router_losses",
+        "no router losses in the record, or sums over all steps so far",
+        _LAYOUT_TEST,
+        "megatron.core.transformer.moe.moe_logging:get_moe_metrics_tracker",
+        first="0.18",
     ),
     _megatron(
         "Losses of multi-token prediction are tracked as means of each rank's part of a micro-batch",
         "parallel.compat.prediction_losses:sum_prediction_losses",
         "mtp_loss depends on the layout, and is NaN where a part has no valid token",
-        "tests/parallel/compat/test_megatron_guards.py::test_prediction_losses_are_means_over_valid_tokens",
-        "megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.tracker",
-        "megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.save_loss_to_tracker",
-        "megatron.core.transformer.multi_token_prediction:roll_tensor",
+        _PREDICTION_TEST,
+        f"{_PREDICTION}:MTPLossLoggingHelper.tracker",
+        f"{_PREDICTION}:roll_tensor",
+    ),
+    _megatron(
+        "The model rolls the labels of multi-token prediction itself, and tells nobody the number of valid tokens",
+        "parallel.compat.prediction_losses:sum_prediction_losses",
+        "mtp_loss depends on the layout",
+        _PREDICTION_TEST,
         "megatron.core.models.gpt.gpt_model:roll_tensor",
+        last="0.16",
+    ),
+    _megatron(
+        "Losses of multi-token prediction are given to a tracker that keeps means",
+        "parallel.compat.prediction_losses:sum_prediction_losses",
+        "mtp_loss depends on the layout",
+        _PREDICTION_TEST,
+        f"{_PREDICTION}:MTPLossLoggingHelper.save_loss_to_tracker",
+        last="0.18",
+    ),
+    _megatron(
+        "Losses and right guesses of multi-token prediction are given to a tracker that keeps means",
+        "parallel.compat.prediction_losses:sum_prediction_losses",
+        "mtp_loss depends on the layout",
+        _PREDICTION_TEST,
+        f"{_PREDICTION}:MTPLossLoggingHelper.save_metrics_to_tracker",
+        first="0.19",
+    ),
+    _megatron(
+        "The loss of a prediction depth is scaled by the rank's own counts of valid tokens",
+        "parallel.compat.prediction_losses:sum_prediction_losses",
+        "gradients depend on the context parallel degree: norm 3.6652 where 3.6630 is right, no error",
+        _PREDICTION_TEST,
+        "megatron.core.models.gpt.gpt_model:process_mtp_loss",
+        first="0.17",
     ),
     _megatron(
         "Router losses are weighted by all tokens over valid tokens",

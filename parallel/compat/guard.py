@@ -5,12 +5,13 @@ Torch-free.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+
+from parallel.compat.versions import is_between
 
 # Library -> (first, last) version that was tested.
 TESTED = {
-    "megatron-core": ("0.16.1", "0.16.1"),
+    "megatron-core": ("0.16.1", "0.19.2"),
     "deepspeed": ("0.19.8", "0.19.8"),
     "torch": ("2.13.0", "2.13.0"),
     "wandb": ("0.31.0", "0.31.0"),
@@ -55,10 +56,4 @@ class Guard:
 
     def needed_by(self, version: str) -> bool:
         """Does this version of the library need the guard?"""
-        first, last = self.versions
-        return _numbers(version) >= _numbers(first) and (last is None or _numbers(version) <= _numbers(last))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 0.19.2rc1 gives (0, 19, 2)."""
-    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+        return is_between(version, *self.versions)

@@ -14,6 +14,7 @@ from parallel.compat.faults_deepspeed import DEEPSPEED_GUARDS
 from parallel.compat.faults_megatron import MEGATRON_GUARDS
 from parallel.compat.faults_torch import TORCH_GUARDS
 from parallel.compat.guard import TESTED, Guard
+from parallel.compat.versions import installed_version
 
 GUARDS: tuple[Guard, ...] = (*MEGATRON_GUARDS, *DEEPSPEED_GUARDS, *TORCH_GUARDS)
 
@@ -26,6 +27,12 @@ def guards_in(module: str) -> list[Guard]:
 def needed_guards(versions: Mapping[str, str]) -> tuple[str, ...]:
     """The faults that libraries of these versions have: the guards that are on. An empty version: not installed."""
     return tuple(guard.fault for guard in GUARDS if (version := versions.get(guard.library)) and guard.needed_by(version))
+
+
+def is_needed(fault: str) -> bool:
+    """Does the installed version of the library have this fault of the index?"""
+    (guard,) = [guard for guard in GUARDS if guard.fault == fault]
+    return guard.needed_by(installed_version(guard.library))
 
 
 def markdown() -> str:

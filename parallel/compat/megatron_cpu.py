@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16.1 without CUDA: its sources are rewritten at import so that `torch.cuda` means the CPU.
+"""Megatron-Core without CUDA: its sources are rewritten at import so that `torch.cuda` means the CPU.
 
 In: the source of the listed megatron packages. Out: the same modules, with `torch.cuda` bound to a small CPU namespace.
 torch itself is not patched. A TorchFunctionMode would do the same at run time for 18% of every step.
@@ -21,11 +21,15 @@ import struct
 import sys
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
+from configs.errors import ConfigError
 from parallel.compat.private_names import changed_source
+from parallel.compat.supported import version_problem
+from parallel.compat.versions import is_between, megatron_version
 
 PACKAGES = tuple(
     f"megatron.core.{name}"
@@ -46,56 +50,101 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"pin_memory=True"), "pin_memory=False"),
     (re.compile(r"\.cuda\((?:non_blocking=True|_cuda\.current_device\(\))?\)"), ".cpu()"),
 )
-# Per module: text that must occur exactly once, what replaces it, and why.
-_REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A text that must occur exactly once in a module of the versions `first` to `last`, and what takes its place."""
+
+    old: str
+    new: str
+    first: str = "0.16.1"
+    last: str | None = None
+
+
+# Module -> its replacements, and why.
+_REPLACED: dict[str, tuple[Replacement, ...]] = {
     # Megatron-Core's own metrics, which nothing here calls: 0.9 s of every rank's 6 s of imports.
     "megatron.core.inference.contexts.dynamic_context": (
-        ("    import wandb  # pylint: disable=unused-import", "    raise ImportError"),
+        Replacement("    import wandb  # pylint: disable=unused-import", "    raise ImportError", last="0.16"),
     ),
-    "megatron.core.timers": (("    import wandb\n", "    raise ImportError\n"),),
+    "megatron.core.timers": (Replacement("    import wandb\n", "    raise ImportError\n"),),
     # torch.compile of the router's small functions costs 4-28 s at the first step and gains nothing here.
-    "megatron.core.jit": (("\n\nenable_jit_fuser()", "\n\ndisable_jit_fuser()"),),
+    "megatron.core.jit": (Replacement("\n\nenable_jit_fuser()", "\n\ndisable_jit_fuser()"),),
     "megatron.core.transformer.moe.moe_utils": (
         # Without Transformer Engine the name stays undefined, and the router's product raises a NameError.
-        ("except ImportError:\n    HAVE_TE = False", "except ImportError:\n    HAVE_TE = False\n    te_general_gemm = None"),
+        Replacement(
+            "except ImportError:\n    HAVE_TE = False",
+            "except ImportError:\n    HAVE_TE = False\n    te_general_gemm = None",
+            last="0.16",
+        ),
         # Splits must leave as numpy arrays also when they are on the CPU already.
-        ("if torch.is_tensor(tensor) and tensor.is_cuda:", "if torch.is_tensor(tensor):"),
+        Replacement("if torch.is_tensor(tensor) and tensor.is_cuda:", "if torch.is_tensor(tensor):"),
     ),
-    # True although Transformer Engine is absent; isinstance(x, None) then raises.
-    "megatron.core.transformer.multi_latent_attention": (("    HAVE_TE = True", "    HAVE_TE = False"),),
+    # A router for inference only, which nothing here builds: the decorator imports torch's compiler, 0.5 s of every rank.
+    "megatron.core.transformer.moe.router": (
+        Replacement("    @torch.compile\n    def _compiled_topk_routing(", "    def _compiled_topk_routing(", first="0.17"),
+    ),
+    # Its kernels are made when the module is imported. Nothing here calls them, and a CPU's torch comes without triton.
+    "megatron.core.transformer.moe.ops.paged_stash": (
+        Replacement(
+            "import triton\nimport triton.language as tl\n", "triton = _cuda.triton\ntl = _cuda.triton.language\n", first="0.19"
+        ),
+    ),
+    "megatron.core.transformer.moe.paged_stash": (
+        Replacement(
+            "import triton\nimport triton.language as tl\n",
+            "triton = _cuda.triton\ntl = _cuda.triton.language\n",
+            first="0.18",
+            last="0.18",
+        ),
+    ),
+    "megatron.core.transformer.multi_latent_attention": (
+        # True although Transformer Engine is absent; isinstance(x, None) then raises.
+        Replacement("    HAVE_TE = True", "    HAVE_TE = False", last="0.16"),
+        # A class that isinstance is asked about, and that is None without Transformer Engine.
+        Replacement(
+            "    ) = (None, None, None, None, None, None)",
+            "    ) = (None, None, None, None, None, None)\n    from megatron.core.post_training.modelopt.layers import Linear",
+            first="0.17",
+        ),
+    ),
     # Takes its default, False, for fp8 being on, whose names are undefined without Transformer Engine (recomputed layer norms).
     "megatron.core.tensor_parallel.random": (
-        ("self.fp8 = fp8 is not None", "self.fp8 = False"),
+        Replacement("self.fp8 = fp8 is not None", "self.fp8 = False"),
         # Its streams are the CPU's generator here: the warning would come with every dropout.
-        ("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
+        Replacement("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
     ),
     # Adds to its input in place, which autograd forbids where a reduction over one rank returned it as it came.
     "megatron.core.transformer.mlp": (
-        (
+        Replacement(
             "output += output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)",
             "output = (output + output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)).to(output.dtype)",
         ),
     ),
     # The schedule that overlaps experts' tokens is right in fp32 too, in which rehearsals compare.
     "megatron.core.transformer.transformer_config": (
-        (
+        Replacement(
             "self.bf16 or self.fp16\n            ), 'overlap_moe_expert_parallel_comm",
             "True\n            ), 'overlap_moe_expert_parallel_comm",
         ),
     ),
     # A tensor on the CPU belongs to no stream.
-    "megatron.core.models.gpt.fine_grained_callables": (("residual.record_stream(_cuda.current_stream())", "residual"),),
+    "megatron.core.models.gpt.fine_grained_callables": (
+        Replacement("residual.record_stream(_cuda.current_stream())", "residual"),
+        Replacement("shared_expert_output.record_stream(_cuda.current_stream())", "pass", first="0.17"),
+    ),
     "megatron.core.pipeline_parallel.utils": (
-        ("input.record_stream(self.stream)", "pass"),
-        ("g.record_stream(self.stream)", "pass"),
+        Replacement("input.record_stream(self.stream)", "pass"),
+        Replacement("g.record_stream(self.stream)", "pass"),
     ),
     # gloo moves equal shares only; experts split over tensor and expert ranks have uneven ones.
     "megatron.core.tensor_parallel.mappings": (
-        (
+        Replacement(
             "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
             "_cuda.all_gather_uneven(output_tensor_list, input_, group)",
         ),
-        (
+        Replacement(
             "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
             "_cuda.reduce_scatter_uneven(output, input_tensor_list, group)",
         ),
@@ -103,8 +152,11 @@ _REPLACED: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def rewrite(name: str, source: str) -> str:
-    """The CPU version of one megatron module's source. Raises ConfigError where it lacks a text that must be replaced."""
+def rewrite(name: str, source: str, version: str | None = None) -> str:
+    """The CPU version of one megatron module's source. Raises ConfigError where it lacks a text that must be replaced.
+
+    `version`: of the megatron-core that the source is from; None: the installed one.
+    """
 
     def bind(match: re.Match[str]) -> str:
         pairs = [part.strip().split(" as ") for part in match[1].split(",")]
@@ -113,11 +165,16 @@ def rewrite(name: str, source: str) -> str:
     source = _IMPORT.sub(bind, source)
     for pattern, replacement in _REWRITES:
         source = pattern.sub(replacement, source)
-    for old, new in _REPLACED.get(name, ()):
-        if source.count(old) != 1:
-            raise changed_source(name, old)
-        source = source.replace(old, new)
+    for text in replacements(name, version or megatron_version()):
+        if source.count(text.old) != 1:
+            raise changed_source(name, text.old)
+        source = source.replace(text.old, text.new)
     return source
+
+
+def replacements(name: str, version: str) -> list[Replacement]:
+    """The replacements of one module for a version of megatron-core."""
+    return [text for text in _REPLACED.get(name, ()) if is_between(version, text.first, text.last)]
 
 
 class _Stream:
@@ -178,8 +235,11 @@ def _cpu_namespace() -> SimpleNamespace:
         torch.distributed.all_reduce(total, group=group)
         output.copy_(total.split([len(tensor) for tensor in tensors])[group.rank()])
 
+    # What the declarations of kernels name. No kernel is called.
+    triton = SimpleNamespace(jit=lambda kernel: kernel, language=SimpleNamespace(constexpr=int))
+
     return SimpleNamespace(
-        all_gather_uneven=all_gather_uneven, reduce_scatter_uneven=reduce_scatter_uneven,
+        triton=triton, all_gather_uneven=all_gather_uneven, reduce_scatter_uneven=reduce_scatter_uneven,
         current_device=lambda: cpu, device_count=lambda: 1, set_device=nothing, synchronize=nothing, empty_cache=nothing,
         is_available=lambda: False, is_initialized=lambda: True, is_current_stream_capturing=lambda: False,
         Stream=_Stream, Event=_Stream, current_stream=lambda *a: _Stream(), default_stream=lambda *a: _Stream(),
@@ -230,8 +290,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 @functools.cache
 def _rules_id() -> str:
-    """Part of the cached code's name: other rules, other code."""
-    return f"phalanx{zlib.crc32(Path(__file__).read_bytes()):08x}"
+    """Part of the cached code's name: other rules or another version, other code."""
+    return f"phalanx{zlib.crc32(Path(__file__).read_bytes() + megatron_version().encode()):08x}"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -245,6 +305,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if not fullname.startswith("megatron.core"):
             return None
         if self.active is None:
+            if problem := version_problem("megatron-core"):
+                raise ConfigError(problem)
             self.active = not cuda_available()
         if not self.active or not fullname.startswith(PACKAGES):
             return None

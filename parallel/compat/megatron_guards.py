@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from parallel.compat.private_names import replaced, require_names
+from parallel.compat.versions import megatron_is_between
 from parallel.layout import Layout
 
 require_names(__name__)
@@ -27,7 +28,7 @@ require_names(__name__)
 def mark_expert_parameters(chunks: Sequence[nn.Module], groups: ProcessGroupCollection) -> None:
     """Make Megatron-Core reduce and count the gradients of routed experts over the expert grid, whatever the degrees.
 
-    All three faults: megatron-core 0.16.1, wrong from the first step, no error.
+    All three faults: megatron-core, wrong from the first step, no error.
     1. With tensor > 1 and expert = 1 experts keep `allreduce=True`: their gradients are summed over data ranks only, though
        every tensor rank sent them other tokens.
     2. With sequence parallelism the bias of an expert's second product is marked `sequence_parallel`: its gradient, complete
@@ -49,7 +50,7 @@ def mark_expert_parameters(chunks: Sequence[nn.Module], groups: ProcessGroupColl
 
 @contextmanager
 def without_jitter(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Validation without the router's noise: megatron-core 0.16.1 adds it whether or not the model trains.
+    """Validation without the router's noise: megatron-core adds it whether or not the model trains.
 
     The held-out loss would differ from time to time, and each validation move the random state that training goes on with.
     """
@@ -69,7 +70,7 @@ def router_losses_of_all_tokens(share: torch.Tensor) -> Iterator[None]:
     tokens that are routed, masked labels or not: Switch Transformer (arXiv 2101.03961, equation 4) and ST-MoE (arXiv
     2202.08906, equation 5) sum over the tokens of a batch. The tokens of a masked label load experts like any other.
 
-    Fault (megatron-core 0.16.1, with calculate_per_token_loss): it adds router losses times all tokens, and divides
+    Fault (megatron-core, with calculate_per_token_loss): it adds router losses times all tokens, and divides
     gradients by the valid ones. Symptom: their weight grows with the number of masked labels. `share` is valid tokens over
     all tokens of the global batch, and takes that back.
     """
@@ -85,16 +86,17 @@ def router_losses_of_all_tokens(share: torch.Tensor) -> Iterator[None]:
 def router_loss_weight(layout: Layout) -> int:
     """Factor on the coefficients of the router's losses.
 
-    megatron-core 0.16.1: with calculate_per_token_loss a router's auxiliary loss is weighted by the rank's own tokens, while
-    tensor (sequence) and context ranks share one micro-batch: its gradient is too small by tensor x context, no error.
+    megatron-core up to 0.18: with calculate_per_token_loss a router's auxiliary loss is weighted by the rank's own tokens,
+    while tensor (sequence) and context ranks share one micro-batch: its gradient is too small by tensor x context, no error.
+    From 0.19 on the factor is in the library, and another one would make the gradient too large.
     """
-    return layout.tensor * layout.context
+    return layout.tensor * layout.context if megatron_is_between("0.16.1", "0.18") else 1
 
 
 def yarn_on_part_of_head(whole: Any, fraction: float, transformer: TransformerConfig) -> YarnRotaryEmbedding:
     """YaRN over the first `fraction` of each head, with the settings of `whole`.
 
-    Fault (megatron-core 0.16.1): its YaRN reads no rotary_percent and turns whole heads, without an error.
+    Fault (megatron-core): its YaRN reads no rotary_percent and turns whole heads, without an error.
     """
     return YarnRotaryEmbedding(
         kv_channels=int(whole.dim * fraction),

@@ -6,6 +6,7 @@ computes; a newer version that renames one of these parts is met in this module 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from parallel.compat.private_names import LibraryImports, require_names
+from parallel.compat.versions import megatron_is_between
 
 with LibraryImports(__name__):
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
-    from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+
+    # The module that keeps router losses: a dict in moe_utils before 0.18, an object since.
+    _TRACKERS: Any = importlib.import_module(
+        "megatron.core.transformer.moe." + ("moe_logging" if megatron_is_between("0.18") else "moe_utils")
+    )
 require_names(__name__)
 
 
@@ -64,8 +70,14 @@ def take_router_losses() -> dict[str, torch.Tensor]:
 
     The trackers start anew.
     """
-    totals = {key: entry["values"].sum().double() for key, entry in get_moe_layer_wise_logging_tracker().items()}
-    clear_aux_losses_tracker()
+    if megatron_is_between("0.18"):
+        tracker = _TRACKERS.get_moe_metrics_tracker()
+        totals = {key: entry.values.sum().double() for key, entry in tracker.metrics.items()}
+        tracker.clear()
+        return totals
+    entries = _TRACKERS.get_moe_layer_wise_logging_tracker()
+    totals = {key: entry["values"].sum().double() for key, entry in entries.items()}
+    _TRACKERS.clear_aux_losses_tracker()
     return totals
 
 

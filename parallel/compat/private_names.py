@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from configs.errors import ConfigError, Problem
 from parallel.compat.guard import TESTED, Guard
 from parallel.compat.index import guards_in
+from parallel.compat.versions import installed_version
 
 
 def require_names(module: str) -> None:
@@ -26,7 +26,8 @@ def require_names(module: str) -> None:
 
     Raises ConfigError with one problem for each name that is missing.
     """
-    problems = [_problem(guard, f"has no {name}") for guard in guards_in(module) for name in guard.names if not is_present(name)]
+    needed = [guard for guard in guards_in(module) if guard.needed_by(installed_version(guard.library))]
+    problems = [_problem(guard, f"has no {name}") for guard in needed for name in guard.names if not is_present(name)]
     if problems:
         raise ConfigError(problems)
 
@@ -93,14 +94,6 @@ def _problem(guard: Guard, what: str) -> Problem:
         f"{guard.library} {what}; {guard.guard} knows {guard.library} {tested} and needs it. Without this guard: {guard.symptom}"
     )
     return Problem(guard.library, installed_version(guard.library), rule, f"pip install '{guard.library}=={last}'")
-
-
-def installed_version(library: str) -> str:
-    """The installed version of a distribution; "unknown" where its metadata is missing."""
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 @contextmanager

@@ -4,11 +4,11 @@ In: the chunks of a rank. Out: routers that attach their losses with the right w
 the number of tokens of the global batch, so a loss that is the mean of a micro-batch must enter times the tokens of that
 micro-batch (pretrain/model/megatron_config.py, router_loss_weight, gives the share of tensor and context ranks).
 
-Faults (megatron-core 0.16.1, with calculate_per_token_loss):
-1. `seq_aux_loss`: the router reshapes its scores from [sequence x batch, experts] to [sequence, batch x experts] and takes the
-   first dim for the number of tokens. Symptom: the loss acts micro_batch_seqs times too weakly.
-2. `global_aux_loss`: the loss is a sum over the data parallel ranks of partial means, each of which enters with the tokens of
-   its own rank only. Symptom: the loss acts as many times too weakly as there are data parallel ranks.
+Faults (megatron-core, with calculate_per_token_loss):
+1. `seq_aux_loss`, up to 0.18: the router reshapes its scores from [sequence x batch, experts] to [sequence, batch x experts]
+   and takes the first dim for the number of tokens. Symptom: the loss acts micro_batch_seqs times too weakly.
+2. `global_aux_loss`, all versions: the loss is a sum over the data parallel ranks of partial means, each of which enters with
+   the tokens of its own rank only. Symptom: the loss acts as many times too weakly as there are data parallel ranks.
 
 Tests: tests/parallel/compat/test_router_losses.py (values made by hand), tests/reference (an independent trainer).
 """
@@ -46,10 +46,15 @@ def _attach(
     aux_loss: torch.Tensor,
     aux_loss_name: str,
     reduce_group: dist.ProcessGroup,
-    reduce_group_has_dp: bool = False,
+    *options: Any,
     valid_token_count: Any = None,
+    **named: Any,
 ) -> torch.Tensor:
-    """activation [tokens of this rank, experts]; `reduce_group` holds the ranks whose shares sum to the loss."""
+    """activation [tokens of this rank, experts]; `reduce_group` holds the ranks whose shares sum to the loss.
+
+    `options`, `named`: what the versions call reduce_group_has_dp or needs_dp_avg. `valid_token_count` is taken over.
+    """
     data_ranks = reduce_group.size() // router.tp_cp_group.size()
     tokens = activation.shape[0] * data_ranks
-    return attach(activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, reduce_group_has_dp, tokens)
+    named["valid_token_count"] = tokens
+    return attach(activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *options, **named)

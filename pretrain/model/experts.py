@@ -32,7 +32,9 @@ class StackedWeight(torch.nn.Module):
 class GroupedExperts(MegatronModule):
     """Replaces SequentialMLP for experts without biases. Activation and router weights are applied as in Megatron-Core's MLP."""
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, name: str | None = None
+    ) -> None:
         super().__init__(config=config)
         assert not config.add_bias_linear, "experts with biases are separate modules"
         assert config.moe_ffn_hidden_size is not None, "megatron_config sets it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,11 +44,25 @@ class Norm:
         return norm
 
 
+_LATENT_MODULES = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+
+
 class LatentNorm:
     """The norm of a compressed query or key, with an epsilon of its own. DeepSeek's is 1e-6, whatever the model's."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         return Norm(config, hidden_size, getattr(config, "latent_norm_eps", eps), **kwargs)
+
+
+class LatentAttention(MLASelfAttention):
+    """Latent attention with the modules that its spec names.
+
+    Fault (megatron-core 0.19): it puts Transformer Engine's fused norms and products in the place of a spec's own where queries
+    come from no latent vector. Symptom: DeepSeek-V2-Lite can't be built without Transformer Engine.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        return {name: getattr(submodules, name) for name in _LATENT_MODULES}
 
 
 class CpuSpecProvider(LocalSpecProvider):
@@ -74,7 +89,7 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
     bias_dropout_add: Any = get_bias_dropout_add
     mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=False)
     if experts and backend.grouped_experts:
-        mlp.submodules.experts = GroupedExperts  # pyright: ignore[reportAttributeAccessIssue]
+        _submodules_of(mlp).experts = GroupedExperts
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -88,6 +103,11 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
     )
 
 
+def _submodules_of(spec: Any) -> Any:
+    """The submodules of a layer's MLP: of a ModuleSpec, or, from megatron-core 0.18 on, of a functools.partial."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+
+
 def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> ModuleSpec:
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
     qk_norm = Norm if config.qk_layernorm else IdentityOp
@@ -97,14 +117,17 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
             linear_qkv=column, core_attention=SDPAttention, linear_proj=row, q_layernorm=qk_norm, k_layernorm=qk_norm
         )
         return ModuleSpec(module=SelfAttention, params=params, submodules=submodules)
-    # With column-parallel down projections and tensor > 1, megatron-core 0.16.1 computes a wrong gradient without an error: its
+    # With column-parallel down projections and tensor > 1, megatron-core computes a wrong gradient without an error: its
     # norm was 1.09392 in place of 1.09504. Replicated down projections, as in Transformer Engine's spec, are right.
+    has_latent_queries = getattr(config, "q_lora_rank", None) is not None
     latent = MLASelfAttentionSubmodules(
         linear_q_proj=column, linear_q_down_proj=ReplicatedLinear, linear_q_up_proj=column,
         linear_kv_down_proj=ReplicatedLinear, linear_kv_up_proj=column,
-        core_attention=SDPAttention, linear_proj=row, q_layernorm=LatentNorm, kv_layernorm=LatentNorm,
+        core_attention=SDPAttention, linear_proj=row, kv_layernorm=LatentNorm,
+        # Queries that come from no latent vector have no norm. megatron-core 0.19 refuses to build one.
+        q_layernorm=LatentNorm if has_latent_queries else IdentityOp,
     )  # fmt: skip
-    return ModuleSpec(module=MLASelfAttention, params=params, submodules=latent)
+    return ModuleSpec(module=LatentAttention, params=params, submodules=latent)
 
 
 def block_spec(config: TransformerConfig, chunk: Chunk, backend: Backend) -> TransformerBlockSubmodules:

@@ -15,12 +15,14 @@ from typing import Any
 from configs.errors import ConfigError, Notice, Problem
 from configs.load import from_yaml_text
 from configs.schema import Config
+from parallel.compat.supported import changed_versions
 from parallel.layout import Layout
 from pretrain.checkpoint.allowed_changes import WORD, architecture, check_changes, flatten, rule_of
 from pretrain.checkpoint.going_back import check_target, newer_checkpoints
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
 from pretrain.checkpoint.tensor_file import DamagedFile
 from pretrain.run.decision import pending_step
+from pretrain.run.files import read_json
 from pretrain.run.folder import RunFolder, complete_checkpoints, folder_of
 
 BIT_EQUAL = "bit for bit as if it had never stopped (on CPUs)"
@@ -74,10 +76,18 @@ def find_resume_point(
             continue
         problems = _problems(config, manifest, path, vocab_size)
         aside = newer_checkpoints(folder, step) if back_to_step is not None else []
-        exactness = how_exactly(config, layout, manifest)
-        notices += _other_samples(config, manifest)
+        changed = changed_versions(_versions_before(folder))
+        exactness = how_exactly(config, layout, manifest, other_libraries=bool(changed))
+        notices += [*changed, *_other_samples(config, manifest)]
         return ResumePoint(step, str(path), _writer(manifest), exactness, tuple(aside)), problems, notices
     return None, [], notices
+
+
+def _versions_before(folder: RunFolder) -> dict[str, str | None]:
+    """Library -> version that the last attempt ran with; empty where provenance.json does not tell."""
+    provenance = read_json(folder.provenance)
+    packages = provenance.get("packages") if isinstance(provenance, dict) else None
+    return packages if isinstance(packages, dict) else {}
 
 
 def _decided_before(folder: RunFolder, asked_step: int) -> list[Notice]:
@@ -115,10 +125,12 @@ def _writer(manifest: Manifest) -> str:
     return f"{axes or 'one rank'}, {manifest.engine} ZeRO-{manifest.zero_stage}"
 
 
-def how_exactly(config: Config, layout: Layout, manifest: Manifest) -> str:
+def how_exactly(config: Config, layout: Layout, manifest: Manifest, other_libraries: bool = False) -> str:
     """How exactly the run continues after this change. tests/pretrain/test_train.py and test_reshape.py test the layouts."""
     if changed := _learned_changes(config, layout, manifest):
         return f"{OTHER_RUN}: {', '.join(changed)}"
+    if other_libraries:
+        return REHEARSED
     now, before = layout.degrees(), manifest.layout
     shape = ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data")
     same_engine = (config.zero.engine, config.zero.stage) == (manifest.engine, manifest.zero_stage)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 
+from configs.errors import ConfigError
 from parallel.compat.private_names import LibraryImports, require_names
+from parallel.compat.supported import version_problem
 
+if problem := version_problem("deepspeed"):
+    raise ConfigError(problem)
 with LibraryImports(__name__):
     import deepspeed
     import deepspeed.ops

@@ -156,14 +156,15 @@ def test_args_that_do_not_fit_are_refused(changes: dict[str, Any], words: str, s
 
 
 def test_files_that_are_missing_or_cut(saved: Path) -> None:
-    file = saved / "__0_1.distcp"
+    # Megatron-Core 0.19 writes one file for all ranks of a machine, earlier versions two.
+    *_, file = sorted(saved.glob("*.distcp"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     refused(saved, "bytes long")
     file.unlink()
     refused(saved, "missing")
     file.write_bytes(bytes(len(whole)))
-    refused(saved, "no tensor of torch.save")
+    refused(saved, "torch.save")
 
 
 def test_other_formats_are_named(saved: Path) -> None:

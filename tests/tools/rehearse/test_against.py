@@ -30,7 +30,7 @@ def test_the_same_libraries_are_bit_equal_and_a_missing_guard_shows(
     assert found["here"] == found["there"] and found["here"]["guards"]
 
     # A guard that is off on this side only: both versions need it.
-    monkeypatch.setattr("pretrain.model.megatron_config.router_loss_weight", lambda *args: 1)
+    monkeypatch.setattr("pretrain.model.megatron_config.router_loss_weight", lambda *args: 3)
     code, found = rehearse(["--against", sys.executable], capsys)
     (line,) = found["layouts"]
     assert code == 1 and not line["ok"]

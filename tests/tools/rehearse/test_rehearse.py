@@ -13,6 +13,7 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import Config
 from configs.sources import shipped_names
+from parallel.compat.index import is_needed
 from parallel.legality.verdict import check_config
 from tools.rehearse import cli
 from tools.rehearse.covering_layouts import covering_subset, legal_layouts
@@ -41,14 +42,14 @@ def test_a_layout_that_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     [
         # Expert gradients are not reduced over the tensor ranks that sent the tokens.
         ("pretrain.build.mark_expert_parameters", ["parallel.tensor=2"], "experts"),
-        # Auxiliary losses weigh half.
+        # Auxiliary losses weigh three times as much, or one and a half times.
         ("pretrain.model.megatron_config.router_loss_weight", ["parallel.tensor=2"], ""),
     ],
 )
 def test_a_planted_fault_is_caught_and_named(
     target: str, words: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(target, lambda *args: 1)
+    monkeypatch.setattr(target, lambda first, *rest: 3 if getattr(first, "tensor", 1) > 1 else 1)
     layout = ["parallel.pipeline=1", "parallel.expert=1", "launch.processes_per_node=2", "zero.stage=0", *words]
     code, found = rehearse([*QUICK, "model.moe.router.aux_loss_coeff=0.5", *layout], capsys)
     (line,) = found["layouts"]  # type: ignore[misc]
@@ -102,12 +103,13 @@ def test_another_cut_of_the_global_batch_gives_the_same_answer(
 def test_a_loss_that_depends_on_the_micro_batch_is_caught_on_one_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """megatron-core's own weight of the balance of sequences."""
+    """megatron-core's own weight of the balance of sequences, which is wrong up to 0.18."""
     monkeypatch.setattr("pretrain.build.weigh_router_losses", lambda chunks: None)
     words = [*QUICK, *ONE_RANK, "model.moe.router.balance=seq_aux_loss", STRONG, "--micro-batches", "1,2"]
     code, found = rehearse(words, capsys)
     lines: Any = found["layouts"]
-    assert code == 1 and [line["ok"] for line in lines] == [True, False]
+    is_wrong = is_needed("The balancing loss of sequences is weighted by the tokens of one sequence")
+    assert code == is_wrong and [line["ok"] for line in lines] == [True, not is_wrong]
 
 
 def test_a_balance_that_depends_on_the_data_ranks_is_caught(

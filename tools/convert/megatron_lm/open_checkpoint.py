@@ -9,6 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
@@ -23,7 +24,7 @@ from configs.sources import find_file
 from pretrain.run.files import read_json
 from tools.convert.megatron_lm.arguments import read_args
 from tools.convert.megatron_lm.pickles import MALFORMED, load
-from tools.convert.megatron_lm.torch_dist import COMMON, METADATA, TorchDist
+from tools.convert.megatron_lm.torch_dist import COMMON, METADATA, TorchDist, common_state
 from tools.convert.tensors.canonical_shapes import tensor_shapes
 from tools.convert.tensors.import_source import ImportSource, check_model
 from tools.convert.tensors.row_mappings import RowMapping
@@ -119,14 +120,20 @@ def _model(place: Path, preset: str | None) -> tuple[Model, list[str]]:
 def _saved_args(place: Path) -> dict[str, Any]:
     path, fix = place / COMMON, "state the model: --model PRESET|YAML"
     try:
-        with zipfile.ZipFile(path) as archive:
+        saved = common_state(place)
+        if saved is None:
+            raise ConfigError(Problem(str(path), "missing", "holds the arguments of the run", fix))
+        with zipfile.ZipFile(io.BytesIO(saved)) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             raw = archive.read(name)
     except FileNotFoundError as error:
-        raise ConfigError(Problem(str(path), "missing", "holds the arguments of the run", fix)) from error
-    except (zipfile.BadZipFile, *MALFORMED) as error:
-        raise ConfigError(Problem(str(path), "damaged", f"must be a file of torch.save: {error}", fix)) from error
+        raise ConfigError(Problem(str(error.filename), "missing", "holds the arguments of the run", fix)) from error
+    except (zipfile.BadZipFile, OSError, *MALFORMED) as error:
+        raise ConfigError(Problem(str(path), "damaged", f"must be written by torch.save: {error}", fix)) from error
     common = load(raw, str(path))
+    if isinstance(common, list) and len(common) == 1:
+        # The form of an object in a .distcp file.
+        (common,) = common
     args = common.get("args") if isinstance(common, dict) else None
     values = getattr(args, "state", None)
     if not isinstance(values, dict):

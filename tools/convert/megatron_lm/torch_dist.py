@@ -30,6 +30,8 @@ from tools.convert.tensors.dtypes import FLOATS, Array
 METADATA, COMMON = ".metadata", "common.pt"
 _FIX = "copy the whole folder again, or name another iteration"
 _SMALL_BYTES = 1 << 20
+# Arguments of a run take some kilobytes, the states of its random generators some megabytes.
+_COMMON_STATE, _MOST_COMMON_BYTES = "common_state", 1 << 28
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,33 @@ def _inventory(folder: Path) -> tuple[dict[str, ShardedTensor], list[str]]:
     if problems:
         raise ConfigError(problems)
     return tensors, other
+
+
+def common_state(folder: Path) -> bytes | None:
+    """What torch.save wrote of the values that are no tensors; None: the folder holds none.
+
+    It is the file common.pt, or, from Megatron-Core 0.19 on, a byte range of a .distcp file. Raises OSError, and ConfigError.
+    """
+    if (folder / COMMON).exists():
+        return (folder / COMMON).read_bytes()
+    path = folder / METADATA
+    if not path.exists():
+        return None
+    try:
+        places = load(path.read_bytes(), str(path)).storage_data
+        found = [info for index, info in places.items() if str(index.fqn).startswith(_COMMON_STATE)]
+        if not found:
+            return None
+        (info,) = found
+        start, length, name = int(info.offset), int(info.length), str(info.relative_path)
+        if Path(name).name != name or start < 0 or not 0 < length <= _MOST_COMMON_BYTES:
+            raise ValueError(f"{length} bytes at {start} of {name}")
+    except MALFORMED as error:
+        rule = f"must say where {_COMMON_STATE} lies: {type(error).__name__} {error}"
+        raise ConfigError(Problem(str(path), "refused", rule, _FIX)) from error
+    with open(folder / name, "rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def _stored(name: str, value: StandIn, places: dict[tuple[str, tuple[int, ...]], Any]) -> ShardedTensor:

@@ -17,6 +17,8 @@ from parallel.legality.rules import reads
 # Line breaks of any kind and other control characters: the one thing that quoting can't carry in an #SBATCH line.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
+# Variables that srun and sbatch read as their --export.
+_EXPORT_VARIABLES = frozenset({"SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV", "SBATCH_EXPORT"})
 # Options of srun that the batch step states, and those that say the same in another way.
 _SRUN_SIZE = frozenset({"--nodes", "--ntasks", "--ntasks-per-node", "--tasks-per-node", "--multi-prog"})
 
@@ -42,15 +44,21 @@ def slurm_lines(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def srun_arguments(config: Config) -> Iterator[Problem]:
-    """launch.slurm.srun_args leaves the number of agents and the ranks' environment alone."""
-    for word in config.launch.slurm.srun_args:
-        name, _, value = word.partition("=")
-        if name == "--export" and value.split(",")[0] != "ALL":
+    """launch.slurm.srun_args and launch.env leave the number of agents and the ranks' environment alone."""
+    words = config.launch.slurm.srun_args
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        # srun takes any beginning of an option that no other option shares.
+        if len(name) >= len("--exp") and "--export".startswith(name) and value.split(",")[0] != "ALL":
             rule = "must keep the environment of the batch step (ALL first): the ranks need launch.env and what the step sets"
             yield Problem("launch.slurm.srun_args", word, rule, f"write --export=ALL{',' + value if '=' in value else ''}")
-        elif name in _SRUN_SIZE or re.match(r"-[nN]\d*$", word):
+        elif any(len(name) >= 5 and option.startswith(name) for option in _SRUN_SIZE) or re.match(r"-[nN]\d*$", word):
             rule = "must not say how many nodes and tasks srun starts: the batch step starts one agent on each node it uses"
             yield Problem("launch.slurm.srun_args", word, rule, "set launch.nodes and launch.processes_per_node")
+    for name in sorted(_EXPORT_VARIABLES & config.launch.env.keys()):
+        rule = "must not be set: srun would keep the environment of the batch step from the ranks"
+        yield Problem(f"launch.env.{name}", config.launch.env[name], rule, f"leave {name} out")
 
 
 @reads("launch.slurm.time", "launch.target")

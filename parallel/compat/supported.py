@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from configs.errors import Notice, Problem
+from configs.schema import Config
 from parallel.compat.guard import TESTED
 from parallel.compat.versions import installed_version, numbers_of
 
@@ -31,6 +32,11 @@ def version_problem(library: str, environ: Mapping[str, str] = os.environ) -> Pr
     return Problem(library, version, f"must be a tested version: {tested}", fix)
 
 
+def has_own_libraries(config: Config) -> bool:
+    """Do the ranks import other libraries than this process, those of a container?"""
+    return config.launch.target == "slurm" and config.launch.slurm.container.kind != "none"
+
+
 def version_problems(libraries: Iterable[str]) -> list[Problem]:
     """The refusals of these libraries."""
     return [problem for library in libraries if (problem := version_problem(library)) is not None]
@@ -41,7 +47,8 @@ def changed_versions(before: Mapping[str, str | None]) -> list[Notice]:
     changed = [
         f"{library} {before[library]} → {installed_version(library)}"
         for library in (*ENGINES, "torch")
-        if before.get(library) and before[library] != installed_version(library)
+        # A login node may have none of them: what the ranks import is not known there.
+        if before.get(library) and installed_version(library) not in ("unknown", before[library])
     ]
     if not changed:
         return []

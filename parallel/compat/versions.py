@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import re
 from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
@@ -22,11 +24,36 @@ def is_between(version: str, first: str, last: str | None) -> bool:
 
 
 def installed_version(library: str) -> str:
-    """The installed version of a distribution; "unknown" where its metadata is missing."""
+    """The version of a library that this process would import; "unknown" where it is not installed.
+
+    megatron-core tells its version in a file of its own: a checkout of Megatron-LM may stand before the installed package.
+    """
+    found = _megatron_source_version() if library == "megatron-core" else None
+    if found is not None:
+        return found
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _megatron_source_version() -> str | None:
+    """The version in the megatron/core folder that is found first; None: there is no such folder.
+
+    Nothing is imported. A folder that tells no version counts as version 0, which no range of versions has.
+    """
+    spec = PathFinder.find_spec("megatron", None)
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        core = Path(place) / "core"
+        if not (core / "__init__.py").exists():
+            continue
+        try:
+            text = (core / "package_info.py").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "0"
+        numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", text, re.MULTILINE))
+        return ".".join(numbers.get(name, "0") for name in ("MAJOR", "MINOR", "PATCH"))
+    return None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 from configs.errors import ConfigError, Notice, Problem
 from configs.load import from_yaml_text
 from configs.schema import Config
-from parallel.compat.supported import changed_versions
+from parallel.compat.supported import changed_versions, has_own_libraries
 from parallel.layout import Layout
 from pretrain.checkpoint.allowed_changes import WORD, architecture, check_changes, flatten, rule_of
 from pretrain.checkpoint.going_back import check_target, newer_checkpoints
@@ -76,7 +76,7 @@ def find_resume_point(
             continue
         problems = _problems(config, manifest, path, vocab_size)
         aside = newer_checkpoints(folder, step) if back_to_step is not None else []
-        changed = changed_versions(_versions_before(folder))
+        changed = [] if has_own_libraries(config) else changed_versions(_versions_before(folder))
         exactness = how_exactly(config, layout, manifest, other_libraries=bool(changed))
         notices += [*changed, *_other_samples(config, manifest)]
         return ResumePoint(step, str(path), _writer(manifest), exactness, tuple(aside)), problems, notices

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from configs.errors import ConfigError, Notice, Problem
 from configs.fields import check_keys
 from configs.schema import Config
-from parallel.compat.supported import ENGINES, version_problems
+from parallel.compat.supported import ENGINES, has_own_libraries, version_problems
 from parallel.layout import Layout
 from parallel.legality.verdict import check_config, derive_layout
 from pretrain.data.tokenizer import vocab_size
@@ -74,7 +74,7 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
 
 def _library_problems(config: Config) -> list[Problem]:
     """Versions of engines that were not tested. A container has its own, which its ranks check."""
-    if config.launch.target == "slurm" and config.launch.slurm.container.kind != "none":
+    if has_own_libraries(config):
         return []
     return version_problems(ENGINES if config.zero.engine == "deepspeed" else ("megatron-core",))
 

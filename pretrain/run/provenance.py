@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from configs import __version__
+from parallel.compat.versions import installed_version
 
 PACKAGES = (
     "phalanx",
@@ -67,7 +67,5 @@ def code_version() -> str:
 
 def package_version(package: str) -> str | None:
     """The package's version, read without importing it. None: the package is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    version = installed_version(package)
+    return None if version == "unknown" else version

@@ -61,11 +61,30 @@ def test_an_untested_version_is_refused_in_one_line(version: str, refused: bool,
         assert found == ["megatron-core"]
 
 
+def source_of_megatron(folder: Path, info: str | None) -> Path:
+    """A checkout of Megatron-LM that stands before the installed package."""
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("")
+    if info is not None:
+        (core / "package_info.py").write_text(info)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("info", "version"), [("MAJOR = 0\nMINOR = 18\nPATCH = 3\n", "0.18.3"), ("nothing = 1\n", "0.0.0"), (None, "0")]
+)
+def test_the_source_that_is_imported_tells_the_version(
+    info: str | None, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(source_of_megatron(tmp_path, info)))
+    assert supported.installed_version("megatron-core") == version
+    assert (version_problem("megatron-core", {}) is None) == (version == "0.18.3")
+
+
 def test_ranks_and_tools_refuse_it_before_they_import_it(tmp_path: Path) -> None:
-    """A megatron-core of tomorrow, by its metadata."""
-    metadata = tmp_path / "megatron_core-9.9.9.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 9.9.9\n")
+    """A megatron-core of tomorrow."""
+    source_of_megatron(tmp_path, "MAJOR = 9\nMINOR = 9\nPATCH = 9\n")
     command = [sys.executable, "-m", "tools.cli", "rehearse", "quickstart"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -75,6 +94,10 @@ def test_ranks_and_tools_refuse_it_before_they_import_it(tmp_path: Path) -> None
 def test_changed_versions_are_told() -> None:
     assert changed_versions({}) == []
     assert changed_versions({"megatron-core": supported.installed_version("megatron-core")}) == []
+    assert changed_versions({"torch": "2.0"}) != []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supported, "installed_version", lambda library: "unknown")
+        assert changed_versions({"torch": "2.0", "megatron-core": "0.15.0"}) == [], "a login node without the libraries"
     (notice,) = changed_versions({"megatron-core": "0.15.0", "torch": None, "numpy": "1.0"})
     assert "megatron-core 0.15.0 → " in notice.text and "numpy" not in notice.text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import pickle
 import shutil
@@ -105,7 +107,25 @@ def plant_in_args(folder: Path, bomb: Any) -> None:
     set_args(folder, unused=bomb)
 
 
-PLANTED = [plant_in_metadata, plant_beside_metadata, plant_in_args]
+def move_into_distcp(folder: Path) -> None:
+    """common.pt as a byte range of a .distcp file, as Megatron-Core 0.19 writes it."""
+    raw = (folder / "common.pt").read_bytes()
+    (folder / "__9_0.distcp").write_bytes(b"other bytes" + raw)
+    (folder / "common.pt").unlink()
+    held = pickle.loads((folder / ".metadata").read_bytes())
+    held.storage_data = {index: info for index, info in held.storage_data.items() if not index.fqn.startswith("common_state")}
+    place = copy.copy(next(iter(held.storage_data.values())))
+    place.relative_path, place.offset, place.length = "__9_0.distcp", 11, len(raw)
+    held.storage_data[dataclasses.replace(next(iter(held.storage_data)), fqn="common_state/shard_0_1")] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(held))
+
+
+def plant_in_distcp(folder: Path, bomb: Any) -> None:
+    set_args(folder, unused=bomb)
+    move_into_distcp(folder)
+
+
+PLANTED = [plant_in_metadata, plant_beside_metadata, plant_in_args, plant_in_distcp]
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
@@ -153,6 +173,19 @@ def test_a_malicious_chunk_is_refused_and_not_run(saved: Path, tmp_path: Path) -
 def test_args_that_do_not_fit_are_refused(changes: dict[str, Any], words: str, saved: Path) -> None:
     set_args(saved, **changes)
     refused(saved, words)
+
+
+def test_arguments_inside_of_a_distcp_file_are_read(saved: Path, tmp_path: Path) -> None:
+    set_args(saved)
+    run_import(saved, tmp_path / "first")
+    move_into_distcp(saved)
+    run_import(saved, tmp_path / "second")
+    assert torch.equal(our_logits(tmp_path / "first"), our_logits(tmp_path / "second"))
+    held = pickle.loads((saved / ".metadata").read_bytes())
+    for info in held.storage_data.values():
+        info.relative_path = "../" + info.relative_path if info.relative_path == "__9_0.distcp" else info.relative_path
+    (saved / ".metadata").write_bytes(pickle.dumps(held))
+    refused(saved, "common_state lies")
 
 
 def test_files_that_are_missing_or_cut(saved: Path) -> None:

@@ -51,8 +51,7 @@ class OtherInterpreter:
             self.side: LibrarySide = side_of(self._answer())
         except RankFailed as error:
             self.__exit__(None, None, None)
-            *_, last = str(error).splitlines()
-            rule = f"must run the rehearsal's code under its own libraries, and ends with {last!r}"
+            rule = f"must run the rehearsal's code under its own libraries, and ends with: {_exception_of(str(error))}"
             raise ConfigError(Problem("--against", self._python, rule, _FIX)) from error
         return self
 
@@ -93,3 +92,10 @@ class OtherInterpreter:
         return {
             name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
         }
+
+
+def _exception_of(text: str) -> str:
+    """The exception at the end of a traceback, in one line: its own lines are the first unindented one from the end and below."""
+    lines = text.splitlines()
+    first = max((index for index, line in enumerate(lines) if line[:1].strip()), default=0)
+    return " ".join(line.strip() for line in lines[first:])

@@ -42,9 +42,12 @@ def test_libraries_that_cannot_be_imported_are_refused(tmp_path: Path, monkeypat
     broken = tmp_path / "megatron" / "core"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('a broken library')\n")
-    (tmp_path / "megatron" / "__init__.py").write_text("")
+    (broken / "package_info.py").write_text("MAJOR = 0\nMINOR = 19\nPATCH = 2\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="ends with 'ImportError: a broken library'"):
+    with pytest.raises(ConfigError, match="ends with: ImportError: a broken library"):
+        cli.main([*TWO_RANKS, "--against", sys.executable])
+    (broken / "package_info.py").write_text("MAJOR = 0\nMINOR = 42\nPATCH = 0\n")
+    with pytest.raises(ConfigError, match=r"megatron-core = '0\.42\.0' rule: must be a tested version"):
         cli.main([*TWO_RANKS, "--against", sys.executable])
 
 

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
-from launch.folder_files import check_files
-from launch.slurm.lifecycle import OVER, read_lifecycle
+from launch.slurm.lifecycle import OVER
 from launch.status import RunStatus, last_sign_s, read_status
 from pretrain.run.files import storage_problem
 from pretrain.run.folder import RunFolder, is_run_folder
@@ -42,9 +41,7 @@ def _status_of(folder: RunFolder, slurm_answers: bool) -> RunStatus | None:
     try:
         if not folder.path.is_dir() or not (is_run_folder(folder) or folder.claimed_attempts()):
             return None
-        if problems := check_files(folder):
-            raise ConfigError(problems)
-        return read_status(folder, ask_slurm=slurm_answers and read_lifecycle(folder).phase != OVER)
+        return read_status(folder, ask_slurm=lambda life: slurm_answers and life.phase != OVER)
     except OSError as error:
         return _unreadable(folder, storage_problem("RUN_DIR", folder.path, error))
     except ConfigError as error:
@@ -53,26 +50,5 @@ def _status_of(folder: RunFolder, slurm_answers: bool) -> RunStatus | None:
 
 def _unreadable(folder: RunFolder, problem: Problem) -> RunStatus:
     last_s = last_sign_s(folder)
-    return RunStatus(
-        run_dir=str(folder.path),
-        state="unreadable",
-        why=problem.rule,
-        attempt=0,
-        step=0,
-        total_steps=None,
-        loss=None,
-        val_loss=None,
-        tokens=None,
-        tokens_per_s=None,
-        step_time_s=None,
-        eta_s=None,
-        last_row_age_s=None,
-        age_s=None if last_s is None else max(0.0, time.time() - last_s),
-        holder=None,
-        done=False,
-        job=None,
-        nodes=[],
-        interruptions=[],
-        events=[],
-        damage=[],
-    )
+    age_s = None if last_s is None else max(0.0, time.time() - last_s)
+    return RunStatus(str(folder.path), "unreadable", problem.rule, age_s=age_s)

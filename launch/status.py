@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from configs.load import from_yaml_text
 from launch.folder_files import check_files
 from launch.live_process import launcher_is_gone, live_launcher
 from launch.slurm.interruptions import interruptions
-from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, read_lifecycle
+from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, advance
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
-from pretrain.run.event_rows import count_damaged, recent_events
+from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
 from pretrain.run.folder import RunFolder, is_run_folder, live_holder
@@ -54,24 +54,24 @@ class RunStatus:
     run_dir: str
     state: str
     why: str
-    attempt: int
-    step: int
-    total_steps: int | None
-    loss: float | None
-    val_loss: float | None
-    tokens: int | None
-    tokens_per_s: float | None
-    step_time_s: float | None
-    eta_s: float | None
-    last_row_age_s: float | None
-    age_s: float | None
-    holder: str | None
-    done: bool
-    job: dict[str, Any] | None
-    nodes: list[str]
-    interruptions: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    damage: list[str]
+    attempt: int = 0
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    step_time_s: float | None = None
+    eta_s: float | None = None
+    last_row_age_s: float | None = None
+    age_s: float | None = None
+    holder: str | None = None
+    done: bool = False
+    job: dict[str, Any] | None = None
+    nodes: list[str] = field(default_factory=list)
+    interruptions: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
 
     @property
     def live(self) -> bool:
@@ -101,10 +101,18 @@ def require_run_folder(path: str) -> RunFolder:
     raise ConfigError(Problem("RUN_DIR", path, f"must be a run folder; {found}", fix))
 
 
-def read_status(folder: RunFolder, now_s: float | None = None, ask_slurm: bool = True) -> RunStatus:
+def ask_always(life: RunLifecycle) -> bool:
+    """Slurm is asked about every run that has jobs."""
+    return True
+
+
+def read_status(
+    folder: RunFolder, now_s: float | None = None, ask_slurm: Callable[[RunLifecycle], bool] = ask_always
+) -> RunStatus:
     """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now.
 
-    `ask_slurm` False: the queue is not asked. Raises ConfigError if a file of the folder can't be read.
+    `ask_slurm`: whether the queue is asked about a run with this lifecycle. Raises ConfigError if a file of the folder can't be
+    read.
     """
     try:
         if problems := check_files(folder):
@@ -114,17 +122,17 @@ def read_status(folder: RunFolder, now_s: float | None = None, ask_slurm: bool =
         raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
 
 
-def _read_status(folder: RunFolder, now_s: float, ask_slurm: bool) -> RunStatus:
+def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecycle], bool]) -> RunStatus:
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
-    life = read_lifecycle(folder)
-    job, silence = _job(life) if ask_slurm else (None, "Slurm was not asked")
+    life, damaged = _read_events(folder)
+    job, silence = _job(life) if ask_slurm(life) else (None, "Slurm was not asked")
     held = holder is not None
     state, why = _slurm_state(life, job, silence, row, held) if life.jobs else _state(folder, attempt, held, row)
     total_steps, damage = _total_steps(folder)
-    if damaged := count_damaged(folder):
+    if damaged:
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
     if rows and not isinstance(row.get("step"), int):
         damage.append("metrics.jsonl: the last row has no step")
@@ -155,6 +163,17 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: bool) -> RunStatus:
         events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in _QUIET][-_EVENTS:],
         damage=damage,
     )
+
+
+def _read_events(folder: RunFolder) -> tuple[RunLifecycle, int]:
+    """(the lifecycle, the lines of events.jsonl that are no event), in one pass over the file."""
+    life, damaged = RunLifecycle(), 0
+    for event in scan_events(folder):
+        if event is None:
+            damaged += 1
+        else:
+            life = advance(life, event)
+    return life, damaged
 
 
 def last_sign_s(folder: RunFolder) -> float | None:

@@ -59,12 +59,12 @@ def _tracker() -> dict[str, Any]:
 
 def _process(*args: Any, loss_mask: torch.Tensor | None, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Megatron-Core's own pass over the depths, in which each depth is divided by the valid tokens of the whole mask."""
-    whole = torch.ones_like(labels) if loss_mask is None else loss_mask
+    divisor = (torch.ones_like(labels) if loss_mask is None else loss_mask).sum()
 
     def roll(tensor: torch.Tensor, *rolled: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _roll_and_count(tensor, *rolled, **options)[0], whole.sum()
+        return _roll_and_count(tensor, *rolled, **options)[0], divisor
 
-    _tracker()[_DIVISOR] = whole.sum()
+    _tracker()[_DIVISOR] = divisor
     with replaced(multi_token_prediction, "roll_tensor", roll):
         return _process.original(*args, loss_mask=loss_mask, labels=labels, **kwargs)  # type: ignore[attr-defined]
 

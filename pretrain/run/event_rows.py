@@ -61,20 +61,18 @@ def _fits(field: EventField, row: Mapping[str, Any]) -> bool:
     return (value is None and name != kind) or _TYPES[name](value)
 
 
-def read_events(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The events, oldest first; empty when the file doesn't exist. Raises OSError."""
+def scan_events(folder: RunFolder) -> Iterator[dict[str, Any] | None]:
+    """Each complete line, oldest first: the event, or None where it is none. Empty without the file. Raises OSError."""
     if not folder.events.exists():
         return iter(())
-    return (row for _, row in iterate_lines(folder.events) if row is not None and is_event(row))
+    return (row if row is not None and is_event(row) else None for _, row in iterate_lines(folder.events))
+
+
+def read_events(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The events, oldest first; empty when the file doesn't exist. Raises OSError."""
+    return (event for event in scan_events(folder) if event is not None)
 
 
 def recent_events(folder: RunFolder, tail_bytes: int = 1 << 18) -> list[dict[str, Any]]:
     """The events in the file's last `tail_bytes`, oldest first; empty when the file doesn't exist. Raises OSError."""
     return [row for row in recent_rows(folder.events, tail_bytes) if is_event(row)]
-
-
-def count_damaged(folder: RunFolder) -> int:
-    """The complete lines that are no event. Raises OSError."""
-    if not folder.events.exists():
-        return 0
-    return sum(row is None or not is_event(row) for _, row in iterate_lines(folder.events))

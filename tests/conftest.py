@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def deepspeed_imported() -> None:
     """Forked ranks find DeepSpeed imported (3 s)."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import pretrain.engine.deepspeed  # noqa: F401, PLC0415  (after the line above)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that an ordinary user reaches. pytest's own are root's alone, and each pytest that starts shuts them again."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
 
 
 @pytest.fixture(scope="session")

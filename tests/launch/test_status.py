@@ -10,8 +10,6 @@ import os
 import pty
 import socket
 import struct
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
@@ -29,8 +27,8 @@ from launch.status_watch import watch
 from pretrain.run.event_rows import is_event
 from pretrain.run.events import EVENTS, EventKind
 from pretrain.run.folder import STATES, RunFolder
+from tools.cli import run as phalanx
 
-ROOT = Path(__file__).resolve().parents[2]
 ROW = {"step": 7, "loss": 2.5, "tokens": 4096, "tokens_per_s": 100.0, "step_time_s": 0.1}
 ENDED: dict[str, Any] = {"time": 1.0e9, "attempt": 1, "kind": "job_ended", "cause": "crashed", "why": "rank 1", "node": "n1"}
 ENDED |= {"step_before": 0, "step_after": 5}
@@ -175,24 +173,20 @@ def test_each_broken_folder_is_one_line_and_none_hides_another(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_status_of_a_broken_folder_has_no_traceback(name: str, tmp_path: Path) -> None:
+def test_the_status_of_a_broken_folder_has_no_traceback(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     BROKEN[name][0](make_run(tmp_path / "run"))
-    command = [sys.executable, "-m", "tools.cli", "status", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout if done.returncode == 0 else "RUN_DIR" in done.stderr
+    status = phalanx(["status", str(tmp_path / "run")])
+    told = capfd.readouterr()
+    assert status in (0, 2) and "Traceback" not in told.err, told.err
+    assert told.out if status == 0 else "RUN_DIR" in told.err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_of_somebody_else_is_one_line(open_folder: Path) -> None:
     """umask 077: its owner alone may look into the folder."""
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent != Path("/tmp") and parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o005)
-    make_run(tmp_path / "mine")
+    make_run(open_folder / "mine")
     for name, mode in (("folder", 0o700), ("files", 0o755)):
-        run = make_run(tmp_path / name)
+        run = make_run(open_folder / name)
         (run / "metrics.jsonl").chmod(0o600)
         run.chmod(mode)
     reader, writer = os.pipe()
@@ -200,7 +194,7 @@ def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-        os.write(writer, "\n".join(table(list_runs(tmp_path), None)).encode())
+        os.write(writer, "\n".join(table(list_runs(open_folder), None)).encode())
         os._exit(0)
     os.close(writer)
     with open(reader) as file:

@@ -97,17 +97,13 @@ def test_the_given_tokenizer_is_no_corpus(tmp_path: Path) -> None:
     assert [item.path for item in expand([str(tmp_path)], tokenizer=str(mine)).left_out] == [str(mine)]
 
 
-def test_what_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
+def test_what_cannot_be_read_is_refused_at_once(open_folder: Path) -> None:
+    corpus = open_folder / "corpus"
     write(corpus / "good.txt")
     write(corpus / "shut.txt").chmod(0)
     write(corpus / "dark" / "a.txt").parent.chmod(0)
     os.symlink("nowhere", corpus / "dangling.jsonl")
     os.symlink("loop", corpus / "loop")
-    # Folders of pytest are for root alone; how many there are depends on the number of test processes.
-    for folder in (corpus, *corpus.parents):
-        if folder.stat().st_mode & 0o005 != 0o005:
-            folder.chmod(0o755)
     try:
         with ordinary_user(), pytest.raises(ConfigError) as caught:
             expand([str(corpus)])

@@ -15,7 +15,7 @@ Tests: tests/parallel/compat/test_router_losses.py (values made by hand), tests/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,22 +25,28 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from parallel.compat.private_names import require_names
+from parallel.compat.versions import megatron_is_between
 
 require_names(__name__)
 
+# The names that Megatron-Core logs the losses under.
+_SEQUENCES, _GLOBAL_BATCH = "seq_load_balancing_loss", "global_load_balancing_loss"
+
 
 def weigh_router_losses(chunks: Sequence[nn.Module]) -> None:
-    """Give each router of these chunks the right weight for its balancing loss, in place."""
+    """Give each router of these chunks the right weight for its balancing loss, in place, where this version's is wrong."""
+    wrong = {_SEQUENCES, _GLOBAL_BATCH} if megatron_is_between("0.16.1", "0.18") else {_GLOBAL_BATCH}
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 attach = module.attach_and_log_load_balancing_loss
-                module.attach_and_log_load_balancing_loss = partial(_attach, module, attach)  # type: ignore[method-assign]
+                module.attach_and_log_load_balancing_loss = partial(_attach, module, attach, wrong)  # type: ignore[method-assign]
 
 
 def _attach(
     router: TopKRouter,
     attach: Callable[..., torch.Tensor],
+    wrong: Container[str],
     activation: torch.Tensor,
     aux_loss_coeff: float,
     aux_loss: torch.Tensor,
@@ -52,9 +58,10 @@ def _attach(
 ) -> torch.Tensor:
     """activation [tokens of this rank, experts]; `reduce_group` holds the ranks whose shares sum to the loss.
 
-    `options`, `named`: what the versions call reduce_group_has_dp or needs_dp_avg. `valid_token_count` is taken over.
+    `wrong`: the losses that get another weight. `options`, `named`: what the versions call reduce_group_has_dp or needs_dp_avg. `valid_token_count` is taken over.
     """
-    data_ranks = reduce_group.size() // router.tp_cp_group.size()
-    tokens = activation.shape[0] * data_ranks
-    named["valid_token_count"] = tokens
+    if aux_loss_name in wrong:
+        data_ranks = reduce_group.size() // router.tp_cp_group.size()
+        valid_token_count = activation.shape[0] * data_ranks
+    named["valid_token_count"] = valid_token_count
     return attach(activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *options, **named)

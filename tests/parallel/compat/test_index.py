@@ -56,6 +56,23 @@ def test_private_names_exist() -> None:
     assert [name for guard in needed for name in guard.names if not is_present(name)] == []
 
 
+# These exist in all versions. Routers attach their losses by the first one in versions with and without the fault, which
+# tests/parallel/compat/test_router_losses.py tells apart. Versions that no longer use the others keep them as deprecated.
+EVERYWHERE = {
+    "megatron.core.transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss",
+    "megatron.core.transformer.moe.moe_utils:get_moe_layer_wise_logging_tracker",
+    "megatron.core.transformer.moe.moe_utils:clear_aux_losses_tracker",
+}
+RANGED = [guard for guard in index.GUARDS if (guard.first or guard.last) and {*guard.names} - EVERYWHERE]
+
+
+@pytest.mark.parametrize("guard", RANGED, ids=lambda guard: guard.fault)
+def test_versions_outside_of_a_guards_range_have_nothing_to_guard(guard: Guard) -> None:
+    """What a guard replaces or reads exists in the versions that need the guard, and in no other one."""
+    importlib.import_module(guard.module)
+    assert all(map(is_present, guard.names)) == guard.needed_by(private_names.installed_version(guard.library))
+
+
 def test_modules_with_private_names_check_them_when_they_are_imported() -> None:
     for module in {guard.module for guard in index.GUARDS if guard.names}:
         calls = [ast.unparse(node) for node in modules()[module].body if isinstance(node, ast.Expr)]

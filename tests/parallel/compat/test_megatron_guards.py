@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from configs.schema import Config
 from parallel.compat import megatron_private
+from parallel.compat.index import is_needed
 from parallel.compat.megatron_private import watch_routing
 from parallel.compat.prediction_losses import take_prediction_losses
 from pretrain.engine import megatron as engine_module
@@ -190,3 +192,52 @@ def test_prediction_losses_are_means_over_valid_tokens(monkeypatch: pytest.Monke
     assert ranks == [pytest.approx(whole, rel=1e-6)] * 2
     monkeypatch.setattr("pretrain.build.sum_prediction_losses", lambda: None)
     assert not cut(1) > 0, "nothing is summed without the guard"
+
+
+def prediction_gradients(config: Config) -> float:
+    """The gradient norm of a step of which the sequences have different numbers of valid labels."""
+    engine, groups = make(config)
+    batches = batches_of(config, 0, groups.dp.rank(), groups.dp.size())
+    for number, batch in enumerate(batches):
+        batch.loss_mask.fill_(1.0)
+        batch.loss_mask[:, -number - 2 :] = 0.0
+    return engine.step(batches, 0.0).grad_norm
+
+
+def test_versions_that_scale_prediction_losses_need_the_guard_and_others_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core from 0.17 on scales a depth's loss by the valid tokens of a context rank's own part."""
+    model = {"model__mtp__num_layers": 1, "model__mtp__loss_coeff": 1.0}
+
+    def norm(ranks: int) -> float:
+        return run_ranks(
+            ranks, prediction_gradients, small_config(launch__processes_per_node=ranks, parallel__context=ranks, **model)
+        )[0]
+
+    right = norm(1)
+    assert norm(2) == pytest.approx(right, rel=1e-6)
+    monkeypatch.setattr("pretrain.build.sum_prediction_losses", lambda: None)
+    needed = is_needed("The loss of a prediction depth is scaled by the rank's own counts of valid tokens")
+    assert (norm(2) != pytest.approx(norm(1), rel=1e-5)) == needed
+    assert (norm(1) == pytest.approx(right, rel=1e-6)) != needed
+
+
+def latent_without_query_vector(config: Config) -> str:
+    """The kind of module that normalises queries which come from no latent vector."""
+    engine: Any = make(config)[0]
+    (attention, *_) = [module for module in engine.models[0].modules() if isinstance(module, MLASelfAttention)]
+    return type(attention.q_layernorm).__name__ if hasattr(attention, "q_layernorm") else "none"
+
+
+def test_versions_that_replace_latent_modules_need_the_guard_and_others_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(
+        model__mla__kv_lora_rank=16, model__mla__q_lora_rank=None, model__mla__qk_nope_head_dim=12,
+        model__mla__qk_rope_head_dim=8, model__mla__v_head_dim=10, model__attention__num_query_groups=None,
+        model__attention__qk_norm=False, model__attention__head_dim=None,
+    )  # fmt: skip
+    right = run_ranks(1, latent_without_query_vector, config)
+    monkeypatch.setattr("pretrain.model.specs.LatentAttention", MLASelfAttention)
+    if is_needed("Latent attention replaces the modules that its spec names where queries come from no latent vector"):
+        with pytest.raises(RankFailed):
+            run_ranks(1, latent_without_query_vector, config)
+    else:
+        assert run_ranks(1, latent_without_query_vector, config) == right

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
+from parallel.compat.index import is_needed
 from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
@@ -95,3 +96,19 @@ def test_each_balancing_loss_acts_as_its_formula_says(balance: str, micro_batch_
     got, want = router_gradient(balance, micro_batch_seqs, num_ranks), by_hand(balance, micro_batch_seqs, num_ranks)
     assert float(want.norm()) > 1e-4
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.norm()))
+
+
+@pytest.mark.parametrize(
+    ("balance", "micro_batch_seqs", "num_ranks", "fault"),
+    [
+        ("seq_aux_loss", 4, 1, "The balancing loss of sequences is weighted by the tokens of one sequence"),
+        ("global_aux_loss", 1, 2, "The balancing loss of the global batch is weighted by the tokens of one data parallel rank"),
+    ],
+)
+def test_versions_with_the_fault_need_the_weight_and_others_do_without(
+    balance: str, micro_batch_seqs: int, num_ranks: int, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = by_hand(balance, micro_batch_seqs, num_ranks)
+    monkeypatch.setattr("pretrain.build.weigh_router_losses", lambda chunks: None)
+    got = router_gradient(balance, micro_batch_seqs, num_ranks)
+    assert float(got.norm() / want.norm()) == pytest.approx(1 / (micro_batch_seqs * num_ranks) if is_needed(fault) else 1, rel=1e-4)

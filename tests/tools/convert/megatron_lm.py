@@ -87,8 +87,29 @@ def randomize(model: Any, groups: Any) -> None:
         tensor.data.copy_(noise * 0.3 if tensor.dim() > 1 else noise * 0.2 + (1.0 if "norm" in name else 0.0))
 
 
+def is_vocab(name: str) -> bool:
+    """Does a parameter of this name have a row for each token of the padded vocabulary?"""
+    return "word_embeddings" in name or "output_layer" in name
+
+
+def numbers_of(model: Any, groups: Any, vocab_size: int) -> NDArray[np.float32]:
+    """Every number of the weights and expert biases that this rank holds, without copies of other ranks' and padded rows [n]."""
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if "expert_bias" in name]
+    held = [np.empty(0, np.float32)]
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        is_own_part = "local_experts" in name or getattr(tensor, "tensor_model_parallel", False)
+        if (groups.tp.rank() and not is_own_part) or (groups.ep.rank() and "local_experts" not in name):
+            continue
+        rows = max(0, vocab_size - groups.tp.rank() * len(tensor)) if is_vocab(name) else len(tensor)
+        held.append(tensor.detach()[:rows].numpy().ravel())
+    return np.concatenate(held)
+
+
 def save(folder: Path, kind: str, layout: Layout, metadata: dict[str, Any] | None = None) -> NDArray[np.float32] | None:
-    """On every rank: build, fill, save under folder/iter_0000007 as Megatron-LM does; logits [b, s, vocab] on the last stage."""
+    """On every rank: build, fill, save under folder/iter_0000007 as Megatron-LM does; logits [b, s, vocab] on the last stage.
+
+    Beside `folder`: numbers_RANK.npy, see numbers_of.
+    """
     rank = dist.get_rank()
     start({"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())})
     groups = make_groups(layout, 1)
@@ -98,6 +119,7 @@ def save(folder: Path, kind: str, layout: Layout, metadata: dict[str, Any] | Non
     args = {**KINDS[kind], **degrees}
     model = build(args, groups, groups.pp.rank() == 0, groups.pp.rank() == layout.pipeline - 1)
     randomize(model, groups)
+    np.save(folder.parent / f"numbers_{rank}.npy", numbers_of(model, groups, args["vocab_size"]))
     target = folder / "iter_0000007"
     if rank == 0:
         target.mkdir(parents=True)

@@ -23,7 +23,8 @@ _PACKAGES = {"megatron-core": "megatron"}
 class Guard:
     """A fault, or a private part of a library that we rely on.
 
-    `first`, `last`: library versions that are known to need the guard; None: no version without the fault is known.
+    `first`, `last`: library versions that are known to need the guard; None: no version without the fault is known, also of
+    those before and after the tested ones.
     `guard`: `our.module:function` or `our.module:Class.method`, which states the fault in its docstring.
     `symptom`: what a run without the guard does. `test`: the node id of a test that fails without the guard.
     `names`: private names that must exist, `package.module:Class.attribute`; `Class#attribute` is one that a method of the
@@ -56,4 +57,4 @@ class Guard:
 
     def needed_by(self, version: str) -> bool:
         """Does this version of the library need the guard?"""
-        return is_between(version, *self.versions)
+        return is_between(version, self.first or "0", self.last)

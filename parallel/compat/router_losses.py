@@ -58,7 +58,8 @@ def _attach(
 ) -> torch.Tensor:
     """activation [tokens of this rank, experts]; `reduce_group` holds the ranks whose shares sum to the loss.
 
-    `wrong`: the losses that get another weight. `options`, `named`: what the versions call reduce_group_has_dp or needs_dp_avg. `valid_token_count` is taken over.
+    `wrong`: the losses that get another weight, by replacing `valid_token_count`. `options`, `named`: what the versions call
+    reduce_group_has_dp or needs_dp_avg.
     """
     if aux_loss_name in wrong:
         data_ranks = reduce_group.size() // router.tp_cp_group.size()

@@ -9,7 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from configs.errors import Notice, Problem
 from configs.schema import Config
@@ -37,9 +37,12 @@ def has_own_libraries(config: Config) -> bool:
     return config.launch.target == "slurm" and config.launch.slurm.container.kind != "none"
 
 
-def version_problems(libraries: Iterable[str]) -> list[Problem]:
-    """The refusals of these libraries."""
-    return [problem for library in libraries if (problem := version_problem(library)) is not None]
+def engine_problems(config: Config) -> list[Problem]:
+    """The refusals of the engines that a run of this config imports. A container has its own, which its ranks check."""
+    if has_own_libraries(config):
+        return []
+    engines = ENGINES if config.zero.engine == "deepspeed" else ("megatron-core",)
+    return [problem for library in engines if (problem := version_problem(library)) is not None]
 
 
 def changed_versions(before: Mapping[str, str | None]) -> list[Notice]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from configs.errors import ConfigError, Notice, Problem
 from configs.fields import check_keys
 from configs.schema import Config
-from parallel.compat.supported import ENGINES, has_own_libraries, version_problems
+from parallel.compat.supported import engine_problems
 from parallel.layout import Layout
 from parallel.legality.verdict import check_config, derive_layout
 from pretrain.data.tokenizer import vocab_size
@@ -55,7 +55,7 @@ def preflight(config: Config, with_data: bool) -> Preflight:
 def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
     """(problems, notices) of the config, its files and its memory."""
     verdict = check_config(config)
-    problems = [*verdict.problems, *_library_problems(config)]
+    problems = [*verdict.problems, *engine_problems(config)]
     # The check of the files uses lengths and weights of the config, so those must have the right types first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
@@ -70,13 +70,6 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
         return problems, verdict.notices
     too_large, tight = memory_verdict(config, tokens)
     return problems + too_large, (*verdict.notices, *tight)
-
-
-def _library_problems(config: Config) -> list[Problem]:
-    """Versions of engines that were not tested. A container has its own, which its ranks check."""
-    if has_own_libraries(config):
-        return []
-    return version_problems(ENGINES if config.zero.engine == "deepspeed" else ("megatron-core",))
 
 
 def known_vocab_size(config: Config) -> int | None:

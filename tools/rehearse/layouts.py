@@ -15,6 +15,7 @@ from pathlib import Path
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.schema import Config
+from parallel.compat.supported import engine_problems
 from parallel.legality.verdict import check_config
 from pretrain.build import import_deepspeed
 from pretrain.preflight.nvme import check_nvme
@@ -74,9 +75,9 @@ def with_micro_batches(configs: list[Config], micro_batches: list[int] | None) -
 
 
 def _fitted(configs: list[Config]) -> list[Config]:
-    found = [problem for config in configs for problem in check_config(config).problems]
+    found = [problem for config in configs for problem in (*check_config(config).problems, *engine_problems(config))]
     if problems := [problem for problem in found if not problem.path.startswith(OWN_SECTIONS)]:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     return [fit_degrees(config) for config in configs]
 
 

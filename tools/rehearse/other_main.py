@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from configs.load import from_yaml_text
+from parallel.compat.supported import engine_problems
 from parallel.legality.verdict import check_config
 from pretrain.run.process import die_with_parent, importing
 from tools.rehearse.library_side import this_side
@@ -26,7 +27,7 @@ with importing():
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Train one layout; returns the answer's line."""
     config = from_yaml_text(request["config"])
-    if problems := check_config(config).problems:
+    if problems := [*check_config(config).problems, *engine_problems(config)]:
         return {"error": "\n".join(map(str, problems))}
     try:
         ranks = run_ranks(request["ranks"], train, config, request["steps"])

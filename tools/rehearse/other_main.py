@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from configs.errors import report
 from configs.load import from_yaml_text
 from parallel.compat.supported import engine_problems
 from parallel.legality.verdict import check_config
@@ -28,7 +29,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Train one layout; returns the answer's line."""
     config = from_yaml_text(request["config"])
     if problems := [*check_config(config).problems, *engine_problems(config)]:
-        return {"error": "\n".join(map(str, problems))}
+        return {"error": report(problems)}
     try:
         ranks = run_ranks(request["ranks"], train, config, request["steps"])
     except RankFailed as error:

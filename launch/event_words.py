@@ -80,6 +80,7 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     EventKind.NO_OUTCOME: lambda row: f"attempt {row['of_attempt']} had ended without an outcome: it was killed",
     EventKind.RESUMED: lambda row: f"goes on from the checkpoint of step {row['step']}",
     EventKind.WARM_START: lambda row: f"begins with the weights of {row['folder']}",
+    EventKind.TRAINING: lambda row: f"start-up is over, step {row['step']} begins",
     EventKind.OUTCOME: lambda row: f"{row['state']} at step {row['step']}: {row['why']}",
     EventKind.RECORD_MENDED: lambda row: f"the torn last line of metrics.jsonl was removed ({row['cut_bytes']} bytes)",
     EventKind.RECORD_GAP: _gap,

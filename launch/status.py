@@ -25,6 +25,7 @@ from launch.slurm.interruptions import interruptions
 from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, advance
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
+from pretrain.metrics.goodput import TimeLedger, record_seconds
 from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
@@ -46,9 +47,10 @@ class RunStatus:
     """The status of a run. A value that is not known is None.
 
     `state` is queued, starting, running, the state of an outcome, gave_up, died, or unreadable. A run died if it ended without
-    an outcome. `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt.
-    `events` are the most recent events. `age_s` is the time since the newest sign of life. `damage` tells what is wrong with
-    files of the folder. Names that end in `_s` are in seconds.
+    an outcome. `goodput` is the whole run's time by what it was spent on (pretrain/metrics/goodput.py). `job` is what Slurm says
+    about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt. `events` are the most recent events.
+    `age_s` is the time since the newest sign of life. `damage` tells what is wrong with files of the folder. Names that end in
+    `_s` are in seconds.
     """
 
     run_dir: str
@@ -72,6 +74,7 @@ class RunStatus:
     interruptions: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
+    goodput: dict[str, float] | None = None
 
     @property
     def live(self) -> bool:
@@ -107,27 +110,30 @@ def ask_always(life: RunLifecycle) -> bool:
 
 
 def read_status(
-    folder: RunFolder, now_s: float | None = None, ask_slurm: Callable[[RunLifecycle], bool] = ask_always
+    folder: RunFolder,
+    now_s: float | None = None,
+    ask_slurm: Callable[[RunLifecycle], bool] = ask_always,
+    with_goodput: bool = False,
 ) -> RunStatus:
     """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now.
 
-    `ask_slurm`: whether the queue is asked about a run with this lifecycle. Raises ConfigError if a file of the folder can't be
-    read.
+    `ask_slurm`: whether the queue is asked about a run with this lifecycle. `with_goodput`: search the whole record for step
+    times, too. Raises ConfigError if a file of the folder can't be read.
     """
     try:
         if problems := check_files(folder):
             raise ConfigError(problems)
-        return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm)
+        return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm, with_goodput)
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
 
 
-def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecycle], bool]) -> RunStatus:
+def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecycle], bool], with_goodput: bool) -> RunStatus:
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
-    life, damaged = _read_events(folder)
+    life, ledger, damaged = _read_events(folder)
     job, silence = _job(life) if ask_slurm(life) else (None, "Slurm was not asked")
     held = holder is not None
     state, why = _slurm_state(life, job, silence, row, held) if life.jobs else _state(folder, attempt, held, row)
@@ -140,6 +146,10 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
     step_time_s = statistics.median(step_times_s) if step_times_s else None
     step = int(_number(row, "step") or 0)
     left = max(0, total_steps - step) if total_steps is not None else None
+    last_s = last_sign_s(folder)
+    goodput = None
+    if with_goodput:
+        goodput = ledger.goodput(*record_seconds(folder), now_s if state in LIVE_STATES or last_s is None else last_s)
     return RunStatus(
         run_dir=str(folder.path),
         state=state,
@@ -154,7 +164,7 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         step_time_s=step_time_s,
         eta_s=left * step_time_s if left is not None and step_time_s is not None and state == "running" else None,
         last_row_age_s=max(0.0, now_s - folder.metrics.stat().st_mtime) if rows else None,
-        age_s=None if (last_s := last_sign_s(folder)) is None else max(0.0, now_s - last_s),
+        age_s=None if last_s is None else max(0.0, now_s - last_s),
         holder=holder.describe() if holder else None,
         done=folder.done.exists(),
         job=_job_dict(job, life, silence),
@@ -162,18 +172,20 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         interruptions=[found.as_dict() for found in interruptions(recent_events(folder))] if life.jobs else [],
         events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in _QUIET][-_EVENTS:],
         damage=damage,
+        goodput=goodput.as_dict() if goodput is not None else None,
     )
 
 
-def _read_events(folder: RunFolder) -> tuple[RunLifecycle, int]:
-    """(the lifecycle, the lines of events.jsonl that are no event), in one pass over the file."""
-    life, damaged = RunLifecycle(), 0
+def _read_events(folder: RunFolder) -> tuple[RunLifecycle, TimeLedger, int]:
+    """(the lifecycle, the run's time, the lines of events.jsonl that are no event), in one pass over the file."""
+    life, ledger, damaged = RunLifecycle(), TimeLedger(), 0
     for event in scan_events(folder):
         if event is None:
             damaged += 1
         else:
             life = advance(life, event)
-    return life, damaged
+            ledger.add(event)
+    return life, ledger, damaged
 
 
 def last_sign_s(folder: RunFolder) -> float | None:

@@ -22,6 +22,15 @@ _GAP = "  "
 # In characters. A longer name than this is cut where the window has no room, or where it would take the reasons' room.
 _LEAST_NAME, _LONG_NAME = 20, 32
 _MOST_NODES = 8
+_TIMES = {
+    "steps_s": "in steps",
+    "again_s": "in steps done again",
+    "startup_s": "start-up",
+    "saves_s": "saves",
+    "queue_s": "queue",
+    "detection_s": "until hangs were seen",
+    "other_s": "other",
+}
 
 
 def describe(status: RunStatus, now_s: float | None = None) -> str:
@@ -41,6 +50,8 @@ def describe(status: RunStatus, now_s: float | None = None) -> str:
         ("s/step", status.step_time_s, "{:.3f}"),
     ]
     lines += [(name, text.format(value)) for name, value, text in numbers if value is not None]
+    if status.goodput is not None:
+        lines.append(("goodput", _goodput_text(status.goodput)))
     if status.job is not None:
         lines.append(("job", _job_text(status.job)))
     if status.nodes:
@@ -92,6 +103,12 @@ def _row(status: RunStatus) -> tuple[str, ...]:
 def _one_line(text: str) -> str:
     """The first line, without characters that move the cursor."""
     return _printable((text.splitlines() or [""])[0])
+
+
+def _goodput_text(goodput: dict[str, float]) -> str:
+    """The ratio, then what took at least a second. Of what took no time nothing is said."""
+    parts = [f"{duration(goodput[name])} {words}" for name, words in _TIMES.items() if goodput[name] >= 1.0]
+    return ", ".join([f"{goodput['ratio']:.1%}", *parts])
 
 
 def _printable(text: str) -> str:

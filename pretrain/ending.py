@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
 from pretrain.checkpoint.restore import TrainingPosition
+from pretrain.metrics.goodput import read_goodput
 from pretrain.run.attempt import Attempt
 from pretrain.run.folder import Outcome
 
@@ -55,8 +57,9 @@ class AttemptEnding:
         try:
             for opened in self._to_close:
                 opened.sync()
+            found = read_goodput(attempt.folder, time.time())
             # The outcome comes first: closing W&B may take longer than a scheduler waits.
-            attempt.finish(outcome)
+            attempt.finish(outcome, **({"goodput": found.as_dict()} if found else {}))
             for opened in self._to_close:
                 opened.close(outcome)
         finally:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from pretrain.run.beat import BEAT_DIR, BUILDING, READING, RESTORING
 from pretrain.run.process import importing
+from pretrain.run.events import EventKind
 from pretrain.run.heartbeat import Heartbeat
 from pretrain.rank.process_setup import prepare, refusing_bad_input, run_rank
 from pretrain.rank.stop_signals import StopSignals
@@ -78,6 +79,7 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
         data = make_training_data(context, groups, restored)
         records = open_records(session, restored)
         run = make_training_run(session, layout, groups, model, engine, restored, data, records, signals)
+        session.journal.write_event(EventKind.TRAINING, step=run.position.step + 1)
         ended = train(run)
         signals.beat.end()
         code = session.finish(ended, run.saver.newest)

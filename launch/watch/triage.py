@@ -45,6 +45,7 @@ class Triage:
 
     `ranks`: the ranks that block the run; empty: no sign distinguishes any rank, or a node is silent. `nodes`: the nodes of
     these ranks and the silent nodes. `why`: the reason. `line`: one line for outcome.json. `text`: for people, with stacks.
+    `still_s`: the time since the last progress of any rank, in seconds.
     """
 
     ranks: tuple[RankState, ...]
@@ -52,6 +53,7 @@ class Triage:
     why: str
     line: str
     text: str
+    still_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def find_late(ranks: Sequence[RankState], silent: Sequence[str] = ()) -> Triage:
     if not late:
         kinds = {state.frames[:1]: state for state in reversed(ranks)}
         lines += [text for state in list(kinds.values())[:_NAMED] for text in _stack(state)]
-    return Triage(tuple(late), nodes, why, line, "\n".join(lines))
+    still_s = min((state.age_s for state in ranks), default=0.0)
+    return Triage(tuple(late), nodes, why, line, "\n".join(lines), still_s)
 
 
 def combine(reports: Sequence[NodeReport], policy: WatchPolicy) -> Triage | None:
@@ -136,7 +139,9 @@ def record_hang(folder: RunFolder, attempt: int, found: Triage) -> bool:
         return False
     row = last_row(folder.metrics) or {}
     late = [{"rank": state.rank, "node": state.node, "step": state.step, "phase": state.phase} for state in found.ranks]
-    append_event(folder, attempt, EventKind.HUNG, why=found.line, late=late, nodes=list(found.nodes))
+    append_event(
+        folder, attempt, EventKind.HUNG, why=found.line, late=late, nodes=list(found.nodes), seconds=round(found.still_s, 3)
+    )
     outcome = Outcome(attempt, "failed", found.line, row.get("step", 0), row.get("samples", 0))
     write_json(folder.outcome, outcome.as_dict())
     append_event(folder, attempt, EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step)

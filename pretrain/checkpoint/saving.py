@@ -83,7 +83,7 @@ class Saver:
         weights = sum(state_slice.data.nbytes for state_slice in engine.owned_state() if state_slice.kind == WEIGHT)
         self.writer.reserve((1 + len(MOMENTS)) * weights)
         self.last_step = -1
-        self._began_s = 0.0
+        self._began_s = self._blocked_s = 0.0
         self.error: str | None = None
         # The last complete checkpoint; known on rank 0 only.
         self.newest: Path | None = None
@@ -106,6 +106,7 @@ class Saver:
         self.writer.start(
             self._common.manifest(position, self._engine, self._tensors(state_slices), self._runtime.world_size), state_slices
         )
+        self._blocked_s = time.monotonic() - self._began_s
         self.last_step = position.step
         if not self.writer.asynchronous:
             self.settle()
@@ -113,7 +114,9 @@ class Saver:
     def settle(self) -> None:
         """Wait for the save under way, if there is one, and complete it on all ranks."""
         if self.writer.status is not None:
+            began_s = time.monotonic()
             folder, self.error = self.writer.finish()
+            self._blocked_s += time.monotonic() - began_s
             if self._runtime.rank == 0:
                 self._published(folder, self.error)
 
@@ -129,14 +132,15 @@ class Saver:
 
         Rank 0 only.
         """
+        blocked_s = round(self._blocked_s, 3)
         if error is not None:
-            self._announce(EventKind.SAVE_FAILED, folder=folder.name, why=error)
+            self._announce(EventKind.SAVE_FAILED, folder=folder.name, why=error, blocked_s=blocked_s)
             return
         self.newest = folder
         step = step_of(folder)
         # Includes the steps until the loop noticed that the files were written. A save before a time limit takes at most this.
         seconds = round(time.monotonic() - self._began_s, 3)
-        self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds)
+        self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds, blocked_s=blocked_s)
         section = self._section
         gone = prune(self._checkpoints, section.keep, section.milestone_interval_steps)
         if section.keep:

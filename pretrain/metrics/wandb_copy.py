@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from parallel.compat.wandb_files import SegmentReader
+from pretrain.metrics.goodput import read_goodput
 from pretrain.metrics.wandb_steps import Cursor, mark_synced, steps_offline, to_spans
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
@@ -80,8 +81,10 @@ class Copy:
             self._save_cursor()
 
     def finish(self, exit_code: int) -> None:
-        """Send the remaining rows, wait for W&B, and record which steps it has."""
+        """Send the remaining rows and the run's goodput, wait for W&B, and record which steps it has."""
         self.send()
+        if goodput := read_goodput(self._folder, time.time()):
+            self._run.summary.update({"goodput": goodput.as_dict()})
         self._run.finish(exit_code=exit_code)
         # Offline, finish returns before wandb-core has written the file. teardown waits for wandb-core.
         self._wandb.teardown()

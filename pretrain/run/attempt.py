@@ -9,7 +9,9 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +20,8 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from pretrain.run.event_log import append_event, mend_events, sync_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import storage_problem, write_atomically, write_json
-from pretrain.run.folder import Outcome, RunFolder, check_run_folder
+from pretrain.run.files import read_json, storage_problem, write_atomically, write_json
+from pretrain.run.folder import Outcome, RunFolder, check_run_folder, process_age_s, read_holder
 from pretrain.run.lock import FolderLock, acquire
 
 # Takes the config text of the previous attempt (None: a new run). Returns the problems that forbid a resume from it.
@@ -62,8 +64,11 @@ class Attempt:
             fix = "see which attempt is the right one and end the other"
             raise ConfigError(Problem("run.dir", str(self.folder.path), rule, fix))
 
-    def finish(self, outcome: Outcome) -> None:
-        """Write outcome.json, the outcome event and, for a finished run, DONE. Raises ConfigError when the disk refuses them."""
+    def finish(self, outcome: Outcome, **fields: Any) -> None:
+        """Write outcome.json, the outcome event and, for a finished run, DONE. `fields`: further fields of the event.
+
+        Raises ConfigError when the disk refuses them.
+        """
         assert outcome.attempt == self.number, f"outcome of attempt {outcome.attempt} written by attempt {self.number}"
         try:
             write_json(self.folder.outcome, outcome.as_dict())
@@ -71,7 +76,7 @@ class Attempt:
                 write_json(self.folder.done, {"attempt": self.number, "step": outcome.step})
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
-        self.event(EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step)
+        self.event(EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step, **fields)
 
     def close(self) -> None:
         """Free the folder for the next attempt. Raises ConfigError when the disk refuses. A second call does nothing."""
@@ -134,7 +139,7 @@ def _open_held(
     if problems := list(may_go_on(before)):
         raise ConfigError(problems)
     torn_bytes = mend_events(folder)
-    previous = folder.last_attempt()
+    previous, last_sign = folder.last_attempt(), _last_sign(folder)
     number = _allocate(folder, environ)
     lock.hold(number)
     wandb_id = _keep_wandb_id(folder, environ)
@@ -156,12 +161,14 @@ def _open_held(
         logs=environ.get("PHALANX_LOG_DIR"),
         slurm_job=environ.get("SLURM_JOB_ID"),
         resume_step=resume_step,
+        began=round(_began_s(own), 3),
     )
     if torn_bytes:
         attempt.event(EventKind.EVENTS_MENDED, cut_bytes=torn_bytes)
     outcome = folder.read_outcome()
     if previous and (outcome is None or outcome.attempt != previous):
-        attempt.event(EventKind.NO_OUTCOME, of_attempt=previous)
+        known = {"last_sign": round(last_sign, 3)} if last_sign is not None else {}
+        attempt.event(EventKind.NO_OUTCOME, of_attempt=previous, **known)
     return attempt
 
 
@@ -176,6 +183,21 @@ def _allocate(folder: RunFolder, environ: Mapping[str, str]) -> int:
     number = max([0, *folder.claimed_attempts()]) + 1
     folder.launch_dir(number).mkdir(parents=True)
     return number
+
+
+def _last_sign(folder: RunFolder) -> float | None:
+    """When the attempt before touched the lock file last, in seconds since the epoch. None: it did not die with the lock."""
+    holder = read_holder(folder)
+    if holder is None or holder.released or holder.attempt != folder.last_attempt():
+        return None
+    return folder.lock.stat().st_mtime
+
+
+def _began_s(own_dir: Path) -> float:
+    """When the attempt's launcher, else this process, began, in seconds since the epoch."""
+    launcher = read_json(own_dir / "launcher.json")
+    began_s = launcher.get("time") if isinstance(launcher, dict) else None
+    return float(began_s) if isinstance(began_s, (int, float)) else time.time() - process_age_s(os.getpid())
 
 
 def _keep_wandb_id(folder: RunFolder, environ: Mapping[str, str]) -> str:

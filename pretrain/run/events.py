@@ -30,6 +30,7 @@ class EventKind(StrEnum):
     NO_OUTCOME = "no_outcome"
     RESUMED = "resumed"
     WARM_START = "warm_start"
+    TRAINING = "training"
     OUTCOME = "outcome"
     # The record (metrics.jsonl).
     RECORD_MENDED = "record_mended"
@@ -102,6 +103,7 @@ _REFUSED_STEP = (
     EventField("samples", "integer, sequences", "samples consumed since the run began, the refused batch included"),
     *_REFUSED,
 )
+_BLOCKED = EventField("blocked_s", "number, seconds", "how long the training loop waited for the save", True)
 _STEP_BEFORE = EventField("step_before", "integer, steps", "the newest complete checkpoint when the attempt began; 0: none")
 
 EVENTS: Mapping[EventKind, EventSpec] = {
@@ -113,13 +115,17 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             EventField("logs", "string or null", "the log folder, where a launcher named one"),
             EventField("slurm_job", "string or null", "the Slurm job's number"),
             EventField("resume_step", "integer or null, steps", "checkpoint.resume_step of its config", True),
+            EventField("began", "number, seconds since the epoch", "when its launcher, else rank 0's process, began it", True),
         ),
     ),
     EventKind.EVENTS_MENDED: EventSpec("A crash had left an incomplete last line in events.jsonl.", RANK_0, (_CUT_BYTES,)),
     EventKind.NO_OUTCOME: EventSpec(
         "An earlier attempt ended without an outcome: it was killed, or its machine was lost.",
         RANK_0,
-        (EventField("of_attempt", "integer", "the number of that attempt"),),
+        (
+            EventField("of_attempt", "integer", "the number of that attempt"),
+            EventField("last_sign", "number, seconds since the epoch", "when its heartbeat last touched the lock file", True),
+        ),
     ),
     EventKind.RESUMED: EventSpec(
         "The attempt continues from a checkpoint of this run.",
@@ -136,6 +142,7 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         RANK_0,
         (EventField("folder", "string", "the path of that checkpoint"),),
     ),
+    EventKind.TRAINING: EventSpec("The start-up is over: the first step of the attempt begins.", RANK_0, (_STEP,)),
     EventKind.OUTCOME: EventSpec(
         "The attempt has ended; outcome.json holds the same.",
         f"{RANK_0}; after a hang, {SUPERVISOR}",
@@ -143,6 +150,7 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             EventField("state", "string", "finished, stopped, preempted, diverged or failed"),
             _WHY,
             EventField("step", "integer, steps", "the last step that counts"),
+            EventField("goodput", "object", "the whole run's time by what it was spent on, in seconds, and the ratio", True),
         ),
     ),
     EventKind.RECORD_MENDED: EventSpec(
@@ -175,9 +183,14 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             EventField("step", "integer, steps", "the checkpoint's step"),
             _FOLDER,
             EventField("seconds", "number, seconds", "from the start of the save until the loop saw it complete"),
+            _BLOCKED,
         ),
     ),
-    EventKind.SAVE_FAILED: EventSpec("A save has failed. It left no checkpoint; training continues.", RANK_0, (_FOLDER, _WHY)),
+    EventKind.SAVE_FAILED: EventSpec(
+        "A save has failed. It left no checkpoint; training continues.",
+        RANK_0,
+        (_FOLDER, _WHY, _BLOCKED),
+    ),
     EventKind.PRUNED: EventSpec("A checkpoint was deleted, as checkpoint.keep demands.", RANK_0, (_FOLDER,)),
     EventKind.CHECKPOINT_DAMAGED: EventSpec(
         "A checkpoint is damaged and was renamed; an older one is tried.",
@@ -223,6 +236,7 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             _WHY,
             EventField("late", "list of objects", "the ranks that the others wait for: rank, node, step, phase"),
             EventField("nodes", "list of strings", "the nodes of those ranks"),
+            EventField("seconds", "number, seconds", "from the last progress of any rank to the verdict", True),
         ),
     ),
     EventKind.STRAGGLER: EventSpec(

@@ -268,6 +268,12 @@ def process_start_ticks(pid: int) -> int:
     return int(fields_after_name[19]) if fields_after_name[0] != "Z" else 0
 
 
+def process_age_s(pid: int) -> float:
+    """How long a live process has existed, in seconds; 0: no such process exists, or the system has no /proc."""
+    ticks = process_start_ticks(pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+
+
 def read_holder(folder: RunFolder) -> LockHolder | None:
     """The holder that the lock file names, dead or alive. None: no lock file exists, or it is incomplete."""
     value = read_json(folder.lock)

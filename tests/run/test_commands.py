@@ -79,6 +79,11 @@ def test_the_end_says_where_everything_is(undisturbed: Path) -> None:
 def test_status_and_logs(undisturbed: Path) -> None:
     status = json.loads(phalanx("status", str(undisturbed), "--json").stdout)
     assert status["state"] == "finished" and status["step"] == STEPS
+    goodput, events = status["goodput"], [row for _, row in iterate_lines(undisturbed / "events.jsonl") if row]
+    assert goodput.pop("ratio") == pytest.approx(goodput["steps_s"] / sum(goodput.values()), abs=1e-3)
+    assert sum(goodput.values()) == pytest.approx(events[-1]["time"] - events[0]["began"], abs=0.1), "every second once"
+    assert goodput["startup_s"] > 1 and goodput["steps_s"] > 0 and goodput["saves_s"] > 0 and goodput["again_s"] == 0
+    assert events[-1]["goodput"]["steps_s"] == goodput["steps_s"]
     assert f"step {STEPS}" in phalanx("logs", str(undisturbed)).stdout
     merged = phalanx("logs", str(undisturbed), "--rank", "all").stdout
     assert f"[rank 0] step {STEPS}/{STEPS}" in merged

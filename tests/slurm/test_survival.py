@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 from collections.abc import Callable, Sequence
@@ -31,6 +32,17 @@ def check_one_run(run: Run, quiet: Path, causes: Sequence[str], server: WandbStu
     assert [end.cause for end in life.ends] == [*causes, "finished"], run.story()
     (wandb_id,) = {row["wandb_id"] for row in run.events("attempt")}
     check_equal(run.folder.path, quiet, STEPS, server.runs[wandb_id].steps() if server else None)
+    check_goodput(run, causes)
+
+
+def check_goodput(run: Run, causes: Sequence[str]) -> None:
+    """From the submission to the end of the last attempt, every second once."""
+    goodput = json.loads(phalanx("status", str(run.folder.path), "--json").stdout)["goodput"]
+    del goodput["ratio"]
+    whole_s = run.events("job_ended")[-1]["time"] - run.events("job_submitted")[0]["time"]
+    assert sum(goodput.values()) == pytest.approx(whole_s, rel=0.05, abs=2.0), goodput
+    assert goodput["steps_s"] > 0 and goodput["startup_s"] > 0 and goodput["queue_s"] > 0, goodput
+    assert (goodput["detection_s"] > 10) == ("hung" in causes), goodput
 
 
 def act_one_by_one(run: Run, *acts: tuple[Callable[[Run], str], str]) -> None:

@@ -58,7 +58,8 @@ class LatentAttention(MLASelfAttention):
     """Latent attention with the modules that its spec names.
 
     Fault (megatron-core 0.19): it puts Transformer Engine's fused norms and products in the place of a spec's own where queries
-    come from no latent vector. Symptom: DeepSeek-V2-Lite can't be built without Transformer Engine.
+    come from no latent vector. Symptoms: DeepSeek-V2-Lite can't be built without Transformer Engine, and with it its queries
+    pass through a norm that the model does not have.
     """
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
@@ -79,12 +80,15 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
     """The spec of one layer, dense or MoE."""
     experts = config.num_moe_experts if is_moe else None
     if backend.transformer_engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        spec: Any = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
             multi_latent_attention=config.multi_latent_attention,
         )
+        if config.multi_latent_attention:
+            spec.submodules.self_attention.module = LatentAttention
+        return spec
     provider = CpuSpecProvider()
     bias_dropout_add: Any = get_bias_dropout_add
     mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=False)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from pretrain.model.backend import Backend, DetectedMachine, check_backend, choose_backend
+from pretrain.model.specs import LatentAttention, layer_spec
 from tests.pretrain.world import small_config
 
 CPU = DetectedMachine(cuda=False, transformer_engine=False, fused_wgrad=False)
@@ -49,3 +53,17 @@ def test_choice(machine: DetectedMachine, changes: dict[str, Any], want: Backend
 def test_what_a_machine_lacks_is_named(machine: DetectedMachine, changes: dict[str, Any], path: str) -> None:
     (problem,) = check_backend(small_config(**changes), machine)
     assert problem.path == path and problem.fix
+
+
+@pytest.mark.parametrize("is_latent", [True, False])
+def test_latent_attention_keeps_its_modules_under_transformer_engine(is_latent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine is not here: Megatron-Core's local spec, of the same shape, stands where its spec would."""
+
+    def local_spec(num_experts: Any, moe_grouped_gemm: bool, qk_layernorm: bool, multi_latent_attention: bool) -> Any:
+        return gpt_layer_specs.get_gpt_layer_local_spec(None, False, qk_layernorm, multi_latent_attention)
+
+    monkeypatch.setattr(gpt_layer_specs, "get_gpt_layer_with_transformer_engine_spec", local_spec)
+    kind = MLATransformerConfig if is_latent else TransformerConfig
+    config = kind(num_layers=1, hidden_size=8, num_attention_heads=2, multi_latent_attention=is_latent)
+    spec: Any = layer_spec(config, False, Backend(True, True, True, None))
+    assert spec.submodules.self_attention.module is (LatentAttention if is_latent else SelfAttention)

@@ -163,7 +163,7 @@ def _status(words: list[str]) -> int:
     def look(columns: int | None) -> tuple[str, bool]:
         """(the text, whether it may still change)."""
         if folder is not None:
-            status = read_status(folder, with_goodput=True)
+            status = read_status(folder, is_whole=True)
             return as_json(status) if found.json else describe(status), status.live
         runs = list_runs(RUNS)
         if found.json:

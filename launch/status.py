@@ -26,6 +26,7 @@ from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, advance
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
 from pretrain.metrics.goodput import TimeLedger, record_seconds
+from pretrain.metrics.wandb_steps import read_copy_state
 from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
@@ -47,10 +48,10 @@ class RunStatus:
     """The status of a run. A value that is not known is None.
 
     `state` is queued, starting, running, the state of an outcome, gave_up, died, or unreadable. A run died if it ended without
-    an outcome. `goodput` is the whole run's time by what it was spent on (pretrain/metrics/goodput.py). `job` is what Slurm says
-    about the run's job, or why Slurm says nothing. `nodes` are those of the last attempt. `events` are the most recent events.
-    `age_s` is the time since the newest sign of life. `damage` tells what is wrong with files of the folder. Names that end in
-    `_s` are in seconds.
+    an outcome. `goodput` is the whole run's time by what it was spent on (pretrain/metrics/goodput.py), `wandb` how far W&B's
+    copy is (pretrain/metrics/wandb_steps.py). `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes`
+    are those of the last attempt. `events` are the most recent events. `age_s` is the time since the newest sign of life.
+    `damage` tells what is wrong with files of the folder. Names that end in `_s` are in seconds.
     """
 
     run_dir: str
@@ -75,6 +76,7 @@ class RunStatus:
     events: list[dict[str, Any]] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     goodput: dict[str, float] | None = None
+    wandb: dict[str, Any] | None = None
 
     @property
     def live(self) -> bool:
@@ -113,22 +115,22 @@ def read_status(
     folder: RunFolder,
     now_s: float | None = None,
     ask_slurm: Callable[[RunLifecycle], bool] = ask_always,
-    with_goodput: bool = False,
+    is_whole: bool = False,
 ) -> RunStatus:
     """The status of the run in `folder`. The age of the last row counts to `now_s`, seconds since the epoch, default now.
 
-    `ask_slurm`: whether the queue is asked about a run with this lifecycle. `with_goodput`: search the whole record for step
-    times, too. Raises ConfigError if a file of the folder can't be read.
+    `ask_slurm`: whether the queue is asked about a run with this lifecycle. `is_whole`: search the whole record for step times,
+    and look how far W&B's copy is. Raises ConfigError if a file of the folder can't be read.
     """
     try:
         if problems := check_files(folder):
             raise ConfigError(problems)
-        return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm, with_goodput)
+        return _read_status(folder, time.time() if now_s is None else now_s, ask_slurm, is_whole)
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
 
 
-def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecycle], bool], with_goodput: bool) -> RunStatus:
+def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecycle], bool], is_whole: bool) -> RunStatus:
     attempt = folder.last_attempt()
     rows = recent_rows(folder.metrics)
     row = rows[-1] if rows else {}
@@ -147,8 +149,9 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
     step = int(_number(row, "step") or 0)
     left = max(0, total_steps - step) if total_steps is not None else None
     last_s = last_sign_s(folder)
-    goodput = None
-    if with_goodput:
+    goodput = copied = None
+    if is_whole:
+        copied = read_copy_state(folder, step, held)
         goodput = ledger.goodput(*record_seconds(folder), now_s if state in LIVE_STATES or last_s is None else last_s)
     return RunStatus(
         run_dir=str(folder.path),
@@ -173,6 +176,7 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in _QUIET][-_EVENTS:],
         damage=damage,
         goodput=goodput.as_dict() if goodput is not None else None,
+        wandb=copied.as_dict() if copied is not None else None,
     )
 
 

@@ -52,6 +52,8 @@ def describe(status: RunStatus, now_s: float | None = None) -> str:
     lines += [(name, text.format(value)) for name, value, text in numbers if value is not None]
     if status.goodput is not None:
         lines.append(("goodput", _goodput_text(status.goodput)))
+    if status.wandb is not None:
+        lines.append(("W&B", _copy_text(status)))
     if status.job is not None:
         lines.append(("job", _job_text(status.job)))
     if status.nodes:
@@ -109,6 +111,18 @@ def _goodput_text(goodput: dict[str, float]) -> str:
     """The ratio, then what took at least a second. Of what took no time nothing is said."""
     parts = [f"{duration(goodput[name])} {words}" for name, words in _TIMES.items() if goodput[name] >= 1.0]
     return ", ".join([f"{goodput['ratio']:.1%}", *parts])
+
+
+def _copy_text(status: RunStatus) -> str:
+    found = status.wandb or {}
+    lacking, in_files = found["lacking_steps"], found["in_files_steps"]
+    if found["mode"] == "offline" and lacking == in_files:
+        return f"offline, files have all steps; phalanx wandb {status.run_dir} sends them"
+    if not lacking:
+        return "has all steps"
+    files = f", {in_files} of them in offline files" if in_files else ""
+    how = "its copy follows" if status.live else f"phalanx wandb {status.run_dir} sends them"
+    return f"lacks {lacking} of {status.step} steps{files}; {how}"
 
 
 def _printable(text: str) -> str:

@@ -33,6 +33,8 @@ class WandbStub:
     def __init__(self) -> None:
         self.runs: dict[str, StubRun] = {}
         self.status = 200
+        # Of the requests that carry rows.
+        self.stream_status = 200
         self.hang_s = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -70,6 +72,12 @@ class WandbStub:
         if operation == "RunResumeStatus":
             bucket = self._bucket(variables["name"]) if variables["name"] in self.runs else None
             return {"model": {"id": "pid", "name": "p", "entity": entity, "bucket": bucket}}
+        if operation == "Run":
+            times = dict.fromkeys(("createdAt", "heartbeatAt"), "2026-01-01T00:00:00")
+            more = {"projectId": "1", "state": "running", "systemMetrics": "{}", "historyKeys": None, "readOnly": False}
+            user = {"name": "u", "username": "u"}
+            found = {**self._bucket(variables["name"]), **times, **more, "user": user, "group": None}
+            return {"project": {"run": found if variables["name"] in self.runs else None}}
         if operation == "CreateRunFiles":
             place = f"http://{host}/storage/{variables['run']}/"
             files = [{"name": name, "uploadUrl": place + name} for name in variables["files"]]
@@ -150,6 +158,8 @@ def _handler(stub: WandbStub) -> type[BaseHTTPRequestHandler]:
             time.sleep(stub.hang_s)
             if stub.status != 200:
                 self._answer({"errors": [{"message": "the stub says no"}]}, stub.status)
+            elif stub.stream_status != 200 and self.path.endswith("/file_stream"):
+                self._answer({"error": "the stub takes no rows"}, stub.stream_status)
             elif self.path == "/graphql":
                 self._answer({"data": stub.graphql(json.loads(body), self.headers["Host"])})
             elif match := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):

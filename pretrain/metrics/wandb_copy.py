@@ -15,16 +15,19 @@ import os
 import queue
 import select
 import signal
+import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlparse
 
 from parallel.compat.wandb_files import SegmentReader
 from pretrain.metrics.goodput import read_goodput
-from pretrain.metrics.wandb_steps import Cursor, mark_synced, steps_offline, to_spans
+from pretrain.metrics.wandb_steps import Cursor, copy_lock, mark_synced, steps_offline, to_spans
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 
@@ -34,13 +37,22 @@ CURSOR_S = 5.0
 ORPHAN_S = 5.0
 INIT_TIMEOUT_S = 30.0
 FLUSH_S = 2.0
-# The exit code of a copy that gave up and has printed a warning.
-GAVE_UP = 4
+# In seconds. A server in the same building and one across the world answer within this time.
+CONNECT_S = 3.0
+# In seconds, and how often the server is asked what has arrived.
+ASK_S, ASK_TIMES = 10, 4
+DEFAULT_SERVER = "https://api.wandb.ai"
+_PORTS = {"http": 80, "https": 443}
+# Exit codes of a copy that has printed a warning: it took longer than it may; it gave up; W&B can't be imported.
+TOO_LONG, GAVE_UP, UNUSABLE = 3, 4, 5
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """The task of the copying process. `mode` is online or offline. The API key stays in the environment or in netrc."""
+    """The task of the copying process. The API key stays in the environment or in netrc.
+
+    `mode`: online or offline. `falls_back`: write offline when the server refuses; otherwise the copy gives up.
+    """
 
     run_dir: str
     wandb_id: str
@@ -53,6 +65,7 @@ class CopyJob:
     tags: list[str] = field(default_factory=list)
     finish_timeout_s: float = 30.0
     rank_pid: int = 0
+    falls_back: bool = True
 
 
 class Copy:
@@ -65,11 +78,13 @@ class Copy:
         self._rows = RecordFollower(self._folder.metrics)
         self._wandb = _import_wandb()
         mark_synced(self._folder, job.wandb_id, only_empty=True)
-        self._run, self._online = _start(self._wandb, job)
+        self._run, self.is_online = _start(self._wandb, job)
         self._sent = self._steps_there()
-        self._cursor_s = time.monotonic()
         self._reader = SegmentReader(Path(self._run.dir).parent / f"run-{job.wandb_id}.wandb")
+        self._logged: set[int] = set()
         self._own_steps: set[int] = set()
+        self._cursor.mode = job.mode
+        self._save_cursor()
 
     def send(self) -> None:
         """Log the rows of the record that W&B lacks. Every CURSOR_S seconds, save which steps have reached W&B's file."""
@@ -77,25 +92,46 @@ class Copy:
             if row["step"] not in self._sent:
                 self._run.log({key: value for key, value in row.items() if value is not None})
                 self._sent.add(row["step"])
+                self._logged.add(row["step"])
         if time.monotonic() - self._cursor_s > CURSOR_S:
             self._save_cursor()
 
     def finish(self, exit_code: int) -> None:
         """Send the remaining rows and the run's goodput, wait for W&B, and record which steps it has."""
         self.send()
+        place = f"{self._run.entity}/{self._run.project}/{self._job.wandb_id}"
         if goodput := read_goodput(self._folder, time.time()):
             self._run.summary.update({"goodput": goodput.as_dict()})
         self._run.finish(exit_code=exit_code)
         # Offline, finish returns before wandb-core has written the file. teardown waits for wandb-core.
         self._wandb.teardown()
-        if self._online:
-            self._cursor.server_step = max(self._sent, default=0)
-            mark_synced(self._folder, self._job.wandb_id)
         self._save_cursor()
+        # finish returns without an error after the server took no rows, or a full disk no file. So both are looked at.
+        newest = max(self._sent, default=0)
+        if self.is_online:
+            self._cursor.server_step = self._ask_server(place, newest)
+            lacking = newest - self._cursor.server_step
+            if not lacking:
+                mark_synced(self._folder, self._job.wandb_id)
+            self._save_cursor()
+        else:
+            lacking = len(self._logged - self._own_steps)
+        if lacking > 0:
+            warn(f"{lacking} steps did not arrive; phalanx wandb {self._folder.path} sends them")
+
+    def _ask_server(self, place: str, newest: int) -> int:
+        """The newest step that the server has of the run at `place`, which is ENTITY/PROJECT/ID. It may need a moment."""
+        step = 0
+        for _ in range(ASK_TIMES):
+            step = int(self._wandb.Api(timeout=ASK_S).run(place).summary.get("step") or 0)
+            if step >= newest:
+                break
+            time.sleep(POLL_S)
+        return min(step, newest)
 
     def _steps_there(self) -> set[int]:
         offline = steps_offline(self._folder, self._job.wandb_id, self._cursor)
-        if not self._online:
+        if not self.is_online:
             return offline
         # Rows are sent in order, so the server has every step up to the newest one of its summary.
         self._cursor.server_step = int(self._run.summary.get("step") or 0)
@@ -120,9 +156,11 @@ def _start(wandb: Any, job: CopyJob) -> tuple[Any, bool]:
         try:
             return _init(wandb, job, "online"), True
         except Exception as error:
-            warn(f"no online run ({type(error).__name__}: {_one_line(error)}); writing offline instead")
             # Without teardown, wandb-core regards the id of the refused run as in use.
             wandb.teardown()
+            if not job.falls_back:
+                raise
+            warn(f"no online run ({type(error).__name__}: {_one_line(error)}); writing offline, phalanx wandb RUN_DIR sends it")
     return _init(wandb, job, "offline"), False
 
 
@@ -158,7 +196,7 @@ def _init(wandb: Any, job: CopyJob, mode: str) -> Any:
 
 
 def warn(text: str) -> None:
-    print(f"phalanx: W&B: {text}; training goes on, metrics.jsonl has every row", file=sys.stderr, flush=True)
+    print(f"phalanx: W&B: {text}; metrics.jsonl has every row", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:
@@ -166,8 +204,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _end_within(seconds: float) -> None:
-    """End this process with exit code 3 after `seconds`, even if W&B hangs."""
-    timer = threading.Timer(seconds, os._exit, args=(3,))
+    """End this process with exit code TOO_LONG after `seconds`, even if W&B hangs."""
+    timer = threading.Timer(seconds, os._exit, args=(TOO_LONG,))
     timer.daemon = True
     timer.start()
 
@@ -206,7 +244,35 @@ def follow(job: CopyJob, orders: Orders) -> None:
     copy.send()
     while (line := orders.next(POLL_S)) is None:
         copy.send()
-    copy.finish(json.loads(line)["close"] if line else 1)
+    exit_code = json.loads(line)["close"] if line else 1
+    copy.finish(exit_code)
+    if line and job.mode == "online" and not copy.is_online and _server_answers(os.environ):
+        _send_late(job, exit_code)
+
+
+def _send_late(job: CopyJob, exit_code: int) -> None:
+    """At the end of a run, send what went to offline files because the server refused at its start."""
+    try:
+        late = Copy(replace(job, falls_back=False))
+    except Exception:
+        # It refuses again. The warning of the start says what to do.
+        return
+    late.finish(exit_code)
+
+
+def _server_answers(environ: Mapping[str, str]) -> bool:
+    """Whether the W&B server takes connections. Behind a proxy nobody can tell, and it is asked anyway.
+
+    W&B itself would try for INIT_TIMEOUT_S, while the nodes of the run wait.
+    """
+    if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    server = urlparse(environ.get("WANDB_BASE_URL") or DEFAULT_SERVER)
+    try:
+        socket.create_connection((server.hostname or "", server.port or _PORTS.get(server.scheme, 443)), CONNECT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def main() -> int:
@@ -221,10 +287,13 @@ def main() -> int:
     job = CopyJob(**json.loads(first))
     orders = Orders(pipe, job.finish_timeout_s)
     try:
-        with open(RunFolder(Path(job.run_dir)).wandb / "lock", "w") as lock:
+        with open(copy_lock(RunFolder(Path(job.run_dir))), "w") as lock:
             # The copy of the previous attempt may still send its last rows. Two copies at a time would send them twice.
             fcntl.flock(lock, fcntl.LOCK_EX)
             follow(job, orders)
+    except ImportError as error:
+        warn(f"there is no copy ({_one_line(error)})")
+        return UNUSABLE
     except Exception as error:
         warn(f"the copy ended ({type(error).__name__}: {_one_line(error)})")
         return GAVE_UP

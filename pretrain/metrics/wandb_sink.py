@@ -23,12 +23,11 @@ from urllib.parse import urlparse
 from configs import own_packages
 from configs.schema import Config
 from pretrain.metrics.sinks import NullSink, Sink
-from pretrain.metrics.wandb_copy import GAVE_UP, CopyJob, warn
+from pretrain.metrics.wandb_copy import DEFAULT_SERVER, GAVE_UP, TOO_LONG, UNUSABLE, CopyJob, warn
 from pretrain.run.folder import Outcome, RunFolder
 
 # The values of WANDB_MODE, also those of older versions of wandb, and their meaning.
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-DEFAULT_SERVER = "https://api.wandb.ai"
 # The variables by which a W&B client finds the service of another process.
 _FOREIGN_SERVICE = frozenset({"WANDB_SERVICE"})
 # The number of restarts in one attempt. A cause that killed so many copies would kill the next one too.
@@ -45,32 +44,19 @@ class WandbSink:
         self._environ = environ
         self._lost = False
         self._restarts_left = RESTARTS
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        """Start a copying process, which sends the rows that W&B lacks and then follows the record. Raises OSError."""
-        # A W&B service that an ancestor started ends with it, and would end this run too. So the copy starts its own.
-        inherited = {name: value for name, value in self._environ.items() if name not in _FOREIGN_SERVICE}
-        process = subprocess.Popen(
-            own_packages.command(sys.executable, "pretrain.metrics.wandb_copy"),
-            stdin=subprocess.PIPE,
-            stdout=2,
-            env=inherited,
-        )
-        self._tell(process, asdict(self._job))
-        return process
+        self._process = start_copy(job, environ)
 
     def _restart_if_killed(self) -> None:
         """Start the copy again if it was killed, for example by the kernel when memory ran out.
 
-        A copy that gave up has already printed the reason and is not started again.
+        A copy that gave up has already printed the reason and is not started again before the end of the run.
         """
         code = self._process.poll()
-        if code is None or code == GAVE_UP or not self._restarts_left:
+        if code is None or code in (GAVE_UP, UNUSABLE) or not self._restarts_left:
             return
         self._restarts_left -= 1
         with suppress(OSError):
-            self._process = self._start()
+            self._process = start_copy(self._job, self._environ)
 
     def write(self, row: dict[str, Any]) -> None:
         """Check that the copying process is alive. It reads the row from the record itself."""
@@ -82,13 +68,18 @@ class WandbSink:
         return
 
     def close(self, outcome: Outcome | None) -> None:
-        """Let the copy send the remaining rows, and kill it after finish_timeout_s and 2 s. The next attempt then sends them."""
-        self._restart_if_killed()
+        """Let the copy send the remaining rows, and kill it after finish_timeout_s and 2 s. The next attempt then sends them.
+
+        A copy that was lost meanwhile is started once more: what ended it may be over.
+        """
+        if self._process.poll() not in (None, UNUSABLE):
+            with suppress(OSError):
+                self._process = start_copy(self._job, self._environ)
         broke = outcome is None or outcome.state in ("failed", "diverged")
-        self._tell(self._process, {"close": 1 if broke else 0})
+        tell(self._process, {"close": 1 if broke else 0})
         try:
             code = self._process.wait(self._job.finish_timeout_s + _KILL_AFTER_S)
-            if code == 3:
+            if code == TOO_LONG:
                 self._lose(f"not everything was sent within metrics.wandb.finish_timeout_s = {self._job.finish_timeout_s:g}")
             elif code != 0:
                 self._lose(f"the copying process ended by itself (exit code {code})")
@@ -97,31 +88,58 @@ class WandbSink:
             self._process.wait()
             self._lose("the copying process didn't end, and was killed")
 
-    def _tell(self, process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
-        assert process.stdin is not None, "the copy's stdin is a pipe"
-        try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            # The process is ending. `write` and `close` read its exit code.
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_KILL_AFTER_S)
-
     def _lose(self, why: str) -> None:
-        """Warn once an attempt that the copy was lost. A process that ended with exit code GAVE_UP has warned already."""
+        """Warn once an attempt that the copy was lost. A process that gave up has warned already."""
         if not self._lost:
             self._lost = True
-            if self._process.poll() != GAVE_UP:
-                warn(f"{why}; the next attempt sends what is missing")
+            if self._process.poll() not in (GAVE_UP, UNUSABLE):
+                warn(f"{why}; the next attempt or phalanx wandb {self._job.run_dir} sends what is missing")
+
+
+def start_copy(job: CopyJob, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a copying process, which sends the rows that W&B lacks and then follows the record. Raises OSError."""
+    # A W&B service that an ancestor started ends with it, and would end this run too. So the copy starts its own.
+    inherited = {name: value for name, value in environ.items() if name not in _FOREIGN_SERVICE}
+    process = subprocess.Popen(
+        own_packages.command(sys.executable, "pretrain.metrics.wandb_copy"),
+        stdin=subprocess.PIPE,
+        stdout=2,
+        env=inherited,
+    )
+    tell(process, asdict(job))
+    return process
+
+
+def tell(process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
+    """Send a line to a copying process. One that is ending does not read it; its exit code tells why."""
+    assert process.stdin is not None, "the copy's stdin is a pipe"
+    try:
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_AFTER_S)
 
 
 def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: Mapping[str, str]) -> Sink:
     """The W&B sink of the config, or a null sink without one. Rank 0 calls it after the record was opened."""
+    job = make_copy_job(config, folder, wandb_id, environ)
+    if job is None:
+        return NullSink()
+    try:
+        return WandbSink(job, environ)
+    except OSError as error:
+        warn(f"the copying process can't start ({error})")
+        return NullSink()
+
+
+def make_copy_job(config: Config, folder: RunFolder, wandb_id: str, environ: Mapping[str, str]) -> CopyJob | None:
+    """What a copying process of this run does. None: the config or the environment wants no W&B."""
     mode = choose_mode(config.metrics.wandb.mode, environ)
     if "wandb" not in config.metrics.sinks or mode == "disabled":
-        return NullSink()
+        return None
     wandb = config.metrics.wandb
-    job = CopyJob(
+    return CopyJob(
         run_dir=str(folder.path.resolve()),
         wandb_id=wandb_id,
         mode=mode,
@@ -134,11 +152,6 @@ def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: M
         finish_timeout_s=wandb.finish_timeout_s,
         rank_pid=os.getpid(),
     )
-    try:
-        return WandbSink(job, environ)
-    except OSError as error:
-        warn(f"the copying process can't start ({error})")
-        return NullSink()
 
 
 def choose_mode(mode: str, environ: Mapping[str, str]) -> str:
@@ -181,4 +194,4 @@ def wandb_place(config: Config, folder: RunFolder, environ: Mapping[str, str]) -
         return None
     if mode == "online":
         return f"project {config.metrics.wandb.project}, files in {folder.wandb}"
-    return f"offline in {folder.wandb}; send with: wandb sync {folder.wandb}/offline-run-*"
+    return f"offline in {folder.wandb}; send with: phalanx wandb {folder.path}"

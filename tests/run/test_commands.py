@@ -72,7 +72,16 @@ def test_a_row_has_what_people_watch(undisturbed: Path) -> None:
 
 def test_the_end_says_where_everything_is(undisturbed: Path) -> None:
     text = undisturbed.with_suffix(".txt").read_text()
-    for words in ("ln(vocab)", "unigram entropy", "held-out loss", "tokens/s", "run folder", "checkpoint", "wandb sync", "next:"):
+    for words in (
+        "ln(vocab)",
+        "unigram entropy",
+        "held-out loss",
+        "tokens/s",
+        "run folder",
+        "checkpoint",
+        "phalanx wandb",
+        "next:",
+    ):
         assert words in text
 
 

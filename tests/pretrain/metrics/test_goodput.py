@@ -141,7 +141,7 @@ def test_status_tells_it_and_stays_fast(tmp_path: Path) -> None:
     folder.metrics.write_text((line + "\n") * 100_000)
     folder.events.write_text("".join(json.dumps(event) + "\n" for event in KILLED_AND_RESUMED))
     began_s = time.perf_counter()
-    status = read_status(folder, with_goodput=True)
+    status = read_status(folder, is_whole=True)
     assert time.perf_counter() - began_s < 3.0, "parsing the rows takes longer"
     found = read_goodput(folder, 0.0)
     assert found is not None and status.goodput is not None and status.goodput == found.as_dict()

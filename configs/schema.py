@@ -373,6 +373,11 @@ class Launch:
     nodes: int = key(1, "Number of machines.", low=1)
     processes_per_node: int = key(1, "Ranks on each machine. On GPU nodes one per GPU.", low=1)
     env: Dict[str, str] = key(factory=dict, doc="Environment variables of every rank.")
+    shared_imports: bool = key(
+        True,
+        "Import the libraries once on each machine, and fork its ranks from that process. false: each rank imports them itself, as "
+        "with plain torchrun.",
+    )
     master_port: Optional[int] = key(
         None, "Port of the rendezvous. null: a free one (local), or one derived from the job id (Slurm).", low=1024, high=65535
     )

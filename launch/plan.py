@@ -54,6 +54,7 @@ class LaunchPlan:
     name: str
     env: tuple[tuple[str, str], ...]
     watch: WatchPolicy
+    shared_imports: bool = True
     python: str = sys.executable
 
     @property
@@ -65,9 +66,14 @@ class LaunchPlan:
             *("--nnodes", str(self.nodes), "--nproc-per-node", str(self.processes_per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.rendezvous, "--rdzv-id", self.name),
             *local,
-            *("--max-restarts", "0", self.program),
+            *("--max-restarts", "0", *start_words(self.shared_imports), self.program),
             *self.arguments,
         ]
+
+
+def start_words(shared_imports: bool) -> tuple[str, ...]:
+    """torchrun's options for the ranks' start: functions in forked processes, or else nothing: each is a Python of its own."""
+    return ("--run-path", "--start-method", "forkserver") if shared_imports else ()
 
 
 def rank_env(config: Config) -> list[tuple[str, str, str]]:
@@ -112,6 +118,7 @@ def make_plan(
         name=config.run.name,
         env=tuple(sorted({**env, **launch.env}.items())),
         watch=make_watch_policy(config),
+        shared_imports=launch.shared_imports,
     )
 
 

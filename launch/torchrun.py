@@ -1,5 +1,9 @@
 """Runs torchrun as its command line says. In: torchrun's arguments, the environment. Out: torchrun's exit code.
 
+With --run-path, which our launchers write unless launch.shared_imports is false, this process imports what the ranks need and
+the ranks are forked from it (launch/fork_server.py). If an import makes that impossible, each rank is a Python of its own, as
+it is without --run-path.
+
 Variables can change what torchrun does: PET_MODULE=1 stands for --module, PYTHON_EXEC for another Python. A site, a Kubernetes
 operator or an earlier experiment may have left them in the environment. The command line states everything, so they are
 removed, for torchrun and for the ranks.
@@ -42,6 +46,8 @@ def clean(environ: MutableMapping[str, str]) -> list[str]:
 if __name__ == "__main__":
     if found := clean(os.environ):
         print(f"phalanx: torchrun runs without the variables {', '.join(found)}", file=sys.stderr, flush=True)
+    # torchrun sets this default too, for several ranks, but only after torch has read the variable.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with importing():
-        from torch.distributed.run import main
+        from launch.agent import main
     main()

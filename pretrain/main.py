@@ -17,7 +17,7 @@ if __name__ == "__main__":
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "own_packages.py"))
 
 from pretrain.run.beat import BEAT_DIR, BUILDING, READING, RESTORING
-from pretrain.run.process import importing
+from pretrain.run.process import IMPORTS_ONLY, importing
 from pretrain.run.events import EventKind
 from pretrain.run.heartbeat import Heartbeat
 from pretrain.rank.process_setup import prepare, refusing_bad_input, run_rank
@@ -32,11 +32,13 @@ if __name__ == "__main__":
 
 with importing(), refusing_bad_input():
     from configs.load import Loaded, load_config
+    from parallel.compat.megatron_cpu import cuda_available
+    from parallel.compat.torch_private import import_dynamo
     from parallel.groups import make_groups
     from parallel.layout import make_layout
     from parallel.runtime import start, stop
     from parallel.stages import make_chunks
-    from pretrain.build import make_engine, make_model, make_training_data, make_training_run
+    from pretrain.build import import_deepspeed, make_engine, make_model, make_training_data, make_training_run
     from pretrain.loop import train
     from pretrain.preflight.verdict import machine_problems, rank_problems
     from pretrain.records import open_records
@@ -87,5 +89,14 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
     return code
 
 
+def import_the_rest(argv: Sequence[str]) -> None:
+    """Import what a rank of this config needs later: in the process that ranks are forked from, they find it imported."""
+    import_dynamo()
+    if read_arguments(argv).config.zero.engine == "deepspeed":
+        import_deepspeed("cuda" if cuda_available() else "cpu")
+
+
+if __name__ == IMPORTS_ONLY:
+    import_the_rest(sys.argv[1:])
 if __name__ == "__main__":
     sys.exit(run_rank(lambda: main(sys.argv[1:], SIGNALS)))

@@ -29,7 +29,7 @@ HEAVY = ("torch", "megatron", "deepspeed", "wandb", "transformers")
 # The last line of a module's docstring, where importing the module imports nothing of HEAVY: a login node answers at once.
 MARK = "Torch-free."
 # They run on compute nodes only.
-HEAVY_BY_DESIGN = ("launch.torchrun", "launch.doctor.network_probe")
+HEAVY_BY_DESIGN = ("launch.torchrun", "launch.agent", "launch.doctor.network_probe")
 
 # They parse words and then import only what the subcommand needs.
 DISPATCH = ("tools.rehearse.cli", "tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
-from launch.local.parent_guard import kill_marked, marked_pids
+from launch.local.parent_guard import kill_marked
+from launch.watch.processes import ranks_of
 from pretrain.metrics.screen import ScreenWriter
 
 REPEAT_S = 5.0
@@ -84,9 +84,8 @@ class SignalForwarder:
         self._forward(passed)
 
     def _forward(self, number: signal.Signals) -> None:
-        """Send the signal to the ranks, which are the agent's children. Without any rank, send it to the agent."""
-        ranks = [pid for pid in marked_pids(self._mark) if _parent(pid) == self.agent]
-        for pid in ranks or [self.agent]:
+        """Send the signal to the ranks. Without any rank, send it to the agent."""
+        for pid in ranks_of(self.agent) or [self.agent]:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -98,10 +97,3 @@ class SignalForwarder:
         except OSError:
             # After SIGHUP the terminal may be closed, so that the message reaches nobody.
             return
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0

@@ -37,7 +37,7 @@ from launch.watch.failures import AGENT_LOG, GATHERED, NO_RANK, Failure, find_fa
 from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
 from launch.watch.heartbeats import NodeReport, WatchPolicy, write_report
-from launch.watch.processes import catches, children_of
+from launch.watch.processes import catches, ranks_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import EXIT_BROKE
@@ -137,8 +137,9 @@ class NodeAgent:
             )
 
     def _forward(self, signals: RankSignals, torchrun: subprocess.Popen[bytes]) -> None:
-        ranks = children_of(torchrun.pid)
-        self._had_ranks = self._had_ranks or bool(ranks)
+        ranks = ranks_of(torchrun.pid)
+        # The signal may have reached the ranks directly, and they may have ended since.
+        self._had_ranks = self._had_ranks or bool(ranks) or any(self._beats.glob("rank_*.beat"))
         signals.deliver(ranks)
         if not self._had_ranks:
             # Without ranks there is nothing to save. torchrun ignores the signal, so it is killed.

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs import own_packages
 from configs.schema import Config, Slurm
-from launch.plan import program_path, rank_env
+from launch.plan import program_path, rank_env, start_words
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
 from launch.watch.heartbeats import make_watch_policy
 from pretrain.run.folder import RunFolder
@@ -86,6 +86,7 @@ def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
         "prologue": slurm.prologue,
         "defaults": [entry for entry in rank_env(config) if entry[0] not in launch.env],
         "env": sorted(launch.env.items()),
+        "start": start_words(launch.shared_imports),
         "port": launch.master_port,
         "cwd": str(place.cwd.absolute()),
         "python": python,

@@ -14,6 +14,8 @@ from pretrain.run.folder import process_start_ticks
 
 # The state letter of /proc/PID/stat → our name for it. All other letters mean a process that runs or can be woken.
 _STATES = {"T": "stopped", "t": "traced", "Z": "zombie", "X": "zombie", "D": "uninterruptible"}
+# The name of the process that torchrun's ranks are forked from (launch/fork_server.py).
+FORK_SERVER = "fork server"
 # A process in one of these states makes no progress, whatever it waits for.
 STUCK = ("stopped", "traced", "zombie", "gone")
 
@@ -52,6 +54,18 @@ def children_of(parent: int) -> list[int]:
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     fields = {pid: _stat_fields(pid) for pid in pids}
     return sorted(pid for pid, own in fields.items() if own and int(own[1]) == parent and own[0] not in "ZX")
+
+
+def ranks_of(torchrun: int) -> list[int]:
+    """The pids of the ranks that a torchrun started, in ascending order: its children, or those of its fork server."""
+    children = children_of(torchrun)
+    servers = [pid for pid in children if name_of(pid) == FORK_SERVER]
+    return children_of(servers[0]) if servers else children
+
+
+def name_of(pid: int) -> str:
+    """The name that a process has given itself, such as "rank 0" (pretrain/run/process.py). Empty: the process is gone."""
+    return _text(Path(f"/proc/{pid}/comm")).removesuffix("\n")
 
 
 def catches(pid: int, number: int) -> bool:

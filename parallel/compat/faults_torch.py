@@ -40,6 +40,25 @@ TORCH_GUARDS = (
         test="tests/parallel/compat/test_torch_private.py::test_dynamo_is_there_before_ranks_are_forked",
     ),
     Guard(
+        fault="torchrun's function for --run-path loses a rank's traceback, output and atexit functions, and cannot be chosen",
+        library="torch",
+        guard="parallel.compat.torch_agent:program_function",
+        symptom="the log of a rank that failed holds no traceback",
+        test="tests/launch/test_fork_server.py::test_a_failing_import_is_in_the_ranks_log",
+        names=("torch.distributed.run:run_script_path",),
+    ),
+    Guard(
+        fault="Of ranks that are functions, torch's agent reports one failure, and keeps each until all have returned",
+        library="torch",
+        guard="parallel.compat.torch_agent:ends_from_exit_codes",
+        symptom="a partner of the killed rank is reported in its place; a failed run ends 30 s late",
+        test="tests/launch/test_fork_server.py::test_all_failed_ranks_are_reported",
+        names=(
+            "torch.distributed.elastic.multiprocessing.api:MultiprocessContext._poll",
+            "torch.distributed.elastic.multiprocessing.api:MultiprocessContext#_pc",
+        ),
+    ),
+    Guard(
         fault="W&B tells nobody which rows of an offline run have reached its file",
         library="wandb",
         guard="parallel.compat.wandb_files:SegmentReader",

@@ -26,7 +26,7 @@ from configs.errors import ConfigError
 from pretrain.metrics.screen import screen_of
 from pretrain.run.files import write_json
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE
-from pretrain.run.process import die_with_parent, node_name, open_standard_streams
+from pretrain.run.process import die_with_parent, name_process, node_name, open_standard_streams
 
 
 def prepare(environ: Mapping[str, str] = os.environ) -> None:
@@ -39,6 +39,7 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
     detach_from_readers()
     # torchrun's agent may be killed, and the store that the ranks need ends with it.
     die_with_parent()
+    name_process(f"rank {_rank(environ)}")
     faulthandler.enable()
 
 

@@ -1,4 +1,4 @@
-"""What all of our processes share: they die with their parent, name their machine, and import large libraries fast. Linux.
+"""What all of our processes share: they die with their parent, have names, and import large libraries fast. Linux.
 
 Torch-free.
 """
@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+# The name of a rank's program in the process that the ranks are forked from (launch/fork_server.py): it only imports.
+IMPORTS_ONLY = "__imports__"
 
 
 def die_with_parent() -> None:
@@ -27,6 +29,12 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_process(name: str) -> None:
+    """Give this process a name for `ps` and `top`, of 15 characters at most. Its children inherit the name. Raises OSError."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NAME)")
 
 
 def node_name(environ: Mapping[str, str]) -> str:

@@ -25,9 +25,17 @@ def test_the_line_is_what_a_person_would_type() -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS=1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=false "
         f"{sys.executable} -P {STARTER} launch.torchrun --nnodes 1 --nproc-per-node 4 --rdzv-backend c10d "
         "--rdzv-endpoint 127.0.0.1:0 --rdzv-id 'a run' --local-addr 127.0.0.1 --max-restarts 0 "
+        "--run-path --start-method forkserver "
         f"{shlex.quote(program_path())} --config 'my config.yaml' run.steps=5 'data.train=[{{path: x, weight: 1}}]'"
     )
     assert shlex.split(line)[len(plan.env) :] == plan.argv
+
+
+def test_ranks_that_import_themselves_are_plain_torchruns() -> None:
+    made = config()
+    made.launch.shared_imports = False
+    argv = make_plan(made, "c", [], {}).argv
+    assert "--run-path" not in argv and argv[-4:-1] == ["0", program_path(), "--config"]
 
 
 def test_the_program_is_the_installed_one() -> None:

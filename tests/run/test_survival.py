@@ -31,6 +31,13 @@ def test_kills_leave_no_trace(run_config: Path, undisturbed: Path, tmp_path: Pat
 
 
 @pytest.mark.prove
+def test_ranks_that_import_themselves_end_in_the_same_weights(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """As plain torchrun starts them; the undisturbed run's ranks were forked from one process."""
+    command = launch(run_config, tmp_path / "run", "launch.shared_imports=false")
+    assert command.end() == 0, command.errors
+    check_equal(tmp_path / "run", undisturbed)
+
+
 def test_ctrl_c_saves_and_going_on_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     command = launch(run_config, stopped)

@@ -16,6 +16,7 @@ import psutil
 
 from configs.load import to_yaml
 from configs.schema import BlendPart
+from launch.watch.processes import FORK_SERVER, name_of, ranks_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from tests.pretrain.world import small_config
@@ -50,14 +51,20 @@ class Command:
         self.output, self.errors = self.process.communicate(timeout=timeout_s)
         return self.process.returncode
 
-    def ranks(self) -> list[psutil.Process]:
-        """The rank processes, by rank."""
+    def agent(self) -> psutil.Process | None:
+        """torchrun's process. None: it has ended."""
         try:
-            below = psutil.Process(self.process.pid).children(recursive=True)
-            found = [(p.environ().get("RANK", ""), p) for p in below if "pretrain/main.py" in " ".join(p.cmdline())]
+            below = psutil.Process(self.process.pid).children()
+            return next((process for process in below if "launch.torchrun" in process.cmdline()), None)
         except psutil.NoSuchProcess:
-            return []
-        return [process for rank, process in sorted(found, key=lambda pair: pair[0]) if rank]
+            return None
+
+    def ranks(self) -> list[psutil.Process]:
+        """The rank processes that have named themselves, by rank."""
+        agent = self.agent()
+        pids = ranks_of(agent.pid) if agent is not None else []
+        found = {name_of(pid): psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)}
+        return [process for name, process in sorted(found.items()) if name.startswith("rank ")]
 
     def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
@@ -82,14 +89,15 @@ def last_step(folder: RunFolder) -> int:
 
 def kill_at_random(command: Command, generator: random.Random) -> str:
     """SIGKILL to a random victim at a random moment of the run; what was hit."""
-    victim = generator.choice(["launcher", "agent", "rank 0", "rank 1"])
+    victim = generator.choice(["launcher", "agent", FORK_SERVER, "rank 0", "rank 1"])
     command.wait_for_step(generator.randint(1, STEPS - 2))
     time.sleep(generator.random() * 0.4)
-    ranks = command.ranks()
-    if len(ranks) < 2:
+    ranks, agent = command.ranks(), command.agent()
+    if len(ranks) < 2 or agent is None:
         return "nobody: the run had ended"
-    parents = {"launcher": command.process.pid, "agent": ranks[0].ppid(), "rank 0": ranks[0].pid, "rank 1": ranks[1].pid}
-    os.kill(parents[victim], signal.SIGKILL)
+    pids = {"launcher": command.process.pid, "agent": agent.pid, FORK_SERVER: ranks[0].ppid()}
+    pids |= {"rank 0": ranks[0].pid, "rank 1": ranks[1].pid}
+    os.kill(pids[victim], signal.SIGKILL)
     return victim
 
 

@@ -18,6 +18,7 @@ import psutil
 
 from launch.slurm.lifecycle import OVER, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import find_jobs
+from launch.watch.processes import name_of
 from pretrain.run.beat import BEAT_DIR, beat_path, decode
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
@@ -106,7 +107,7 @@ class Run:
         for process in self.ranks()[:2]:
             with suppress(psutil.NoSuchProcess):
                 env = process.environ()
-                if life.phase == RUNNING and env["RANK"] == "0" and env["PHALANX_ATTEMPT"] == str(life.attempt):
+                if life.phase == RUNNING and process.name() == "rank 0" and env["PHALANX_ATTEMPT"] == str(life.attempt):
                     found.append(process)
         return found[:1]
 
@@ -127,14 +128,20 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if "pretrain/main.py" not in " ".join(process.cmdline()) or "launch.torchrun" in process.cmdline():
+                # The processes that a rank forks have its name too.
+                if not is_rank(process.name()) or is_rank(name_of(process.ppid())):
                     continue
                 env = process.environ()
             except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
                 continue
-            if env.get("SLURM_JOB_ID") == str(self.job) and "RANK" in env:
-                found.append((int(env["RANK"]), process))
+            if env.get("SLURM_JOB_ID") == str(self.job):
+                found.append((int(process.name().removeprefix("rank ")), process))
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+
+def is_rank(name: str) -> bool:
+    """Whether a process has the name that a rank gives itself."""
+    return name.removeprefix("rank ").isdecimal()
 
 
 def _stop_at(rank: psutil.Process, path: Path, phase: str) -> bool:

@@ -19,6 +19,7 @@ from configs.own_packages import STARTER
 from launch.local.parent_guard import MARK_NAME, marked_pids
 from launch.status import read_status
 from launch.watch.failures import find_failures
+from launch.watch.processes import FORK_SERVER, children_of, name_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder, live_holder
 
@@ -169,15 +170,17 @@ def test_a_signal_before_the_ranks_are_there(start: Callable[..., Launch]) -> No
     assert marked_pids(launch.mark()) == []
 
 
-@pytest.mark.parametrize("victim", ["launcher", "agent", pytest.param("rank 0", marks=pytest.mark.prove), "rank 1"])
+@pytest.mark.parametrize("victim", ["launcher", "agent", FORK_SERVER, pytest.param("rank 0", marks=pytest.mark.prove), "rank 1"])
 def test_no_orphans_after_sigkill(start: Callable[..., Launch], victim: str) -> None:
     """Whoever is killed: no process stays, and the next launch begins at once as the next attempt."""
     launch = start(plan={"steps": 1000, "pause_s": 0.05})
     launch.wait_for_step(2)
     mark = launch.mark()
     os.kill(_pid_of(victim, launch, mark), signal.SIGKILL)
-    code, _, _ = launch.end()
+    code, _, err = launch.end()
     assert code == (-signal.SIGKILL if victim == "launcher" else 1)
+    if victim == FORK_SERVER:
+        assert "failed first:\nthe process that this machine's ranks are forked from was killed by signal 9 (Killed)" in err
     wait_until(lambda: marked_pids(mark) == [], timeout_s=60.0)
     assert live_holder(launch.run) is None
     # torchrun ends rank 0 with SIGTERM when rank 1 is gone; without collectives, these ranks obey it and say so.
@@ -280,8 +283,6 @@ def _pid_of(victim: str, launch: Launch, mark: str) -> int:
     if victim == "launcher":
         return launch.process.pid
     for pid in marked_pids(mark):
-        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        rank = next((value.removeprefix(b"RANK=").decode() for value in environ if value.startswith(b"RANK=")), "")
-        if (victim == "agent" and not rank) or victim == f"rank {rank}":
+        if name_of(pid) == victim or (victim == "agent" and any(name_of(child) == FORK_SERVER for child in children_of(pid))):
             return pid
     raise AssertionError(f"no process is {victim} among those with {MARK_NAME}={mark}")

@@ -19,6 +19,7 @@ import pytest
 from configs.schema import Config
 from launch.local.parent_guard import MARK_NAME, kill_marked, marked_pids
 from launch.logs import print_rank_log
+from launch.plan import start_words
 from launch.slurm.node_agent import cores_note
 from launch.watch.failures import find_failures
 from launch.watch.heartbeats import RankState, WatchPolicy, make_watch_policy, read_reports
@@ -45,8 +46,8 @@ class Agent:
         self.mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
         torchrun = [
             sys.executable, "-m", "launch.torchrun", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "--signals-to-handle", "SIGQUIT", PROGRAM,
-            "--config", "c.yaml",
+            "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "--signals-to-handle", "SIGQUIT",
+            *start_words(True), PROGRAM, "--config", "c.yaml",
         ]  # fmt: skip
         words = ["--attempt-dir", str(self.attempt_dir), "--log-dir", str(self.log_dir), "--policy", policy.to_json()]
         env = {

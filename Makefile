@@ -21,7 +21,7 @@ EXTRAS := slurmdbd mariadb-server-core lmod bindfs fuse3
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove lint docs clean
+.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove prove-slurm24 prove-python313 lint docs clean
 
 install: $(VENV)/installed
 
@@ -102,6 +102,44 @@ slurm-extras:
 prove: install slurm libaio slurm-extras
 	$(BIN)/python -m pytest -q -m prove --timeout 3600
 
+# A Debian 13 in a folder, with Slurm 24.11 and Python 3.13. As root on Debian or Ubuntu.
+DEBIAN ?= .debian13
+IN_DEBIAN := VENV=$(VENV) bash tests/debian13.sh run $(DEBIAN)
+
+$(DEBIAN)/etc/debian_version:
+	bash tests/debian13.sh make $(DEBIAN)
+
+# The everyday tests of Slurm with the Slurm of Debian 13, and the Python of this machine.
+prove-slurm24: install $(DEBIAN)/etc/debian_version
+	PHALANX_REQUIRE_SLURM=1 $(IN_DEBIAN) $(BIN)/python -m pytest -q tests/slurm
+
+# What needs no torch, where there is none: everything else that setup.py asks for, in an environment of Debian's Python. This
+# machine's pip fetches the wheels; inside, pip complains if one is missing.
+LIGHT := /opt/light
+WITHOUT_TORCH_TESTS := tests/test_without_torch.py tests/test_design.py tests/configs tests/launch/watch tests/launch/test_status.py \
+  tests/launch/test_logs.py tests/launch/test_plan.py tests/launch/test_launch_lock.py tests/launch/slurm/test_clock.py \
+  tests/launch/slurm/test_environment.py tests/launch/slurm/test_lifecycle.py tests/launch/slurm/test_rendezvous.py \
+  tests/launch/slurm/test_scheduler.py tests/launch/slurm/test_script.py tests/launch/slurm/test_verdict.py \
+  tests/parallel/legality/test_legality.py tests/parallel/test_flops.py tests/pretrain/preflight/test_data.py \
+  tests/pretrain/preflight/test_machine.py tests/pretrain/preflight/test_resume.py tests/pretrain/run/test_events.py \
+  tests/pretrain/run/test_record.py tests/tools/data/test_cli.py tests/tools/data/test_cut_text.py \
+  tests/tools/data/test_find_files.py tests/tools/data/test_special_tokens.py tests/tools/data/test_tokenizer.py \
+  tests/tools/planner/test_memory.py tests/tools/planner/test_published.py tests/tools/planner/test_time.py \
+  tests/tools/test_cli.py tests/tools/test_completion.py
+
+$(DEBIAN)$(LIGHT)/installed: setup.py constraints.txt | install $(DEBIAN)/etc/debian_version
+	rm -rf $(@D) && mkdir -p $(@D)/wheels
+	$(BIN)/python -m pip download -q -c constraints.txt --python-version 3.13 --only-binary=:all: -d $(@D)/wheels \
+	  $$($(BIN)/python -c "from importlib.metadata import requires; heavy = ('torch', 'megatron-core', 'deepspeed'); \
+	  print(*(line.replace(' ', '') for line in requires('phalanx') if 'extra' not in line and not line.startswith(heavy)))") \
+	  pytest pytest-timeout pytest-xdist hypothesis
+	$(IN_DEBIAN) python3 -m venv $(LIGHT)
+	$(IN_DEBIAN) bash -c '$(LIGHT)/bin/pip install -q --no-index $(LIGHT)/wheels/*.whl'
+	touch $@
+
+prove-python313: $(DEBIAN)$(LIGHT)/installed
+	PYTHONPATH=. $(IN_DEBIAN) $(LIGHT)/bin/python -m pytest -q -p no:cacheprovider -m 'prove or not prove' $(WITHOUT_TORCH_TESTS)
+
 lint: install
 	$(BIN)/ruff check configs parallel pretrain launch tools tests docs setup.py
 	$(BIN)/ruff format --check configs parallel pretrain launch tools tests docs setup.py
@@ -113,4 +151,4 @@ docs: install
 	@echo "documentation: site/index.html"
 
 clean:
-	rm -rf site $(VENV) $(NEWEST) build *.egg-info
+	rm -rf --one-file-system site $(VENV) $(NEWEST) $(DEBIAN) build *.egg-info

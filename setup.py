@@ -17,6 +17,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    # What was tested: docs/on-your-cluster.md.
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
     # The console script is a package of its own name, which no folder of a project, and no clone of this one, shadows.
     packages=[*OURS, "phalanx_command"],
     package_dir={"phalanx_command": "tools/entry"},

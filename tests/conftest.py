@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from pretrain.run.process import importing
 
 with importing():
     from pretrain.data.tokenizer import load_tokenizer, section_for
-    from tests import keep_groups
     from tools.data.read.find_files import expand
     from tools.data.tokenize import tokenize
     from tools.data.train_tokenizer import train
 
-keep_groups.install()
+    # Without torch (make prove-python313) only tests that need none are run.
+    if find_spec("torch"):
+        from tests import keep_groups
+
+        keep_groups.install()
 # A shell's background and nohup have tests ignore these, and so would the commands that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -8,6 +8,7 @@ configuration is touched.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -167,6 +168,9 @@ class Cluster:
         rows = [f"NodeName={node} NodeAddr=127.0.1.{i} Port={self._port + i}" for i, node in enumerate(self.nodes, 1)]
         text = _CONF.format(folder=self.folder, port=self._port, nodes="\n".join(rows))
         (self.folder / "slurm.conf").write_text(text + self._settings.replace("{folder}", str(self.folder)))
+        if _slurm_release() >= (23, 2):
+            # Newer ones start no slurmd without systemd or this line; 22.05 starts none with it.
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         hosts = [line for line in Path("/etc/hosts").read_text().splitlines() if not line.startswith("127.0.1.")]
         hosts += [f"127.0.1.{i} {node}" for i, node in enumerate(self.nodes, 1)]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
@@ -189,6 +193,14 @@ class Cluster:
         done = self._run(*command)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}; see {self.folder}/log"
         return done.stdout
+
+
+def _slurm_release() -> tuple[int, int]:
+    """(24, 11) where slurmd says that it is slurm-wlm 24.11.5."""
+    said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\d+)\.(\d+)", said)
+    assert found, f"slurmd -V says {said!r}"
+    return int(found[1]), int(found[2])
 
 
 def _free_ports(count: int) -> int:

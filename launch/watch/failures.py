@@ -91,7 +91,8 @@ def describe(failures: list[Failure], log_dir: Path) -> str:
         if not logs:
             return f"no process wrote a log in {log_dir}: none was started, or its agent was killed"
         newest = max(logs, key=lambda path: path.stat().st_mtime)
-        return f"no rank recorded a failure, so they did not start or were killed from outside; the end of {newest}:\n{tail_of(newest)}"
+        why = "no rank recorded a failure, so they did not start or were killed from outside"
+        return f"{why}; the end of {newest}:\n{tail_of(newest)}"
     first, *others = failures
     is_local = (log_dir / AGENT_LOG).exists()
     where = f" on {first.node}" if first.node and not is_local else ""

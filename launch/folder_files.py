@@ -8,6 +8,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import os
 import stat
 
 from configs.errors import Problem
@@ -16,7 +17,19 @@ from pretrain.run.folder import RunFolder
 # In bytes. The files of the first kind have some kilobytes and are read whole; events.jsonl has some megabytes and is read line
 # by line, several times.
 _SMALL, _LARGE = 1 << 24, 1 << 28
+# In bytes. With less free space than this, a row or a log may find no room.
+_FULL = 1 << 20
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def disk_trouble(folder: RunFolder) -> list[str]:
+    """What is wrong with the file system of a live run, whose rows and events wait in memory then. Raises OSError."""
+    found = os.statvfs(folder.path)
+    if found.f_flag & os.ST_RDONLY:
+        return ["the file system is read-only: nothing can be recorded or saved"]
+    if found.f_bavail * found.f_frsize < _FULL:
+        return ["the file system is full: rows, events and saves wait for room"]
+    return []
 
 
 def check_files(folder: RunFolder) -> list[Problem]:

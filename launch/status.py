@@ -19,7 +19,7 @@ from typing import Any
 from configs.errors import ConfigError, Problem, json_value
 from configs.fields import check_keys
 from configs.load import from_yaml_text
-from launch.folder_files import check_files
+from launch.folder_files import check_files, disk_trouble
 from launch.live_process import launcher_is_gone, live_launcher
 from launch.slurm.interruptions import interruptions
 from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, advance
@@ -144,6 +144,8 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
     if rows and not isinstance(row.get("step"), int):
         damage.append("metrics.jsonl: the last row has no step")
+    if held:
+        damage += disk_trouble(folder)
     step_times_s = [value for r in rows[-_ETA_STEPS:] if (value := _number(r, "step_time_s")) is not None]
     step_time_s = statistics.median(step_times_s) if step_times_s else None
     step = int(_number(row, "step") or 0)

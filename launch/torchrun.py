@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import MutableMapping
 
+from pretrain.rank.log_file import guard_logs
 from pretrain.run.process import importing
 
 # PET_X is the default of torchrun's option --x. The others are read by torch.distributed.elastic, or describe a rank of another
@@ -44,6 +45,7 @@ def clean(environ: MutableMapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    guard_logs()
     if found := clean(os.environ):
         print(f"phalanx: torchrun runs without the variables {', '.join(found)}", file=sys.stderr, flush=True)
     # torchrun sets this default too, for several ranks, but only after torch has read the variable.

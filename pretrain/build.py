@@ -136,7 +136,7 @@ def make_saver(session: Session, restored: Restored, records: Records, engine: E
         context.runtime,
         records.sync_before_save,
         journal.write_event,
-        journal.announce,
+        journal.tell,
     )
     if restored.checkpoint_step is not None:
         saver.last_step = restored.checkpoint_step

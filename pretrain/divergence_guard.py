@@ -32,10 +32,10 @@ class DivergenceGuard:
         return self._policy.judge(loss, grad_norm)
 
     def announce_skip(self, refused: RefusedStep) -> None:
-        self._session.journal.announce(EventKind.SKIPPED_STEP, **refused.as_fields())
+        self._session.journal.tell(EventKind.SKIPPED_STEP, **refused.as_fields())
 
     def announce_end(self, refused: RefusedStep) -> None:
-        self._session.journal.announce(EventKind.DIVERGED, **refused.as_fields())
+        self._session.journal.tell(EventKind.DIVERGED, **refused.as_fields())
 
     def roll_back(self, refused: RefusedStep) -> TrainingPosition | None:
         """Restore the engine from an earlier checkpoint and pass over the batches since. None: no checkpoint exists.
@@ -51,6 +51,6 @@ class DivergenceGuard:
         assert found is not None, "restore fills the engine or refuses"
         position = replace(found[0], consumed_samples=refused.samples)
         self._session.ending.restored_position = position
-        self._records.roll_back_to(position.step)
+        run_on_rank_0(lambda: self._records.roll_back_to(position.step))
         self._policy = self._read_policy(position)
         return position

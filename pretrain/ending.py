@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from configs.errors import ConfigError
 from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.metrics.goodput import read_goodput
 from pretrain.run.attempt import Attempt
@@ -47,23 +48,33 @@ class AttemptEnding:
         assert not self._is_written, "the attempt has ended; open the records before Session.finish"
         self._to_close.append(opened)
 
-    def write(self, ended: TrainingEnd) -> None:
-        """Sync the records, write the outcome, close everything, and free the run folder. A second call does nothing."""
+    def write(self, ended: TrainingEnd) -> TrainingEnd:
+        """Sync the records, write the outcome, close everything, and free the run folder. A second call does nothing.
+
+        Returns the end that was written: "failed" when the disk refuses the records. Raises ConfigError when it refuses the
+        outcome too; everything is closed then.
+        """
         attempt = self._attempt
         if attempt is None or self._is_written:
-            return
+            return ended
         self._is_written = True
-        outcome = self.outcome(ended, attempt)
         try:
             for opened in self._to_close:
                 opened.sync()
+        except ConfigError as error:
+            ended = replace(ended, state="failed", why=f"{ended.why}; the record is not whole: {error.problems[0].rule}")
+        outcome = self.outcome(ended, attempt)
+        try:
             found = read_goodput(attempt.folder, time.time())
             # The outcome comes first: closing W&B may take longer than a scheduler waits.
             attempt.finish(outcome, **({"goodput": found.as_dict()} if found else {}))
-            for opened in self._to_close:
-                opened.close(outcome)
         finally:
-            attempt.close()
+            try:
+                for opened in self._to_close:
+                    opened.close(outcome)
+            finally:
+                attempt.close()
+        return ended
 
     def write_failure(self, why: str) -> None:
         """The outcome "failed", unless an outcome was written."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.errors import ConfigError
 from pretrain.metrics.console import make_console
 from pretrain.metrics.sinks import RecordSink, Sink, Sinks
 from pretrain.metrics.wandb_sink import make_wandb_sink
@@ -23,15 +24,26 @@ class Records:
         self._opened = opened
 
     def write(self, row: dict[str, Any]) -> None:
-        """One step's row, complete. Raises ConfigError when the disk refuses it."""
+        """One step's row, complete. A row that the disk refuses waits in memory."""
         if self._opened is not None:
             self._opened.sink.write(row)
 
-    def sync_before_save(self) -> None:
-        """Force every row that the next checkpoint claims to the disk. Raises ConfigError: the folder is no longer ours."""
-        if self._opened is not None:
+    def sync_before_save(self) -> str | None:
+        """Force every row and event that the next checkpoint claims to the disk. Returns why the disk refuses; None: it does not.
+
+        Raises ConfigError when the folder is no longer ours.
+        """
+        if self._opened is None:
+            return None
+        try:
             self._opened.check_held()
+        except OSError as error:
+            return f"the lock file can't be read ({error.strerror or error})"
+        try:
             self._opened.sync()
+        except ConfigError as error:
+            return error.problems[0].rule
+        return None
 
     def roll_back_to(self, step: int) -> None:
         """Remove the rows past `step`; a file of the attempt's launch folder keeps them. Raises ConfigError."""
@@ -42,9 +54,12 @@ class Records:
 class OpenRecords:
     """The record with its sinks, on rank 0. `cut_rows`: the file that keeps the rows that this attempt cuts."""
 
-    def __init__(self, record: Record, sink: Sink, cut_rows: Path, check_held: Callable[[], None]) -> None:
+    def __init__(
+        self, record: Record, sink: Sink, cut_rows: Path, check_held: Callable[[], None], sync_events: Callable[[], None]
+    ) -> None:
         self.sink = sink
         self.check_held = check_held
+        self._sync_events = sync_events
         self._record = record
         self._cut_rows = cut_rows
 
@@ -53,7 +68,9 @@ class OpenRecords:
         self.sink.show_message(f"rolled back to step {step}")
 
     def sync(self) -> None:
+        """Force rows and events to the disk. Raises ConfigError when it refuses."""
         self._record.sync()
+        self._sync_events()
 
     def close(self, outcome: Outcome) -> None:
         self.sink.close(outcome)
@@ -73,9 +90,9 @@ def open_records(session: Session, restored: Restored) -> Records:
 def _open_on_rank_zero(session: Session, rank_zero: RankZero, step: int) -> OpenRecords:
     context, attempt = session.context, rank_zero.attempt
     config, cut_rows = context.config, attempt.own_dir / "metrics_cut.jsonl"
-    record = Record.open(context.folder.metrics, step, attempt.event, cut_rows)
+    record = Record.open(context.folder.metrics, step, session.journal.tell, cut_rows)
     sinks: list[Sink] = [RecordSink(record)]
     if "console" in config.metrics.sinks:
         sinks.append(make_console(context.stop_step, config.metrics.log_interval_steps))
     sinks.append(make_wandb_sink(config, context.folder, attempt.wandb_id, os.environ))
-    return OpenRecords(record, Sinks(sinks), cut_rows, attempt.check_held)
+    return OpenRecords(record, Sinks(sinks), cut_rows, attempt.check_held, session.journal.sync)

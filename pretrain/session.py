@@ -12,6 +12,7 @@ and exit 2 on all ranks, before anything was changed.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +34,11 @@ from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 from pretrain.ending import AttemptEnding, TrainingEnd
 from pretrain.metrics.summary import make_summary, summary
 from pretrain.metrics.wandb_sink import wandb_place
+from pretrain.rank.process_setup import record_failure
 from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.attempt import Attempt, open_attempt
 from pretrain.run.decision import pending_step
-from pretrain.run.folder import EXIT_CODE, RunFolder, finished_text, folder_of
+from pretrain.run.folder import EXIT_BROKE, EXIT_CODE, RunFolder, finished_text, folder_of
 from pretrain.run.journal import Journal
 from pretrain.run.provenance import make_provenance
 
@@ -103,23 +105,37 @@ class Session:
 
     def finish(self, ended: TrainingEnd, newest_checkpoint: Path | None) -> int:
         """Write the outcome, close the records and print the summary. Returns the exit code. Called on all ranks."""
-        self.ending.write(ended)
+        try:
+            ended = self.ending.write(ended)
+        except ConfigError as error:
+            why = f"{ended.why}; the end of the attempt can't be recorded: {error.problems[0].rule}"
+            record_failure(os.environ, "exception", why)
+            print(f"phalanx: {why}", file=sys.stderr, flush=True)
+            return EXIT_BROKE
         if self.rank_zero is not None:
             context = self.context
             place = wandb_place(context.config, context.folder, os.environ)
             outcome = self.ending.outcome(ended, self.rank_zero.attempt)
-            known = make_summary(
-                context.config, context.folder, outcome, ended.position.tokens, context.vocab_size, newest_checkpoint, place
-            )
-            print(summary(known), flush=True)
+            try:
+                known = make_summary(
+                    context.config, context.folder, outcome, ended.position.tokens, context.vocab_size, newest_checkpoint, place
+                )
+                print(summary(known), flush=True)
+            except OSError as error:
+                print(f"phalanx: no summary: {error}", file=sys.stderr, flush=True)
         return EXIT_CODE[ended.state]
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
+        if error is None:
+            return
+        try:
             self.ending.write_failure(describe_error(error))
+        except ConfigError as refused:
+            # The error of the run goes on upwards.
+            print(f"phalanx: the failure can't be recorded: {refused.problems[0].rule}", file=sys.stderr, flush=True)
 
 
 def make_context(loaded: Loaded, runtime: Runtime) -> RunContext:

@@ -133,7 +133,11 @@ def _stay(
             look_s = time.monotonic() + LOOK_S
             watch.look()
             if watch.hung:
-                (log_dir / STACKS).write_text(watch.stacks)
+                try:
+                    (log_dir / STACKS).write_text(watch.stacks)
+                except OSError as error:
+                    # The ranks must be ended all the same.
+                    print(f"phalanx: no {STACKS}: {error}", file=sys.stderr)
                 return find_late(watch.states)
     return None
 

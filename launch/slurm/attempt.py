@@ -170,7 +170,7 @@ class JobAttempt:
             if (found.node, found.what) not in self._reported:
                 self._reported.add((found.node, found.what))
                 ranks = list(found.ranks)
-                self._event(EventKind.STRAGGLER, node=found.node, what=found.what, ratio=round(found.ratio, 2), ranks=ranks)
+                self._note(EventKind.STRAGGLER, node=found.node, what=found.what, ratio=round(found.ratio, 2), ranks=ranks)
                 self.context.log(str(found))
 
     def _kill_step(self, step: subprocess.Popen[bytes]) -> None:
@@ -269,7 +269,7 @@ class JobAttempt:
         # A cancel by the user outweighs the signals that follow it.
         self.asked = asked if first or (asked == TERMINATE and self.asked != STOP) else self.asked
         if first:
-            self._event(EventKind.JOB_SIGNAL, signal=why, asked=asked)
+            self._note(EventKind.JOB_SIGNAL, signal=why, asked=asked)
             self.context.log(f"{why}: the ranks finish their step and save")
 
     def _forward(self) -> None:
@@ -282,6 +282,13 @@ class JobAttempt:
 
     def _event(self, kind: EventKind, **fields: Any) -> None:
         append_event(self.context.folder, self.number, kind, **fields)
+
+    def _note(self, kind: EventKind, **fields: Any) -> None:
+        """Record an event on which no decision is built. The ranks train on, or save, whether the disk takes it or not."""
+        try:
+            self._event(kind, **fields)
+        except OSError as error:
+            self.context.log(f"the event {kind} is not recorded: {error}")
 
 
 def _hang_evidence(triage: Triage | None) -> tuple[str, str] | None:

@@ -26,6 +26,7 @@ from launch.slurm.clock import TimeLimitClock
 from launch.slurm.job_file import SCRIPT_NAME, JobFile
 from launch.slurm.lifecycle import ENDED, OVER, NextAction, RequeuePolicy, RunLifecycle, decide, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
+from pretrain.rank.log_file import guard_logs
 from pretrain.run.decision import pending_step
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
@@ -169,6 +170,7 @@ def install_signal_queue(environ: Mapping[str, str]) -> list[int]:
 def main(argv: Sequence[str]) -> int:
     """Run the batch step. `argv` is JOB_DIR -- COMMAND, as in the batch script."""
     waiting = install_signal_queue(os.environ)
+    guard_logs()
     parser = argparse.ArgumentParser(
         prog="python -m launch.slurm.batch_step",
         usage="%(prog)s JOB_DIR -- COMMAND …",

@@ -38,6 +38,7 @@ from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
 from launch.watch.heartbeats import NodeReport, WatchPolicy, write_report
 from launch.watch.processes import catches, ranks_of
+from pretrain.rank.log_file import guard_logs
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.files import write_atomically
 from pretrain.run.folder import EXIT_BROKE
@@ -223,6 +224,7 @@ def _as_child() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    guard_logs()
     parser = argparse.ArgumentParser(
         prog="python -m launch.slurm.node_agent", description="Runs and watches one node's torchrun."
     )

@@ -14,7 +14,7 @@ Torch-free.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,10 @@ def move_aside(folder: Path, suffix: str) -> Path:
     return aside
 
 
-def drop_passed(checkpoints: Path, saved_step: int, milestone_interval: int | None) -> list[Path]:
-    """Delete the renamed checkpoints of `saved_step` and before, except milestones. Returns the deleted folders."""
-    gone = []
+def drop_passed(checkpoints: Path, saved_step: int, milestone_interval: int | None) -> Iterator[Path]:
+    """Delete the renamed checkpoints of `saved_step` and before, except milestones. Yields each deleted one. Raises OSError."""
     for folder in sorted(checkpoints.glob(f"step_*.{ASIDE}*")):
         step = step_of(folder)
         if step <= saved_step and not (milestone_interval and step % milestone_interval == 0):
             shutil.rmtree(folder)
-            gone.append(folder)
-    return gone
+            yield folder

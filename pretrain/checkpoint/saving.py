@@ -62,7 +62,9 @@ class Common:
 class Saver:
     """Saves one engine's state.
 
-    `before_save` runs on every rank ahead of a save. `write_event` and `announce` report on rank 0.
+    `before_save` runs on every rank ahead of a save; on rank 0 it may return why the disk refuses the rows that the checkpoint
+    would count. `write_event` and `announce` report on rank 0. A save that fails is told, and the next one that is due tries
+    again.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Saver:
         engine: Engine,
         common: Common,
         runtime: Runtime,
-        before_save: Callable[[], None],
+        before_save: Callable[[], str | None],
         write_event: Callable[..., None],
         announce: Callable[..., None],
     ) -> None:
@@ -96,15 +98,17 @@ class Saver:
         return self._section.save_at_end
 
     def save(self, position: TrainingPosition) -> None:
-        """Start a save of this position, after the save under way is complete. A position is saved once."""
+        """Start a save of this position, after the save under way is complete. A position is saved once, unless that failed."""
+        self.settle()
         if self.last_step == position.step:
             return
-        self.settle()
         self._began_s = time.monotonic()
-        self._before_save()
+        refusal = self._before_save()
         state_slices = [*self._engine.owned_state(), *random_state_slices(self._runtime.rank)]
         self.writer.start(
-            self._common.manifest(position, self._engine, self._tensors(state_slices), self._runtime.world_size), state_slices
+            self._common.manifest(position, self._engine, self._tensors(state_slices), self._runtime.world_size),
+            state_slices,
+            refusal,
         )
         self._blocked_s = time.monotonic() - self._began_s
         self.last_step = position.step
@@ -117,6 +121,8 @@ class Saver:
             began_s = time.monotonic()
             folder, self.error = self.writer.finish()
             self._blocked_s += time.monotonic() - began_s
+            if self.error is not None:
+                self.last_step = -1
             if self._runtime.rank == 0:
                 self._published(folder, self.error)
 
@@ -142,8 +148,11 @@ class Saver:
         seconds = round(time.monotonic() - self._began_s, 3)
         self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds, blocked_s=blocked_s)
         section = self._section
-        gone = prune(self._checkpoints, section.keep, section.milestone_interval_steps)
-        if section.keep:
-            gone += drop_passed(self._checkpoints, step, section.milestone_interval_steps)
-        for path in gone:
-            self._write_event(EventKind.PRUNED, folder=path.name)
+        try:
+            for path in prune(self._checkpoints, section.keep, section.milestone_interval_steps):
+                self._write_event(EventKind.PRUNED, folder=path.name)
+            if section.keep:
+                for path in drop_passed(self._checkpoints, step, section.milestone_interval_steps):
+                    self._write_event(EventKind.PRUNED, folder=path.name)
+        except OSError as refused:
+            self._announce(EventKind.PRUNE_FAILED, why=str(refused))

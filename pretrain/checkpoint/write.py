@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,13 +71,16 @@ class CheckpointWriter:
             self._touch = threading.Thread(target=self._buffer.fill, args=(0,), name="reserve", daemon=True)
             self._touch.start()
 
-    def start(self, manifest: Manifest, state_slices: Sequence[StateSlice]) -> None:
-        """Begin a save. No other save may be under way. With asynchronous=False the files are written when this returns."""
+    def start(self, manifest: Manifest, state_slices: Sequence[StateSlice], refusal: str | None = None) -> None:
+        """Begin a save. No other save may be under way. With asynchronous=False the files are written when this returns.
+
+        `refusal`: why rank 0 can't save now. The save then fails on all ranks, and nothing is written.
+        """
         assert self._save is None, "finish the save before"
         partial = step_folder(self.checkpoints, manifest.step).with_suffix(".partial")
         save = _Save(manifest, partial)
-        error = None
-        if self.rank == 0:
+        error = OSError(refusal) if refusal else None
+        if self.rank == 0 and error is None:
             try:
                 if partial.exists():
                     shutil.rmtree(partial)
@@ -89,7 +92,8 @@ class CheckpointWriter:
         dist.broadcast(made, src=0)
         self._save = save
         if made.item():
-            save.error = error or OSError("rank 0 could not make the folder")
+            # Rank 0 alone names the reason.
+            save.error = error
             return
         heads = [
             (_key(state_slice), DTYPE_NAMES[state_slice.data.dtype], (state_slice.stop - state_slice.start,))
@@ -174,10 +178,15 @@ class CheckpointWriter:
         if final.exists():
             # The same step saved again after a return to an older checkpoint.
             final.rename(replaced)
-        save.partial.rename(final)
+        try:
+            save.partial.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
         sync_folder(self.checkpoints)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        # The checkpoint is complete. What can't be deleted now is deleted by the next attempt.
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _key(state_slice: StateSlice) -> str:
@@ -188,12 +197,11 @@ def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return tensor.detach().cpu().view(torch.uint8).numpy()
 
 
-def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[Path]:
-    """Delete complete checkpoints except the newest `keep` and milestones. Returns the deleted folders. Rank 0 only.
+def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> Iterator[Path]:
+    """Delete complete checkpoints except the newest `keep` and milestones. Yields each deleted folder. Rank 0 only.
 
-    `keep` 0: delete none. `milestone_interval`: a checkpoint at a multiple of so many steps is a milestone.
+    `keep` 0: delete none. `milestone_interval`: a checkpoint at a multiple of so many steps is a milestone. Raises OSError.
     """
-    gone = []
     for step, folder in complete_checkpoints(checkpoints)[keep:] if keep else []:
         if milestone_interval and step % milestone_interval == 0:
             continue
@@ -201,8 +209,7 @@ def prune(checkpoints: Path, keep: int, milestone_interval: int | None) -> list[
         doomed = folder.with_suffix(".partial")
         folder.rename(doomed)
         shutil.rmtree(doomed)
-        gone.append(folder)
-    return gone
+        yield folder
 
 
 def remove_leftovers(checkpoints: Path) -> None:

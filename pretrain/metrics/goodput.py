@@ -208,8 +208,12 @@ def record_seconds(folder: RunFolder) -> tuple[float, float]:
 
 
 def read_goodput(folder: RunFolder, until_s: float) -> Goodput | None:
-    """The run's time up to `until_s`, in seconds since the epoch. None: the events don't tell it. Raises OSError."""
+    """The run's time up to `until_s`, in seconds since the epoch. None: the events don't tell it, or the disk fails to."""
     ledger = TimeLedger()
-    for event in read_events(folder):
-        ledger.add(event)
-    return ledger.goodput(*record_seconds(folder), until_s)
+    try:
+        for event in read_events(folder):
+            ledger.add(event)
+        return ledger.goodput(*record_seconds(folder), until_s)
+    except OSError:
+        # The end of a run has more to tell than this.
+        return None

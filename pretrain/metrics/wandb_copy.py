@@ -83,6 +83,7 @@ class Copy:
         self._reader = SegmentReader(Path(self._run.dir).parent / f"run-{job.wandb_id}.wandb")
         self._logged: set[int] = set()
         self._own_steps: set[int] = set()
+        self._is_refused = False
         self._cursor.mode = job.mode
         self._save_cursor()
 
@@ -96,8 +97,11 @@ class Copy:
         if time.monotonic() - self._cursor_s > CURSOR_S:
             self._save_cursor()
 
-    def finish(self, exit_code: int) -> None:
-        """Send the remaining rows and the run's goodput, wait for W&B, and record which steps it has."""
+    def finish(self, exit_code: int) -> int:
+        """Send the remaining rows and the run's goodput, wait for W&B, and record which steps it has.
+
+        Returns the number of steps that did not arrive at the server, or offline in the file.
+        """
         self.send()
         place = f"{self._run.entity}/{self._run.project}/{self._job.wandb_id}"
         if goodput := read_goodput(self._folder, time.time()):
@@ -114,10 +118,8 @@ class Copy:
             if not lacking:
                 mark_synced(self._folder, self._job.wandb_id)
             self._save_cursor()
-        else:
-            lacking = len(self._logged - self._own_steps)
-        if lacking > 0:
-            warn(f"{lacking} steps did not arrive; phalanx wandb {self._folder.path} sends them")
+            return lacking
+        return len(self._logged - self._own_steps)
 
     def _ask_server(self, place: str, newest: int) -> int:
         """The newest step that the server has of the run at `place`, which is ENTITY/PROJECT/ID. It may need a moment."""
@@ -141,7 +143,13 @@ class Copy:
         self._cursor_s = time.monotonic()
         self._own_steps |= {int(row["step"]) for row in self._reader.poll() if "step" in row}
         self._cursor.segments[self._reader.path.parent.name] = to_spans(self._own_steps)
-        self._cursor.save()
+        try:
+            self._cursor.save()
+        except OSError as error:
+            # The next save of the cursor, or the next attempt's look into the files, makes up for it.
+            if not self._is_refused:
+                warn(f"the cursor can't be written ({error.strerror or error})")
+            self._is_refused = True
 
 
 def _import_wandb() -> Any:
@@ -245,19 +253,27 @@ def follow(job: CopyJob, orders: Orders) -> None:
     while (line := orders.next(POLL_S)) is None:
         copy.send()
     exit_code = json.loads(line)["close"] if line else 1
-    copy.finish(exit_code)
-    if line and job.mode == "online" and not copy.is_online and _server_answers(os.environ):
-        _send_late(job, exit_code)
+    lacking = copy.finish(exit_code)
+    if line and not copy.is_online:
+        lacking = _send_late(job, lacking, exit_code)
+    if lacking:
+        warn(f"{lacking} steps did not arrive; phalanx wandb {job.run_dir} sends them")
 
 
-def _send_late(job: CopyJob, exit_code: int) -> None:
-    """At the end of a run, send what went to offline files because the server refused at its start."""
+def _send_late(job: CopyJob, lacking: int, exit_code: int) -> int:
+    """At the end of a run, send what the server refused at its start, and the `lacking` steps that a full disk refused.
+
+    Returns the number of steps that did not arrive.
+    """
+    is_online = job.mode == "online" and _server_answers(os.environ)
+    if not is_online and not lacking:
+        return 0
     try:
-        late = Copy(replace(job, falls_back=False))
+        late = Copy(replace(job, mode="online" if is_online else "offline", falls_back=False))
     except Exception:
-        # It refuses again. The warning of the start says what to do.
-        return
-    late.finish(exit_code)
+        # The server refuses again. The warning of the start says what to do.
+        return lacking
+    return late.finish(exit_code)
 
 
 def _server_answers(environ: Mapping[str, str]) -> bool:

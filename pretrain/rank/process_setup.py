@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
-import stat
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from pretrain.metrics.screen import screen_of
+from pretrain.rank.log_file import guard_logs, is_file
 from pretrain.run.files import write_json
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE
 from pretrain.run.process import die_with_parent, name_process, node_name, open_standard_streams
@@ -36,7 +36,7 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
     """
     open_standard_streams()
     redirect_output(environ)
-    detach_from_readers()
+    detach_streams()
     # torchrun's agent may be killed, and the store that the ranks need ends with it.
     die_with_parent()
     name_process(f"rank {_rank(environ)}")
@@ -98,15 +98,16 @@ def redirect_output(environ: Mapping[str, str]) -> None:
             reconfigure(line_buffering=True)
 
 
-def detach_from_readers() -> None:
-    """Replace stdout and stderr by streams that a thread writes, where they are a terminal or a pipe.
+def detach_streams() -> None:
+    """Replace stdout and stderr by streams that neither block nor raise. The output of C code goes to the descriptor directly.
 
-    A paused terminal or an unread pipe then doesn't block the training thread. Streams on files are not replaced. The output of
-    C code goes to the descriptor directly.
+    On a terminal or a pipe, a thread writes: a paused terminal or an unread pipe doesn't block the training thread. On a file,
+    the text that a full or failing disk refuses is lost, and the log says so.
     """
+    guard_logs()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and (screen := screen_of(stream)) is not None:
+        if not is_file(stream.fileno()) and (screen := screen_of(stream)) is not None:
             setattr(sys, name, screen)
             atexit.register(screen.drain)
 

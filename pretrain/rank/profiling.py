@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -37,8 +38,11 @@ class ProfileWindow:
         if self._profiler is None or step < (self.section.start_step or 0) + self.section.num_steps - 1:
             return
         self._profiler.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json"))
-        if self.section.memory_snapshot and torch.cuda.is_available():
-            dump_cuda_memory(self.folder / f"rank_{self.rank}.memory.pickle")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json"))
+            if self.section.memory_snapshot and torch.cuda.is_available():
+                dump_cuda_memory(self.folder / f"rank_{self.rank}.memory.pickle")
+        except (OSError, RuntimeError) as error:
+            print(f"phalanx: the profile of rank {self.rank} is not written: {error}", file=sys.stderr, flush=True)
         self._profiler = None

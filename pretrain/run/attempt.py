@@ -47,10 +47,10 @@ class Attempt:
         """The id of the run's W&B run. Going back to an earlier checkpoint gives the run another one."""
         return self.folder.wandb_id.read_text().strip()
 
-    def event(self, kind: EventKind, **fields: Any) -> None:
-        """Append one line to events.jsonl. Raises ConfigError when the disk refuses it."""
+    def event(self, kind: EventKind, time_s: float | None = None, /, **fields: Any) -> None:
+        """Append one line to events.jsonl. `time_s`: when it happened; None: now. Raises ConfigError when the disk refuses it."""
         try:
-            append_event(self.folder, self.number, kind, **fields)
+            append_event(self.folder, self.number, kind, time_s, **fields)
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
 

@@ -27,13 +27,13 @@ from pretrain.run.folder import RunFolder
 PATIENCE_S = 5.0
 
 
-def append_event(folder: RunFolder, attempt: int, kind: EventKind, /, **fields: Any) -> None:
-    """Append {"time" (seconds since the epoch), "attempt", "kind", fields…}.
+def append_event(folder: RunFolder, attempt: int, kind: EventKind, time_s: float | None = None, /, **fields: Any) -> None:
+    """Append {"time", "attempt", "kind", fields…}. `time_s`: when it happened, in seconds since the epoch; None: now.
 
     Raises OSError when the disk refuses the line, and AssertionError when the fields aren't those of the kind.
     """
     check_event(kind, fields)
-    row = {"time": round(time.time(), 3), "attempt": attempt, "kind": kind, **fields}
+    row = {"time": round(time.time() if time_s is None else time_s, 3), "attempt": attempt, "kind": kind, **fields}
     with _locked(folder) as descriptor:
         mend_torn_line(folder.events)
         append_line(descriptor, row)

@@ -36,10 +36,13 @@ class EventKind(StrEnum):
     RECORD_MENDED = "record_mended"
     RECORD_GAP = "record_gap"
     RECORD_CUT = "record_cut"
+    RECORD_REFUSED = "record_refused"
+    RECORD_ACCEPTED = "record_accepted"
     # Checkpoints.
     SAVED = "saved"
     SAVE_FAILED = "save_failed"
     PRUNED = "pruned"
+    PRUNE_FAILED = "prune_failed"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     CHECKPOINT_ROLLED_BACK = "checkpoint_rolled_back"
     # Steps that were not applied.
@@ -176,6 +179,17 @@ EVENTS: Mapping[EventKind, EventSpec] = {
             EventField("kept_in", "string or null", "the file of this attempt's launch folder that keeps the rows"),
         ),
     ),
+    EventKind.RECORD_REFUSED: EventSpec(
+        "The disk refuses rows of metrics.jsonl. They wait in memory, training goes on, and no save is complete before they are "
+        "written.",
+        RANK_0,
+        (EventField("after_step", "integer, steps", "the last step whose row is written"), _WHY),
+    ),
+    EventKind.RECORD_ACCEPTED: EventSpec(
+        "The disk takes rows of metrics.jsonl again; those that waited are written.",
+        RANK_0,
+        (_STEP, EventField("seconds", "number, seconds", "how long rows waited")),
+    ),
     EventKind.SAVED: EventSpec(
         "A checkpoint is complete.",
         RANK_0,
@@ -192,6 +206,7 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         (_FOLDER, _WHY, _BLOCKED),
     ),
     EventKind.PRUNED: EventSpec("A checkpoint was deleted, as checkpoint.keep demands.", RANK_0, (_FOLDER,)),
+    EventKind.PRUNE_FAILED: EventSpec("The disk refused to delete old checkpoints.", RANK_0, (_WHY,)),
     EventKind.CHECKPOINT_DAMAGED: EventSpec(
         "A checkpoint is damaged and was renamed; an older one is tried.",
         RANK_0,

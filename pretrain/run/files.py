@@ -109,9 +109,14 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | No
             is_rest = not is_whole
 
 
+def as_line(row: dict[str, Any]) -> bytes:
+    """The row as a line of a JSON-lines file. Raises ValueError for NaN and infinity, which JSON lacks."""
+    return json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
 def append_line(descriptor: int, row: dict[str, Any]) -> None:
     """Append one line with one write, so that only a full disk or a kill during the write can cut it. Raises OSError."""
-    line = json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    line = as_line(row)
     written = os.write(descriptor, line)
     if written != len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -8,20 +8,25 @@ JSON has neither NaN nor infinity. Such a value is written as null, and the row'
 A row is handed to the kernel immediately, so a killed process loses none. `sync` forces the rows to the disk. It is called
 before a checkpoint is marked complete, so that a power loss can't take a row that a checkpoint has counted.
 
+A failing disk doesn't end the training. Rows that it refuses wait in memory, and the next row or `sync` tries again. A process
+that dies meanwhile loses them, but no checkpoint has counted them, so the next attempt trains those steps again.
+
 Torch-free.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
 from pretrain.run.events import EventKind
-from pretrain.run.files import append_line, iterate_lines, mend_torn_line, storage_problem, sync_folder
+from pretrain.run.files import as_line, iterate_lines, mend_torn_line, storage_problem, sync_folder
 
 REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
 
@@ -36,6 +41,9 @@ class Record:
         self.last_step = last_step
         self._write_event = write_event
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Lines that the disk refused. The first one may be the rest of a line.
+        self._waiting = bytearray()
+        self._refused_s: float | None = None
 
     @classmethod
     def open(cls, path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None = None) -> Record:
@@ -56,18 +64,33 @@ class Record:
             raise ConfigError(storage_problem("run.dir", path, error)) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add the row of the next step. Raises ConfigError when the disk refuses it."""
+        """Add the row of the next step. It waits in memory when the disk refuses it."""
         missing = [key for key in REQUIRED_KEYS if key not in row]
         assert not missing, f"a row of the record lacks {missing}"
         step = row["step"]
         assert step > self.last_step, f"step {step} is in the record already, which is at {self.last_step}"
         if step != self.last_step + 1:
             self._write_event(EventKind.RECORD_GAP, after_step=self.last_step, next_step=step)
-        try:
-            append_line(self._descriptor, encode_row(row))
-        except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
         self.last_step = step
+        self._waiting += as_line(encode_row(row))
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if self._refused_s is None:
+                self._refused_s = time.time()
+                why = storage_problem("run.dir", self.path, error).rule
+                self._write_event(EventKind.RECORD_REFUSED, after_step=step - 1, why=why)
+
+    def _write_waiting(self) -> None:
+        """Hand the waiting lines to the kernel. A disk that is almost full takes a part of them. Raises OSError."""
+        while self._waiting:
+            written = os.write(self._descriptor, self._waiting)
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            del self._waiting[:written]
+        if self._refused_s is not None:
+            seconds, self._refused_s = round(time.time() - self._refused_s, 3), None
+            self._write_event(EventKind.RECORD_ACCEPTED, step=self.last_step, seconds=seconds)
 
     def cut_back(self, step: int, keep_cut_in: Path) -> None:
         """After a rollback to `step`, move the later rows to `keep_cut_in`. The next row is that of `step` + 1.
@@ -75,6 +98,7 @@ class Record:
         Raises ConfigError when the disk refuses.
         """
         try:
+            self._write_waiting()
             _cut(self.path, step, self._write_event, keep_cut_in)
             os.close(self._descriptor)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -85,13 +109,16 @@ class Record:
     def sync(self) -> None:
         """Force every row to the disk. Call it before a checkpoint is marked complete. Raises ConfigError when it refuses."""
         try:
+            self._write_waiting()
             os.fsync(self._descriptor)
         except OSError as error:
             raise ConfigError(storage_problem("run.dir", self.path, error)) from error
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._descriptor)
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
 
 
 def encode_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from pretrain.metrics.wandb_sink import make_wandb_sink
 from pretrain.metrics.wandb_steps import Cursor, read_copy_state
 from pretrain.run.attempt import open_attempt
 from pretrain.run.folder import Outcome, RunFolder
+from pretrain.run.record import Record
 from tests.pretrain.metrics.test_wandb import environment, write_rows
 from tests.wandb_read import offline_steps
 from tests.wandb_stub import KEY, WandbStub
@@ -180,3 +183,43 @@ def test_a_damaged_cursor_is_no_cursor(tmp_path: Path) -> None:
     live = read_copy_state(folder, 5, is_live=True)
     assert live is not None and live.lacking_steps == 1, "an online file is sent as it grows"
     assert read_copy_state(folder, 10**18, is_live=False) is None
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_a_disk_that_fills_up_under_w_and_b_loses_nothing(
+    tmp_path: Path, config: Config, stub: WandbStub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """W&B reports no full disk. Offline and online, the copy tells it, claims nothing, and `phalanx wandb` sends the rest."""
+    for mode in ("offline", "online"):
+        disk = tmp_path / mode
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+        try:
+            folder = RunFolder(disk / "run")
+            online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": stub.url}
+            wandb_id = train(folder, config, 1, 2, environment(tmp_path), copied=0)
+            environ = environment(tmp_path, **(online if mode == "online" else {}))
+            sink = make_wandb_sink(config, folder, wandb_id, environ)
+            write_rows(folder, sink, 1, 100)
+            while not (folder.wandb / "cursor.json").exists():
+                time.sleep(0.1)
+            with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+                while True:
+                    filler.write(b"x" * 4096)
+            record = Record.open(folder.metrics, 100, lambda kind, **fields: None)
+            for step in range(101, 401):
+                record.append({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens": step})
+                sink.write({})
+            (disk / "filler").unlink()
+            record.close()
+            sink.close(Outcome(1, "finished", "", 400, 400))
+            assert mode == "online" or sorted(offline_steps(folder.path, wandb_id)) == list(range(1, 401))
+            for name, value in online.items():
+                monkeypatch.setenv(name, value)
+            assert phalanx(["wandb", str(folder.path)]) == 0, capfd.readouterr().err
+            assert stub.runs[wandb_id].steps() == list(range(1, 401)), mode
+            for name in online:
+                monkeypatch.delenv(name)
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)

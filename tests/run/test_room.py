@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
+from launch.status import read_status
+from launch.status_text import describe
 from pretrain.preflight.disk_space import check_disk_space, free_bytes
 from pretrain.run.folder import RunFolder
-from tests.run.world import launch
+from tests.run.world import last_step, launch
 
 
 def test_a_model_larger_than_the_disk_is_refused_with_figures(tmp_path: Path) -> None:
@@ -48,13 +50,15 @@ def test_a_disk_that_is_too_small_is_one_report_before_the_first_step(run_config
 
 @pytest.mark.prove
 def test_a_disk_that_fills_up_is_named_at_the_end(run_config: Path, small_disk: Path) -> None:
-    command = launch(
-        run_config, small_disk / "run", "checkpoint.save_at_end=false", "checkpoint.interval_steps=null", "run.steps=2000"
-    )
+    """Rows, events and logs are on it. The run trains to its end, and `status` tells what no file can."""
+    run_dir = small_disk / "run"
+    command = launch(run_config, run_dir, "checkpoint.save_at_end=false", "checkpoint.interval_steps=null", "run.steps=100")
     command.wait_for_step(2)
     # Unbuffered: closing the file has nothing left to write.
     with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
         while True:
             filler.write(b"x" * 65536)
+    assert "the file system is full" in describe(read_status(command.folder))
     assert command.end() == 1
-    assert f"the file system of {small_disk / 'run'} is full" in command.errors or "No space left" in command.errors
+    assert f"the file system of {run_dir} is full" in command.errors and "Traceback" not in command.errors
+    assert not command.folder.done.exists() and last_step(command.folder) < 100

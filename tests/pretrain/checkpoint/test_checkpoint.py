@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,47 @@ def test_a_failed_save_is_known_to_all_and_leaves_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def refused_then_saved(folder: str) -> list[str | None]:
+    """Rank 0 alone knows why it can't save; the next save works."""
+    rank = torch.distributed.get_rank()
+    writer = CheckpointWriter(Path(folder), rank, True)
+    values = [state_slice(slice_, start, stop, True) for slice_, start, stop in sharded(rank, 2, 0, 1)]
+    results = []
+    for refusal in ("the disk must have room" if rank == 0 else None, None):
+        writer.start(manifest(3), values, refusal)
+        results.append(writer.finish()[1])
+        assert (step_folder(Path(folder), 3) / COMPLETE).exists() == (results[-1] is None)
+    return results
+
+
+def test_a_save_that_rank_0_refuses_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(2, refused_then_saved, str(tmp_path)) == [["rank 0: the disk must have room", None]] * 2
+
+
+def save_over_a_mount(folder: str) -> str | None:
+    """The folder of the save becomes a mount point, which the kernel does not rename."""
+    writer = CheckpointWriter(Path(folder), 0, True)
+    writer.start(manifest(3), [state_slice(slice_, start, stop, True) for slice_, start, stop in sharded(0, 1, 0, 1)])
+    writer.wait()
+    partial = str(step_folder(Path(folder), 3).with_suffix(".partial"))
+    subprocess.run(["mount", "--bind", partial, partial], check=True)
+    try:
+        return writer.finish()[1]
+    finally:
+        subprocess.run(["umount", "--lazy", partial], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_checkpoint_stays_when_its_replacement_can_not_take_its_name(tmp_path: Path) -> None:
+    run_ranks(1, save, str(tmp_path), 0, 1, True)
+    before = read_manifest(step_folder(tmp_path, 3))
+    (error,) = run_ranks(1, save_over_a_mount, str(tmp_path))
+    assert error and "rank 0" in error and "busy" in error
+    assert complete_checkpoints(tmp_path) == [(3, step_folder(tmp_path, 3))] and read_manifest(step_folder(tmp_path, 3)) == before
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000003"]
+
+
 def test_newest_first_retention_and_leftovers(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         run_ranks(1, save, str(tmp_path), 0, 1, False, step)
@@ -154,10 +197,10 @@ def test_newest_first_retention_and_leftovers(tmp_path: Path) -> None:
     step_folder(tmp_path, 50).rename(tmp_path / "step_0000050.replaced")
     remove_leftovers(tmp_path)
     assert [step for step, _ in complete_checkpoints(tmp_path)] == [50, 40, 30, 20, 10], "a replaced one without heir comes back"
-    gone = prune(tmp_path, keep=2, milestone_interval=20)
+    gone = list(prune(tmp_path, keep=2, milestone_interval=20))
     assert [folder.name for folder in gone] == ["step_0000030", "step_0000010"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000020", "step_0000040", "step_0000050"]
-    assert prune(tmp_path, keep=0, milestone_interval=None) == []
+    assert list(prune(tmp_path, keep=0, milestone_interval=None)) == []
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -128,24 +128,34 @@ os.kill(os.getpid(), 9)
     assert steps(tmp_path / "metrics.jsonl") == list(range(1, 101))
 
 
-def test_a_full_disk_is_a_problem(tmp_path: Path) -> None:
+def test_rows_that_a_full_disk_refuses_wait(tmp_path: Path) -> None:
+    """A limit on the file's size stands for the full disk. It takes a part of a row. When it is gone, every row is there once."""
     code = """
 import resource, signal, sys
 from pathlib import Path
 from configs.errors import ConfigError
 from pretrain.run.record import Record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-record = Record.open(Path(sys.argv[1]), 0, lambda kind, **fields: None)
-try:
-    for step in range(1, 100):
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+record = Record.open(Path(sys.argv[1]), 0, lambda kind, **fields: print(kind, fields))
+def train(first, last):
+    for step in range(first, last + 1):
         record.append({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens": step})
+train(1, 60)
+assert Path(sys.argv[1]).stat().st_size == 1000
+try:
+    record.sync()
 except ConfigError as error:
     print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+train(61, 61)
+record.close()
 """
     path = tmp_path / "metrics.jsonl"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert ("run.dir = " in done.stdout and "leave room" in done.stdout) or "must have room" in done.stdout, done.stderr
-    last = steps(path)[-1]
-    write(path, last, last + 2)
-    assert steps(path) == list(range(1, last + 3))
+    refused, problem, accepted = done.stdout.split("\n", 1)[0], done.stdout, done.stdout.splitlines()[-1]
+    assert done.returncode == 0, done.stderr
+    assert refused.startswith("record_refused {'after_step': 17, ") and accepted.startswith("record_accepted {'step': 61, ")
+    assert "run.dir = " in problem and "the file size limit must leave room" in problem and problem.count("record_") == 2
+    assert steps(path) == list(range(1, 62))

@@ -1,0 +1,64 @@
+"""The run folder's file system fills up under a job: batch step, agents and ranks live on, and the run ends as if it had not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.run.beat import BEAT_DIR, beat_path, decode
+from tests.pretrain.test_failing_disk import fill
+from tests.slurm.cluster import Cluster, missing
+from tests.slurm.test_survival import check_one_run
+from tests.slurm.world import submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MB. Nodes that are powered on afterwards have it too."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if why := missing():
+        pytest.skip(why)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path / "cluster", 2)
+    (tmp_path / "cluster").mkdir()
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_a_full_disk_under_a_job(own_cluster: Cluster, disk: Path, run_config: Path, quiet: Path) -> None:
+    """Full for six steps and a save. Slurm, too, writes its output there."""
+    run = submit(own_cluster, run_config, disk / "run")
+    run.wait_to_train()
+    rank = run.ranks()[0]
+    beat = beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0)
+
+    def step() -> int:
+        found = decode(beat.read_bytes())
+        return found.step if found is not None else 0
+
+    full_at = step()
+    while step() < full_at + 6:
+        # What a failed save frees is filled too.
+        fill(disk)
+    assert len(run.ranks()) == 2
+    (disk / "filler").unlink()
+    check_one_run(run, quiet, [])
+    assert run.events("save_failed") and len(run.events("job_attempt")) == 1, run.story()

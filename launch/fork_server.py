@@ -2,8 +2,8 @@
 
 torchrun starts a function instead of a command with --run-path, and multiprocessing's start method `forkserver` forks the
 processes of that function from a server. multiprocessing starts its server as a new Python, which would import torch a second
-time beside torchrun's process. Here the server is forked from torchrun's process after the imports, when that process has
-neither threads nor a CUDA context.
+time beside torchrun's process. Here the server is forked from torchrun's process when that has imported torch, and has neither
+threads nor a CUDA context. The server imports the rest while torchrun's agent meets those of the other machines.
 
 The environment and the command line that /proc shows are those of torchrun's process for the server and for the ranks. The
 launch's mark is therefore found in all of them. `ps` tells them apart by their names: "fork server", and "rank 0" and so on.
@@ -35,10 +35,12 @@ from pretrain.run.files import write_json
 from pretrain.run.process import IMPORTS_ONLY, die_with_parent, importing, name_process
 
 _CUDA_NOT_INITIALIZED = 3
+# Set in the server: its imports have left something behind that does not survive a fork.
+_ranks_import = False
 
 
 def import_for_ranks(program: str, words: Sequence[str]) -> str:
-    """Run the imports of a program in this process. Returns why the ranks can't be forked from it; empty: they can be.
+    """Run the imports of a program in this process. Returns why its ranks must repeat them all; empty: they need not.
 
     The program runs under the name IMPORTS_ONLY, not __main__. An import that fails is repeated by every rank, which reports it
     in its own log.
@@ -69,10 +71,11 @@ def cuda_is_initialized() -> bool:
     return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count)) != _CUDA_NOT_INITIALIZED
 
 
-def start_fork_server(folder: Path) -> int:
+def start_fork_server(folder: Path, program: str, words: Sequence[str]) -> int:
     """Fork the server that multiprocessing's start method `forkserver` uses from now on. Returns its pid. Raises OSError.
 
-    `folder`: a folder that only this user can enter, for the server's socket. Who can write to the socket can run code here.
+    The server imports what `program` needs while this process goes on. `folder`: a folder that only this user can enter, for
+    the server's socket. Who can write to the socket can run code here.
     """
     _start_unmarked_tracker()
     address = str(folder / "socket")
@@ -83,13 +86,8 @@ def start_fork_server(folder: Path) -> int:
         pid = os.fork()
         if pid == 0:
             try:
-                name_process(FORK_SERVER)
-                die_with_parent()
                 os.close(keep_alive)
-                if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-                    # torch takes a KeyboardInterrupt in a rank for a good end, and would wait for its result for ever.
-                    signal.signal(signal.SIGINT, signal.SIG_DFL)
-                forkserver.main(listener.detach(), alive, [])
+                _serve(listener.detach(), alive, program, words)
             except Exception:
                 traceback.print_exc()
             finally:
@@ -98,6 +96,20 @@ def start_fork_server(folder: Path) -> int:
     server: Any = forkserver._forkserver
     server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, keep_alive, pid
     return pid
+
+
+def _serve(listener: int, alive: int, program: str, words: Sequence[str]) -> None:
+    """Be the fork server until the pipe `alive` ends. `listener`: the descriptor of the server's socket."""
+    name_process(FORK_SERVER)
+    die_with_parent()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # torch takes a KeyboardInterrupt in a rank for a good end, and would wait for its result for ever.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if why_not := import_for_ranks(program, words):
+        print(f"phalanx: each rank imports its libraries itself: {why_not}", file=sys.stderr, flush=True)
+        global _ranks_import
+        _ranks_import = True
+    forkserver.main(listener, alive, [])
 
 
 def _start_unmarked_tracker() -> None:
@@ -115,6 +127,8 @@ def _start_unmarked_tracker() -> None:
 
 def run_program(path: str, *words: str) -> None:
     """Do in a forked process what `python -u PATH WORDS` does. Raises SystemExit with the program's exit code, None for 0."""
+    if _ranks_import:
+        os.execv(sys.executable, [sys.executable, "-u", path, *words])
     sys.argv = [path, *words]
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):

@@ -1,8 +1,7 @@
 """Runs torchrun as its command line says. In: torchrun's arguments, the environment. Out: torchrun's exit code.
 
-With --run-path, which our launchers write unless launch.shared_imports is false, this process imports what the ranks need and
-the ranks are forked from it (launch/fork_server.py). If an import makes that impossible, each rank is a Python of its own, as
-it is without --run-path.
+With --run-path, which our launchers write unless launch.shared_imports is false, the ranks are forked from one process that has
+imported what they need (launch/fork_server.py).
 
 Variables can change what torchrun does: PET_MODULE=1 stands for --module, PYTHON_EXEC for another Python. A site, a Kubernetes
 operator or an earlier experiment may have left them in the environment. The command line states everything, so they are

@@ -104,7 +104,8 @@ def test_ranks_are_not_forked_after_cuda_was_initialized(tmp_path: Path, code: i
     library = tmp_path / "libcuda.so.1"
     words = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run(["cc", *words, "-x", "c", "-"], input=source, text=True, check=True)
-    program = f"{PREPARED}\nimport ctypes\nctypes.CDLL({str(library)!r})\nprint(open('/proc/self/cmdline').read().split(chr(0))[1])"
+    load = f"import ctypes\nctypes.CDLL({str(library)!r})"
+    program = f"{PREPARED}\n{load}\nprint(open('/proc/self/cmdline').read().split(chr(0))[1])"
     assert run_ranks(tmp_path, program, ranks=1).returncode == 0
     # The options of the Python that runs the rank: its own, or those of torchrun's process.
     assert (tmp_path / "logs/rank_0.log").read_text() == ("-P\n" if is_forked else "-u\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.slurm.lifecycle import (
@@ -125,6 +125,7 @@ def test_attempts_are_bounded_and_a_new_submission_counts_anew() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(CAUSES)), st.integers(0, 1), st.sampled_from(["", "a", "b"])), min_size=1))
+@settings(deadline=None)
 def test_every_history_is_decided_and_no_bound_is_passed(history: list[tuple[str, int, str]]) -> None:
     step, ends = 0, []
     for number, (cause, gain, node) in enumerate(history, 1):

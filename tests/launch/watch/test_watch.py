@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Config
@@ -77,6 +77,7 @@ BEATS = st.builds(
 
 
 @given(BEATS, BEATS, st.integers(0, 512))
+@settings(deadline=None)
 def test_a_beat_is_read_whole_or_not_at_all(old: Beat, new: Beat, torn_at: int) -> None:
     before, after = encode(old), encode(new)
     assert decode(before) == old

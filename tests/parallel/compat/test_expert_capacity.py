@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
@@ -23,6 +23,7 @@ BIAS = {"model__moe__router__score": "sigmoid", "model__moe__router__expert_bias
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 10**6), st.booleans())
+@settings(deadline=None)
 def test_position_keeps_the_first_tokens(num_tokens: int, num_experts: int, seed: int, pad: bool) -> None:
     """GShard, algorithm 1: an expert takes tokens by position until it is full."""
     generator = torch.Generator().manual_seed(seed)

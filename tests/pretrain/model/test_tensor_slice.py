@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.model.init import normal
@@ -14,6 +14,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 
 @given(SHAPES, st.data())
+@settings(deadline=None)
 def test_split_range_covers_the_range_once_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     offset = tuple(data.draw(st.integers(0, 3)) for _ in shape)
     slice_ = TensorSlice(offset, shape)
@@ -29,6 +30,7 @@ def test_split_range_covers_the_range_once_in_order(shape: tuple[int, ...], data
 
 
 @given(SHAPES, st.data())
+@settings(deadline=None)
 def test_overlap_is_what_both_hold(shape: tuple[int, ...], data: st.DataObject) -> None:
     def slice_() -> TensorSlice:
         offset = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
@@ -46,6 +48,7 @@ def test_overlap_is_what_both_hold(shape: tuple[int, ...], data: st.DataObject) 
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), st.data())
+@settings(deadline=None)
 def test_initial_values_depend_on_the_position_alone(shape: tuple[int, ...], data: st.DataObject) -> None:
     offset = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
     part = TensorSlice(offset, tuple(data.draw(st.integers(1, size - low)) for size, low in zip(shape, offset, strict=True)))

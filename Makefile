@@ -1,5 +1,5 @@
 # make demo   from a fresh clone to a trained MoE on this machine's CPU, exported and writing text in transformers
-# make test   what a user runs before trusting it; make prove: the long campaigns
+# make test   what a user runs before trusting it; make prove: the long campaigns; make prove-chaos: 200 kills
 # make test-newest   the tests that depend on libraries, with the newest ones, in a second virtual environment
 # make lint   ruff and pyright; make docs: the documentation, as a site in site/
 
@@ -21,7 +21,7 @@ EXTRAS := slurmdbd mariadb-server-core lmod bindfs fuse3
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove prove-slurm24 prove-python313 lint docs clean
+.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove prove-chaos prove-slurm24 prove-python313 lint docs clean
 
 install: $(VENV)/installed
 
@@ -139,6 +139,13 @@ $(DEBIAN)$(LIGHT)/installed: setup.py constraints.txt | install $(DEBIAN)/etc/de
 
 prove-python313: $(DEBIAN)$(LIGHT)/installed
 	PYTHONPATH=. $(IN_DEBIAN) $(LIGHT)/bin/python -m pytest -q -p no:cacheprovider -m 'prove or not prove' $(WITHOUT_TORCH_TESTS)
+
+# Random kills at random moments, on this machine and on the private Slurm side by side. A case alone:
+# make prove-chaos CHAOS="--where slurm --seed 7 --kills 1"
+CHAOS ?= --kills 200 --seed 0
+
+prove-chaos: install slurm
+	$(BIN)/python -m tests.chaos $(CHAOS) --out kills.json
 
 lint: install
 	$(BIN)/ruff check configs parallel pretrain launch tools tests docs setup.py

@@ -16,10 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 from pretrain.run.process import importing
 
 with importing():
-    from pretrain.data.tokenizer import load_tokenizer, section_for
-    from tools.data.read.find_files import expand
-    from tools.data.tokenize import tokenize
-    from tools.data.train_tokenizer import train
+    from tests.corpus import make_corpus
 
     # Without torch (make prove-python313) only tests that need none are run.
     if find_spec("torch"):
@@ -81,9 +78,6 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer.model, tokenizer.json and embedded.bin/.idx/.meta.json of half a megabyte."""
     made = tmp_path_factory.mktemp("data")
-    sources = expand(["embedded"])
-    train(sources, str(made / "tok.model"), vocab_size=700, max_bytes=5e5)
-    tokenize(sources, load_tokenizer(section_for(str(made / "tok.model"))), str(made / "embedded"), max_bytes=5e5)
+    make_corpus(made)
     return made

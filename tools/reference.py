@@ -7,9 +7,12 @@ Torch-free.
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from configs.fields import KeyRule
@@ -22,6 +25,7 @@ from parallel.legality.verdict import NOTICE_RULES, PROBLEM_RULES
 from pretrain.run import events
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_CODE
 
+KILLS = Path(__file__).resolve().parents[1] / "docs" / "assets" / "kills.json"
 MARKER = re.compile(r"^<!-- generate: ([a-z ]+) -->$", re.MULTILINE)
 
 
@@ -111,6 +115,19 @@ def exit_codes() -> str:
     return "\n".join(["| Exit code | Meaning |", "|---|---|", *(f"| {code} | {text} |" for code, text in meanings.items())])
 
 
+def kills() -> str:
+    """What came of the campaign of tests/chaos, from the report of its last run: a count for each way and place."""
+    rows = json.loads(KILLS.read_text())["rows"]
+    places = {(where, again): f"{where}{', in place' * again}" for where in ("local", "slurm") for again in (False, True)}
+    came = Counter((row["way"], row["where"], row["in_place"]) for row in rows)
+    lost = Counter(row["way"] for row in rows if row["result"] == "lost")
+    table = [f"| What happened | {' | '.join(places.values())} | lost |", f"|---|{'---|' * (len(places) + 1)}"]
+    for way in sorted({row["way"] for row in rows}):
+        table.append(f"| {way} | {' | '.join(str(came[way, *place] or '') for place in places)} | {lost[way]} |")
+    runs = len({(row["where"], row["seed"]) for row in rows})
+    return f"{len(rows)} kills in {runs} runs, {lost.total()} lost.\n\n" + "\n".join(table)
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "config reference": config_reference,
     "engine table": zero_table.markdown,
@@ -119,4 +136,5 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "events": events.markdown,
     "library guards": compat_index.markdown,
     "exit codes": exit_codes,
+    "kills": kills,
 }

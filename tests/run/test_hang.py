@@ -6,12 +6,10 @@ import json
 import signal
 from pathlib import Path
 
-import pytest
-
 from launch.local.parent_guard import marked_pids
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
-from tests.run.world import Command, check_equal, launch
+from tests.run.world import Command, launch
 
 
 def stop_rank_1(config: Path, folder: RunFolder) -> Command:
@@ -36,13 +34,3 @@ def test_a_stopped_rank_is_named(run_config: Path, tmp_path: Path) -> None:
     assert outcome is not None and outcome.state == "failed" and outcome.why == report.splitlines()[0] and outcome.step >= 3
     kinds = [row["kind"] for _, row in iterate_lines(folder.events) if row]
     assert kinds[-2:] == ["hung", "outcome"]
-
-
-@pytest.mark.prove
-def test_going_on_after_a_hang_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Under Slurm `make test` has it."""
-    folder = RunFolder(tmp_path / "hung")
-    stop_rank_1(run_config, folder)
-    again = launch(run_config, folder.path)
-    assert again.end() == 0, again.errors
-    check_equal(folder.path, undisturbed)

@@ -1,33 +1,14 @@
-"""Killed at any moment, a run started again ends as if nothing had happened."""
+"""Ended on request, or started in another way, a run ends as if nothing had happened. test_kills.py has kills."""
 
 from __future__ import annotations
 
-import random
 import signal
 from pathlib import Path
 
 import pytest
 
 from pretrain.run.folder import RunFolder
-from tests.run.world import STEPS, check_equal, kill_at_random, launch
-
-
-def finish(config: Path, run_dir: Path, kills: int, generator: random.Random) -> list[str]:
-    """Kill that often, then let it end; who was hit."""
-    hit = []
-    for _ in range(kills):
-        command = launch(config, run_dir)
-        hit.append(kill_at_random(command, generator))
-        command.end()
-    last = launch(config, run_dir)
-    assert last.end() == 0, f"after killing {hit}: {last.errors}"
-    return hit
-
-
-def test_kills_leave_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One here, twenty in `make prove`."""
-    finish(run_config, tmp_path / "killed", 1, random.Random(5))
-    check_equal(tmp_path / "killed", undisturbed)
+from tests.run.world import STEPS, check_equal, launch
 
 
 @pytest.mark.prove
@@ -48,11 +29,3 @@ def test_ctrl_c_saves_and_going_on_leaves_no_trace(run_config: Path, undisturbed
     assert outcome is not None and outcome.state == "stopped" and 3 <= outcome.step < STEPS
     assert launch(run_config, stopped).end() == 0
     check_equal(stopped, undisturbed)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("seed", range(10))
-def test_random_kills_leave_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path, seed: int) -> None:
-    """Twenty kills of random victims at random moments, two a run; a checkpoint is under way at most of them."""
-    finish(run_config, tmp_path / "killed", 2, random.Random(seed))
-    check_equal(tmp_path / "killed", undisturbed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ import psutil
 
 from configs.load import to_yaml
 from configs.schema import BlendPart
-from launch.watch.processes import FORK_SERVER, name_of, ranks_of
+from launch.watch.processes import name_of, ranks_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from tests.pretrain.world import small_config
@@ -85,20 +83,6 @@ def launch(config: Path, run_dir: Path, *words: str) -> Command:
 def last_step(folder: RunFolder) -> int:
     rows = [row for _, row in iterate_lines(folder.metrics) if row] if folder.metrics.exists() else []
     return rows[-1]["step"] if rows else 0
-
-
-def kill_at_random(command: Command, generator: random.Random) -> str:
-    """SIGKILL to a random victim at a random moment of the run; what was hit."""
-    victim = generator.choice(["launcher", "agent", FORK_SERVER, "rank 0", "rank 1"])
-    command.wait_for_step(generator.randint(1, STEPS - 2))
-    time.sleep(generator.random() * 0.4)
-    ranks, agent = command.ranks(), command.agent()
-    if len(ranks) < 2 or agent is None:
-        return "nobody: the run had ended"
-    pids = {"launcher": command.process.pid, "agent": agent.pid, FORK_SERVER: ranks[0].ppid()}
-    pids |= {"rank 0": ranks[0].pid, "rank 1": ranks[1].pid}
-    os.kill(pids[victim], signal.SIGKILL)
-    return victim
 
 
 def check_equal(run: Path, undisturbed: Path, steps: int = STEPS, logged: list[int] | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,24 +97,6 @@ def test_the_batch_script_can_be_submitted_by_hand_and_goes_on_with_fewer_nodes(
     assert life.state == "finished" and run.events("job_attempt")[-1]["nodes"] == ["node1"], run.story()
     rows = [row for _, row in iterate_lines(run.folder.metrics) if row]
     assert len(rows) == STEPS
-
-
-WAYS = (
-    world.preempt, world.near_the_limit, world.kill_a_rank, world.stop_a_rank, world.power_off, world.power_off_first,
-    world.kill_an_agent, world.restart_controller, world.usr1, world.kill_batch_step,
-)  # fmt: skip
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("seed", range(10))
-def test_random_moments_of_random_ways(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path, seed: int) -> None:
-    """Twenty in all, two a run: whatever comes when, in whatever order."""
-    generator = random.Random(seed)
-    run = submit(cluster, run_config, tmp_path / "run", WATCHFUL)
-    for _ in range(2):
-        act(run, generator.choice(WAYS), generator)
-    assert run.wait_over(600).state == "finished", run.story()
-    check_equal(run.folder.path, quiet, STEPS)
 
 
 @pytest.mark.prove

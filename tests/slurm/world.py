@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -90,7 +89,7 @@ class Run:
         for it: what the body sends comes within the phase.
         """
         found: list[psutil.Process] = []
-        self.wait(lambda: bool(found.extend(self._first_rank()) or found), "rank 0 of an attempt")
+        self.wait(lambda: bool(found.extend(self.first_rank()) or found), "rank 0 of an attempt")
         rank = found[0]
         # The node's own /dev/shm.
         path = beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0)
@@ -101,7 +100,7 @@ class Run:
         finally:
             rank.resume()
 
-    def _first_rank(self) -> list[psutil.Process]:
+    def first_rank(self) -> list[psutil.Process]:
         """Rank 0 of the attempt that runs now. Ranks of an attempt whose end is recorded may still be on their way out."""
         life, found = self.life, []
         for process in self.ranks()[:2]:
@@ -261,15 +260,13 @@ def kill_batch_step(run: Run) -> str:
     return ""
 
 
-def act(run: Run, way: Callable[[Run], str], generator: random.Random | None = None, phase: str = "") -> None:
+def act(run: Run, way: Callable[[Run], str], phase: str = "") -> None:
     """Let one thing happen to the training run, and wait for the attempt's end to be recorded.
 
-    `phase`: it happens there, else after three steps; `generator`: after some steps, at any moment.
+    `phase`: it happens there, else after three steps.
     """
     if not phase:
-        run.wait_to_train(generator.randint(1, 8) if generator else 3)
-    if generator:
-        time.sleep(generator.random() * 0.5)
+        run.wait_to_train()
     with run.held_at(phase) if phase else nullcontext():
         attempt, life = run.life.attempt, run.life
         run.hit.append(f"{way.__name__} in attempt {attempt} at step {run.steps()}, {phase or 'training'}")

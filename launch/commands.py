@@ -19,7 +19,8 @@ from configs.errors import ConfigError, Problem
 from configs.load import Loaded, load_config
 from configs.schema import Config
 from launch.cancel import cancel
-from launch.local.run import LocalRunResult, report, run_local
+from launch.local.restarts import run_with_restarts
+from launch.local.run import LocalRunResult, report
 from launch.logs import print_all_logs, print_rank_log
 from launch.plan import LaunchPlan, check_local, make_plan, manual_start_text, torchrun_line
 from launch.run_list import list_runs
@@ -120,7 +121,7 @@ def _start_local(config: Config, source: str, overrides: Sequence[str], options:
         _print_plan(plan, options.json)
         return 0
     out = sys.stderr if options.json else sys.stdout
-    result = run_local(plan, os.environ, out, sys.stderr, steps_of(config))
+    result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(config), config.launch.restart.max_local)
     if text := report(result, plan.folder):
         print(text, file=sys.stderr)
     if options.json:

@@ -104,5 +104,6 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     EventKind.JOB_SIGNAL: lambda row: f"{row['signal']} asks the ranks to save and end: {row['asked'].replace('_', ' ')}",
     EventKind.JOB_ENDED: _ended,
     EventKind.JOB_REQUEUED: _requeued,
+    EventKind.JOB_RESTARTED: lambda row: f"starts again in place on {_names(row['nodes'])}: {row['why']}",
     EventKind.JOB_OVER: lambda row: f"the run is over, {row['state'].replace('_', ' ')}: {row['why']}",
 }

@@ -27,8 +27,7 @@ def disk_trouble(folder: RunFolder) -> list[str]:
     found = os.statvfs(folder.path)
     if found.f_flag & os.ST_RDONLY:
         return ["the file system is read-only: nothing can be recorded or saved"]
-    # Some file systems tell no size at all.
-    if found.f_blocks and found.f_bavail * found.f_frsize < _FULL:
+    if found.f_bavail * found.f_frsize < _FULL:
         return ["the file system is full: rows, events and saves wait for room"]
     return []
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, TextIO
 
 from configs.errors import ConfigError, Problem
 from launch.live_process import attempt_is_live
-from launch.slurm.lifecycle import ENDED, QUEUED, RUNNING, read_lifecycle
+from launch.slurm.lifecycle import ENDED, QUEUED, RESTARTING, RUNNING, read_lifecycle
 from launch.status import read_status
 from launch.watch.failures import NODE_LOG, agent_logs, describe, find_failures, tail_of
 from launch.watch.heartbeats import NodeReport, read_reports
@@ -34,6 +34,8 @@ _BLOCK_BYTES = 1 << 20
 _SHOWN_LINES = 2000
 # `--rank all` shows this many last lines of each rank's log and of each node's gathered log.
 _MERGED_LINES = 200
+# The phases of a Slurm run that another attempt may follow.
+_GOING_ON = (QUEUED, RUNNING, ENDED, RESTARTING)
 
 
 def choose_log_dir(folder: RunFolder, attempt: int | None) -> Path:
@@ -204,12 +206,12 @@ def _next_log_dir(folder: RunFolder, log_dir: Path, notes: TextIO) -> Path | Non
     told = False
     while (later := newest()) is None:
         phase = read_lifecycle(folder).phase
-        if phase not in (QUEUED, RUNNING, ENDED) or not read_status(folder).live:
+        if phase not in _GOING_ON or not read_status(folder).live:
             return None
         if not told:
             print("the attempt is over; waiting for the next one", file=notes, flush=True)
             told = True
-        _sleep_until(lambda: newest() is not None or read_lifecycle(folder).phase not in (QUEUED, RUNNING, ENDED))
+        _sleep_until(lambda: newest() is not None or read_lifecycle(folder).phase not in _GOING_ON)
     return later
 
 

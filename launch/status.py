@@ -22,7 +22,7 @@ from configs.load import from_yaml_text
 from launch.folder_files import check_files, disk_trouble
 from launch.live_process import launcher_is_gone, live_launcher
 from launch.slurm.interruptions import interruptions
-from launch.slurm.lifecycle import OVER, QUEUED, RUNNING, RunLifecycle, advance
+from launch.slurm.lifecycle import OVER, QUEUED, RESTARTING, RUNNING, RunLifecycle, advance
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
 from pretrain.metrics.goodput import TimeLedger, record_seconds
@@ -240,7 +240,7 @@ def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: di
     if job is None and silence.startswith(_FORGOTTEN) and not held:
         return "died", f"{silence}; its last event was {life.phase}"
     if job is None:
-        return {RUNNING: "running", QUEUED: "queued"}.get(life.phase, "died"), silence
+        return {RUNNING: "running", QUEUED: "queued", RESTARTING: "starting"}.get(life.phase, "died"), silence
     if job.state == "PENDING":
         expected = f", expected to start at {job.start}" if job.start else ""
         return "queued", f"{life.why + '; ' if life.why else ''}waits for {job.reason or 'its turn'}{expected}"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -64,7 +64,8 @@ class LocalRunResult:
 
     `state`: the state of the outcome, or bad_input, or hung, or died (no outcome was written). `exit_code`: the launcher's.
     `failures`: the failed ranks, the most likely cause first. `triage`: the cause of a hang; None: the run did not hang.
-    `why`: the outcome's reason; empty: the state is not from the outcome.
+    `why`: the outcome's reason; empty: the state is not from the outcome. `asked`: the state that a signal asked for; empty: no
+    signal came.
     """
 
     attempt: int
@@ -74,6 +75,7 @@ class LocalRunResult:
     failures: tuple[Failure, ...]
     triage: Triage | None = None
     why: str = ""
+    asked: str = ""
 
 
 def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
@@ -114,7 +116,7 @@ def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: T
         signals.restore()
         _dismiss(guard)
     hang = _conclude_hang(plan.folder, attempt, log_dir, triage) if triage is not None else None
-    return hang or _conclude(plan.folder, attempt, log_dir, signals.asked)
+    return replace(hang or _conclude(plan.folder, attempt, log_dir, signals.asked), asked=signals.asked)
 
 
 def _stay(

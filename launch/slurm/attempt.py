@@ -17,20 +17,26 @@ from typing import Any, TypeVar
 
 from launch.slurm import node_states, scheduler
 from launch.slurm.clock import TimeLimitClock
+from launch.slurm.host_guard import HostGuard
 from launch.slurm.job_file import JobFile
+from launch.slurm.job_step import kill_steps, step_words
 from launch.slurm.lifecycle import RunLifecycle
 from launch.slurm.rendezvous import Rendezvous, RendezvousError, choose_host, choose_port, resolves
 from launch.slurm.scheduler import SchedulerError
-from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
+from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, is_abandoned, judge
 from launch.watch.failures import Failure, find_failures
 from launch.watch.heartbeats import MISSING, NodeReport, ReportReader, read_reports
 from launch.watch.triage import Triage, combine, record_hang, stragglers
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.files import last_row, write_json
+from pretrain.run.files import last_row, write_atomically, write_json
 from pretrain.run.folder import Outcome, RunFolder
 
 POLL_S = 0.5
+# How long the batch step waits for a full or lost file system, in seconds. Someone may clear it meanwhile.
+RECORD_PATIENCE_S = 600.0
+# The names of an attempt's nodes, one a line, in the attempt's folder.
+NODE_FILE = "nodes.txt"
 # Interval between searches for stragglers.
 STRAGGLER_S = 60.0
 
@@ -51,6 +57,7 @@ class JobContext:
     environ: Mapping[str, str]
     waiting: list[int]
     clock: TimeLimitClock
+    host_guard: HostGuard
 
     @property
     def folder(self) -> RunFolder:
@@ -59,6 +66,23 @@ class JobContext:
     def log(self, text: str) -> None:
         """Write a line into the job's output file."""
         print(f"phalanx: {text}", flush=True)
+
+    def record(self, attempt: int, kind: EventKind, **fields: Any) -> None:
+        """Append an event on which decisions are built. While the file system takes none, it is tried again for
+        RECORD_PATIENCE_S. Raises OSError after that.
+        """
+        deadline, said = time.monotonic() + RECORD_PATIENCE_S, ""
+        while True:
+            try:
+                append_event(self.folder, attempt, kind, **fields)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    self.log(f"the event {kind} waits until it can be recorded: {said}")
+            time.sleep(POLL_S)
 
     def query_slurm(self, ask: Callable[[], T], otherwise: T) -> T:
         """The answer of `ask`. While the controller does not answer: `otherwise`, and a line in the job's output."""
@@ -73,12 +97,15 @@ class JobContext:
 class JobAttempt:
     """Attempt `number` of a run.
 
-    `asked` is the stop that a signal or the time limit requested (a word of launch/slurm/verdict.py), or empty.
+    `again`: it is not the first one in this allocation. `asked` is the stop that a signal or the time limit requested (a word of
+    launch/slurm/verdict.py), or empty. `lost` are the nodes that were down or silent at its end.
     """
 
     context: JobContext
     number: int
+    again: bool = False
     asked: str = ""
+    lost: list[str] = field(default_factory=list)
     _step: subprocess.Popen[bytes] | None = None
     _rendezvous: Rendezvous | None = None
     _reported: set[tuple[str, str]] = field(default_factory=set)
@@ -98,20 +125,27 @@ class JobAttempt:
             except RendezvousError as error:
                 self._record_end(("crashed", str(error), ""), before, {"seconds": 0.0})
                 return
-            filled = {
-                "{nodes}": str(len(nodes)),
-                "{attempt_dir}": str(self._own_dir().absolute()),
-                "{log_dir}": str(log_dir),
-                "{host}": self._rendezvous.host,
-                "{port}": str(self._rendezvous.port),
-            }
-            context.log(f"attempt {self.number} on {', '.join(nodes)}; its agents meet at {self._rendezvous}")
-            env = {**context.environ, "PHALANX_ATTEMPT": str(self.number)}
-            self._step = subprocess.Popen([_fill(word, filled) for word in context.command], env=env)
+            self._step = self._start(nodes, self._rendezvous, log_dir)
             triage = self._watch(self._step)
             if not self._is_ending():
                 exit_code = self._step.wait()
         self._end(nodes, before, triage, exit_code, started_s)
+
+    def _start(self, nodes: Sequence[str], rendezvous: Rendezvous, log_dir: Path) -> subprocess.Popen[bytes]:
+        context, own_dir = self.context, self._own_dir().absolute()
+        write_atomically(own_dir / NODE_FILE, "\n".join(nodes) + "\n")
+        filled = {
+            "{nodes}": str(len(nodes)),
+            "{node_file}": str(own_dir / NODE_FILE),
+            "{attempt}": str(self.number),
+            "{attempt_dir}": str(own_dir),
+            "{log_dir}": str(log_dir),
+            "{host}": rendezvous.host,
+            "{port}": str(rendezvous.port),
+        }
+        context.log(f"attempt {self.number} on {', '.join(nodes)}; its agents meet at {rendezvous}")
+        env = {**context.environ, "PHALANX_ATTEMPT": str(self.number)}
+        return subprocess.Popen(step_words(context.command, filled, self.again), env=env)
 
     def slurm_requeues(self) -> bool:
         """Has Slurm requeued the job by itself?"""
@@ -124,7 +158,7 @@ class JobAttempt:
         """Raises RendezvousError. Slurm is asked for an address only where the node's name has none."""
         context = self.context
         addresses = {} if resolves(node) else context.query_slurm(lambda: node_states.node_addresses([node]), {})
-        port = choose_port(context.job, context.restarts, context.spec.master_port)
+        port = choose_port(context.job, self.number, context.spec.master_port)
         return Rendezvous(choose_host(node, addresses.get(node, "")), port)
 
     def _watch(self, step: subprocess.Popen[bytes]) -> Triage | None:
@@ -141,7 +175,13 @@ class JobAttempt:
             now_s = time.monotonic()
             if triage is None and now_s >= next_reports_s:
                 next_reports_s = now_s + self.context.spec.watch.report_interval_s
+                self.context.host_guard.keep()
                 reports = reader.read()
+                if is_abandoned(reports, self.context.spec.watch):
+                    # srun waits for the lost nodes, for as long as Slurm takes to notice.
+                    self._kill_step(step)
+                    step.kill()
+                    return None
                 triage = combine(reports, self.context.spec.watch)
                 if triage is not None:
                     triage = self._with_rendezvous(triage)
@@ -176,12 +216,7 @@ class JobAttempt:
     def _kill_step(self, step: subprocess.Popen[bytes]) -> None:
         """Send SIGKILL to the tasks of the step, because hung ranks cannot save. Without a controller, terminate srun instead."""
         try:
-            steps = scheduler.call(
-                ["squeue", "--all", "--noheader", "--steps", f"--jobs={self.context.job}", "--format=%i"]
-            ).split()
-            for name in steps:
-                if name.rpartition(".")[2].isdecimal():
-                    scheduler.call(["scancel", "--signal=KILL", name])
+            kill_steps(self.context.job)
         except SchedulerError as error:
             self.context.log(f"the step is ended through srun: {error}")
             step.terminate()
@@ -196,10 +231,11 @@ class JobAttempt:
             triage = None
         reports, failures = read_reports(self._own_dir()), tuple(find_failures(folder.log_dir(self.number)))
         down, silent = self._missing(nodes, outcome, reports, failures)
+        self.lost = [*down, *silent]
         agentless = ""
         # Several silent nodes are a network's failure. One may have lost its agent alone.
         if not down and len(silent) == 1 and self.context.query_slurm(lambda: node_states.answers(silent[0]), False):
-            silent, agentless = [], silent[0]
+            silent, agentless, self.lost = [], silent[0], down
         seen = AttemptEvidence(
             self.asked,
             outcome,
@@ -281,12 +317,12 @@ class JobAttempt:
         return self.context.folder.launch_dir(self.number)
 
     def _event(self, kind: EventKind, **fields: Any) -> None:
-        append_event(self.context.folder, self.number, kind, **fields)
+        self.context.record(self.number, kind, **fields)
 
     def _note(self, kind: EventKind, **fields: Any) -> None:
         """Record an event on which no decision is built. The ranks train on, or save, whether the disk takes it or not."""
         try:
-            self._event(kind, **fields)
+            append_event(self.context.folder, self.number, kind, **fields)
         except OSError as error:
             self.context.log(f"the event {kind} is not recorded: {error}")
 
@@ -296,9 +332,3 @@ def _hang_evidence(triage: Triage | None) -> tuple[str, str] | None:
     if triage is None:
         return None
     return triage.line, triage.nodes[0] if triage.nodes else ""
-
-
-def _fill(word: str, filled: Mapping[str, str]) -> str:
-    for name, value in filled.items():
-        word = word.replace(name, value)
-    return word

@@ -1,8 +1,8 @@
 """The batch step of a Slurm job: python -m launch.slurm.batch_step JOB_DIR -- srun …
 
-It claims an attempt, runs it (launch/slurm/attempt.py), and then decides: the run is over, the job is requeued, or Slurm
-requeues it by itself. All knowledge of earlier attempts comes from events.jsonl, so the batch step may be killed at any
-moment and started on other nodes. Only the standard library and light modules are imported.
+It claims an attempt, runs it (launch/slurm/attempt.py), and then decides: the next attempt starts in the same allocation, the
+run is over, the job is requeued, or Slurm requeues it by itself. All knowledge of earlier attempts comes from events.jsonl, so
+the batch step may be killed at any moment and started on other nodes. Only the standard library and light modules are imported.
 
 Torch-free.
 """
@@ -20,17 +20,17 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from launch.local.run import claim_attempt
-from launch.slurm import scheduler
+from launch.slurm import node_states, scheduler
 from launch.slurm.attempt import SIGNAL_REQUESTS, JobAttempt, JobContext
 from launch.slurm.clock import TimeLimitClock
+from launch.slurm.host_guard import HostGuard
 from launch.slurm.job_file import SCRIPT_NAME, JobFile
-from launch.slurm.lifecycle import ENDED, OVER, NextAction, RequeuePolicy, RunLifecycle, decide, read_lifecycle
+from launch.slurm.lifecycle import ENDED, OVER, Allocation, NextAction, RequeuePolicy, RunLifecycle, decide, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
 from pretrain.rank.log_file import guard_logs
 from pretrain.run.decision import pending_step
-from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.folder import EXIT_BAD_INPUT, SILENCE_S, RunFolder, live_holder
+from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, SILENCE_S, RunFolder, live_holder
 
 # The batch script sets this variable when SIGUSR1 comes before the batch step has begun.
 EARLY_SIGNAL = "PHALANX_SIGNALLED"
@@ -50,7 +50,7 @@ def run(context: JobContext) -> int:
         return EXIT_BAD_INPUT
     if context.job not in life.jobs or life.phase == OVER:
         # Submitted by hand, or requeued by an administrator after the run was over.
-        append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[context.job])
+        context.record(life.attempt, EventKind.JOB_SUBMITTED, jobs=[context.job])
     done = folder.done_step()
     if done is not None and done >= spec.stop_step and pending_step(folder, spec.resume_step) is None:
         return carry_out(context, NextAction("over", f"finished at step {done}", "finished"))
@@ -63,19 +63,45 @@ def run(context: JobContext) -> int:
         decision = decide(life, spec.policy, slurm_requeues=True)
         if decision.action != "wait":
             return carry_out(context, decision)
-        append_event(folder, life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=[])
-    nodes = scheduler.expand(context.environ["SLURM_JOB_NODELIST"])
-    size = max((size for size in spec.sizes if size <= len(nodes)), default=None)
-    if size is None:
-        why = f"Slurm gave {len(nodes)} nodes; layout and batch need one of {', '.join(map(str, spec.sizes))}"
+        context.record(life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=[])
+    allocation = Allocation(tuple(scheduler.expand(context.environ["SLURM_JOB_NODELIST"])), spec.sizes)
+    nodes = allocation.choose()
+    if not nodes:
+        why = f"Slurm gave {len(allocation.nodes)} nodes; layout and batch need one of {', '.join(map(str, spec.sizes))}"
         return carry_out(context, NextAction("over", why, "bad_input"))
     try:
-        attempt = JobAttempt(context, claim_attempt(folder, patience_s=HOLDER_PATIENCE_S))
+        return carry_out(context, _train(context, allocation, nodes))
     except ConfigError as error:
         return carry_out(context, NextAction("over", str(error), "gave_up"))
-    attempt.run(nodes[:size])
-    life = read_lifecycle(folder)
-    return carry_out(context, decide(life, _policy(context, life), attempt.slurm_requeues()))
+
+
+def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) -> NextAction:
+    """Attempts in this allocation, the first one on `nodes`, until something else than a restart in place follows.
+
+    Raises ConfigError if an attempt can't have the run folder.
+    """
+    folder, again = context.folder, False
+    while True:
+        context.host_guard.watch_from(allocation.nodes)
+        attempt = JobAttempt(context, claim_attempt(folder, patience_s=HOLDER_PATIENCE_S), again)
+        attempt.run(nodes)
+        allocation = replace(allocation, nodes=_working(context, allocation.nodes, attempt.lost))
+        may_restart = context.spec.in_place and not attempt.asked and not context.clock.is_near()
+        life = read_lifecycle(folder)
+        decision = decide(life, _policy(context, life), attempt.slurm_requeues(), allocation if may_restart else None)
+        if decision.action != "restart":
+            return decision
+        nodes, again = decision.nodes, True
+        given = scheduler.expand(context.environ["SLURM_JOB_NODELIST"])
+        unused = [node for node in given if node not in nodes]
+        context.record(life.attempt, EventKind.JOB_RESTARTED, why=decision.why, nodes=list(nodes), unused=unused)
+        context.log(f"restart in place: {decision.why}")
+
+
+def _working(context: JobContext, nodes: tuple[str, ...], lost: Sequence[str]) -> tuple[str, ...]:
+    """Those of `nodes` that neither the attempt nor Slurm has lost. A lost node stays out, even if it comes back."""
+    gone = {*lost, *context.query_slurm(lambda: node_states.lost_nodes(nodes), [])}
+    return tuple(node for node in nodes if node not in gone)
 
 
 def _refusal(context: JobContext, life: RunLifecycle) -> str:
@@ -102,11 +128,11 @@ def _refusal(context: JobContext, life: RunLifecycle) -> str:
 
 def carry_out(context: JobContext, decision: NextAction) -> int:
     """Record a decision, then make Slurm carry it out. Returns the exit code of the batch step."""
-    folder, life = context.folder, read_lifecycle(context.folder)
+    life = read_lifecycle(context.folder)
     context.log(f"{decision.state or decision.action}: {decision.why}")
     if decision.action == "over":
         return _finish(context, life, decision.state, decision.why, decision.exit_code)
-    append_event(folder, life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=list(decision.exclude))
+    context.record(life.attempt, EventKind.JOB_REQUEUED, why=decision.why, exclude=list(decision.exclude))
     if decision.action == "wait":
         return decision.exit_code
     excluded = tuple(dict.fromkeys([*life.excluded, *decision.exclude]))
@@ -145,12 +171,12 @@ def _resubmit(context: JobContext, life: RunLifecycle, decision: NextAction, exc
     except SchedulerError as error:
         why = f"{decision.why}; scontrol requeue: {refusal}; sbatch: {error}; phalanx resume {folder.path} goes on"
         return _finish(context, life, "preempted", why, decision.exit_code)
-    append_event(folder, life.attempt, EventKind.JOB_SUBMITTED, jobs=[*life.jobs, job], why=f"requeue was refused: {refusal}")
+    context.record(life.attempt, EventKind.JOB_SUBMITTED, jobs=[*life.jobs, job], why=f"requeue was refused: {refusal}")
     return decision.exit_code
 
 
 def _finish(context: JobContext, life: RunLifecycle, state: str, why: str, exit_code: int) -> int:
-    append_event(context.folder, life.attempt, EventKind.JOB_OVER, state=state, exit_code=exit_code, why=why)
+    context.record(life.attempt, EventKind.JOB_OVER, state=state, exit_code=exit_code, why=why)
     if later := _later_jobs(context, life):
         context.query_slurm(lambda: scheduler.cancel(later), None)
     return exit_code
@@ -190,7 +216,13 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
     job, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", 0))
     clock = TimeLimitClock(RunFolder(Path(spec.run_dir)), job, spec.stop_before_s, environ)
-    return run(JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock))
+    guard = HostGuard(job, environ) if spec.in_place else HostGuard(job, {})
+    context = JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock, guard)
+    try:
+        return run(context)
+    except OSError as error:
+        context.log(f"{spec.run_dir} can't be written: {error}; phalanx resume {spec.run_dir} goes on when it can")
+        return EXIT_BROKE
 
 
 if __name__ == "__main__":

@@ -19,15 +19,25 @@ from pretrain.run.files import read_json, write_json
 
 JOB_NAME, SCRIPT_NAME, CONFIG_NAME = "job.json", "batch.sh", "config.yaml"
 # Words of the batch script's command that the batch step replaces, and the last two that the node agent replaces.
-PLACEHOLDERS = ("{nodes}", "{attempt_dir}", "{log_dir}", "{host}", "{port}", "{is_host}", "{local_addr}")
+PLACEHOLDERS = (
+    "{nodes}",
+    "{node_file}",
+    "{attempt}",
+    "{attempt_dir}",
+    "{log_dir}",
+    "{host}",
+    "{port}",
+    "{is_host}",
+    "{local_addr}",
+)
 
 
 @dataclass(frozen=True)
 class JobFile:
     """`sizes` are the numbers of nodes that the run may use, ascending; the last is launch.nodes.
 
-    `stop_step` counts optimizer steps. `stop_before_s`, `master_port` and `resume_step` are launch.slurm.stop_before_s,
-    launch.master_port and checkpoint.resume_step.
+    `stop_step` counts optimizer steps. `stop_before_s`, `master_port`, `resume_step` and `in_place` are
+    launch.slurm.stop_before_s, launch.master_port, checkpoint.resume_step and launch.restart.in_place.
     """
 
     run_dir: str
@@ -38,6 +48,7 @@ class JobFile:
     watch: WatchPolicy
     resume_step: int | None = None
     master_port: int | None = None
+    in_place: bool = False
 
     def write(self, job_dir: Path) -> None:
         value: dict[str, Any] = {
@@ -49,6 +60,7 @@ class JobFile:
             "watch": self.watch.to_json(),
             "resume_step": self.resume_step,
             "master_port": self.master_port,
+            "in_place": self.in_place,
         }
         write_json(job_dir / JOB_NAME, value)
 
@@ -67,6 +79,7 @@ class JobFile:
             WatchPolicy.from_json(value["watch"]),
             value.get("resume_step"),
             value.get("master_port"),
+            value.get("in_place", False),
         )
 
 
@@ -75,4 +88,5 @@ def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence
     slurm = config.launch.slurm
     policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
     watch, resume_step, port = make_watch_policy(config), config.checkpoint.resume_step, config.launch.master_port
-    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step, port)
+    in_place = config.launch.restart.in_place
+    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step, port, in_place)

@@ -1,8 +1,13 @@
 """The lifecycle of a Slurm run as a state machine. In: events.jsonl's rows. Out: where the run stands, and what to do next.
 
     new ──job_submitted──► queued ──job_attempt──► running ──job_ended──► ended ──job_requeued──► queued
-                             │                                              └──────job_over──────► over
+                             │                        ▲                       ├──job_restarted──► restarting
+                             │                        └──────job_attempt──────┼────────────────────┘
+                             │                                                └─────job_over────► over
                              └──────────────────────job_over (cancelled while it waited)─────────► over
+
+A restart in place starts the next attempt in the same allocation. It follows a crash, a hang or a lost node. A preemption, the
+time limit, and an allocation that has lost too many nodes go through the queue.
 
 This module reads no clock and asks no Slurm command. Any batch step that replays the same rows makes the same decision,
 whenever and wherever it starts.
@@ -21,7 +26,7 @@ from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, EXIT_CODE, RunFolder
 
-NEW, QUEUED, RUNNING, ENDED, OVER = "new", "queued", "running", "ended", "over"
+NEW, QUEUED, RUNNING, ENDED, RESTARTING, OVER = "new", "queued", "running", "ended", "restarting", "over"
 
 # Kind of row → the phase after it, from every phase. A killed batch step may have left rows out.
 TRANSITIONS = {
@@ -29,6 +34,7 @@ TRANSITIONS = {
     EventKind.JOB_ATTEMPT: RUNNING,
     EventKind.JOB_ENDED: ENDED,
     EventKind.JOB_REQUEUED: QUEUED,
+    EventKind.JOB_RESTARTED: RESTARTING,
     EventKind.JOB_OVER: OVER,
 }
 
@@ -50,6 +56,8 @@ CAUSES: dict[str, str | None] = {
 SUSPECT = frozenset({"crashed", "hung", "killed", "time_limit"})
 # After these causes, the node may be at fault.
 BLAMES_NODE = frozenset({"bad_node", "crashed", "hung", "killed"})
+# What a restart in the same allocation can heal.
+HEALED_IN_PLACE = frozenset({"crashed", "hung", "killed", "bad_node"})
 EXIT_OF = {**EXIT_CODE, "bad_input": EXIT_BAD_INPUT, "gave_up": EXIT_BROKE}
 
 
@@ -83,17 +91,36 @@ class RequeuePolicy:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """What a restart in place has to work with.
+
+    `nodes` are the nodes of the job that still work, in Slurm's order. `sizes` are the numbers of nodes that the run may use,
+    ascending.
+    """
+
+    nodes: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def choose(self, unused: Sequence[str] = ()) -> tuple[str, ...]:
+        """The nodes of the next attempt, without those of `unused`. Empty: too few are left."""
+        left = [node for node in self.nodes if node not in unused]
+        size = max((size for size in self.sizes if size <= len(left)), default=0)
+        return tuple(left[:size])
+
+
+@dataclass(frozen=True)
 class NextAction:
     """What follows the end of an attempt.
 
-    `action` is over, requeue or wait. With wait, Slurm starts the job again by itself. `state` is the final state of a run
-    that is over. `exclude` are the nodes to keep the job off.
+    `action` is over, restart, requeue or wait. With wait, Slurm starts the job again by itself. `state` is the final state of
+    a run that is over. `exclude` are the nodes to keep the job off. `nodes` are those of a restart in place.
     """
 
     action: str
     why: str
     state: str = ""
     exclude: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -153,11 +180,17 @@ def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
         return replace(life, ends=(*life.ends, end))
     if kind == EventKind.JOB_REQUEUED:
         return replace(life, excluded=tuple(dict.fromkeys([*life.excluded, *row.get("exclude", ())])))
-    return replace(life, state=row["state"])
+    return replace(life, state=row["state"]) if kind == EventKind.JOB_OVER else life
 
 
-def decide(life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = False) -> NextAction:
-    """Decide what follows the last end of `life`. `slurm_requeues` says that Slurm has requeued the job by itself."""
+def decide(
+    life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = False, allocation: Allocation | None = None
+) -> NextAction:
+    """Decide what follows the last end of `life`.
+
+    `slurm_requeues`: Slurm has requeued the job by itself. `allocation`: what a restart in place would use; None: there is no
+    allocation, or the job is asked to leave it.
+    """
     assert life.ends, "a decision follows an end"
     last = life.ends[-1]
     state = CAUSES[last.cause]
@@ -172,8 +205,12 @@ def decide(life: RunLifecycle, policy: RequeuePolicy, slurm_requeues: bool = Fal
             f"launch.slurm.max_without_progress = {policy.max_without_progress}: {last.why}"
         )
         return NextAction("over", why, "gave_up")
-    exclude = tuple(node for node in failed_nodes(life.ends, policy) if node not in life.excluded)
+    failed = failed_nodes(life.ends, policy)
+    exclude = tuple(node for node in failed if node not in life.excluded)
     why = last.why if last.why.startswith(last.cause) else f"{last.cause}: {last.why}"
+    can_heal = last.cause in HEALED_IN_PLACE and not slurm_requeues
+    if allocation is not None and can_heal and (nodes := allocation.choose(failed)):
+        return NextAction("restart", why, nodes=nodes)
     if slurm_requeues and not exclude:
         return NextAction("wait", why)
     if not policy.requeue and not slurm_requeues:

@@ -59,15 +59,24 @@ def answers(node: str) -> bool:
 
     False also if Slurm does not show the node to this user. Raises SchedulerError.
     """
+    place = slurmd_place(node)
+    return place is not None and accepts(place)
+
+
+def slurmd_place(node: str) -> tuple[str, int] | None:
+    """(address, port) of the node's slurmd. None: Slurm does not show the node to this user. Raises SchedulerError."""
     columns = "NodeAddr:255|,Port:16"
     rows = rows_of(call(["sinfo", "--all", "--noheader", "--Node", f"--nodes={node}", f"--Format={columns}"]), 2)
-    for address, port in rows[:1]:
-        try:
-            with socket.create_connection((address.strip(), int(port)), ANSWER_S):
-                return True
-        except OSError:
-            return False
-    return False
+    return next(((address.strip(), int(port)) for address, port in rows), None)
+
+
+def accepts(place: tuple[str, int]) -> bool:
+    """Does an (address, port) take a connection within ANSWER_S?"""
+    try:
+        with socket.create_connection(place, ANSWER_S):
+            return True
+    except OSError:
+        return False
 
 
 def _is_lost(state: str) -> bool:

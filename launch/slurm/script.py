@@ -18,7 +18,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs import own_packages
-from configs.schema import Config, Slurm
+from configs.launch_schema import Slurm
+from configs.schema import Config
 from launch.plan import program_path, rank_env, start_words
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
 from launch.watch.heartbeats import make_watch_policy
@@ -110,7 +111,9 @@ def sbatch_lines(config: Config, folder: RunFolder) -> list[str]:
         "time": slurm.time,
         "dependency": slurm.dependency,
     }
-    return [*option_lines(options), "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
+    # Otherwise Slurm ends a job with the first node that it loses.
+    keep = ["--no-kill"] if config.launch.restart.in_place and most_nodes(config) > 1 else []
+    return [*option_lines(options), "--requeue" if slurm.requeue else "--no-requeue", *keep, *slurm.extra]
 
 
 def placement(config: Config) -> dict[str, object]:
@@ -164,7 +167,12 @@ def apptainer_words(slurm: Slurm) -> str:
     return shlex.join([*words, *container.args, str(container.image)])
 
 
+def most_nodes(config: Config) -> int:
+    """The largest number of nodes that a job asks for: those of the run, and the spare ones."""
+    return config.launch.nodes + config.launch.slurm.spare_nodes
+
+
 def node_range(config: Config) -> str:
     """The value of sbatch's --nodes: 4, or 2-4 if the run may go on with fewer nodes."""
-    nodes, least = config.launch.nodes, config.launch.slurm.min_nodes
+    nodes, least = most_nodes(config), config.launch.slurm.min_nodes
     return str(nodes) if least is None or least == nodes else f"{least}-{nodes}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launch.watch.failures import NO_RANK, Failure
-from launch.watch.heartbeats import NodeReport
+from launch.watch.heartbeats import NodeReport, WatchPolicy
 from pretrain.run.folder import Outcome
 
 # The first line of a ConfigError.
@@ -59,6 +59,14 @@ def fell_silent(reports: Sequence[NodeReport], first_failure_s: float | None, in
         return before_failure or report.time < newest_s - 3 * interval_s
 
     return [report.host for report in mute if was_first(report)]
+
+
+def is_abandoned(reports: Sequence[NodeReport], policy: WatchPolicy) -> bool:
+    """Have the ranks of all nodes ended that still report, and has another node stopped reporting? srun would go on waiting."""
+    silent_s = 3 * policy.report_interval_s + 2.0
+    ended = [report for report in reports if report.exit_code is not None]
+    silent = [report for report in reports if report.exit_code is None and report.silent_s > silent_s]
+    return bool(ended and silent) and len(ended) + len(silent) == len(reports)
 
 
 def judge(seen: AttemptEvidence) -> tuple[str, str, str]:

@@ -109,4 +109,16 @@ def fewer_nodes(config: Config) -> Iterator[Problem]:
         yield Problem("launch.slurm.min_nodes", least, rule, f"set launch.slurm.min_nodes to at most {nodes}")
 
 
-RULES = (slurm_lines, srun_arguments, slurm_time, time_holds_a_save, interface_is_a_name, container_has_an_image, fewer_nodes)
+@reads("launch")
+def spare_nodes_are_used(config: Config) -> Iterator[Problem]:
+    """Spare nodes take over in a restart in place only."""
+    spare = config.launch.slurm.spare_nodes
+    if spare and not config.launch.restart.in_place:
+        rule = "have no effect without launch.restart.in_place"
+        yield Problem("launch.slurm.spare_nodes", spare, rule, "set launch.restart.in_place=true or launch.slurm.spare_nodes=0")
+
+
+RULES = (
+    slurm_lines, srun_arguments, slurm_time, time_holds_a_save, interface_is_a_name, container_has_an_image, fewer_nodes,
+    spare_nodes_are_used,
+)  # fmt: skip

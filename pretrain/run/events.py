@@ -59,6 +59,7 @@ class EventKind(StrEnum):
     JOB_SIGNAL = "job_signal"
     JOB_ENDED = "job_ended"
     JOB_REQUEUED = "job_requeued"
+    JOB_RESTARTED = "job_restarted"
     JOB_OVER = "job_over"
 
 
@@ -311,6 +312,15 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         "The run waits in Slurm's queue again.",
         BATCH_STEP,
         (_WHY, EventField("exclude", "list of strings", "nodes that the next attempt may not use")),
+    ),
+    EventKind.JOB_RESTARTED: EventSpec(
+        "The next attempt follows at once in the same allocation.",
+        BATCH_STEP,
+        (
+            _WHY,
+            EventField("nodes", "list of strings", "the nodes of the next attempt"),
+            EventField("unused", "list of strings", "other nodes of the job: spare, lost or failed too often"),
+        ),
     ),
     EventKind.JOB_OVER: EventSpec(
         "The run is over: no further attempt follows.",

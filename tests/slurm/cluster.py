@@ -156,7 +156,14 @@ class Cluster:
         self._call("scancel", "--user=root")
         for node in self.off:
             self.power_on(node)
-        self.wait_for(lambda: self.node_states().count("idle") == len(self.nodes), "all nodes idle again", 180)
+        self.wait_for(self._are_idle_again, "all nodes idle again", 180)
+
+    def _are_idle_again(self) -> bool:
+        """A node that a busy machine has kept from answering stays down until it is resumed."""
+        rows = [line.split() for line in self._call("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()]
+        if down := [node for node, state in rows if state.startswith("down")]:
+            self._run("scontrol", "update", f"nodename={','.join(down)}", "state=resume")
+        return [state for _, state in rows] == ["idle"] * len(self.nodes)
 
     def wait_for(self, what: Callable[[], bool], words: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -35,7 +35,9 @@ class Failures:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """A whole run. `days` is without failures; `days_with_failures` with saves, restarts and lost steps."""
+    """A whole run. `days` is without failures; `days_with_failures` with saves, restarts and lost steps. `gpu_hours` and
+    `cost_usd` hold those of spare nodes too.
+    """
 
     steps: int
     tokens: int
@@ -84,7 +86,8 @@ def estimate_run(config: Config, job: PlannedJob, step_s: float, failures: Failu
     steps, world = steps_of(config), job.layout.world_size
     tokens = consumed_seqs_after(config.batch, steps) * job.seq_length
     total_s = tokens / job.step_tokens * step_s
-    gpu_hours = total_s / 3600 * world
+    spare = config.launch.slurm.spare_nodes * config.launch.processes_per_node if config.launch.target == "slurm" else 0
+    gpu_hours = total_s / 3600 * (world + spare)
     price = job.machine.price_per_gpu_hour_usd
     size = checkpoint_bytes(config, job.vocab)
     save_s = failures.save_s if failures.save_s is not None else size / 1e9 / min(WRITE_GB_S * world, STORAGE_GB_S)

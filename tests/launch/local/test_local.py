@@ -119,6 +119,22 @@ def test_a_killed_rank_is_the_first_cause(start: Callable[..., Launch]) -> None:
     assert code == 1 and "rank 1 failed first:\nkilled by signal 9 (SIGKILL)" in err
 
 
+def test_restarts_end_where_they_change_nothing(start: Callable[..., Launch]) -> None:
+    launch = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"steps": 100, "pause_s": 0.05, "raise": {"1": 2}})
+    code, _, err = launch.end()
+    assert code == 1 and "restart 1 of at most 5" in err and "no restart: 2 attempts in a row" in err, err
+    assert err.count("ValueError: rank 1 can't go on") == 2 and sorted(launch.run.claimed_attempts()) == [1, 2]
+
+
+def test_bad_input_and_an_interrupted_run_are_not_started_again(start: Callable[..., Launch]) -> None:
+    launch = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"refuse": True})
+    assert launch.end()[0] == 2 and launch.run.claimed_attempts() == [1]
+    again = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"steps": 1000, "raise": {"1": 30}, "pause_s": 0.1})
+    again.wait_for_step(3)
+    again.process.send_signal(signal.SIGINT)
+    assert again.end()[0] == 130 and sorted(again.run.claimed_attempts()) == [1, 2]
+
+
 def test_a_rank_that_hangs_after_the_end_does_not_undo_it(start: Callable[..., Launch]) -> None:
     plan = {"steps": 3, "linger": {"1": True}}
     launch = start("launch", "c.yaml", "launch.watch.step_timeout_s=2", "launch.watch.stacks=false", plan=plan)

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from launch.slurm.lifecycle import (
     CAUSES,
     ENDED,
+    HEALED_IN_PLACE,
     NEW,
     OVER,
     QUEUED,
+    RESTARTING,
     RUNNING,
     SUSPECT,
     TRANSITIONS,
+    Allocation,
     AttemptEnd,
     RequeuePolicy,
     RunLifecycle,
@@ -57,7 +60,7 @@ def test_the_phases_follow_the_rows() -> None:
     assert phases == [QUEUED, RUNNING, RUNNING, ENDED, QUEUED, RUNNING, RUNNING, ENDED]
     over = replay([*rows(("finished", 0, 9, "")), {"kind": "job_over", "state": "finished", "why": "done"}])
     assert (over.phase, over.state, over.why) == (OVER, "finished", "done")
-    assert set(TRANSITIONS.values()) == {QUEUED, RUNNING, ENDED, OVER}
+    assert set(TRANSITIONS.values()) == {QUEUED, RUNNING, ENDED, RESTARTING, OVER}
 
 
 def test_an_attempt_without_an_end_is_lost_and_found() -> None:
@@ -122,6 +125,42 @@ def test_attempts_are_bounded_and_a_new_submission_counts_anew() -> None:
     over = {"kind": "job_over", "state": "gave_up", "why": "so"}
     again = replay([*rows(*ends), over, *rows(("preempted", 6, 7, ""))])
     assert len(again.ends) == 1 and decide(again, POLICY).action == "requeue"
+
+
+FOUR = Allocation(("node1", "node2", "node3", "node4"), (1, 2, 3))
+
+
+@pytest.mark.parametrize("cause", sorted(CAUSES))
+def test_what_the_allocation_can_heal_starts_again_in_it(cause: str) -> None:
+    decision = decide(life((cause, 0, 3, "node2")), POLICY, allocation=FOUR)
+    assert (decision.action == "restart") == (cause in HEALED_IN_PLACE)
+    if decision.action == "restart":
+        assert decision.nodes == ("node1", "node2", "node3") and not decision.exclude, "one failure does not condemn a node"
+        assert decide(life((cause, 0, 3, "node2")), POLICY, True, FOUR).action == "wait"
+        alone = RequeuePolicy(requeue=False)
+        assert decide(life((cause, 0, 3, "node2")), alone, allocation=FOUR).action == "restart", "it is no requeue"
+
+
+def test_a_node_that_failed_twice_is_unused_and_is_excluded_by_the_next_requeue() -> None:
+    ends = [("crashed", 0, 2, "node2"), ("hung", 2, 4, "node2")]
+    restarted = [row if row["kind"] != "job_requeued" else {"kind": "job_restarted", "why": "so"} for row in rows(*ends)]
+    assert replay(restarted[:5]).phase == RESTARTING and replay(restarted[:5]).jobs == (7,)
+    again = replay(restarted)
+    assert decide(again, POLICY, allocation=FOUR).nodes == ("node1", "node3", "node4")
+    few = decide(again, POLICY, allocation=Allocation(("node1", "node2"), (2,)))
+    assert (few.action, few.exclude) == ("requeue", ("node2",))
+
+
+def test_restarts_in_place_are_bounded_like_all_others() -> None:
+    assert decide(life(("crashed", 4, 4, ""), ("crashed", 4, 4, "")), POLICY, allocation=FOUR).state == "gave_up"
+    ends = [("bad_node", step, step + 1, "") for step in range(6)]
+    assert decide(life(*ends), POLICY, allocation=FOUR).state == "gave_up"
+
+
+def test_the_largest_size_that_fits_is_used() -> None:
+    assert Allocation(("a", "b", "c"), (2, 4)).choose() == ("a", "b")
+    assert Allocation(("a", "b", "c"), (2, 4)).choose(["a"]) == ("b", "c")
+    assert Allocation(("a", "b", "c"), (4,)).choose() == () == Allocation((), (1,)).choose()
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(CAUSES)), st.integers(0, 1), st.sampled_from(["", "a", "b"])), min_size=1))

@@ -56,6 +56,20 @@ def test_it_says_what_the_config_says() -> None:
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_a_job_of_several_nodes_outlives_a_lost_one_and_asks_for_spare_ones() -> None:
+    made = config()
+    made.launch.slurm.spare_nodes = 2
+    lines = script(made).splitlines()
+    assert "#SBATCH --nodes=4" in lines and "#SBATCH --no-kill" in lines
+    made.launch.slurm.min_nodes = 1
+    assert "#SBATCH --nodes=1-4" in script(made).splitlines()
+    made.launch.restart.in_place = False
+    assert "#SBATCH --no-kill" not in script(made).splitlines()
+    alone = config()
+    alone.launch.nodes = 1
+    assert "#SBATCH --no-kill" not in script(alone).splitlines()
+
+
 def test_containers() -> None:
     pyxis = config()
     pyxis.launch.slurm.container.kind, pyxis.launch.slurm.container.image = "pyxis", "nvcr.io#nvidia/pytorch:25.09-py3"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from configs.errors import ConfigError, Problem
-from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, judge
+from configs.schema import Config
+from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, is_abandoned, judge
 from launch.watch.failures import NO_RANK, Failure
-from launch.watch.heartbeats import NodeReport
+from launch.watch.heartbeats import NodeReport, make_watch_policy
 from pretrain.run.folder import Outcome
 
 CRASH = Failure(3, 1.0, "exception", "Traceback (most recent call last):\n  File x\nRuntimeError: ECC error")
@@ -80,3 +83,12 @@ def test_a_node_without_power_is_told_from_one_that_was_ended() -> None:
     noticed_late = [report("a", 140, None), report("b", 99, None), report("c", 139, None)]
     assert fell_silent(noticed_late, None, 2.0) == ["b"], "Slurm ended the others when it noticed"
     assert fell_silent([report("a", 99, None)], 100.0, 2.0) == [], "the only node is this one"
+
+
+def test_srun_is_not_waited_for_when_only_lost_nodes_are_left() -> None:
+    policy = make_watch_policy(Config())
+    ended, failed, alive = report("a", 105, 0), report("b", 105, 1), report("c", 105, None)
+    silent = replace(report("d", 90, None), silent_s=3 * policy.report_interval_s + 3.0)
+    assert is_abandoned([failed, silent], policy) and is_abandoned([ended, failed, silent], policy)
+    assert not is_abandoned([failed, alive, silent], policy), "its ranks may still save"
+    assert not is_abandoned([failed, ended], policy) and not is_abandoned([silent], policy) and not is_abandoned([], policy)

@@ -1,0 +1,48 @@
+"""What the batch step does with a file system that takes no rows."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import Config
+from launch.slurm import attempt
+from launch.slurm.attempt import JobContext
+from launch.slurm.job_file import make_job_file
+from pretrain.run.events import EventKind
+from pretrain.run.folder import RunFolder
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobContext:
+    """Of a run folder whose events go to a full device."""
+    monkeypatch.setattr(attempt, "POLL_S", 0.02)
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    nothing: Any = None
+    return JobContext(tmp_path, make_job_file(Config(), tmp_path, 5, [1]), 7, 0, ["srun"], {}, [], nothing, nothing)
+
+
+def test_an_event_waits_for_room(context: JobContext, capsys: pytest.CaptureFixture[str]) -> None:
+    events = RunFolder(Path(context.spec.run_dir)).events
+
+    def clear() -> None:
+        time.sleep(0.2)
+        events.unlink()
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    context.record(1, EventKind.JOB_OVER, state="finished", exit_code=0, why="so")
+    thread.join()
+    assert [json.loads(line)["kind"] for line in events.read_text().splitlines()] == ["job_over"]
+    assert capsys.readouterr().out.count("No space left on device") == 1
+
+
+def test_the_patience_ends(context: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "RECORD_PATIENCE_S", 0.1)
+    with pytest.raises(OSError, match="No space left"):
+        context.record(1, EventKind.JOB_OVER, state="finished", exit_code=0, why="so")

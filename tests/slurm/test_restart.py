@@ -1,0 +1,31 @@
+"""Restarts inside of the allocation: no queue, the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.run.world import check_equal
+from tests.slurm import world
+from tests.slurm.cluster import Cluster
+from tests.slurm.world import STEPS, act, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+def test_a_crash_and_a_lost_node_cost_no_requeue_with_a_spare_and_the_first_node_costs_one(
+    cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
+) -> None:
+    run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.spare_nodes=1")
+    act(run, world.kill_a_rank)
+    act(run, world.power_off)
+    run.wait(lambda: len(run.events("job_restarted")) == 2, "the second restart")
+    assert [row["nodes"] for row in run.events("job_restarted")] == [["node1", "node2"], ["node1", "node3"]], run.story()
+    assert not run.events("job_requeued") and {row["restarts"] for row in run.events("job_attempt")} == {0}, run.story()
+    act(run, world.power_off_first)
+    life = run.wait_over()
+    assert [end.cause for end in life.ends] == ["crashed", "bad_node", "bad_node", "finished"], run.story()
+    restarts = [row["restarts"] for row in run.events("job_attempt")]
+    assert restarts[:3] == [0, 0, 0] and restarts[3] > 0, run.story()
+    check_equal(run.folder.path, quiet, STEPS)

@@ -55,6 +55,7 @@ class LocalRun:
     def __init__(self, case: Case, config: Path, run_dir: Path, last: int, *words: str) -> None:
         self.config, self.run_dir, self.last = config, run_dir, last
         self.words = [*words, WATCHFUL]
+        self.words += ["launch.restart.max_local=9"] if case.in_place else []
         # The newest attempt that a blow ended, and the newest that a blow may end later.
         self.struck_attempt = self.excused = 0
         self.command = self._launch()

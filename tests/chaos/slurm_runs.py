@@ -67,7 +67,8 @@ class SlurmRun:
     """A submitted run; in place, with a spare node."""
 
     def __init__(self, case: Case, cluster: Cluster, config: Path, run_dir: Path, last: int, *words: str) -> None:
-        self.last, self.run = last, submit(cluster, config, run_dir, *WORDS, *words)
+        place = ["launch.slurm.spare_nodes=1"] if case.in_place else ["launch.restart.in_place=false"]
+        self.last, self.run = last, submit(cluster, config, run_dir, *WORDS, *place, *words)
 
     def strike(self, blow: Blow) -> Struck:
         """Raises Missed when the run is over before."""

@@ -1,4 +1,4 @@
-"""Blows of the campaign (tests/chaos) on this machine. `make prove-chaos` has them all, and Slurm's."""
+"""Ten blows of the campaign (tests/chaos) on this machine, in two runs. `make prove-chaos` has them all, and Slurm's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.run.beat import COMPUTING, READING, RESTORING, SAVING, STARTING
+from pretrain.run.beat import BUILDING, COMPUTING, READING, RESTORING, SAVING, STARTING, VALIDATING
 from pretrain.run.folder import RunFolder
 from tests.chaos.campaign import run_case
 from tests.chaos.check import check_checkpoints, check_run
@@ -28,9 +28,10 @@ STARTED_AGAIN = (
     blow(LAUNCHER, SAVING, 2, 0.01), blow(AGENT, RESTORING), blow(RANK, TRAINING, 1, 0.05), blow("SIGTERM", READING),
     blow(SERVER, COMPUTING, 1), blow("SIGTERM", SAVING), blow(LAUNCHER, STARTING, 0, 0.3),
 )  # fmt: skip
+BY_ITSELF = (blow(RANK, SAVING, 2, victim=1), blow(SERVER, BUILDING), blow(RANK, VALIDATING, victim=0))
 
 
-@pytest.mark.parametrize(("in_place", "blows"), [(False, STARTED_AGAIN)], ids=["again"])
+@pytest.mark.parametrize(("in_place", "blows"), [(False, STARTED_AGAIN), (True, BY_ITSELF)], ids=["again", "in_place"])
 def test_blows_leave_no_trace(
     run_config: Path, undisturbed: Path, tmp_path: Path, in_place: bool, blows: tuple[Blow, ...]
 ) -> None:

@@ -11,15 +11,6 @@ from pretrain.run.folder import RunFolder
 from tests.run.world import STEPS, check_equal, launch
 
 
-def test_a_killed_rank_is_started_again_by_the_launcher(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    command = launch(run_config, tmp_path / "run", "launch.restart.max_local=1")
-    command.wait_for_step(6)
-    command.ranks()[-1].kill()
-    assert command.end() == 0, command.errors
-    assert "restart 1 of at most 1" in command.errors and RunFolder(tmp_path / "run").last_attempt() == 2
-    check_equal(tmp_path / "run", undisturbed)
-
-
 @pytest.mark.prove
 def test_ranks_that_import_themselves_end_in_the_same_weights(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """As plain torchrun starts them; the undisturbed run's ranks were forked from one process."""

@@ -160,10 +160,12 @@ class Cluster:
 
     def _are_idle_again(self) -> bool:
         """A node that a busy machine has kept from answering stays down until it is resumed."""
+        # A test may have put a site's wrapper before sinfo, which prints lines of its own.
         rows = [line.split() for line in self._call("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()]
-        if down := [node for node, state in rows if state.startswith("down")]:
+        states = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in self.nodes}
+        if down := [node for node, state in states.items() if state.startswith("down")]:
             self._run("scontrol", "update", f"nodename={','.join(down)}", "state=resume")
-        return [state for _, state in rows] == ["idle"] * len(self.nodes)
+        return list(states.values()) == ["idle"] * len(self.nodes)
 
     def wait_for(self, what: Callable[[], bool], words: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

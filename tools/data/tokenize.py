@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -148,13 +149,12 @@ def _in_order(job: EncodingSettings, feed: Iterator[DocumentBatch], workers: int
 
 
 def _shut_down(pool: ProcessPoolExecutor) -> None:
-    """End the workers. A pool whose threads could not start can't do it itself."""
-    try:
+    """End the workers. A pool that was interrupted while it started, or whose threads could not start, can't do it itself."""
+    with suppress(RuntimeError):
         pool.shutdown(cancel_futures=True)
-    except RuntimeError:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-            worker.join()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join()
 
 
 def _submitted(

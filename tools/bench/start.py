@@ -6,6 +6,9 @@ Both sides are `phalanx launch quickstart` with a small batch, on data that the 
 launch.shared_imports. For each number of ranks the two alternate, so that other load on the machine affects both alike. CPU is
 that of all processes of the launch. Opens are counted by strace in a launch of their own, and left out if there is no strace.
 
+The last line is of forked ranks that the launcher starts again (launch.restart.max_local): from SIGKILL of the last rank to the
+end of the next attempt's first step, beside the undisturbed start of the same launch.
+
 Torch-free.
 """
 
@@ -20,12 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from configs import own_packages
+from launch.watch.processes import name_of
+from pretrain.run.event_rows import read_events
+from pretrain.run.events import EventKind
+from pretrain.run.files import last_row
+from pretrain.run.folder import RunFolder
 
 SIDES = {"plain": "false", "forked": "true"}
 # The quickstart's layout is for 4 ranks; with 8 the data axis doubles.
@@ -83,6 +92,45 @@ def measure(folder: Path, ranks: int, side: str, data: list[str]) -> Start:
     return Start(wall_s, cpu_s)
 
 
+def measure_restart(folder: Path, ranks: int, data: list[str]) -> tuple[float, float]:
+    """(start to the end of step 1, SIGKILL of the last rank to the end of the next attempt's first step), in seconds.
+
+    Raises RuntimeError if the launch ends early.
+    """
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    run = RunFolder(folder / "run")
+    longer = ["run.steps=10000", "checkpoint.interval_steps=5", "launch.restart.max_local=1"]
+    begun_s = time.perf_counter()
+    with subprocess.Popen(
+        [*launch_words(folder, ranks, "forked", data), *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            _wait(process, lambda: _has_trained(run, 1, 1))
+            start_s = time.perf_counter() - begun_s
+            _wait(process, lambda: _has_trained(run, 1, 8))
+            children = psutil.Process(process.pid).children(recursive=True)
+            (victim,) = [child for child in children if name_of(child.pid) == f"rank {ranks - 1}"]
+            victim.kill()
+            killed_s = time.perf_counter()
+            _wait(process, lambda: _has_trained(run, 2, 1))
+            return start_s, time.perf_counter() - killed_s
+        finally:
+            process.terminate()
+
+
+def _has_trained(run: RunFolder, attempt: int, steps: int) -> bool:
+    """Has the attempt recorded so many steps of its own?"""
+    begun = [row for row in read_events(run) if row["kind"] == EventKind.TRAINING and row["attempt"] == attempt]
+    return bool(begun) and (last_row(run.metrics) or {}).get("step", 0) >= begun[0]["step"] + steps - 1
+
+
+def _wait(process: subprocess.Popen[bytes], is_reached: Callable[[], bool]) -> None:
+    while not is_reached():
+        if process.poll() is not None:
+            raise RuntimeError(f"the launch ended early, with exit code {process.returncode}")
+        time.sleep(0.01)
+
+
 def cpu_of(process: psutil.Process) -> float:
     """CPU seconds of a process and of its ended children; 0 if it has ended meanwhile."""
     try:
@@ -130,3 +178,7 @@ def main(argv: list[str]) -> None:
             if shutil.which("strace"):
                 opens = {side: count_opens(folder, ranks, side, data) for side in SIDES}
                 print(f"{ranks:>5}  {'opens':<10}{opens['plain']:>9}{opens['forked']:>9}{opens['forked'] / opens['plain']:8.2f}")
+            pairs = [measure_restart(folder, ranks, data) for _ in range(args.repeats)]
+            start_s, restart_s = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+            ratio = statistics.median(after / before for before, after in pairs)
+            print(f"{ranks:>5}  SIGKILL to the next step {restart_s:.2f} s, undisturbed start {start_s:.2f} s: ratio {ratio:.2f}")

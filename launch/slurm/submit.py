@@ -114,12 +114,12 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
 
 def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
     config, life = loaded.config, read_lifecycle(folder)
-    # The ranks of an attempt whose end is recorded are about to exit: the new job waits for them.
-    if (holder := live_holder(folder)) is not None and not (life.phase == OVER and holder.attempt == life.attempt):
-        raise ConfigError(held_problem(folder, holder))
     try:
         if live := [job for job in find_run_jobs(folder) if job.live]:
             raise ConfigError(_live_problem(folder, live[0]))
+        # The ranks of an attempt whose job has ended are dead or about to exit: the new job waits until their lock is free.
+        if (holder := live_holder(folder)) is not None and not (life.jobs and holder.attempt == life.attempt):
+            raise ConfigError(held_problem(folder, holder))
         place = _write(loaded, folder, cwd)
         script = place.job_dir / SCRIPT_NAME
         unset = overruling_variables(os.environ, stated_keys(config))

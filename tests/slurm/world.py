@@ -255,8 +255,10 @@ def kill_batch_step(run: Run) -> str:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     run.cluster.wait_for(lambda: not find_jobs([run.job])[run.job].live, "the job's end", 120)
-    resumed = phalanx("resume", str(run.folder.path))
-    assert resumed.returncode == 0, f"{resumed.stderr}: {run.story()}"
+    # Before an attempt has begun there is nothing to resume.
+    job = run.folder.path / "launch" / "job_0001" / "config.yaml"
+    again = phalanx(*(["resume", str(run.folder.path)] if run.folder.config.exists() else ["launch", str(job)]))
+    assert again.returncode == 0, f"{again.stderr}: {run.story()}"
     return ""
 
 

@@ -80,7 +80,7 @@ def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) 
 
     Raises ConfigError if an attempt can't have the run folder.
     """
-    folder, again = context.folder, False
+    folder, again, given = context.folder, False, allocation.nodes
     while True:
         context.host_guard.watch_from(allocation.nodes)
         attempt = JobAttempt(context, claim_attempt(folder, patience_s=HOLDER_PATIENCE_S), again)
@@ -92,7 +92,6 @@ def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) 
         if decision.action != "restart":
             return decision
         nodes, again = decision.nodes, True
-        given = scheduler.expand(context.environ["SLURM_JOB_NODELIST"])
         unused = [node for node in given if node not in nodes]
         context.record(life.attempt, EventKind.JOB_RESTARTED, why=decision.why, nodes=list(nodes), unused=unused)
         context.log(f"restart in place: {decision.why}")

@@ -24,7 +24,7 @@ from tests.chaos.plan import SLURM, Case
 from tests.chaos.slurm_runs import SlurmRun
 from tests.corpus import make_corpus
 from tests.run.world import launch, write_config
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, started
 from tests.slurm.world import STEPS, WORDS
 from tools.data.dataset_writer import DatasetWriter
 
@@ -93,10 +93,7 @@ class Lane:
             undisturbed = launch(self.config, self.folder / "undisturbed", *self.words)
             assert undisturbed.end() == 0, undisturbed.errors
             if self.where == SLURM:
-                (self.folder / "cluster").mkdir()
-                self.cluster = Cluster(self.folder / "cluster")
-                stack.callback(self.cluster.stop)
-                self.cluster.start()
+                self.cluster = stack.enter_context(started(Cluster(self.folder / "cluster")))
                 # Slurm's commands, and those of ours that call them, are this process's children.
                 os.environ["SLURM_CONF"] = self.cluster.env["SLURM_CONF"]
             self._stack = stack.pop_all()

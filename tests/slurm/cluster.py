@@ -14,7 +14,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -81,6 +82,17 @@ def missing() -> str:
         return "the private Slurm needs root (for namespaces and munge)"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     return f"not installed: {', '.join(absent)} (make slurm, or apt-get install {' '.join(PACKAGES)})" if absent else ""
+
+
+@contextmanager
+def started(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, in its folder, until the context ends."""
+    cluster.folder.mkdir(exist_ok=True)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 class Cluster:

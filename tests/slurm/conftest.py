@@ -10,7 +10,7 @@ import pytest
 
 from tests.run.conftest import run_config, undisturbed
 from tests.run.world import launch
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.world import WORDS
 
 __all__ = ["run_config", "undisturbed"]
@@ -22,12 +22,8 @@ def powered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if os.environ.get("PHALANX_REQUIRE_SLURM"):
             pytest.fail(why)
         pytest.skip(why)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
+    with started(Cluster(tmp_path_factory.mktemp("slurm"))) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from launch.slurm import scheduler
 from launch.slurm.scheduler import SlurmJob
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.world import phalanx, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(600)]
@@ -77,12 +77,8 @@ def accounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clust
     cluster = AccountedCluster(tmp_path / "accounted", 31500 + os.getpid() % 400)
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     monkeypatch.setenv("MYSQL_UNIX_PORT", "")
-    (tmp_path / "accounted").mkdir()
-    try:
-        cluster.start()
+    with started(cluster):
         yield cluster
-    finally:
-        cluster.stop()
 
 
 def forgotten(cluster: Cluster, job: int) -> SlurmJob:

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.run.beat import BEAT_DIR, beat_path, decode
 from tests.pretrain.test_failing_disk import fill
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.test_survival import check_one_run
 from tests.slurm.world import submit
 
@@ -34,13 +34,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def own_cluster(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path / "cluster", 2)
-    (tmp_path / "cluster").mkdir()
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    try:
-        cluster.start()
+    with started(cluster):
         yield cluster
-    finally:
-        cluster.stop()
 
 
 def test_a_full_disk_under_a_job(own_cluster: Cluster, disk: Path, run_config: Path, quiet: Path) -> None:

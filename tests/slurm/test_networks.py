@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.world import phalanx, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(600)]
@@ -101,13 +101,9 @@ def networked(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     if why := missing() or ("" if shutil.which("ip") else "not installed: ip (iproute2)"):
         pytest.skip(why)
     cluster = NetworkedCluster(tmp_path / "networked", request.param)
-    (tmp_path / "networked").mkdir()
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    try:
-        cluster.start()
+    with started(cluster):
         yield cluster
-    finally:
-        cluster.stop()
 
 
 def _on_node(command: str) -> str:

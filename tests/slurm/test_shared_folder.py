@@ -11,7 +11,7 @@ import pytest
 
 from tests.run.world import check_equal
 from tests.slurm import world
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.world import STEPS, act, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(900)]
@@ -33,13 +33,9 @@ def caching(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> It
     names = ("attr_timeout", "entry_timeout", "negative_timeout")
     options = ",".join(f"{name}={CACHED_S}" for name in names)
     cluster = Cluster(tmp_path / "cluster", 3, setup=f"bindfs -o {options} '{shared}' '{shared}' || exit 1")
-    (tmp_path / "cluster").mkdir()
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    try:
-        cluster.start()
+    with started(cluster):
         yield cluster
-    finally:
-        cluster.stop()
 
 
 def test_a_run_survives_where_others_writes_are_seen_late(caching: Cluster, run_config: Path, quiet: Path, shared: Path) -> None:

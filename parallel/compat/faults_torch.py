@@ -48,7 +48,7 @@ TORCH_GUARDS = (
         names=("torch.distributed.run:run_script_path",),
     ),
     Guard(
-        fault="Of ranks that are functions, torch's agent reports one failure, and keeps each until all have returned",
+        fault="Of ranks that are functions, torch's agent reports one failure, late, and keeps each until all have returned",
         library="torch",
         guard="parallel.compat.torch_agent:ends_from_exit_codes",
         symptom="a partner of the killed rank is reported in its place; a failed run ends 30 s late",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, RunProcsResult
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, RunProcsResult, logger
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from parallel.compat.private_names import replaced, require_names
@@ -28,6 +29,7 @@ def ends_from_exit_codes() -> Iterator[None]:
     Of ranks that are functions, torch wants the results, and lets each one wait until all have returned: a rank that has ended
     well and is asked to end, because another one failed, would stay for 30 s. It also reports only one of the ranks that
     failed between two looks of the agent. The rank that was killed may then be missing, and a partner that lost it be named.
+    Before it ends the other ranks, torch logs a traceback of its own, for which its formatter imports torch._dynamo: 2 s of CPU.
     """
     poll = MultiprocessContext._poll
 
@@ -42,5 +44,11 @@ def ends_from_exit_codes() -> Iterator[None]:
                     result.failures[rank] = ProcessFailure(rank, self.pids()[rank], code, self.error_files[rank])
         return result
 
+    logger.addFilter(_drop_traceback)
     with replaced(MultiprocessContext, "_poll", poll_exit_codes):
         yield
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True

@@ -96,6 +96,7 @@ if __name__ == "__main__":
     assert run_ranks(tmp_path, program, ranks=3).returncode == 1
     log = (tmp_path / "logs/torchrun.log").read_text()
     assert "exitcode  : -9 " in log and "exitcode  : 75 " in log and "rank      : 2 " not in log
+    assert "failed (exitcode: " in log and "ProcessExitedException" not in log, "torch logs a traceback of its own"
     assert [(failure.rank, failure.kind) for failure in find_failures(tmp_path / "logs")] == [(1, "killed")]
 
 

@@ -46,6 +46,7 @@ setup(
         "transformers>=4.57",
         "numpy>=1.26",
         "rich>=13",
+        "scipy>=1.11",
         "jinja2>=3.1",
         "psutil>=5.9",
         "pyarrow>=15",

@@ -22,18 +22,16 @@ from launch.cancel import cancel
 from launch.local.restarts import run_with_restarts
 from launch.local.run import LocalRunResult, report
 from launch.logs import print_all_logs, print_rank_log
-from launch.plan import LaunchPlan, check_local, make_plan, manual_start_text, torchrun_line
+from launch.plan import LaunchPlan, make_plan, manual_start_text, torchrun_line
 from launch.run_list import list_runs
 from launch.slurm.submit import as_json as submit_json
-from launch.slurm.submit import check_slurm, environment_notes, script_of, submit
 from launch.slurm.submit import describe as describe_submitted
+from launch.slurm.submit import environment_notes, script_of, submit
+from launch.start import check_start, finished_at
 from launch.status import as_json, read_status, require_run_folder
 from launch.status_text import describe, table
 from launch.status_watch import terminal_columns, watch
 from parallel.batch import steps_of
-from parallel.legality.verdict import check_config
-from pretrain.preflight.verdict import preflight
-from pretrain.run.decision import pending_step
 from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
 
 WATCH_S = 2.0
@@ -74,31 +72,18 @@ def _resume(words: list[str]) -> int:
 def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
     loaded = load_config(source, overrides)
     config, folder = loaded.config, folder_of(loaded.config)
-    if not options.dry_run and (stop_step := _finished_at(config, folder)) is not None:
+    if not options.dry_run and (stop_step := finished_at(config)) is not None:
         text = finished_text(folder, stop_step)
         print(json.dumps({"run_dir": str(folder.path), "state": "finished", "exit_code": 0}) if options.json else text)
         return 0
-    found = preflight(config, with_data=not options.dry_run and not options.no_data)
-    on_slurm = config.launch.target == "slurm"
-    if on_slurm:
-        target_problems = check_slurm(config)
-    else:
-        target_problems = [] if options.dry_run else check_local(config, os.environ)
-    if problems := [*found.problems, *target_problems]:
-        raise ConfigError(problems)
+    found = check_start(config, not options.no_data, options.dry_run)
     for notice in found.notices:
         print(f"note: {notice.path}: {notice.text}", file=sys.stderr)
     if found.resume is not None and found.resume.set_aside:
         print(f"note: checkpoint.resume_step: {found.resume.describe()}", file=sys.stderr)
-    return _start_slurm(loaded, options) if on_slurm else _start_local(config, source, overrides, options)
-
-
-def _finished_at(config: Config, folder: RunFolder) -> int | None:
-    """The last step of a legal config if its run has reached that step, otherwise None."""
-    done = folder.done_step()
-    if done is None or check_config(config).problems or pending_step(folder, config.checkpoint.resume_step) is not None:
-        return None
-    return stop_step if done >= (stop_step := steps_of(config)) else None
+    if config.launch.target == "slurm":
+        return _start_slurm(loaded, options)
+    return _start_local(config, source, overrides, options)
 
 
 def _start_slurm(loaded: Loaded, options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from configs.load import load_config
 from parallel.legality.verdict import check_config
+from tools.ladder.ladder_file import read_ladder
 from tools.reference import GENERATORS, MARKER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,5 +131,8 @@ def test_cited_paths_exist(path: Path) -> None:
 def test_yaml_examples_are_configs(path: Path, tmp_path: Path) -> None:
     for number, example in enumerate(re.findall(r"^```yaml\n(.*?)^```", PAGES[path], re.MULTILINE | re.DOTALL)):
         (tmp_path / f"example_{number}.yaml").write_text(example)
+        if example.startswith("ladder:"):
+            assert read_ladder(str(tmp_path / f"example_{number}.yaml")).points
+            continue
         config = load_config(str(tmp_path / f"example_{number}.yaml")).config
         assert not check_config(config).problems

@@ -20,30 +20,36 @@ from configs import __version__
 from configs.errors import ConfigError, json_problem, report
 from pretrain.run.process import open_standard_streams, print_in_any_locale
 from pretrain.run.provenance import package_version
+from tools.ladder.names import is_ladder, positional
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command's module, whose `main(argv) -> exit code` runs it. `with_name`: argv[0] is the command's own name."""
+    """A command's module, whose `main(argv) -> exit code` runs it. `with_name`: argv[0] is the command's own name.
+
+    `of_ladder`: the module that runs the command where its first word names a ladder; argv[0] is the command's name there too.
+    """
 
     module: str
     summary: str
     with_name: bool = False
+    of_ladder: str | None = None
 
 
+LADDER = "tools.ladder.cli"
 GROUPS: dict[str, dict[str, Command]] = {
     "before a run": {
         "data": Command("tools.data.cli", "train a tokenizer, encode text, look into the result"),
         "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
         "rehearse": Command("tools.rehearse.cli", "the layout on this machine's CPUs against one process, with a small model"),
-        "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", with_name=True),
+        "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", True, LADDER),
         "plan-validate": Command("tools.plan", "the planner's predictions against published runs", with_name=True),
         "doctor": Command("launch.doctor.cli", "is this machine, or each node of a Slurm allocation, fit to train"),
         "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),
     },
     "a run": {
-        "launch": Command("launch.commands", "start it (--dry-run prints the exact command)", with_name=True),
-        "status": Command("launch.commands", "state, step, loss and speed of a run folder", with_name=True),
+        "launch": Command("launch.commands", "start it (--dry-run prints the exact command)", True, LADDER),
+        "status": Command("launch.commands", "state, step, loss and speed of a run folder", True, LADDER),
         "logs": Command("launch.commands", "its logs, the first error first", with_name=True),
         "cancel": Command("launch.commands", "stop it; what it has learned is saved", with_name=True),
         "resume": Command("launch.commands", "go on where a run folder stopped", with_name=True),
@@ -114,6 +120,8 @@ def run(argv: Sequence[str]) -> int:
         return _unknown(name)
     command = COMMANDS[name]
     try:
+        if command.of_ladder and is_ladder(next(positional(rest), "")):
+            return int(importlib.import_module(command.of_ladder).main([name, *rest]))
         module = importlib.import_module(command.module)
         return int(module.main([name, *rest] if command.with_name else rest))
     except ConfigError as error:

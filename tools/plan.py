@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError, Problem, json_value
 from configs.load import Loaded, load_config
 from configs.schema import Config
 from parallel.legality.verdict import check_config
@@ -25,6 +25,7 @@ from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
+from tools.planner.measured import measure, measured_text
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
 from tools.planner.published.validate import validate
 from tools.planner.search import search
@@ -46,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
     parser.add_argument("--search", action="store_true", help="try all layouts; the config's own degrees don't matter then")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
-    parser.add_argument("--calibrate", metavar="RUN_DIR", help="scale by this measured run of the same kind of machine")
+    words = "scale by this measured run of the same kind of machine, or by the median of the runs in this folder"
+    parser.add_argument("--calibrate", metavar="RUN_DIR", help=words)
+    parser.add_argument("--measured", action="store_true", help="CONFIG is a run folder: the plan beside what was measured")
     parser.add_argument(
         "--gpu-mtbf-hours", type=_positive, default=GPU_MTBF_HOURS, help="hours between failures of one GPU (default: Llama 3's)"
     )
@@ -133,6 +136,8 @@ def _plan(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.top < 1:
         raise ConfigError(Problem("--top", args.top, "must be at least 1", "leave it out for 10"))
+    if args.measured:
+        return _plan_measured(args)
     loaded = load_config(args.config, args.overrides)
     vocab = vocab_size(loaded.config)
     calibration = calibrate(args.calibrate, loaded.config) if args.calibrate else UNCALIBRATED
@@ -140,6 +145,15 @@ def _plan(argv: list[str]) -> int:
         _plan_search(args, loaded, vocab, calibration)
     else:
         _plan_one(args, loaded.config, vocab, calibration)
+    return 0
+
+
+def _plan_measured(args: argparse.Namespace) -> int:
+    if args.overrides or args.search or args.calibrate:
+        rule = "a run's own config is compared with its record, unchanged"
+        raise ConfigError(Problem("--measured", args.overrides or "--search, --calibrate", rule, "leave the other words out"))
+    found = measure(args.config)
+    print(json.dumps(json_value(found.as_dict())) if args.json else measured_text(found))
     return 0
 
 

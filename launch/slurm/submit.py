@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -98,8 +98,8 @@ def _asking_for(config: Config, sizes: list[int]) -> Config:
     return replace(config, launch=replace(config.launch, slurm=replace(config.launch.slurm, min_nodes=sizes[0])))
 
 
-def submit(loaded: Loaded, cwd: Path) -> Submitted:
-    """Write the job's files and submit it.
+def submit(loaded: Loaded, cwd: Path, after: Sequence[int] = ()) -> Submitted:
+    """Write the job's files and submit it. The job waits until the jobs `after` have ended, however they ended.
 
     Raises ConfigError if the folder is foreign or held, a job of it is live, or sbatch refuses. A refused job leaves its
     folder behind, where its script can be read, and nothing else.
@@ -109,10 +109,10 @@ def submit(loaded: Loaded, cwd: Path) -> Submitted:
         raise ConfigError(problems)
     # Submissions into one run folder happen one after the other, so that the second one sees the first one's job.
     with launch_lock(folder, SUBMISSION_PATIENCE_S):
-        return _submit_alone(loaded, folder, cwd)
+        return _submit_alone(loaded, folder, cwd, after)
 
 
-def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
+def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path, after: Sequence[int]) -> Submitted:
     config, life = loaded.config, read_lifecycle(folder)
     try:
         if live := [job for job in find_run_jobs(folder) if job.live]:
@@ -124,9 +124,9 @@ def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
         script = place.job_dir / SCRIPT_NAME
         unset = overruling_variables(os.environ, stated_keys(config))
         estimate = _estimate(script, config)
-        jobs = [scheduler.submit(script, unset=unset)]
+        jobs = [scheduler.submit(script, _after(after), unset=unset)]
         for _ in range(config.launch.slurm.chain):
-            jobs.append(scheduler.submit(script, f"afterany:{jobs[-1]}", unset=unset))
+            jobs.append(scheduler.submit(script, _after(jobs[-1:]), unset=unset))
     except SchedulerError as error:
         fix = "correct launch.slurm to what this cluster has (sinfo, sacctmgr show assoc), or see --dry-run for the script"
         got = config.launch.slurm.partition
@@ -137,6 +137,11 @@ def _submit_alone(loaded: Loaded, folder: RunFolder, cwd: Path) -> Submitted:
     except OSError as error:
         raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
     return Submitted(tuple(jobs), script, estimate, environment_notes(config, os.environ))
+
+
+def _after(jobs: Sequence[int]) -> str | None:
+    """sbatch's dependency of a job that waits for these."""
+    return ":".join(["afterany", *map(str, jobs)]) if jobs else None
 
 
 def _estimate(script: Path, config: Config) -> str:

@@ -65,6 +65,30 @@ def test_a_chain_is_submitted_and_cancelled_as_one(cluster: Cluster, run_config:
     assert {job.state for job in find_jobs(run.life.jobs).values()} == {"CANCELLED"}
 
 
+def test_a_ladder_holds_its_limit_and_goes_on_with_what_is_missing(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    """Three points, one at a time: the second job waits for the first. Another launch starts only the cancelled point again."""
+    path = tmp_path / "ladder.yaml"
+    path.write_text(
+        f"ladder: {{base: {run_config}, dir: {tmp_path / 'runs'}, max_running: 1, grid: {{optimizer.lr: [1e-3, 2e-3, 3e-3]}}}}"
+    )
+    words = [*NODES, *WORDS, "launch.slurm.extra=[--begin=now+1hour]"]
+    launched = phalanx("launch", str(path), "--yes", *words)
+    assert launched.returncode == 0 and "3 points" in launched.stdout, launched.stderr
+    runs = json.loads(phalanx("status", str(path), "--json").stdout)["runs"]
+    jobs = [run["job"]["number"] for run in runs]
+    assert [run["state"] for run in runs] == ["queued"] * 3
+    waits = [subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%E"], check=True, capture_output=True, text=True).stdout
+             for job in jobs]  # fmt: skip
+    assert f"afterany:{jobs[0]}" in waits[1] and f"afterany:{jobs[1]}" in waits[2] and "afterany" not in waits[0]
+    assert phalanx("cancel", runs[1]["run_dir"]).returncode == 0
+    again = phalanx("launch", str(path), "--yes", *words)
+    assert "1 points" in again.stdout and "lr2e-3: job" in again.stdout, again.stdout + again.stderr
+    document = json.loads(phalanx("status", str(tmp_path / "runs"), "--json").stdout)
+    assert document["states"] == {"queued": 3} and document["runs"][1]["job"]["number"] not in jobs
+    for run in document["runs"]:
+        phalanx("cancel", run["run_dir"])
+
+
 def test_what_slurm_refuses_is_one_report(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
     words = [f"run.dir={tmp_path / 'run'}", *NODES, *WORDS]
     refused = phalanx("launch", str(run_config), *words, "launch.slurm.partition=nowhere")

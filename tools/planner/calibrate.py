@@ -76,8 +76,24 @@ def machine_name(config: Config) -> str:
 
 
 def calibrate(run_dir: str, planned: Config) -> Calibration:
-    """The machine of this run over ours, for plans on the same. Raises ConfigError with what is missing."""
+    """The machine of a run over ours, for plans on the same; of a folder of runs, the medians. Raises ConfigError."""
     folder = Path(run_dir)
+    runs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    if (folder / "config.yaml").exists() or not runs:
+        return _calibrate(folder, planned)
+    found, problems = [], []
+    for run in runs:
+        try:
+            found.append(_calibrate(run, planned))
+        except ConfigError as error:
+            problems += error.problems
+    if not found:
+        raise ConfigError(problems)
+    source = f"{len(found)} of {len(runs)} runs in {folder}"
+    return Calibration(median(one.time_scale for one in found), median(one.memory_scale for one in found), source)
+
+
+def _calibrate(folder: Path, planned: Config) -> Calibration:
     config = read_config(folder)
     ran, wanted = machine_name(config), machine_name(planned)
     if ran != wanted:

@@ -281,6 +281,12 @@ class Metrics:
         "MoE layers, evenly spread, that report the load of their experts one by one. 0: only the summary of all layers.",
         low=0,
     )
+    expert_counts_interval_steps: int = key(
+        10,
+        "Steps between two rows of experts.jsonl, which counts the tokens of each expert in each MoE layer. The interval doubles "
+        "when the file is full, at 256 rows or some 16 MiB. 0: no such file.",
+        low=0,
+    )
     wandb: Wandb = key(factory=Wandb)
     profile: Profile = key(factory=Profile)
 

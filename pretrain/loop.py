@@ -105,13 +105,14 @@ def _train(run: TrainingRun) -> TrainingEnd:
         if decision.action == SKIP:
             row["skipped"] = True
             run.guard.announce_skip(RefusedStep.of(row, decision))
-        run.position = after
+        step_tokens, run.position = after.tokens - run.position.tokens, after
         agreed = agree(run)
         if _validation_due(run):
             run.signals.beat.enter(VALIDATING)
             row["val_loss"] = validate(run)
         run.signals.beat.enter(RECORDING)
         run.records.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
+        run.records.write_expert_counts(step, step_tokens, run.measures.moe.expert_counts)
         run.measures.profile.after(step)
         run.measures.probe.after(step)
         _save_if_due(run, agreed)

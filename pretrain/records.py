@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from parallel.architecture import moe_layers
 from pretrain.metrics.console import make_console
+from pretrain.metrics.expert_counts import ExpertCounts
 from pretrain.metrics.sinks import RecordSink, Sink, Sinks
 from pretrain.metrics.wandb_sink import make_wandb_sink
 from pretrain.resume import Restored
 from pretrain.run.folder import Outcome
+from pretrain.run.journal import say
 from pretrain.run.record import Record
 from pretrain.session import RankZero, Session
 
@@ -27,6 +30,11 @@ class Records:
         """One step's row, complete. A row that the disk refuses waits in memory."""
         if self._opened is not None:
             self._opened.sink.write(row)
+
+    def write_expert_counts(self, step: int, tokens: int, counts_of: Callable[[int], list[list[int]]]) -> None:
+        """Where the step is due, a row of experts.jsonl: `counts_of(tokens)`, with the step's tokens over all ranks."""
+        if self._opened is not None and self._opened.experts.is_due(step):
+            self._opened.experts.append(step, tokens, counts_of(tokens))
 
     def sync_before_save(self) -> str | None:
         """Force every row and event that the next checkpoint claims to the disk. Returns why the disk refuses; None: it does not.
@@ -55,9 +63,16 @@ class OpenRecords:
     """The record with its sinks, on rank 0. `cut_rows`: the file that keeps the rows that this attempt cuts."""
 
     def __init__(
-        self, record: Record, sink: Sink, cut_rows: Path, check_held: Callable[[], None], sync_events: Callable[[], None]
+        self,
+        record: Record,
+        experts: ExpertCounts,
+        sink: Sink,
+        cut_rows: Path,
+        check_held: Callable[[], None],
+        sync_events: Callable[[], None],
     ) -> None:
         self.sink = sink
+        self.experts = experts
         self.check_held = check_held
         self._sync_events = sync_events
         self._record = record
@@ -65,6 +80,7 @@ class OpenRecords:
 
     def roll_back_to(self, step: int) -> None:
         self._record.cut_back(step, self._cut_rows)
+        self.experts.cut_back(step)
         self.sink.show_message(f"rolled back to step {step}")
 
     def sync(self) -> None:
@@ -91,8 +107,12 @@ def _open_on_rank_zero(session: Session, rank_zero: RankZero, step: int) -> Open
     context, attempt = session.context, rank_zero.attempt
     config, cut_rows = context.config, attempt.own_dir / "metrics_cut.jsonl"
     record = Record.open(context.folder.metrics, step, session.journal.tell, cut_rows)
+    layers = [layer for layer, is_moe in enumerate(moe_layers(config.model)) if is_moe]
+    interval_steps = config.metrics.expert_counts_interval_steps
+    experts = ExpertCounts(context.folder.experts, layers, config.model.moe.num_experts, interval_steps, say)
+    experts.cut_back(step)
     sinks: list[Sink] = [RecordSink(record)]
     if "console" in config.metrics.sinks:
         sinks.append(make_console(context.stop_step, config.metrics.log_interval_steps))
     sinks.append(make_wandb_sink(config, context.folder, attempt.wandb_id, os.environ))
-    return OpenRecords(record, Sinks(sinks), cut_rows, attempt.check_held, session.journal.sync)
+    return OpenRecords(record, experts, Sinks(sinks), cut_rows, attempt.check_held, session.journal.sync)

@@ -41,6 +41,9 @@ class MoeMetrics:
         # The first E columns count the tokens routed to each expert, before dropping. The last counts those not dropped.
         columns = max(model.moe.num_experts, 1) + 1
         self.counts = torch.zeros(model.num_layers, columns, dtype=torch.float64, device=device)
+        # [MoE layers, E]: the loads of the newest step, summed over all ranks.
+        self.step_loads = self.counts[self.moe_layers, :-1]
+        self.experts_per_token = model.moe.top_k
         self.drops_tokens = bool(self.moe_layers) and model.moe.capacity_factor is not None
         for chunk in chunks:
             for layer in chunk.decoder.layers:
@@ -85,8 +88,19 @@ class MoeMetrics:
             totals = prediction.view(-1, 2)
             result["mtp_loss"] = float((totals[:, 0] / totals[:, 1].clamp(min=1)).mean())
         if self.moe_layers:
-            result |= self._loads(counts.view_as(self.counts)[self.moe_layers], shown_layers)
+            counts = counts.view_as(self.counts)[self.moe_layers]
+            self.step_loads = counts[:, :-1]
+            result |= self._loads(counts, shown_layers)
         return result
+
+    def expert_counts(self, tokens: int) -> list[list[int]]:
+        """Tokens of each expert in the newest step: [MoE layers][E]. `tokens`: of the step's global batch.
+
+        Several ranks of a tensor parallel group may count the same token, and full recomputation counts it twice. The known sum,
+        tokens x experts a token, takes such multiples out.
+        """
+        multiple = self.step_loads.sum(dim=1, keepdim=True) / (tokens * self.experts_per_token)
+        return (self.step_loads / multiple).round().long().tolist()
 
     def _tracked(self, num_micro_batches: int) -> torch.Tensor:
         """This rank's share of each loss: [number of losses + 1]. The sum over all ranks is the mean."""

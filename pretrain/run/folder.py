@@ -4,6 +4,7 @@ runs/NAME/
     config.yaml        the resolved config of the newest attempt
     provenance.json    origin of each value, code and package versions, host
     metrics.jsonl      the record: one row a step, each step once over all attempts
+    experts.jsonl      tokens of each expert, layer by layer, at an interval (pretrain/metrics/expert_counts.py)
     events.jsonl       attempts, saves, signals, verdicts: one JSON object a line (pretrain/run/events.py)
     outcome.json       how the last attempt ended
     DONE               the run is finished
@@ -60,6 +61,7 @@ NAMES = {
     "config.yaml",
     "provenance.json",
     "metrics.jsonl",
+    "experts.jsonl",
     "events.jsonl",
     "outcome.json",
     "DONE",
@@ -127,6 +129,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def experts(self) -> Path:
+        return self.path / "experts.jsonl"
 
     @property
     def events(self) -> Path:

@@ -14,6 +14,7 @@ import pytest
 from configs.load import to_yaml
 from configs.schema import BlendPart
 from pretrain.main import main
+from pretrain.metrics.expert_counts import read_expert_counts
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.beat import COMPUTING
 from pretrain.run.files import iterate_lines
@@ -33,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
     made.run.steps, made.run.eval_batches = 6, 1
     made.checkpoint.interval_steps = 3
-    made.metrics.sinks = ["jsonl"]
+    made.metrics.sinks, made.metrics.expert_counts_interval_steps = ["jsonl"], 2
     path = tmp_path_factory.mktemp("train") / "config.yaml"
     path.write_text(to_yaml(made))
     return path
@@ -109,6 +110,8 @@ def test_three_steps_and_three_are_six_bit_for_bit(config: Path, tmp_path: Path,
     assert attempt(config, parts) == [0] * 4
     assert losses(parts) == losses(whole)
     assert same_checkpoint(parts, whole)
+    assert (parts / "experts.jsonl").read_text() == (whole / "experts.jsonl").read_text()
+    assert [row["step"] for row in read_expert_counts(whole / "experts.jsonl")] == [2, 4, 6]
     assert outcome(parts) | {"time": 0} == {
         "attempt": 2, "state": "finished", "why": "all 6 steps are done", "step": 6, "consumed_samples": 48, "time": 0,
     }  # fmt: skip
@@ -120,6 +123,7 @@ def test_three_steps_and_three_are_six_bit_for_bit(config: Path, tmp_path: Path,
     changed = ("parallel.tensor=2", "zero.stage=0", "launch.processes_per_node=2")
     assert attempt(config, other, *changed, world=2) == [0] * 2
     assert losses(other) == pytest.approx(losses(whole), rel=1e-6)
+    assert (other / "experts.jsonl").read_text() == (whole / "experts.jsonl").read_text()
     assert rows(other)[-1]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)
 
 

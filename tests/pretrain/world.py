@@ -49,11 +49,12 @@ def small_config(**changes: Any) -> Config:
 
 @dataclass
 class Trained:
-    """What a rank saw: per step (loss, grad norm, tokens, router metrics); validation loss, and whether validating left the
-    random state alone; its slices of weights, gradients.
+    """What a rank saw: per step (loss, grad norm, tokens, router metrics) and tokens of each expert; validation loss, and whether
+    validating left the random state alone; its slices of weights, gradients.
     """
 
     steps: list[tuple[float, float, int, dict[str, float]]] = field(default_factory=list)
+    expert_counts: list[list[list[int]]] = field(default_factory=list)
     valid: float = 0.0
     validates_quietly: bool = True
     weights: dict[Any, np.ndarray] = field(default_factory=dict)
@@ -97,6 +98,7 @@ def train_small(config: Config, keep_gradients: bool = False) -> Trained:
         batches = batches_of(config, step, groups.dp.rank(), groups.dp.size())
         done = engine.step(batches, 3e-3)
         result.steps.append((done.loss, done.grad_norm, done.num_tokens, moe.take(len(batches), 2)))
+        result.expert_counts.append(moe.expert_counts(config.batch.global_batch_seqs * config.batch.seq_length_tokens))
         if keep_gradients and step == 0:
             result.gradients = _gradients(engine)
     random_state = torch.get_rng_state()

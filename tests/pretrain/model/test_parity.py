@@ -82,6 +82,8 @@ def check(world: int, layout: dict[str, Any], model: dict[str, Any]) -> None:
         assert loss == pytest.approx(loss_1, rel=1e-6)
         assert norm == pytest.approx(norm_1, rel=1e-5)
         assert moe == pytest.approx(moe_1, rel=1e-5)
+    assert ranks[0].expert_counts == want.expert_counts
+    check_expert_counts(want)
     assert ranks[0].valid == pytest.approx(want.valid, rel=1e-6)
     got_weights, want_weights = assemble([rank.weights for rank in ranks]), assemble([want.weights])
     if model.get("model__position__kind") == "learned":
@@ -91,6 +93,14 @@ def check(world: int, layout: dict[str, Any], model: dict[str, Any]) -> None:
                 del weights[key]
     difference, where = largest_difference(got_weights, want_weights)
     assert difference < 1e-4, f"{where} differs by {difference}"
+
+
+def check_expert_counts(trained: Trained) -> None:
+    """64 tokens choose 2 of 8 experts in each layer, and the counts are those of the metric."""
+    for layers, (_, _, _, moe) in zip(trained.expert_counts, trained.steps, strict=True):
+        assert all(sum(counts) == 2 * 64 and len(counts) == 8 for counts in layers)
+        if layers:
+            assert max(max(counts) / 16 for counts in layers) == pytest.approx(moe["expert_load_max_over_mean"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from configs.schema import Config
 from parallel.batch import global_batch_at
 from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
-from pretrain.data.streams import SampleStream, Streams
+from pretrain.data.samples import SampleStream
+from pretrain.data.streams import Streams
 
 # (sequences of the global batch over all ranks, this rank's micro-batches)
 GlobalBatch = tuple[int, list[MicroBatch]]

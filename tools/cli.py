@@ -39,7 +39,7 @@ class Command:
 LADDER = "tools.ladder.cli"
 GROUPS: dict[str, dict[str, Command]] = {
     "before a run": {
-        "data": Command("tools.data.cli", "train a tokenizer, encode text, look into the result"),
+        "data": Command("tools.data.cli", "tokenizers and token files; the documents behind a step of a run"),
         "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
         "rehearse": Command("tools.rehearse.cli", "the layout on this machine's CPUs against one process, with a small model"),
         "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", True, LADDER),

@@ -5,6 +5,8 @@ the batch sizes or the number of steps. Let a part have n samples an epoch. Its 
 Each epoch holds every sample once, in an order of its own (seed + epoch).
 
 Shapes: s = batch.seq_length_tokens.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pretrain.data.blend import Blend
 from pretrain.data.indexed import Index, index_sha256, samples_in
-from pretrain.data.order import EpochOrder, build_order, load_order, order_key, save_order
+from pretrain.data.order import EpochOrder, Span, build_order, load_order, order_key, save_order
 from pretrain.data.order_cache import needs_cache
 
 OPEN_EPOCHS = 2
@@ -49,22 +50,22 @@ class PartStream:
         self.samples_per_epoch = samples_in(index, sequences, seq_length_tokens)
         assert self.samples_per_epoch, f"{index.prefix} has no sample of {seq_length_tokens} tokens; check_data reports this"
         self.cached = needs_cache(len(sequences), self.samples_per_epoch)
-        self.dataset = IndexedDataset(index.prefix)
+        self._tokens = index.tokens()
         self._orders: dict[int, EpochOrder] = {}
 
     def tokens(self, number: int) -> np.ndarray:
         """The tokens of the part's sample `number`, counted over all epochs: int64 [s + 1]."""
+        firsts = ((self.index.tokens_before(span.sequence) + span.offset, span.length) for span in self.spans(number))
+        return np.concatenate([self._tokens[first : first + length] for first, length in firsts], dtype=np.int64)
+
+    def spans(self, number: int) -> list[Span]:
+        """Where the tokens of the part's sample `number` lie in its file, in order."""
         epoch, place = divmod(number, self.samples_per_epoch)
-        order = self._order(epoch)
-        sample = int(order.shuffle[place])
-        (first, offset), (last, end) = order.starts[sample].tolist(), order.starts[sample + 1].tolist()
-        if first == last:
-            spans = [self.dataset.get(int(order.sequences[first]), offset, end - offset + 1)]
-        else:
-            middle = [self.dataset.get(int(sequence)) for sequence in order.sequences[first + 1 : last]]
-            head = self.dataset.get(int(order.sequences[first]), offset)
-            spans = [head, *middle, self.dataset.get(int(order.sequences[last]), 0, end + 1)]
-        return np.concatenate(spans, dtype=np.int64)
+        return self._order(epoch).spans(place, self.index.lengths)
+
+    def numbers_of(self, sequence: int, epoch: int) -> list[int]:
+        """The part's samples of one epoch that hold tokens of a sequence, in the order in which they are read."""
+        return [epoch * self.samples_per_epoch + place for place in self._order(epoch).places_of(sequence)]
 
     def build_cache(self, num_samples: int) -> None:
         """Write the missing order files of the epochs that the first `num_samples` samples need. Raises OSError."""
@@ -127,6 +128,14 @@ class SampleStream:
     def locate(self, sample_index: int) -> tuple[int, int]:
         """(index of the part, number of the sample in that part)."""
         return self._blend.locate(sample_index) if self._blend else (0, sample_index)
+
+    def find(self, part: int, number: int) -> int:
+        """The sample that is the part's sample `number`: the inverse of `locate`."""
+        return self._blend.find(part, number) if self._blend else number
+
+    def counts_before(self, sample_index: int) -> list[int]:
+        """How many samples each part has given before this one."""
+        return self._blend.counts_before(sample_index).tolist() if self._blend else [sample_index]
 
     def __getitem__(self, sample_index: int) -> Sample:
         part, number = self.locate(sample_index)

@@ -2,6 +2,8 @@
 
 The modules behind it: samples.py gives the tokens of a sample number, order.py shuffles, blend.py weighs the parts, and
 batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs first and reports bad files.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,22 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import BlendPart, Config
-from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
 from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
 from pretrain.data.order_cache import cache_folder
-from pretrain.data.samples import PartStream, Sample, SampleMasks, SampleStream
+from pretrain.data.samples import PartStream, SampleMasks, SampleStream
 from pretrain.data.tokenizer import TextTokenizer
 
-__all__ = [
-    "MicroBatch",
-    "Prefetcher",
-    "Sample",
-    "SampleStream",
-    "Streams",
-    "build_streams",
-    "data_identity",
-    "micro_batches",
-]
+TRAIN, VALID, WHOLE = 0, 1, None
 
 
 @dataclass(frozen=True)
@@ -44,29 +36,34 @@ def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool,
     The builder first writes the order files of large data. It is one rank, or one rank a machine where the cache folder is
     local. Every rank then calls `barrier` once.
     """
-    data, seq = config.data, config.batch.seq_length_tokens
+    data = config.data
     masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
-    fraction = 0.0 if data.valid else data.valid_fraction
-
-    def stream(parts: list[BlendPart], split: int | None) -> SampleStream | None:
-        made, weights = [], []
-        for part in parts:
-            index = open_index(part.path)
-            sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
-            if samples_in(index, sequences, seq):
-                made.append(PartStream(index, sequences, seq, config.run.seed, cache_folder(data, part.path)))
-                weights.append(part.weight)
-        return SampleStream(made, weights, masks) if made else None
-
-    train = stream(data.train, 0)
+    train = open_stream(config, data.train, TRAIN, masks)
     assert train, "no part of data.train has a sample; check_data reports this"
-    valid = stream(data.valid, None) if data.valid else stream(data.train, 1)
+    valid = open_stream(config, data.valid, WHOLE, masks) if data.valid else open_stream(config, data.train, VALID, masks)
     if is_builder:
         train.build_cache(_planned_samples(config))
         if valid:
             valid.build_cache(config.run.eval_batches * config.batch.global_batch_seqs)
     barrier()
     return Streams(train, valid)
+
+
+def open_stream(config: Config, parts: list[BlendPart], split: int | None, masks: SampleMasks) -> SampleStream | None:
+    """A blend of the parts that have a sample; None where none has. Raises ConfigError for unusable files.
+
+    `split`: TRAIN or VALID of each part, where data.valid_fraction is held out, or WHOLE.
+    """
+    data, seq = config.data, config.batch.seq_length_tokens
+    fraction = 0.0 if data.valid else data.valid_fraction
+    made, weights = [], []
+    for part in parts:
+        index = open_index(part.path)
+        sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
+        if samples_in(index, sequences, seq):
+            made.append(PartStream(index, sequences, seq, config.run.seed, cache_folder(data, part.path)))
+            weights.append(part.weight)
+    return SampleStream(made, weights, masks) if made else None
 
 
 def _planned_samples(config: Config) -> int:

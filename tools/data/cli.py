@@ -1,4 +1,4 @@
-"""`phalanx data`: train a tokenizer, tokenize a corpus, inspect either. In: arguments. Out: an exit code.
+"""`phalanx data`: make tokenizers and token files, inspect them, trace a run's data. In: arguments. Out: an exit code.
 
 Raises ConfigError for bad input; tools/cli.py prints it and exits 2.
 
@@ -12,10 +12,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem, json_problem, report
+from pretrain.run.files import storage_problem
 from tools.data.faults import TokenizeFailed
 
 SHOWN_SKIPPED = 20
@@ -31,6 +34,11 @@ example, from no data to training data:
   phalanx data tokenizer --corpus embedded --vocab-size 2048 --out data/tokenizer.model
   phalanx data tokenize --corpus embedded --tokenizer data/tokenizer.model --out data/train
   phalanx data inspect data/train --tokenizer data/tokenizer.model
+
+the data behind a run:
+  phalanx data trace runs/NAME --step 120 --text
+  phalanx data trace runs/NAME --document train:17
+  phalanx data ledger runs/NAME
 """
 
 
@@ -63,7 +71,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="phalanx data", description="Make and inspect tokenizers and token files.", epilog=EPILOG, formatter_class=raw
+        prog="phalanx data", description="Tokenizers, token files, and the data behind a run.", epilog=EPILOG, formatter_class=raw
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     source = argparse.ArgumentParser(add_help=False)
@@ -106,7 +114,42 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--documents", type=int, default=3, metavar="N", help="number of documents to show (default: 3)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     inspect.set_defaults(run=_inspect)
+    _add_run_commands(commands)
     return parser
+
+
+def _add_run_commands(commands: Any) -> None:
+    trace = commands.add_parser("trace", help="the documents behind a step of a run, or the steps that see a document")
+    trace.add_argument("run_dir", metavar="RUN", help="a run folder; its token files must lie where its config says")
+    what = trace.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=_steps, metavar="N[:M]", help="the samples of step N, or of the steps N to M")
+    what.add_argument(
+        "--document", type=_document, metavar="FILE:ID", help="the steps that have read or will read document ID of a token file"
+    )
+    trace.add_argument("--rank", type=_count, metavar="R", help="only the samples of this rank")
+    trace.add_argument("--text", action="store_true", help="show the text of each document's tokens")
+    trace.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    trace.set_defaults(run=_trace)
+
+    ledger = commands.add_parser("ledger", help="tokens and epochs of a run by source")
+    ledger.add_argument("run_dir", metavar="RUN", help="a run folder; its token files must lie where its config says")
+    ledger.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    ledger.set_defaults(run=_ledger)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    steps = _positive(first), _positive(last if colon else first)
+    if steps[1] < steps[0]:
+        raise argparse.ArgumentTypeError(f"N:M needs N at most M, got {text}")
+    return steps
+
+
+def _document(text: str) -> tuple[str, int]:
+    file, _, number = text.rpartition(":")
+    if not file:
+        raise argparse.ArgumentTypeError(f"must be FILE:ID, got {text}")
+    return file.removesuffix(".bin").removesuffix(".idx"), _count(number)
 
 
 def _positive(text: str) -> int:
@@ -240,6 +283,37 @@ def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     else:
         found = inspect.inspect_data(path, arguments.tokenizer, arguments.documents)
     return found, inspect.render(found)
+
+
+def _trace(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.data import trace, trace_text  # noqa: PLC0415
+
+    with _history(arguments.run_dir) as history:
+        if arguments.document:
+            found = trace.trace_document(history, *arguments.document)
+            return found, trace_text.render_document(found)
+        found = trace.trace_steps(history, *arguments.step, arguments.rank, arguments.text)
+        return found, trace_text.render_steps(found)
+
+
+def _ledger(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.data import ledger  # noqa: PLC0415
+
+    with _history(arguments.run_dir) as history:
+        found = ledger.read_ledger(history)
+        return found, ledger.render_ledger(found)
+
+
+@contextmanager
+def _history(run_dir: str) -> Iterator[Any]:
+    """The history of a run folder. Raises ConfigError, also for a file that can't be read inside the block."""
+    from launch.status import require_run_folder  # noqa: PLC0415
+    from pretrain.data.history import RunHistory  # noqa: PLC0415
+
+    try:
+        yield RunHistory(require_run_folder(run_dir))
+    except OSError as error:
+        raise ConfigError(storage_problem("RUN", run_dir, error)) from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from configs import schema
-from pretrain.data.streams import MicroBatch, Prefetcher, SampleStream, build_streams, micro_batches
+from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
+from pretrain.data.samples import SampleStream
+from pretrain.data.streams import build_streams
 from pretrain.data.tokenizer import TextTokenizer
 
 

@@ -292,7 +292,8 @@ def _trace(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if arguments.document:
             found = trace.trace_document(history, *arguments.document)
             return found, trace_text.render_document(found)
-        found = trace.trace_steps(history, *arguments.step, arguments.rank, arguments.text)
+        first, last = arguments.step
+        found = trace.trace_steps(history, first, last, arguments.rank, arguments.text)
         return found, trace_text.render_steps(found)
 
 

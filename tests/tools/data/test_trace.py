@@ -16,6 +16,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 import pretrain.loop
+import pretrain.training_data
 from configs.load import to_yaml
 from configs.schema import BlendPart
 from pretrain.data.batches import MicroBatch
@@ -114,7 +115,7 @@ def read(documents: list[dict[str, Any]], source: str) -> list[int]:
     dataset, found = IndexedDataset(source), []
     for one in documents:
         sequence = int(dataset.document_indices[one["document"]])
-        found += dataset.get(sequence, one["offset_tokens"], one["tokens"]).tolist()
+        found += np.asarray(dataset.get(sequence, one["offset_tokens"], one["tokens"])).tolist()
     return found
 
 

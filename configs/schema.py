@@ -13,6 +13,7 @@ from typing import List, Optional
 from configs.fields import key
 from configs.launch_schema import Launch
 from configs.model_schema import Model
+from configs.optimizer_schema import Optimizer
 
 
 @dataclass
@@ -127,17 +128,6 @@ class Batch:
     micro_batch_seqs: int = key(1, "Sequences of one forward pass on one data parallel rank.", low=1)
     seq_length_tokens: int = key(128, "Length of a training sequence in tokens.", low=2)
     ramp: BatchRamp = key(factory=BatchRamp)
-
-
-@dataclass
-class Optimizer:
-    kind: str = key("adamw", "Kind of optimizer.", choices=("adamw",))
-    lr: float = key(3e-4, "Peak learning rate.", above=0)
-    beta1: float = key(0.9, "Decay rate of the first moment.", low=0, high=0.99999)
-    beta2: float = key(0.95, "Decay rate of the second moment.", low=0, high=0.99999)
-    eps: float = key(1e-8, "Number added to the root of the second moment.", above=0)
-    weight_decay: float = key(0.1, "Decoupled weight decay. Norms, biases and other vectors have none.", low=0)
-    clip_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm. 0: no clipping.", low=0)
 
 
 @dataclass

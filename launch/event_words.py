@@ -92,6 +92,7 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     EventKind.PRUNED: lambda row: f"checkpoint {row['folder']} deleted, as checkpoint.keep demands",
     EventKind.PRUNE_FAILED: lambda row: f"an old checkpoint could not be deleted: {row['why']}",
     EventKind.CHECKPOINT_DAMAGED: lambda row: f"checkpoint {row['folder']} is damaged, kept as {row['kept_as']}: {row['why']}",
+    EventKind.OPTIMIZER_RESET: lambda row: f"the optimizer starts afresh at checkpoint {row['folder']}: {row['why']}",
     EventKind.CHECKPOINT_ROLLED_BACK: lambda row: f"checkpoint {row['folder']} set aside as {row['kept_as']}",
     EventKind.SKIPPED_STEP: lambda row: f"step {row['step']} was not applied: {row['rule']}; the next batch follows",
     EventKind.ROLLED_BACK: lambda row: f"rolled back from step {row['from_step']} to step {row['to_step']}: {row['rule']}",

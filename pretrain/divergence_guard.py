@@ -47,7 +47,7 @@ class DivergenceGuard:
         if not folders:
             return None
         set_random_state(self._restored.seeded)
-        found = restore(folders, self._engine, False, announce)
+        found = restore(folders, self._engine, context.config.optimizer, False, announce)
         assert found is not None, "restore fills the engine or refuses"
         position = replace(found[0], consumed_samples=refused.samples)
         self._session.ending.restored_position = position

@@ -38,7 +38,7 @@ def restore_engine(session: Session, engine: Engine) -> Restored:
     config, start, journal = session.context.config, session.start, session.journal
     seeded, horizon = random_state(), horizon_steps(config)
     back_to_step = start.back_to_step
-    found = restore(start.checkpoints, engine, back_to_step is not None, journal.announce)
+    found = restore(start.checkpoints, engine, config.optimizer, back_to_step is not None, journal.announce)
     position = found[0] if found is not None else TrainingPosition()
     position = replace(position, consumed_samples=max(position.consumed_samples, start.passed_samples))
     checkpoint_step = None

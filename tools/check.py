@@ -1,7 +1,8 @@
 """`phalanx check`: the verdict on a config before anything starts.
 
 In: a config's name and key=value words. Out: every problem with its fix, the layout and what follows from it; for scripts
-one JSON document {"ok", "problems", "warnings", "layout"}. Exit 0 when legal, 2 when not (with --strict: nor warned about).
+one JSON document {"ok", "problems", "warnings", "layout", "resume", "optimizer"}. Exit 0 when legal, 2 when not (with --strict:
+nor warned about).
 
 Torch-free.
 """
@@ -23,6 +24,7 @@ from parallel.stages import make_chunks
 from pretrain.preflight.verdict import Preflight, known_vocab_size, preflight
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
+from tools.optimizer_table import optimizer_json, optimizer_lines, optimizer_rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,6 +49,12 @@ def _micro_batches(config: Config, layout: Layout) -> int | None:
     if not positive or batch.global_batch_seqs % (batch.micro_batch_seqs * layout.data):
         return None
     return num_micro_batches(batch, layout.data, batch.global_batch_seqs)
+
+
+def _optimizer(config: Config) -> dict[str, Any] | None:
+    """The parameters by optimizer; null where the size of the vocabulary is unknown."""
+    vocab_size = known_vocab_size(config)
+    return None if vocab_size is None else optimizer_json(optimizer_rows(config, vocab_size))
 
 
 def summary(config: Config, layout: Layout) -> str:
@@ -76,7 +84,8 @@ def summary(config: Config, layout: Layout) -> str:
         f"model    {model.name}: {parameters.total:,} parameters, {parameters.active['all']:,} active "
         f"(all included), {flops.per_token / 1e6:,.1f} MFLOP a token"
     )
-    return "\n".join(lines + _stage_lines(config, layout, vocab_size))
+    table = optimizer_lines(optimizer_rows(config, vocab_size)) if config.optimizer.kind == "muon" else []
+    return "\n".join(lines + _stage_lines(config, layout, vocab_size) + table)
 
 
 def _stage_lines(config: Config, layout: Layout, vocab_size: int) -> list[str]:
@@ -111,6 +120,7 @@ def main(argv: list[str]) -> int:
             "warnings": [notice.as_dict() for notice in notices],
             "layout": layout_json(config, layout) if config else None,
             "resume": resume.as_dict() if resume else None,
+            "optimizer": _optimizer(config) if config and not problems else None,
         }
         print(json.dumps(document))
     else:

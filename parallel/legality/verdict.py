@@ -18,6 +18,7 @@ from parallel.legality import engine as rules_engine
 from parallel.legality import layout as rules_layout
 from parallel.legality import model as rules_model
 from parallel.legality import notices
+from parallel.legality import optimizer as rules_optimizer
 from parallel.legality import run as rules_run
 from parallel.legality import slurm as rules_slurm
 from parallel.legality.rules import LegalityRule
@@ -26,6 +27,7 @@ PROBLEM_RULES: tuple[LegalityRule[Problem], ...] = (
     *rules_layout.RULES,
     *rules_model.RULES,
     *rules_engine.RULES,
+    *rules_optimizer.RULES,
     *rules_run.RULES,
     *rules_slurm.RULES,
 )

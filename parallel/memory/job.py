@@ -8,11 +8,12 @@ Torch-free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
+from configs.optimizer_schema import Optimizer
 from configs.schema import Config, Recompute
 from parallel import architecture as arch
 from parallel.batch import num_micro_batches
@@ -30,11 +31,15 @@ EAGER_LOGIT_BYTES = 12.0
 
 @dataclass(frozen=True)
 class BytesPerParameter:
-    """Bytes of one parameter: its weight in the products, its accumulated gradient, its optimizer state with main weight."""
+    """Bytes of one parameter: its weight in the products, its accumulated gradient, its optimizer state with main weight.
+
+    `optimizer` is that of AdamW; Muon keeps `moment` bytes less.
+    """
 
     weights: int = 2
     gradients: int = 4
     optimizer: int = 12
+    moment: int = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class PlannedJob:
     sends_once: bool = False
     split: tuple[int, ...] | None = None
     logit_bytes: float = LOGIT_BYTES
+    optimizer: Optimizer = field(default_factory=Optimizer)
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -196,5 +202,6 @@ def make_job(config: Config, vocab_size: int | None, machine: PlannedMachine | N
         expert_overlap=config.parallel.overlap_expert_comm,
         sends_once=config.model.moe.dispatcher == "flex",
         compute=compute_of(config),
+        optimizer=config.optimizer,
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,
     )

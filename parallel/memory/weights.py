@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from parallel.memory import layer_cache
 from parallel.memory.job import PlannedJob
+from parallel.muon import layer_matrices
 from parallel.stages import Chunk
 
 # Bytes of one offloaded gradient element, as the optimizer on the host reads it: fp32.
@@ -22,13 +23,33 @@ HOST_GRADIENT_BYTES = 4
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Numbers of parameters on one rank. data x context ranks hold the same `dense` ones, expert_data ranks the same `routed`."""
+    """Numbers of parameters on one rank. data x context ranks hold the same `dense` ones, expert_data ranks the same `routed`.
+
+    `dense_matrices` and `routed_matrices`: those of them that Muon would update.
+    """
 
     dense: float
     routed: float = 0.0
+    dense_matrices: float = 0.0
+    routed_matrices: float = 0.0
 
     def __add__(self, other: RankParameters) -> RankParameters:
-        return RankParameters(self.dense + other.dense, self.routed + other.routed)
+        return RankParameters(
+            self.dense + other.dense,
+            self.routed + other.routed,
+            self.dense_matrices + other.dense_matrices,
+            self.routed_matrices + other.routed_matrices,
+        )
+
+    def __mul__(self, number: int) -> RankParameters:
+        return RankParameters(
+            number * self.dense, number * self.routed, number * self.dense_matrices, number * self.routed_matrices
+        )
+
+    @property
+    def matrices(self) -> RankParameters:
+        """The parameters that Muon would update."""
+        return RankParameters(self.dense_matrices, self.routed_matrices)
 
     @property
     def total(self) -> float:
@@ -55,10 +76,18 @@ def layer_held(job: PlannedJob, is_moe: bool) -> RankParameters:
     counts = layer_cache.layer_counts(model, is_moe)
     whole = counts.norms + counts.router
     divided = counts.attention + counts.dense + counts.shared
+    matrices, expert_matrices = layer_matrices(model, is_moe, job.optimizer)
+    whole_matrices = counts.router if job.optimizer.muon.router == "muon" else 0
     if model.mla.kv_lora_rank is not None:
         down = model.hidden_size * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim + (model.mla.q_lora_rank or 0))
-        whole, divided = whole + down, divided - down
-    return RankParameters(whole + divided / layout.tensor, counts.routed / (layout.expert * layout.expert_tensor))
+        whole, divided, whole_matrices = whole + down, divided - down, whole_matrices + down
+    expert_ranks = layout.expert * layout.expert_tensor
+    return RankParameters(
+        whole + divided / layout.tensor,
+        counts.routed / expert_ranks,
+        whole_matrices + (matrices - whole_matrices) / layout.tensor,
+        expert_matrices / expert_ranks,
+    )
 
 
 def chunk_held(job: PlannedJob, chunk: Chunk, by_kind: tuple[RankParameters, RankParameters]) -> RankParameters:
@@ -67,12 +96,13 @@ def chunk_held(job: PlannedJob, chunk: Chunk, by_kind: tuple[RankParameters, Ran
     table = job.padded_vocab * model.hidden_size / tensor
     moe = layer_cache.moe_among(model, chunk.layers)
     plain, routing = by_kind
-    held = RankParameters((len(chunk.layers) - moe) * plain.dense + moe * routing.dense, moe * routing.routed)
+    held = plain * (len(chunk.layers) - moe) + routing * moe
     if chunk.embedding:
         held += RankParameters(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
     if chunk.mtp:
         depth = by_kind[job.moe_layers[-1]]
-        held += RankParameters(chunk.mtp * (depth.dense + 2 * model.hidden_size**2 / tensor), chunk.mtp * depth.routed)
+        projection = 2 * model.hidden_size**2 / tensor
+        held += (depth + RankParameters(projection, dense_matrices=projection)) * chunk.mtp
         # Multi-token prediction embeds tokens again: on a stage other than the first it has a copy of the table.
         held += RankParameters(0.0 if chunk.embedding else table)
     if chunk.head:
@@ -89,7 +119,7 @@ class _ShardedShape:
     def __init__(self, job: PlannedJob) -> None:
         layout = job.layout
         degrees = (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.expert, layout.expert_tensor)
-        self.job, self.key = job, (id(job.model), job.vocab, job.split, degrees)
+        self.job, self.key = job, (id(job.model), job.vocab, job.split, degrees, job.optimizer.muon.router)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -124,7 +154,7 @@ def state_bytes(job: PlannedJob, held: RankParameters) -> StateBytes:
     dense_shards = job.shard(layout.data * layout.context)
     expert_shards = job.shard(layout.expert_data)
 
-    def bytes_of(size: int, divided: bool) -> float:
+    def bytes_of(size: int, divided: bool, held: RankParameters = held) -> float:
         if not divided:
             return size * held.total
         return size * (held.dense / dense_shards + held.routed / expert_shards)
@@ -132,6 +162,8 @@ def state_bytes(job: PlannedJob, held: RankParameters) -> StateBytes:
     weights = bytes_of(states.weights, stage >= 3)
     gradients = bytes_of(states.gradients, job.shards_gradients)
     optimizer = bytes_of(states.optimizer, stage >= 1)
+    if job.optimizer.kind == "muon":
+        optimizer -= bytes_of(states.moment, stage >= 1, held.matrices)
     host = 0.0
     if job.zero.offload != "none":
         host, optimizer = optimizer + bytes_of(HOST_GRADIENT_BYTES, True), 0.0

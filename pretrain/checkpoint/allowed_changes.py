@@ -9,11 +9,14 @@ Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from configs.errors import Problem
 from configs.fields import walk
 from configs.model_schema import Model
+from configs.optimizer_schema import Optimizer
 from configs.schema import Config
 
 FREE, WORD, REFUSED = "free", "word", "refused"
@@ -82,6 +85,16 @@ def architecture(model: Model, vocab_size: int) -> dict[str, Any]:
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf key of a nested config, dotted, with its value."""
     return {path: value for path, value, _ in walk(config)}
+
+
+def has_same_optimizer(written: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    """Whether the optimizer state of a checkpoint is that of `optimizer`. `written`: the config in the manifest."""
+
+    def updaters(section: Mapping[str, Any]) -> tuple[Any, Any]:
+        kind = section.get("kind", "adamw")
+        return kind, section["muon"]["router"] if kind == "muon" else None
+
+    return updaters(written.get("optimizer", {})) == updaters(asdict(optimizer))
 
 
 def is_named(key: str, allowed: list[str]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.fields import walk
 from configs.model_schema import Model
-from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.files import read_json
 from pretrain.run.folder import COMPLETE
@@ -108,17 +108,18 @@ def parse_key(key: str) -> tuple[str, str, TensorSlice, int, int]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises DamagedFile when the folder has no complete checkpoint of this format."""
+    """The manifest of a checkpoint. Raises DamagedFile, and UnfitFile when another version wrote it."""
     if not (folder / COMPLETE).exists():
         raise DamagedFile(f"{folder} has no {COMPLETE} marker")
     value = read_json(folder / "manifest.json")
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        got = value.get("format") if isinstance(value, dict) else "no JSON"
-        raise DamagedFile(f"{folder}/manifest.json is of format {got}, this version reads {FORMAT}")
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        raise DamagedFile(f"{folder}/manifest.json is no JSON of a manifest")
+    if value["format"] != FORMAT:
+        raise UnfitFile(f"{folder}/manifest.json is of format {value['format']}, this version reads {FORMAT}")
     try:
         manifest = Manifest(**{**{k: v for k, v in value.items() if k != "model_identity"}, "kinds": tuple(value["kinds"])})
     except (TypeError, KeyError) as error:
-        raise DamagedFile(f"{folder}/manifest.json lacks what format {FORMAT} has: {error}") from error
+        raise UnfitFile(f"{folder}/manifest.json has other keys than format {FORMAT}: {error}") from error
     for name, num_bytes in manifest.files.items():
         file = folder / name
         size = file.stat().st_size if file.exists() else None

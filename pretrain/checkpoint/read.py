@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpoint.manifest import Manifest, StoredSlice, read_index, read_manifest, slice_key
-from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, read_bytes, read_header
+from pretrain.checkpoint.tensor_file import DamagedFile, TensorEntry, UnfitFile, read_bytes, read_header
 from pretrain.engine.base import StateSlice
 from pretrain.model.tensor_slice import split_range
 
@@ -40,7 +40,7 @@ class CheckpointReader:
     def fill(self, state_slices: Iterable[StateSlice]) -> None:
         """Write the `data` of every state slice in place.
 
-        Raises DamagedFile: a file is damaged, or the checkpoint lacks a part of a state slice.
+        Raises DamagedFile, and UnfitFile when the whole checkpoint lacks a part of a state slice.
         """
         for state_slice in state_slices:
             stored = self._exact.get(
@@ -82,7 +82,7 @@ class CheckpointReader:
                     target[common.slices_of(wanted)] = source[common.slices_of(held)].to(target.dtype)
                     filled += common.size
         if filled != state_slice.stop - state_slice.start:
-            raise DamagedFile(
+            raise UnfitFile(
                 f"{self.folder} holds {filled} of the {state_slice.stop - state_slice.start} elements of "
                 f"{slice_key(state_slice.kind, state_slice.name, state_slice.tensor_slice, state_slice.start, state_slice.stop)}"
             )

@@ -8,7 +8,7 @@ damage that each has found before any of them continues.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,15 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from configs.errors import ConfigError, Problem
+from configs.optimizer_schema import Optimizer
 from configs.schema import Checkpoint
 from parallel.groups import current_degrees
+from pretrain.checkpoint.allowed_changes import has_same_optimizer
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
-from pretrain.checkpoint.tensor_file import DamagedFile
-from pretrain.engine.base import MOMENTS, Engine, StateSlice
+from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
+from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StateSlice
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.events import EventKind
@@ -55,7 +57,7 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
     """The checkpoints to try, best first; empty: the run starts at step 0. `asked_step`: the only step to try.
 
     Rank 0 only. Reads manifests only. Raises ConfigError when the asked step is missing or damaged, when a checkpoint has another
-    model, or when all checkpoints are damaged.
+    model or was written by another version, or when all checkpoints are damaged.
     """
     if asked_step is not None:
         folder = step_folder(checkpoints, asked_step)
@@ -66,6 +68,8 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
     for folder in found:
         try:
             manifest = read_manifest(folder)
+        except UnfitFile as unfit:
+            raise ConfigError(unfit_problem("run.dir", folder, unfit)) from unfit
         except DamagedFile as damage:
             pass_over(folder, damage, announce)
             continue
@@ -108,22 +112,31 @@ def _all_damaged(checkpoints: Path) -> Problem:
     return Problem("run.dir", str(checkpoints), rule, fix)
 
 
+def unfit_problem(key: str, folder: Path, why: object) -> Problem:
+    """The refusal of a whole checkpoint that this configuration or version can't use."""
+    rule = f"holds a whole checkpoint that this config and version can't go on from: {why}"
+    return Problem(key, str(folder), rule, "use the config and the version that wrote it, or another run.dir")
+
+
 def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
     """Announce that a checkpoint is damaged, and rename its folder so that no attempt loads it again. Rank 0."""
     aside = move_aside(folder, "damaged")
     announce(EventKind.CHECKPOINT_DAMAGED, folder=folder.name, why=str(damage), kept_as=aside.name)
 
 
-def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Announce) -> tuple[TrainingPosition, Manifest] | None:
+def restore(
+    folders: list[Path], engine: Engine, optimizer: Optimizer, asked_for: bool, announce: Announce
+) -> tuple[TrainingPosition, Manifest] | None:
     """Fill the engine from the first undamaged folder. Returns (position, manifest); None without folders. Collective.
 
-    `folders`: best first, equal on all ranks.
+    `folders`: best first, equal on all ranks. Where `optimizer` is not the one that wrote a checkpoint, it starts afresh.
     """
     for folder in folders:
+        fresh: str | None = None
         try:
             reader = CheckpointReader(folder)
-            with_optimizer = all(reader.has(kind) for kind in MOMENTS)
-            reader.fill(engine.local_state(with_optimizer))
+            fresh = _why_fresh(reader, optimizer)
+            reader.fill(engine.local_state(True) if fresh is None else _fresh_state(engine))
             states = read_random_state(reader)
             damage = None
         except DamagedFile as raised:
@@ -131,9 +144,13 @@ def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Anno
         worst = _worst_damage(damage)
         if worst is None:
             manifest = reader.manifest  # type: ignore[possibly-unbound]
-            engine.loaded(manifest.optimizer_steps if with_optimizer else None)  # type: ignore[possibly-unbound]
+            engine.loaded(manifest.optimizer_steps if fresh is None else 0)  # type: ignore[possibly-unbound]
             set_random_state(states)  # type: ignore[possibly-unbound]
+            if fresh is not None:
+                run_on_rank_0(partial(announce, EventKind.OPTIMIZER_RESET, folder=folder.name, why=fresh))
             return TrainingPosition(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
+        if _is_unfit_anywhere(damage):
+            run_on_rank_0(partial(raise_problems, [unfit_problem("run.dir", folder, worst)]))
         if asked_for:
             problem = Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step")
             run_on_rank_0(partial(raise_problems, [problem]))
@@ -141,6 +158,31 @@ def restore(folders: list[Path], engine: Engine, asked_for: bool, announce: Anno
     if folders:
         run_on_rank_0(partial(raise_problems, [_all_damaged(folders[0].parent)]))
     return None
+
+
+def _why_fresh(reader: CheckpointReader, optimizer: Optimizer) -> str | None:
+    """Why a checkpoint's optimizer state is not loaded; None: it is."""
+    if not all(reader.has(kind) for kind in MOMENTS):
+        return "the checkpoint has weights only"
+    if not has_same_optimizer(reader.manifest.config, optimizer):
+        return f"another optimizer wrote its state (optimizer.kind is {optimizer.kind} now)"
+    return None
+
+
+def _fresh_state(engine: Engine) -> Iterator[StateSlice]:
+    """The slices of the weights; the optimizer state is set to zero."""
+    for state_slice in engine.local_state(True):
+        if state_slice.kind == WEIGHT:
+            yield state_slice
+        else:
+            state_slice.data.zero_()
+
+
+def _is_unfit_anywhere(damage: DamagedFile | None) -> bool:
+    """Whether any rank found a checkpoint whole but unfit. Collective."""
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, isinstance(damage, UnfitFile))
+    return any(found)
 
 
 def warm_start(folder: Path, engine: Engine) -> None:

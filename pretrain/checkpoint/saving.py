@@ -21,7 +21,7 @@ from pretrain.checkpoint.manifest import FORMAT, Manifest
 from pretrain.checkpoint.restore import Identity, TrainingPosition, random_state_slices
 from pretrain.checkpoint.rollback import drop_passed, step_of
 from pretrain.checkpoint.write import CheckpointWriter, prune
-from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StateSlice
+from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Engine, StateSlice, state_kinds
 from pretrain.run.events import EventKind
 
 
@@ -52,7 +52,7 @@ class Common:
             tokenizer=self.identity.tokenizer,
             data=self.data,
             config=asdict(self.config),
-            kinds=(WEIGHT, *MOMENTS, "rng"),
+            kinds=(WEIGHT, *MOMENTS, *((MOMENTUM,) if self.config.optimizer.kind == "muon" else ()), "rng"),
             tensors={name: {"shape": shape, "dtype": "F32"} for name, shape in sorted(tensors.items())},
             files={},
             world_size=world_size,
@@ -81,9 +81,15 @@ class Saver:
         self._before_save, self._write_event, self._announce = before_save, write_event, announce
         self._section = common.config.checkpoint
         self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
-        # Adam's moments exist from the first step on. Each is as large as the weights.
-        weights = sum(state_slice.data.nbytes for state_slice in engine.owned_state() if state_slice.kind == WEIGHT)
-        self.writer.reserve((1 + len(MOMENTS)) * weights)
+        # Adam's moments exist from the first step on. Each kind of state is as large as the weights.
+        self.writer.reserve(
+            sum(
+                state_slice.data.nbytes
+                * (1 + len(state_kinds(state_slice.name, state_slice.global_shape, common.config.optimizer)))
+                for state_slice in engine.owned_state()
+                if state_slice.kind == WEIGHT
+            )
+        )
         self.last_step = -1
         self._began_s = self._blocked_s = 0.0
         self.error: str | None = None

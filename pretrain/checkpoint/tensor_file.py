@@ -31,6 +31,10 @@ class DamagedFile(Exception):
     """A file whose length or content differs from what was written."""
 
 
+class UnfitFile(DamagedFile):
+    """A whole file that this configuration or version can't use. It is no damage, so no such file is renamed."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a file: its type, shape, and the bytes [start, stop) counted from the start of the file."""

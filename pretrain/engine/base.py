@@ -12,12 +12,22 @@ from typing import Protocol
 
 import torch
 
+from configs.optimizer_schema import Optimizer
+from parallel.muon import updates_with_muon
 from pretrain.data.batches import MicroBatch
 from pretrain.model.tensor_slice import TensorSlice
 
-# The kinds of tensors that a checkpoint has for every parameter: fp32 main weights, and Adam's two moments.
+# The kinds of tensors that a checkpoint has: fp32 main weights of every parameter, and the state of its optimizer, which is
+# AdamW's two moments or Muon's momentum.
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum"
+
+
+def state_kinds(name: str, shape: tuple[int, ...], optimizer: Optimizer) -> tuple[str, ...]:
+    """The kinds of optimizer state of a parameter, by its canonical name and shape."""
+    return (MOMENTUM,) if updates_with_muon(name, shape, optimizer) else MOMENTS
+
 
 # Takes loss and gradient norm of a step, equal on all ranks, before its update. Returns whether the update may be applied.
 Accept = Callable[[float, float], bool]
@@ -47,7 +57,7 @@ class StepResult:
 class StateSlice:
     """A part of a canonical tensor on this rank: the flat range [start, stop) of `tensor_slice`.
 
-    `kind`: WEIGHT, one of MOMENTS, or "rng". `name`: the canonical name. `data`: [stop - start].
+    `kind`: WEIGHT, one of MOMENTS, MOMENTUM, or "rng". `name`: the canonical name. `data`: [stop - start].
     """
 
     kind: str

@@ -19,10 +19,11 @@ from parallel.compat.deepspeed.swap import SwappedParameters
 from parallel.compat.megatron_private import clear_step_tensors, update_expert_bias
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import deepspeed_gradients as finish
-from pretrain.engine.base import WEIGHT, Accept, StateSlice, StepResult, is_finite
+from pretrain.engine.base import MOMENTUM, WEIGHT, Accept, StateSlice, StepResult, is_finite
 from pretrain.engine.deepspeed_runtime import make_runtime
-from pretrain.engine.deepspeed_slots import make_slots
+from pretrain.engine.deepspeed_slots import ZeroSlot, make_slots
 from pretrain.engine.deepspeed_swap import swaps
+from pretrain.engine.muon import make_muon
 from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.shards import Shard, local_tensors, map_shards
@@ -46,7 +47,7 @@ class DeepSpeedZero:
         self.tensor_partial = {number for chunk in chunks for number in finish.tensor_partial(chunk)}
         gradient_device = device if config.zero.offload == "none" else torch.device("cpu")
         self.embedding = finish.SharedEmbedding(chunks, groups, self.zero_stage > 0, gradient_device)
-        self.runtime, self.models = make_runtime(config, chunks, groups, device)
+        self.runtime, self.models = make_runtime(config, chunks, groups, device, by_id)
         self.runtime.before_update = self._finish_gradients
         kinds: tuple[type[Partition], ...] = (Replicated, FlatGroups, FlatGroups, CutParameters)
         kind = SwappedParameters if swaps(config) else kinds[self.zero_stage]
@@ -59,6 +60,7 @@ class DeepSpeedZero:
             for name, tensor in local_tensors(chunk)
             if id(tensor) not in by_id
         ]
+        self.muon = make_muon(config, self.slots, shards, groups, device)
         self.updates = 0
 
     # A step.
@@ -72,6 +74,7 @@ class DeepSpeedZero:
         self.partition.begin()
         loss_sum, _ = self.schedule.run(self.models, batches, forward_only=False)
         self.loss = loss_sum / max(num_tokens, 1)
+        self.learning_rate = learning_rate
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.accept, self.applied = accept, False
@@ -93,6 +96,9 @@ class DeepSpeedZero:
         self.applied = self.accept(self.loss, self.grad_norm)
         if self.applied:
             finish.clip(gradients, self.config.optimizer.clip_grad_norm, self.grad_norm)
+            if self.muon is not None:
+                by_slot = {id(slot): gradient for slot, gradient in zip(slots, gradients, strict=True)}
+                self.muon.step(by_slot, self.learning_rate)
             self.partition.accept(norm)
         else:
             self.partition.discard()
@@ -111,10 +117,18 @@ class DeepSpeedZero:
         writers = ReplicaWriters()
         for slot in self.slots:
             if self._writes(slot.shard, slot.main.numel() if self.zero_stage == 0 else None, writers):
-                yield from slot.state_slices(slot.values(self.partition))
+                yield from slot.state_slices(self._values(slot))
         for slot in self.buffers:
             if self._writes(slot.shard, slot.main.numel(), writers):
                 yield from slot.state_slices({WEIGHT: slot.main})
+
+    def _momentum_of(self, slot: Slot) -> torch.Tensor | None:
+        return self.muon.momentum_of(slot) if self.muon is not None else None
+
+    def _values(self, slot: ZeroSlot, writable: bool = False) -> dict[str, torch.Tensor]:
+        """Main weights and optimizer state by kind, each [stop - start]."""
+        momentum = self._momentum_of(slot)
+        return slot.values(self.partition, writable) if momentum is None else {WEIGHT: slot.main, MOMENTUM: momentum}
 
     def _writes(self, shard: Shard, shared_elements: int | None, writers: ReplicaWriters) -> bool:
         """Whether this rank writes the tensor.
@@ -126,9 +140,9 @@ class DeepSpeedZero:
 
     def local_state(self, with_optimizer: bool) -> Iterator[StateSlice]:
         if with_optimizer:
-            self.partition.make_moments()
+            self.partition.make_moments({id(slot.flat_range.flat) for slot in self.slots if self._momentum_of(slot) is not None})
         for slot in self.slots:
-            values = slot.values(self.partition, writable=True)
+            values = self._values(slot, writable=True)
             yield from slot.state_slices(values if with_optimizer else {WEIGHT: values[WEIGHT]})
         for slot in self.buffers:
             yield from slot.state_slices({WEIGHT: slot.main})

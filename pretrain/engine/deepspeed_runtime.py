@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -31,7 +31,10 @@ from parallel.compat.deepspeed.guards import (
 from parallel.compat.deepspeed.operators import build_adam, build_async_io
 from parallel.compat.deepspeed.start import start_deepspeed
 from parallel.compat.deepspeed.swap import swap_small_groups
+from parallel.muon import updates_with_muon
 from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swaps
+from pretrain.engine.muon import hide_in_step
+from pretrain.model.shards import Shard
 
 # In elements. DeepSpeed allocates buffers of this size even for a small model. Its default of 5e8 takes 2 GB in fp32.
 _BUCKET_ELEMENTS = 50_000_000
@@ -89,9 +92,13 @@ class ChunkCall(nn.Module):
 
 
 def make_runtime(
-    config: Config, chunks: Sequence[GPTModel], groups: ProcessGroupCollection, device: torch.device
+    config: Config,
+    chunks: Sequence[GPTModel],
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    shards: Mapping[int, Shard],
 ) -> tuple[GuardedEngine, list[ChunkCall]]:
-    """DeepSpeed's engine, and one module a chunk for the schedule. Collective.
+    """DeepSpeed's engine, and one module a chunk for the schedule. `shards`: by id of the parameter. Collective.
 
     Afterwards the parameters are partitioned. At stage 3 they no longer have the shapes of the model.
     """
@@ -107,7 +114,7 @@ def make_runtime(
     runtime = GuardedEngine(
         args=None,
         model=Chunks(chunks),
-        optimizer=make_adam(config, chunks, device),
+        optimizer=make_adam(config, chunks, device, shards),
         mpu=answers,
         dist_init_required=False,
         config=settings,
@@ -154,23 +161,40 @@ def engine_settings(config: Config, cuda: bool) -> dict[str, Any]:
     return settings
 
 
-def make_adam(config: Config, chunks: Sequence[GPTModel], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with separate groups for dense and expert parameters. Norms and biases have no decay, as in Megatron-Core."""
+def make_adam(
+    config: Config, chunks: Sequence[GPTModel], device: torch.device, shards: Mapping[int, Shard]
+) -> torch.optim.Optimizer:
+    """AdamW with separate groups for dense and expert parameters. Norms and biases have no decay, as in Megatron-Core.
+
+    Parameters that Muon updates have groups of their own: DeepSpeed partitions them, and AdamW's steps pass over them.
+    """
     optimizer = config.optimizer
-    grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    grouped: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             is_vector = name.endswith(".bias") or parameter.dim() == 1
             is_expert = not getattr(parameter, "allreduce", True)
-            grouped.setdefault((is_expert, is_vector), []).append(parameter)
+            shard = shards[id(parameter)]
+            is_muons = updates_with_muon(shard.name, shard.global_shape, optimizer)
+            grouped.setdefault((is_expert, is_vector, is_muons), []).append(parameter)
     members = [
         {
             "params": parameters,
             "weight_decay": 0.0 if is_vector else optimizer.weight_decay,
+            "muon": is_muons,
             **({"moe": True, "name": EXPERT_GROUP} if is_expert else {}),
         }
-        for (is_expert, is_vector), parameters in sorted(grouped.items(), key=lambda item: item[0])
+        for (is_expert, is_vector, is_muons), parameters in sorted(grouped.items(), key=lambda item: item[0])
     ]
+    adam = _adam_of(config, members, device)
+    if optimizer.kind == "muon":
+        hide_in_step(adam, lambda group, _: group["muon"])
+    return adam
+
+
+def _adam_of(config: Config, members: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW on the device, or DeepSpeed's CPU Adam where offload and a compiler allow it."""
+    optimizer = config.optimizer
     values: dict[str, Any] = dict(lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
     offloaded = config.zero.offload != "none"
     if offloaded and can_compile():

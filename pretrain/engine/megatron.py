@@ -1,4 +1,7 @@
-"""Engine `megatron`: Megatron-Core's DDP, with its plain AdamW at ZeRO 0 and its distributed AdamW at ZeRO 1."""
+"""Engine `megatron`: Megatron-Core's DDP, with its plain AdamW at ZeRO 0 and its distributed AdamW at ZeRO 1.
+
+With optimizer.kind = muon, Muon updates its parameters just before AdamW updates the others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from configs.schema import Config
 from parallel.compat.megatron_private import publish_main_weights, sharded_main
 from pretrain.data.batches import MicroBatch
-from pretrain.engine.base import MOMENTS, WEIGHT, Accept, StateSlice, StepResult, is_finite
+from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Accept, StateSlice, StepResult, is_finite
+from pretrain.engine.muon import hide_in_step, make_muon
 from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
 from pretrain.model.megatron_config import DTYPES
@@ -57,6 +61,11 @@ class MegatronEngine:
         self.slots = self._make_slots()
         modules = [module for chunk in chunks for module in chunk.modules()]
         self.biased = [module for module in modules if getattr(module, "expert_bias", None) is not None]
+        self.muon = make_muon(config, [slot for slot in self.slots if slot.part], self.shards, groups, device)
+        if self.muon is not None:
+            mains = {id(slot.main) for slot in self.muon.slots}
+            for part in self._parts():
+                hide_in_step(part.optimizer, lambda _, parameter: id(parameter) in mains)
         self.updates = 0
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -106,6 +115,8 @@ class MegatronEngine:
             parameters: list[torch.Tensor] = list(part.get_parameters())
             if clip > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
+        if self.muon is not None:
+            self.muon.step({id(slot): _gradient(slot) for slot in self.muon.slots}, learning_rate)
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 
@@ -152,22 +163,28 @@ class MegatronEngine:
             whole = self.zero_stage == 0 or slot.part is None
             mine = not whole or writers.assign(shard, slot.main.numel()) == shard.data_rank
             if mine and not shard.tensor_replica and not shard.duplicate:
-                state = slot.part.optimizer.state[slot.main] if slot.part else {}
-                yield from slot.state_slices({WEIGHT: slot.main, **{kind: state[kind] for kind in MOMENTS if kind in state}})
+                yield from slot.state_slices({WEIGHT: slot.main, **self._optimizer_state(slot)})
+
+    def _optimizer_state(self, slot: OptimizerSlot) -> dict[str, torch.Tensor]:
+        if self.muon is not None and (momentum := self.muon.momentum_of(slot)) is not None:
+            return {MOMENTUM: momentum}
+        state = slot.part.optimizer.state.get(slot.main, {}) if slot.part else {}
+        return {kind: state[kind] for kind in MOMENTS if kind in state}
 
     def local_state(self, with_optimizer: bool) -> Iterator[StateSlice]:
         for slot in self.slots:
             values = {WEIGHT: slot.main}
             if with_optimizer and slot.part:
-                state = {kind: torch.zeros_like(slot.main, dtype=torch.float32) for kind in MOMENTS}
-                slot.part.optimizer.state[slot.main] = state
-                values |= state
+                if self._is_adams(slot):
+                    moments = {kind: torch.zeros_like(slot.main, dtype=torch.float32) for kind in MOMENTS}
+                    slot.part.optimizer.state[slot.main] = moments
+                values |= self._optimizer_state(slot)
             yield from slot.state_slices(values)
 
     def loaded(self, optimizer_steps: int | None) -> None:
         self.updates = optimizer_steps or 0
         for slot in self.slots:
-            if slot.part and optimizer_steps is not None and not self._counts_in_groups(slot.part):
+            if slot.part and optimizer_steps is not None and self._is_adams(slot) and not self._counts_in_groups(slot.part):
                 slot.part.optimizer.state[slot.main]["step"] = torch.tensor(float(optimizer_steps))
         for part in self._parts():
             if self._counts_in_groups(part):
@@ -177,6 +194,9 @@ class MegatronEngine:
         if self.zero_stage == 1:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
+
+    def _is_adams(self, slot: OptimizerSlot) -> bool:
+        return self.muon is None or self.muon.momentum_of(slot) is None
 
     @staticmethod
     def _counts_in_groups(part: MegatronOptimizer) -> bool:
@@ -195,3 +215,8 @@ class OptimizerSlot(Slot):
     """`part`: the optimizer that updates `main`. None: `main` is a buffer."""
 
     part: MegatronOptimizer | None
+
+
+def _gradient(slot: Slot) -> torch.Tensor:
+    assert slot.main.grad is not None, "megatron-core gives every main weight a gradient"
+    return slot.main.grad

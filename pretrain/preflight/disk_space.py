@@ -13,17 +13,18 @@ from configs.errors import Problem
 from configs.schema import Config
 from parallel.architecture import padded_vocab
 from parallel.flops import count_parameters
+from parallel.muon import muon_parameters
 from pretrain.run.folder import RunFolder, unfinished_folders
 
-# Bytes of a parameter in a checkpoint: its fp32 value with both moments, and its bf16 weight if it has one.
-STATE_BYTES, BF16_BYTES = 12, 2
+# Bytes of a parameter in a checkpoint: its fp32 value with both moments, and its bf16 weight if it has one. Muon has one moment.
+STATE_BYTES, BF16_BYTES, MOMENT_BYTES = 12, 2, 4
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Size of one checkpoint in bytes. It doesn't depend on the layout, because every element is written once."""
     parameters = count_parameters(config.model, padded_vocab(config.model, vocab_size))
     each = STATE_BYTES + (BF16_BYTES if config.precision.params == "bf16" else 0)
-    return (parameters.total + parameters.mtp) * each
+    return (parameters.total + parameters.mtp) * each - MOMENT_BYTES * muon_parameters(config.model, config.optimizer)
 
 
 def free_bytes(path: Path) -> int:

@@ -17,10 +17,17 @@ from configs.load import from_yaml_text
 from configs.schema import Config
 from parallel.compat.supported import changed_versions, has_own_libraries
 from parallel.layout import Layout
-from pretrain.checkpoint.allowed_changes import WORD, architecture, check_changes, flatten, rule_of
+from pretrain.checkpoint.allowed_changes import (
+    WORD,
+    architecture,
+    check_changes,
+    flatten,
+    has_same_optimizer,
+    rule_of,
+)
 from pretrain.checkpoint.going_back import check_target, newer_checkpoints
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
-from pretrain.checkpoint.tensor_file import DamagedFile
+from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
 from pretrain.run.decision import pending_step
 from pretrain.run.files import read_json
 from pretrain.run.folder import RunFolder, complete_checkpoints, folder_of
@@ -28,6 +35,9 @@ from pretrain.run.folder import RunFolder, complete_checkpoints, folder_of
 BIT_EQUAL = "bit for bit as if it had never stopped (on CPUs)"
 ONE_ULP = "the restored state is bit-equal, the next loss within one fp32 unit in the last place"
 REHEARSED = "the restored state is bit-equal, the next losses as equal as a rehearsal's (1e-5)"
+FRESH_OPTIMIZER = (
+    "the restored weights are bit-equal, the optimizer starts afresh, and the run learns something else, for these changed"
+)
 OTHER_RUN = "the restored state is bit-equal, but from there on the run learns something else, for these changed"
 
 
@@ -71,6 +81,10 @@ def find_resume_point(
             continue
         try:
             manifest = read_manifest(path)
+        except UnfitFile as unfit:
+            rule = f"holds a whole checkpoint that this version can't go on from: {unfit}"
+            fix = "use the version that wrote it, or another run.dir"
+            return None, [Problem("run.dir", str(path), rule, fix)], notices
         except DamagedFile as damage:
             notices.append(Notice("run.dir", f"{path.name} is damaged and would be passed over: {damage}"))
             continue
@@ -128,7 +142,8 @@ def _writer(manifest: Manifest) -> str:
 def how_exactly(config: Config, layout: Layout, manifest: Manifest, other_libraries: bool = False) -> str:
     """How exactly the run continues after this change. tests/pretrain/test_train.py and test_reshape.py test the layouts."""
     if changed := _learned_changes(config, layout, manifest):
-        return f"{OTHER_RUN}: {', '.join(changed)}"
+        keeps_state = has_same_optimizer(manifest.config, config.optimizer)
+        return f"{OTHER_RUN if keeps_state else FRESH_OPTIMIZER}: {', '.join(changed)}"
     if other_libraries:
         return REHEARSED
     now, before = layout.degrees(), manifest.layout

@@ -44,6 +44,7 @@ class EventKind(StrEnum):
     PRUNED = "pruned"
     PRUNE_FAILED = "prune_failed"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
+    OPTIMIZER_RESET = "optimizer_reset"
     CHECKPOINT_ROLLED_BACK = "checkpoint_rolled_back"
     # Steps that were not applied.
     SKIPPED_STEP = "skipped_step"
@@ -212,6 +213,11 @@ EVENTS: Mapping[EventKind, EventSpec] = {
         "A checkpoint is damaged and was renamed; an older one is tried.",
         RANK_0,
         (_FOLDER, _WHY, _KEPT_AS),
+    ),
+    EventKind.OPTIMIZER_RESET: EventSpec(
+        "The weights of a checkpoint were loaded without its optimizer state, and the optimizer starts afresh.",
+        RANK_0,
+        (_FOLDER, _WHY),
     ),
     EventKind.CHECKPOINT_ROLLED_BACK: EventSpec(
         "The run went back to a step before this checkpoint, which was renamed.",

@@ -191,6 +191,44 @@ def test_what_may_not_change_is_refused_and_nothing_is_touched(config: Path, who
     assert len(rows(whole)) == 7
 
 
+def test_another_optimizer_needs_a_word_and_starts_afresh(config: Path, whole: Path) -> None:
+    def kept() -> list[str]:
+        return sorted(path.name for path in (whole / "checkpoints").iterdir())
+
+    before, muon = kept(), ("run.steps=7", "optimizer.kind=muon", "checkpoint.keep=0")
+    assert attempt(config, whole, *muon) == [2] * 4
+    assert kept() == before
+    assert attempt(config, whole, *muon, "checkpoint.allow_change=[optimizer]") == [0] * 4
+    assert "optimizer_reset" in events(whole) and "checkpoint_damaged" not in events(whole)
+    assert kept() == [*before, "step_0000007"]
+    manifest = json.loads((whole / "checkpoints" / "step_0000007" / "manifest.json").read_text())
+    assert (manifest["optimizer_steps"], "momentum" in manifest["kinds"]) == (1, True)
+    # Back again, on other ranks, from a checkpoint whose router weights Muon did not update.
+    adamw = ("run.steps=8", "optimizer.muon.router=muon", "optimizer.kind=adamw", "checkpoint.keep=0")
+    assert attempt(config, whole, *adamw, "checkpoint.allow_change=[optimizer]", "parallel.pipeline=1") == [0] * 4
+    assert events(whole).count("optimizer_reset") == 2 and kept() == [*before, "step_0000007", "step_0000008"]
+
+
+@pytest.mark.parametrize("by", ["another version", "another config"])
+def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_not_renamed(
+    config: Path, whole: Path, by: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = whole / "checkpoints" / "step_0000006"
+    file = folder / ("manifest.json" if by == "another version" else "index.json")
+    value = json.loads(file.read_text())
+    if by == "another version":
+        value["format"] = 2
+    else:
+        value = {
+            name: {key: crc for key, crc in sums.items() if not key.startswith("exp_avg:decoder.layers.3.")}
+            for name, sums in value.items()
+        }
+    file.write_text(json.dumps(value))
+    assert attempt(config, whole, "run.steps=7") == [2] * 4
+    assert folder.exists() and "checkpoint_damaged" not in events(whole)
+    assert "whole checkpoint that this" in capfd.readouterr().err
+
+
 def test_warm_start_takes_the_weights_only(config: Path, tmp_path: Path, whole: Path) -> None:
     warm = tmp_path / "warm"
     words = (f"checkpoint.load={whole}", "run.steps=1", "optimizer.lr=1e-9", "schedule.horizon_steps=2")

@@ -102,6 +102,8 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
     # Without an epsilon above the rounding noise, Adam would turn the noise of a vanishing gradient into full steps.
     small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-5, 0.0
+    # In bf16 the iterations of two layouts differ by 6e-4, and a wrong update could hide in that.
+    small.optimizer.muon.ns_dtype = "fp32"
     small.cluster.device, small.cluster.gpu = "auto", None
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None

@@ -2,7 +2,8 @@
 
 In: the shrunken config. Out: losses and norms, this rank's slices of the gradients of the first step, and of the weights before
 the first and after the last step. Gradients are read from Adam's first moment after one step, which is (1 - beta1) times the
-clipped gradient in every engine. The norm that the engine reports undoes the clipping.
+clipped gradient in every engine, and from Muon's momentum, which is (1 - momentum) times it. The norm that the engine reports
+undoes the clipping.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.data.batches import MicroBatch
-from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StepResult
+from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Engine, StepResult
 from pretrain.model.tensor_slice import TensorSlice
 from tools.rehearse.shrink import VOCAB_SIZE
 
@@ -67,7 +68,8 @@ def train(config: Config, steps: int) -> RankResult:
         trained.losses.append(result.loss)
         trained.grad_norms.append(result.grad_norm)
         if step == 0:
-            trained.gradients = _slices(engine, MOMENTS[0], 1 / (1 - config.optimizer.beta1) / _clipped(config, result))
+            for kind, decay in ((MOMENTS[0], config.optimizer.beta1), (MOMENTUM, config.optimizer.muon.momentum)):
+                trained.gradients |= _slices(engine, kind, 1 / (1 - decay) / _clipped(config, result))
     trained.near_ties = sum(int((margin < NEAR_TIE).sum()) for found in margins for margin in found)
     trained.weights = _slices(engine, WEIGHT, 1.0)
     dist.barrier()

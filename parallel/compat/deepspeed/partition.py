@@ -8,7 +8,7 @@ and cut it into equal parts. Stage 3 cuts every parameter, and lays the parts of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,11 @@ class Partition(ABC):
         state = self.adam.state.get(held.flat, {})
         return held.main, {kind: held.part_of(state[kind]) for kind in MOMENTS if kind in state}
 
-    def make_moments(self) -> None:
-        """Zero moments, for `values` to find."""
+    def make_moments(self, without: Collection[int] = ()) -> None:
+        """Zero moments, for `values` to find. `without`: ids of flat tensors that AdamW does not update."""
         for group, flat in {held.group: held.flat for held in self.ranges}.items():
-            self._make_moments(group, flat)
+            if id(flat) not in without:
+                self._make_moments(group, flat)
 
     def _make_moments(self, group: int, flat: torch.Tensor) -> None:
         self.adam.state[flat] = {kind: torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for kind in MOMENTS}

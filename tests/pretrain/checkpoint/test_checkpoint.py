@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from pretrain.checkpoint.manifest import Manifest, check_identity, parse_key, read_manifest, slice_key
 from pretrain.checkpoint.read import CheckpointReader
-from pretrain.checkpoint.tensor_file import DamagedFile, read_bytes, read_header, write_tensor_file
+from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile, read_bytes, read_header, write_tensor_file
 from pretrain.checkpoint.write import CheckpointWriter, prune, remove_leftovers
 from pretrain.engine.base import StateSlice
 from pretrain.model.tensor_slice import TensorSlice
@@ -123,11 +123,11 @@ def test_damage_is_found(tmp_path: Path, fault: str) -> None:
         CheckpointReader(folder).fill([state_slice(TensorSlice((0, 0), (ROWS, COLUMNS)), 0, ROWS * COLUMNS, False)])
 
 
-def test_missing_slices_are_damage(tmp_path: Path) -> None:
+def test_missing_slices_are_no_damage_but_another_config(tmp_path: Path) -> None:
     run_ranks(1, save, str(tmp_path), 0, 1, True)
     reader = CheckpointReader(step_folder(tmp_path, 3))
     absent = StateSlice("weight", "other", (4,), TensorSlice((0,), (4,)), 0, 4, torch.zeros(4))
-    with pytest.raises(DamagedFile, match="holds 0 of the 4 elements"):
+    with pytest.raises(UnfitFile, match="holds 0 of the 4 elements"):
         reader.fill([absent])
 
 

@@ -45,9 +45,10 @@ PAIRS = [
 State = dict[Any, np.ndarray]
 
 
-def config_of(name: str) -> Config:
+def config_of(name: str, kind: str = "adamw") -> Config:
     world, layout = LAYOUTS[name]
-    return small_config(launch__processes_per_node=world, **MODEL, **layout)
+    muon = {"optimizer__muon__ns_dtype": "fp32", "optimizer__muon__router": "muon"}
+    return small_config(launch__processes_per_node=world, optimizer__kind=kind, **muon, **MODEL, **layout)
 
 
 def go_on(config: Config, load: str | None, save: str | None, steps: int) -> tuple[State, float]:
@@ -68,7 +69,7 @@ def go_on(config: Config, load: str | None, save: str | None, steps: int) -> tup
     if save:
         manifest = Manifest(
             1, 2, 0, 0, engine.optimizer_steps(), None, engine.name, engine.zero_stage, {}, {}, VOCAB, None, None, {},
-            ("weight", "exp_avg", "exp_avg_sq"), {}, {}, dist.get_world_size(),
+            ("weight", "exp_avg", "exp_avg_sq", "momentum"), {}, {}, dist.get_world_size(),
         )  # fmt: skip
         writer = CheckpointWriter(Path(save), dist.get_rank(), True)
         writer.start(manifest, state_slices)
@@ -80,15 +81,24 @@ def go_on(config: Config, load: str | None, save: str | None, steps: int) -> tup
     return state, result.loss
 
 
-@pytest.mark.parametrize(("before", "after"), [*PAIRS[:4], *(pytest.param(*pair, marks=pytest.mark.prove) for pair in PAIRS[4:])])
-def test_any_state_goes_on_under_any_layout_and_engine(before: str, after: str, tmp_path: Path) -> None:
-    wrote = run_ranks(LAYOUTS[before][0], go_on, config_of(before), None, str(tmp_path), 2)
-    read = run_ranks(LAYOUTS[after][0], go_on, config_of(after), str(tmp_path), None, 0)
+MUON_PAIRS = [("tp2·etp2", "deepspeed 3"), ("deepspeed 2·pp2", "dp4"), ("pp2·ep2", "pp2·ep2"), ("deepspeed 1", "tp2·etp2")]
+CASES = [
+    *((*pair, "adamw") for pair in PAIRS[:4]), *(pytest.param(*pair, "adamw", marks=pytest.mark.prove) for pair in PAIRS[4:]),
+    (*MUON_PAIRS[0], "muon"), *(pytest.param(*pair, "muon", marks=pytest.mark.prove) for pair in MUON_PAIRS[1:]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "kind"), CASES)
+def test_any_state_goes_on_under_any_layout_and_engine(before: str, after: str, kind: str, tmp_path: Path) -> None:
+    wrote = run_ranks(LAYOUTS[before][0], go_on, config_of(before, kind), None, str(tmp_path), 2)
+    read = run_ranks(LAYOUTS[after][0], go_on, config_of(after, kind), str(tmp_path), None, 0)
     old, new = assemble([state for state, _ in wrote]), assemble([state for state, _ in read])
+    assert {kind for kind, _ in old} >= {"weight", "exp_avg"} | ({"momentum"} if kind == "muon" else set())
     assert old.keys() == new.keys()
     assert any(name.endswith("expert_bias") for _, name in old)
     for key in old:
         assert np.array_equal(old[key], new[key]), key
     loss, next_loss = wrote[0][1], read[0][1]
     same_products = "tp2·etp2" not in (before, after)
-    assert abs(next_loss - loss) <= (float(np.spacing(np.float32(loss))) if same_products else 1e-5 * loss)
+    tolerance = float(np.spacing(np.float32(loss))) if same_products else 1e-5 * loss
+    assert abs(next_loss - loss) <= (0 if before == after else tolerance)

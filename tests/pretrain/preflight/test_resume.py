@@ -138,9 +138,14 @@ def test_what_the_ranks_would_refuse_is_said_before(config: Config) -> None:
 
 
 def test_damage_and_an_empty_folder(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoints" / "step_0000007" / "manifest.json").write_text(json.dumps({"format": 9}))
+    manifest = tmp_path / "run" / "checkpoints" / "step_0000007" / "manifest.json"
+    manifest.write_text("{")
     point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
     assert point is None and not problems
     assert "damaged" in notices[0].text
+    manifest.write_text(json.dumps({"format": 9}))
+    point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
+    assert point is None and not notices
+    assert "this version can't go on from" in problems[0].rule
     config.run.dir = str(tmp_path / "new")
     assert find_resume_point(config, make_layout(config), VOCAB) == (None, [], [])

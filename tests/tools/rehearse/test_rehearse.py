@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from configs.errors import ConfigError
 from configs.load import load_config
@@ -240,3 +241,38 @@ def test_every_family_on_composed_axes(name: str, tmp_path: Path, capsys: pytest
 def test_what_is_refused_for_the_run_is_refused_here(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         cli.main([*QUICK, *words])
+
+
+MUON = ["optimizer.kind=muon", "optimizer.muon.router=muon", "optimizer.muon.split_heads=head"]
+SHARDED = ["parallel.tensor=2", "parallel.expert_tensor=2", "parallel.pipeline=1", "parallel.expert=1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*COMPOSED, "launch.processes_per_node=8"],
+        [*SHARDED, "zero={engine: deepspeed, stage: 3, offload: optimizer}"],
+        pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 1, offload: optimizer}"], marks=pytest.mark.prove),
+        pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 2}"], marks=pytest.mark.prove),
+        pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 0}"], marks=pytest.mark.prove),
+        pytest.param([*SHARDED, "zero.stage=0"], marks=pytest.mark.prove),
+    ],
+)
+def test_muon_updates_alike_whatever_holds_the_matrices(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = rehearse([*QUICK, *MUON, *words], capsys)
+    assert code == 0, found
+
+
+def test_matrices_that_each_rank_orthogonalises_for_itself_are_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each tensor rank solves its own rows, as megatron-core's mode `blockwise` does."""
+
+    def by_rank(name: str, num_rows: int, *_: object) -> list[tuple[tuple[int, int], ...]]:
+        parts = dist.get_world_size()
+        return [((part * num_rows // parts, (part + 1) * num_rows // parts),) for part in range(parts)]
+
+    monkeypatch.setattr("pretrain.engine.muon.split_rows", by_rank)
+    code, found = rehearse([*QUICK, *MUON, *SHARDED, "launch.processes_per_node=2"], capsys)
+    (line,) = found["layouts"]  # type: ignore[misc]
+    assert code == 1 and not line["ok"] and line["grad_max_rel"] < 1e-5 < line["weight_max_rel"]

@@ -99,25 +99,36 @@ def test_every_command_works_away_from_the_checkout(installed: Path, tmp_path: P
     assert "#SBATCH" in shell("phalanx launch qwen3_30b_a3b --dry-run --no-data", tmp_path, env)
 
 
-def test_folders_of_a_project_do_not_get_in_the_way(installed: Path, tmp_path: Path) -> None:
-    """`tools/` and the others of a user's project: on PYTHONPATH before ours, and in the working folder."""
-    project = tmp_path / "project"
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's project that has folders of our names, and of other common ones."""
+    folder = tmp_path / "project"
     for name in (*NAMES, "data", "model", "run", "metrics"):
-        (project / name).mkdir(parents=True)
-        (project / name / "__init__.py").write_text(f"raise RuntimeError('the project has its own {name}')")
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(f"raise RuntimeError('the project has its own {name}')")
+    return folder
+
+
+def test_folders_of_a_project_do_not_get_in_the_way(installed: Path, project: Path) -> None:
+    """`tools/` and the others of a user's project: on PYTHONPATH before ours, and in the working folder."""
     env = environment(installed, project)
     shell("phalanx data tokenizer --corpus embedded --vocab-size 600 --max-mb 0.3 --out t.model", project, env)
     shell("phalanx data tokenize --corpus embedded --max-mb 0.3 --workers 2 --tokenizer t.model --out train", project, env)
-    words = f"quickstart run.dir=runs/mine {SMALL}"
-    shell(f"phalanx launch {words}", project, env)
+    shell(f"phalanx launch quickstart run.dir=runs/mine {SMALL}", project, env)
     folder = project / "runs" / "mine"
     assert json.loads((folder / "outcome.json").read_text())["step"] == 3
     assert list((folder / "wandb").glob("offline-run-*")), "the copy to W&B started"
     shell("phalanx status runs/mine && phalanx logs runs/mine >/dev/null", project, env)
+
+
+@pytest.mark.prove
+def test_they_are_not_in_the_way_of_other_processes_either(installed: Path, project: Path) -> None:
+    env = environment(installed, project)
+    shell("phalanx data tokenizer --corpus embedded --vocab-size 600 --max-mb 0.3 --out t.model", project, env)
+    shell("phalanx data tokenize --corpus embedded --max-mb 0.3 --tokenizer t.model --out train", project, env)
     shell("phalanx rehearse quickstart --steps 1 parallel.pipeline=1 launch.processes_per_node=2 parallel.expert=2", project, env)
     shell("phalanx doctor --quick", project, env)
-    program = installed / "pretrain" / "main.py"
-    by_hand = words.replace("runs/mine", "runs/by_hand").replace("quickstart", "")
     torchrun = f"{sys.executable} -P -m torch.distributed.run --nproc-per-node 2"
-    shell(f"{torchrun} {program} --config quickstart {by_hand}", project, env)
+    program = installed / "pretrain" / "main.py"
+    shell(f"{torchrun} {program} --config quickstart run.dir=runs/by_hand {SMALL}", project, env)
     assert (project / "runs" / "by_hand" / "DONE").exists()

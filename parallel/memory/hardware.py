@@ -24,6 +24,8 @@ GIB = 2**30
 # For GPUs without a published figure: the median of the published ones, as a share of the dense peak.
 LARGEST_GEMM_BF16, LARGEST_GEMM_FP8 = 0.78, 0.735
 TYPICAL_NIC_GBIT_S = 200.0
+# H100's: 3.7e12 exponentials a second beside 989 TFLOP/s.
+EXPONENTIALS_PER_TFLOP = 3.7 / 989
 PCIE_GB_S = 25.0
 # The "GB" of GPU memory that makers state are GiB. The driver keeps about 1%: nvidia-smi shows 79.6 GiB of an H100's 80 and
 # 140.4 of an H200's 141.
@@ -43,7 +45,10 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of the table. `gemm_bf16`, `gemm_fp8`: share of the peak that its largest measured matrix product reaches."""
+    """One GPU of the table. `gemm_bf16`, `gemm_fp8`: share of the peak that its largest measured matrix product reaches.
+
+    `power_share`: its power limit over the largest one that its chip is sold with. `exponentials_s`: exponentials a second.
+    """
 
     name: str
     bf16_tflops: float
@@ -56,6 +61,8 @@ class Gpu:
     nic_gbit_s: float
     gemm_bf16: float
     gemm_fp8: float
+    power_share: float = 1.0
+    exponentials_s: float = 1e12
 
     @property
     def has_fp8(self) -> bool:
@@ -73,6 +80,12 @@ class Gpu:
     def largest_gemm(self, compute: str) -> float:
         """Share of that peak that the largest matrix products reach."""
         return self.gemm_fp8 if compute in ("fp8", "fp4") else self.gemm_bf16
+
+    @property
+    def clock(self) -> float:
+        """Clock under sustained products over that at the chip's full power: power grows as the clock's third power, as voltage
+        rises with it."""
+        return self.power_share ** (1 / 3)
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,8 @@ def _gpu(row: dict[str, Any]) -> Gpu:
         nic_gbit_s=float(row["nic_gbit_s_per_gpu_typical"] or TYPICAL_NIC_GBIT_S),
         gemm_bf16=float(row["largest_gemm_bf16_fraction"] or LARGEST_GEMM_BF16),
         gemm_fp8=float(row["largest_gemm_fp8_fraction"] or LARGEST_GEMM_FP8),
+        power_share=float(row["power_share"]),
+        exponentials_s=1e12 * float(row["exponentials_tera_s"] or EXPONENTIALS_PER_TFLOP * bf16),
     )
 
 

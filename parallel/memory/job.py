@@ -25,6 +25,10 @@ from parallel.stages import Chunk
 # Bytes of one logit with Megatron-Core's vocabulary parallel cross entropy: bf16, and an fp32 probability that the gradient
 # overwrites.
 LOGIT_BYTES = 6.0
+# Bytes of one logit where the output layer gathers them: bf16, an fp32 copy and the gradient in bf16.
+GATHERED_LOGIT_BYTES = 8.0
+# Bytes of one logit with a cross entropy that torch.compile fuses: the logit and its gradient, both bf16.
+COMPILED_LOGIT_BYTES = 4.0
 # Bytes of one logit with PyTorch's uncompiled cross entropy: the logit, its log-softmax and the gradient, all fp32.
 EAGER_LOGIT_BYTES = 12.0
 
@@ -46,7 +50,8 @@ class BytesPerParameter:
 class ZeroSharding:
     """How data parallel ranks divide weights, gradients and optimizer state (ZeRO, arXiv 1910.02054).
 
-    `engine`: megatron, deepspeed or fsdp. `group`: number of data parallel ranks over which states are divided; None: all.
+    `engine`: megatron, deepspeed, fsdp (PyTorch's first one) or fsdp2. `group`: number of data parallel ranks over which states
+    are divided; None: all.
     `overlap`: gradients are reduced while the backward pass runs. `each_pass`: gradients are reduced and divided after every
     micro-batch instead of once a step, from stage 1 on, as our DeepSpeed engine does.
     """
@@ -80,9 +85,10 @@ class PlannedJob:
 
     `flash`: attention keeps no score matrix. `tensor_waits`: matrix products wait for tensor parallel traffic, which does not
     overlap with them. `expert_overlap`: tokens are sent to their experts while another micro-batch computes; None: a published
-    run, which overlaps where its schedule allows. `sends_once`: a token is sent once to each rank that has some of its
-    experts, and once over the NIC to each scale-up domain that has (flex dispatcher: DeepEP, HybridEP); otherwise it is sent
-    once for each of its experts.
+    run, which overlaps where its schedule allows. `dispatcher`: how tokens reach their experts. alltoall sends a token once for
+    each of its experts; flex (DeepEP, HybridEP) once to each rank that has some of them, and once over the NIC to each scale-up
+    domain that has; allgather to every rank of the group. `eager`: PyTorch's own kernels instead of Transformer Engine's.
+    `grouped_launch`: one kernel computes the products of all local experts, in place of one for each expert.
     """
 
     model: Model
@@ -99,7 +105,9 @@ class PlannedJob:
     flash: bool = True
     tensor_waits: bool = False
     expert_overlap: bool | None = None
-    sends_once: bool = False
+    dispatcher: str = "alltoall"
+    eager: bool = False
+    grouped_launch: bool = False
     split: tuple[int, ...] | None = None
     logit_bytes: float = LOGIT_BYTES
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -148,6 +156,11 @@ class PlannedJob:
         return self.layout.pipeline > 1 and self.layout.virtual_pipeline > 1 and self.recompute.mode != "full"
 
     @property
+    def sends_once(self) -> bool:
+        """Whether a token travels at most once to each rank."""
+        return self.dispatcher == "flex"
+
+    @property
     def shards_weights(self) -> bool:
         """ZeRO-3: weights are gathered for each layer's pass."""
         return self.zero.stage == 3
@@ -156,6 +169,11 @@ class PlannedJob:
     def shards_gradients(self) -> bool:
         """ZeRO-2, or stage 1 with a reduction after every micro-batch: a rank keeps only its own part of the gradients."""
         return self.zero.stage >= 2 or (self.zero.stage == 1 and self.zero.each_pass)
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether accumulated gradients stay whole: FSDP2 reduces and divides them after the last micro-batch only."""
+        return self.zero.engine == "fsdp2" and self.num_micro_batches > 1
 
     def shard(self, data: int) -> int:
         """Number of ranks over which ZeRO divides states, out of `data` ranks that would hold the same states without it."""
@@ -200,7 +218,7 @@ def make_job(config: Config, vocab_size: int | None, machine: PlannedMachine | N
         zero=ZeroSharding(zero.engine, zero.stage, zero.offload, None, zero.overlap_grad_reduce, zero.engine == "deepspeed"),
         recompute=recomputation_of(config.recompute),
         expert_overlap=config.parallel.overlap_expert_comm,
-        sends_once=config.model.moe.dispatcher == "flex",
+        dispatcher=config.model.moe.dispatcher,
         compute=compute_of(config),
         optimizer=config.optimizer,
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,

@@ -9,7 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.memory import activations
 from parallel.memory.activations import KeptActivations
@@ -173,6 +173,9 @@ def _parts(
     """Bytes of a rank of the stage: (states, kept activations, short-lived tensors, overhead)."""
     states = state_bytes(job, held)
     kept, transient = activations.stage_activations(job, stage, count), transient_bytes(job, stage, held, imbalance)
+    if job.zero.engine in ("fsdp", "fsdp2") and not job.whole_gradients:
+        # PyTorch allocates gradients in the backward pass: they take the place of activations.
+        states = replace(states, gradients=max(0.0, states.gradients - kept))
     return states, kept, transient, _outside_bytes(job) + fragmentation(job) * (states.total + kept + transient)
 
 

@@ -160,7 +160,7 @@ def state_bytes(job: PlannedJob, held: RankParameters) -> StateBytes:
         return size * (held.dense / dense_shards + held.routed / expert_shards)
 
     weights = bytes_of(states.weights, stage >= 3)
-    gradients = bytes_of(states.gradients, job.shards_gradients)
+    gradients = bytes_of(states.gradients, job.shards_gradients and not job.whole_gradients)
     optimizer = bytes_of(states.optimizer, stage >= 1)
     if job.optimizer.kind == "muon":
         optimizer -= bytes_of(states.moment, stage >= 1, held.matrices)

@@ -103,7 +103,7 @@ def dispatcher_note(plan: Plan, config: Config) -> str | None:
     job = plan.job
     if job.sends_once or not may_be_flex(config):
         return None
-    saved_s = -_slower_s(plan, replace(job, sends_once=True))
+    saved_s = -_slower_s(plan, replace(job, dispatcher="flex"))
     if saved_s <= 0:
         return None
     how = "a token goes once to each rank, not once for each of its experts"

@@ -25,13 +25,16 @@ from parallel.memory.job import PlannedJob
 from parallel.memory.weights import RankParameters, stage_held
 from parallel.muon import newton_schulz_flops, split_rows, updates_with_muon
 from tools.convert.tensors.canonical_shapes import layer_shapes
+from tools.planner.dispatch import remote_copies
 from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
 
 KINDS = (
     "gemm",  # dense products
     "experts",  # products of the routed experts
     "attention",  # scores and their sum over values
-    "memory",  # norms, activations, rotations, permutation, casts, loss, and the products' own traffic
+    "exponentials",  # of the softmax, by the special function units
+    "memory",  # norms, activations, rotations, permutation, casts, loss
+    "operands",  # what products read and write
     "casts",  # inputs and gradients of products turned into fp8 or fp4
     "scores",  # the score matrix of attention without flash, written and read
     "tensor",  # all-gather and reduce-scatter between tensor parallel ranks
@@ -49,7 +52,8 @@ KINDS = (
 )
 # What they are called, for people.
 WORDS = {
-    "gemm": "dense products", "experts": "expert products", "attention": "attention scores", "memory": "memory traffic",
+    "gemm": "dense products", "experts": "expert products", "attention": "attention scores",
+    "exponentials": "softmax exponentials", "memory": "memory traffic", "operands": "products' traffic",
     "casts": "casts to fp8", "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
     "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "passes": "chunk passes",
     "data": "gradients, weights",
@@ -79,7 +83,7 @@ class _Tally:
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.vector = job, np.zeros(len(KINDS))
         gpu = job.machine.gpu
-        self.flop_s = gpu.peak_tflops(job.compute) * 1e12 * gpu.largest_gemm(job.compute)
+        self.flop_s = gpu.peak_tflops(job.compute) * 1e12 * gpu.largest_gemm(job.compute) * gpu.clock
         self.attention_flop_s = gpu.bf16_tflops * 1e12 * gpu.gemm_bf16
         self.byte_s = gpu.memory_gb_s * 1e9
 
@@ -95,7 +99,8 @@ class _Tally:
             gradient = 2.0 * job.states.gradients * gemm.inner * gemm.columns * gemm.count
             if job.compute in ("fp8", "fp4"):
                 self.add("casts", cast_bytes(job) * gemm.count * gemm.rows * (gemm.inner + gemm.columns) / self.byte_s)
-            self.memory(passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job)) + gradient)
+            read = passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job))
+            self.add("operands", (read + gradient) / self.byte_s)
 
     def memory(self, num_bytes: float) -> None:
         self.add("memory", num_bytes / self.byte_s)
@@ -108,6 +113,8 @@ def _attention(tally: _Tally, window: int | None, again: float) -> None:
     if job.flash:
         flops = job.micro_tokens * per_key * mean_context(job.seq_length, window)
         tally.add("attention", flops * (1 + again + FLASH_BACKWARD) / tally.attention_flop_s)
+        scores = job.micro_tokens * model.attention.num_heads / job.layout.tensor * mean_context(job.seq_length, window)
+        tally.add("exponentials", scores * (2 + again) / job.machine.gpu.exponentials_s)
         return
     # Without flash attention the masked half is computed too.
     flops = job.micro_tokens * per_key * job.seq_length
@@ -135,36 +142,6 @@ def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
         tally.add("context", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor * layout.context)))
 
 
-def remote_copies(job: PlannedJob) -> tuple[float, float]:
-    """Copies of a token that travel to its experts: (inside the domain, over the NIC).
-
-    The all-to-all dispatcher sends one for each expert. Those made for it (`PlannedJob.sends_once`) send one over the NIC to each
-    other domain that the token has an expert in, and inside a domain one to each such rank.
-    """
-    layout, top_k, domain = job.layout, job.model.moe.top_k, job.machine.domain
-    span = layout.expert * layout.expert_tensor
-    domains = max(1.0, span / domain)
-    if not job.sends_once:
-        return top_k * (1 / domains - 1 / layout.expert), top_k * (1 - 1 / domains)
-    to_ranks, to_domains = (parts * (1 - _missed(job, parts)) for parts in (layout.expert, domains))
-    return to_ranks * (1 - domains / layout.expert), to_domains * (1 - 1 / domains)
-
-
-def _missed(job: PlannedJob, parts: float) -> float:
-    """Probability that none of a token's experts lies in a given one of `parts` equal parts of them. With group-limited routing
-    (DeepSeek-V3) its groups are drawn first, then experts from them."""
-    moe, router = job.model.moe, job.model.moe.router
-    groups, kept = router.num_groups, router.group_top_k
-    if not groups or not kept:
-        return (1 - 1 / parts) ** moe.top_k
-    inside = groups / parts
-    if inside <= 1:
-        # The part's group isn't chosen, or is and none of its experts here is.
-        return 1 - kept / groups * (1 - (1 - inside / kept) ** moe.top_k)
-    # No group of the part is among those chosen.
-    return float(np.prod([max(0.0, 1 - inside / (groups - drawn)) for drawn in range(kept)]))
-
-
 def _experts(tally: _Tally, again: float) -> None:
     """Routed experts of one layer: products, permutation and the way of the tokens."""
     job, model, layout = tally.job, tally.job.model, tally.job.layout
@@ -174,14 +151,20 @@ def _experts(tally: _Tally, again: float) -> None:
     redo = 1.0 if again or "moe" in job.recompute.dropped else 0.0
     tally.gemms("experts", mlp_gemms(job, width, rows, layout.expert_tensor, local), 3 + redo)
     gate = 2 if arch.is_gated(model) else 1
-    # Permuted, sorted by expert, and back: four moves forward, four backward; the activation reads and writes its widths.
-    moves = (8 + 4 * redo) * 2 * rows / layout.expert_tensor * h
+    # Sorted by expert and back: four moves forward, four backward. Tokens that came by all-to-all are sorted once more. The
+    # activation reads and writes its widths.
+    sorts = 3 if job.dispatcher == "alltoall" and layout.expert > 1 else 2
+    moves = 4 * sorts * (1 + redo / 2) * 2 * rows / layout.expert_tensor * h
     activation = (3 * gate + 2 + ("moe_act" in job.recompute.dropped) * (gate + 1)) * rows * width / layout.expert_tensor
-    tally.memory(size * (moves + activation))
+    # Transformer Engine's grouped product leaves biases to be added expert by expert and joined again: about 5 moves of the
+    # first product's rows, with the probabilities 10 of the second's, forward and backward.
+    biases = (5 * gate * width / layout.expert_tensor + 10 * h) * rows if model.mlp_bias else 0.0
+    tally.memory(size * (moves + activation + biases))
     tokens = job.micro_tokens / (layout.tensor if layout.sequence else 1)
     near, far = remote_copies(job)
     ways = (4 + 2 * redo) * tokens * h * size / 1e9
-    tally.add("expert_kernels", local * (1 + redo / 3))
+    launches = 1.0 if job.grouped_launch else local
+    tally.add("expert_kernels", launches * (1 + redo / 3))
     inside, outside = ways * near / job.machine.gpu.scaleup_gb_s, ways * far / job.machine.nic_gb_s
     # Spread inside the domain while the next tokens come over the NIC.
     tally.add("expert_near", max(0.0, inside - outside))
@@ -326,8 +309,9 @@ def step_work(job: PlannedJob) -> NDArray[np.float64]:
                 bandwidth = 1e9 * group_bandwidth_gb_s(job, members, stride)
                 part = (members - 1) / members
                 if job.shards_weights:
-                    # Gathered forward and backward, gradients scattered, for every micro-batch.
-                    passes = 3 * job.num_micro_batches
+                    # Gathered forward and backward for every micro-batch; gradients scattered as often, or once a step.
+                    scattered = 1.0 if job.whole_gradients else job.num_micro_batches
+                    passes = 2 * job.num_micro_batches + scattered
                     stages[stage, INDEX["shards"]] += passes * 2 * number * part / bandwidth
                 else:
                     stages[stage, INDEX["data"]] += number * part * data_bytes(job) / bandwidth

@@ -34,29 +34,25 @@ class ExtraFactor:
     replaces: bool = False
 
 
-def _is_eager(job: PlannedJob) -> bool:
-    """PyTorch's FSDP without Transformer Engine: what the published rows of the fsdp engine ran."""
-    return job.zero.engine == "fsdp"
-
-
 # Products in fp8 and fp4 reach less of their peak. Gradients that wait for the backward pass to end, and tensor parallel
 # traffic that products wait for, are not hidden. PyTorch without fused kernels moves more bytes, and its flash attention of
 # that time (version 2) was written for A100: on GPUs since it reaches a smaller part of the peak.
 EXTRA_FACTORS = (
     ExtraFactor("gemm_fp8", ("gemm",), lambda job: job.compute == "fp8"),
     ExtraFactor("experts_fp8", ("experts",), lambda job: job.compute == "fp8"),
+    ExtraFactor("expert_kernels_fp8", ("expert_kernels",), lambda job: job.compute in ("fp8", "fp4"), replaces=True),
     ExtraFactor("gemm_fp4", ("gemm", "experts"), lambda job: job.compute == "fp4"),
     ExtraFactor("data_not_overlapped", ("data",), lambda job: not job.zero.overlap, replaces=True),
     ExtraFactor("tensor_not_overlapped", ("tensor",), lambda job: job.tensor_waits, replaces=True),
-    ExtraFactor("expert_far_overlapped", ("expert_far",), lambda job: job.hides_experts, replaces=True),
-    ExtraFactor("memory_eager", ("memory",), _is_eager),
-    ExtraFactor("attention_eager", ("attention",), lambda job: _is_eager(job) and job.machine.gpu.has_fp8),
+    ExtraFactor("experts_overlapped", ("expert_near", "expert_far"), lambda job: job.hides_experts),
+    ExtraFactor("memory_eager", ("memory",), lambda job: job.eager),
+    ExtraFactor("attention_eager", ("attention", "exponentials"), lambda job: job.eager and job.machine.gpu.has_fp8),
 )
 NAMES = (*KINDS, *(extra.name for extra in EXTRA_FACTORS))
 # What runs beside the GPU's work: sharded weights that travel, and the host that launches kernels. The slowest decides,
 # softly (norm of this power).
 BESIDE = (("shards",), ("kernels", "expert_kernels"))
-OVERLAP_POWER = 3.0
+OVERLAP_POWER = 2.5
 
 
 @cache

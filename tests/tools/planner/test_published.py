@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parallel.architecture import window_of_layer
 from parallel.flops import training_flops
 from parallel.memory.job import PlannedJob
 from tools.planner.published.fit import fit
@@ -46,13 +47,13 @@ def test_shipped_factors_are_the_fit_of_the_shipped_rows() -> None:
 def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
     """A guard against regressions; the figures themselves are printed by plan-validate."""
     speed, memory = document["tokens_per_s"], document["memory"]
-    assert speed["median_abs_rel_err"] <= 0.10 and speed["dense"]["median_abs_rel_err"] <= 0.095
-    assert speed["moe"]["median_abs_rel_err"] <= 0.16 and speed["p90_abs_rel_err"] <= 0.28
+    assert speed["median_abs_rel_err"] <= 0.08 and speed["dense"]["median_abs_rel_err"] <= 0.07
+    assert speed["moe"]["median_abs_rel_err"] <= 0.12 and speed["p90_abs_rel_err"] <= 0.24
     assert document["tokens_per_s_calibrated"]["median_abs_rel_err"] <= 0.08
     assert speed["median_abs_rel_err"] < 0.5 * document["tokens_per_s_constant_mfu"]["median_abs_rel_err"]
-    assert memory["median_abs_rel_err"] <= 0.05 and memory["p90_abs_rel_err"] <= 0.20
+    assert memory["median_abs_rel_err"] <= 0.05 and memory["p90_abs_rel_err"] <= 0.22
     fits = document["fits"]
-    assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] == 0
+    assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] <= 3
     assert fits["ran_with_recompute_not_stated_some_fits"] >= 0.95 * fits["ran_with_recompute_not_stated"]
     assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
 
@@ -92,6 +93,8 @@ def test_every_row_is_counted(document: dict[str, Any]) -> None:
         ({"seq_len": "long"}, "a field is not what its name says"),
         ({"model": "a name"}, "architecture incomplete"),
         ({"zero": "zero-3 offload_optimizer=cpu"}, "offloads to the host"),
+        ({"usable": {"time_full": False}}, "its collection calls the speed not comparable"),
+        ({"model": row()["model"] | {"linear_attention": "GDN"}}, "linear attention (gated delta net)"),
         ({"tp": 0, "micro_batch": -1}, "a field is not what its name says"),
     ],
 )
@@ -139,7 +142,8 @@ def test_recomputation_by_many_words(words: object, mode: str, modules: set[str]
 
 @pytest.mark.parametrize(
     ("words", "engine", "stage"),
-    [("fsdp", "fsdp", 3), ("HSDP within 8", "fsdp", 3), ("Megatron-FSDP (zero-3 style)", "megatron", 3), (1, "megatron", 1),
+    [("fsdp", "fsdp", 3), ("FSDP2 (zero-3), 64-way", "fsdp2", 3), ("HSDP within 8", "fsdp", 3),
+     ("Megatron-FSDP (zero-3 style)", "megatron", 3), (1, "megatron", 1),
      ("ZeRO-2 (DeepSpeed)", "deepspeed", 2), ("DDP", "megatron", 0), (None, "megatron", 1)],
 )  # fmt: skip
 def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
@@ -148,14 +152,46 @@ def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "once"),
-    [({}, True), ({"dispatcher": "alltoall"}, False), ({"dispatcher": "flex"}, True), ({"notes": "all-to-all tokens"}, False),
-     ({"notes": "HybridEP; forced balance"}, True),
-     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "B300"}, False),
-     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "GB300"}, True)],
+    ("words", "dispatcher"),
+    [({}, "flex"), ({"dispatcher": "alltoall"}, "alltoall"), ({"dispatcher": "flex"}, "flex"),
+     ({"notes": "all-to-all tokens"}, "alltoall"), ({"notes": "HybridEP; forced balance"}, "flex"),
+     ({"dispatcher": "allgather"}, "allgather"), ({"zero": "FSDP2"}, "alltoall"), ({"zero": "FSDP2", "notes": "DeepEP"}, "flex"),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "B300"}, "alltoall"),
+     ({"source": "Megatron-Bridge docs/performance-summary.md", "model": "Qwen3-235B-A22B", "gpu": "GB300"}, "flex")],
 )  # fmt: skip
-def test_dispatchers_by_many_words(words: dict[str, Any], once: bool) -> None:
-    assert job(**({"model": "Qwen3-30B-A3B"} | words)).sends_once == once
+def test_dispatchers_by_many_words(words: dict[str, Any], dispatcher: str) -> None:
+    assert job(**({"model": "Qwen3-30B-A3B"} | words)).dispatcher == dispatcher
+
+
+@pytest.mark.parametrize(
+    ("words", "eager", "grouped"),
+    [({}, False, False), ({"zero": "FSDP2"}, True, True), ({"zero": "FSDP2", "notes": "TE + DeepEP"}, False, True),
+     ({"zero": "FSDP2", "notes": "TE grouped experts"}, False, False), ({"zero": "none", "notes": "torch.compile"}, False, True)],
+)  # fmt: skip
+def test_kernels_by_many_words(words: dict[str, Any], eager: bool, grouped: bool) -> None:
+    found = job(**words)
+    assert (found.eager, found.grouped_launch) == (eager, grouped)
+
+
+def test_nodes_of_fewer_gpus() -> None:
+    assert job(notes="nodes of FOUR H200, IB between nodes", gpu="H200").machine.domain == 4
+    assert job(notes="nodes of four GB200", gpu="GB200").machine.domain == 72
+
+
+@pytest.mark.parametrize(
+    ("words", "windows"),
+    [({"window": 8, "window_layers": "0-1,3 sliding, 2 full"}, [8, 8, None, 8]),
+     ({"window": 8, "window_layers": "even layers sliding, odd full"}, [8, None, 8, None]),
+     ({"sliding_window": 8, "sliding_every": 2}, [8, None, 8, None]), ({"sliding_window": 8}, [8, 8, 8, 8]), ({}, [None] * 4)],
+)  # fmt: skip
+def test_windows_by_many_words(words: dict[str, Any], windows: list[int | None]) -> None:
+    model = job(model=row()["model"] | {"num_layers": 4} | words).model
+    assert [window_of_layer(model, layer) for layer in range(4)] == windows
+
+
+def test_a_known_name_brings_its_routing_groups_and_biases(rows: list[dict[str, Any]]) -> None:
+    found = {run.job.model.name: run.job.model for run in shipped_runs()}
+    assert found["DeepSeek-V3 (671B-A37B)"].moe.router.num_groups == 8 and found["gpt-oss-120b"].mlp_bias
 
 
 def test_numbers_as_text_and_speeds_of_every_kind() -> None:

@@ -11,9 +11,10 @@ from parallel.flops import training_flops
 from parallel.memory.hardware import find_gpu, make_machine
 from parallel.memory.job import PlannedJob, Recomputation, make_job
 from tests.tools.planner.conftest import config_of
+from tools.planner.dispatch import remote_copies
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.planning import Calibration, expert_overlap_note, make_plan, tuned_note
-from tools.planner.step_cost import INDEX, KINDS, data_bytes, remote_copies, stage_micro_work, step_work
+from tools.planner.step_cost import INDEX, KINDS, data_bytes, stage_micro_work, step_work
 from tools.planner.timing import fitted, step_vector, time_step
 
 
@@ -130,10 +131,45 @@ def test_the_all_to_all_dispatcher_sends_a_copy_for_each_expert() -> None:
     one, two = ("parallel.expert=8",), ("launch.nodes=2", "parallel.expert=16")
     near, wide = (make_job(config_of("qwen3_30b_a3b", *words, *more), vocab_size=151936) for more in (one, two))
     assert near.sends_once and remote_copies(near) == (pytest.approx((8 - 1) * (1 - (7 / 8) ** 8)), 0.0)
-    assert remote_copies(replace(near, sends_once=False)) == (pytest.approx(7), 0.0)
+    assert remote_copies(replace(near, dispatcher="alltoall")) == (pytest.approx(7), 0.0)
     assert remote_copies(wide)[1] == pytest.approx(1 - (1 / 2) ** 8)
-    assert remote_copies(replace(wide, sends_once=False)) == (pytest.approx(8 * (1 / 2 - 1 / 16)), pytest.approx(4))
-    assert time_step(wide).step_s < time_step(replace(wide, sends_once=False)).step_s
+    assert remote_copies(replace(wide, dispatcher="alltoall")) == (pytest.approx(8 * (1 / 2 - 1 / 16)), pytest.approx(4))
+    assert time_step(wide).step_s < time_step(replace(wide, dispatcher="alltoall")).step_s
+    # Every rank has every token: seven copies of eight, eight of sixteen over the NIC.
+    assert remote_copies(replace(near, dispatcher="allgather")) == (7, 0)
+    assert remote_copies(replace(wide, dispatcher="allgather")) == (7, 8)
+
+
+def test_tokens_that_come_by_all_to_all_are_sorted_once_more() -> None:
+    """Megatron-Core's all-to-all dispatcher permutes tokens before sending and chunks by local expert after; flex fuses it."""
+    words = ("batch.global_batch_seqs=128", "parallel.expert=8")
+    job = make_job(config_of("qwen3_30b_a3b", *words), vocab_size=151936)
+    rows, h, size = job.micro_tokens * 8, job.model.hidden_size, 2
+    works = [stage_micro_work(replace(job, dispatcher=name))[0][INDEX["memory"]] for name in ("alltoall", "flex")]
+    moved = (works[0] - works[1]) * job.machine.gpu.memory_gb_s * 1e9
+    assert moved == pytest.approx(job.model.num_layers * 4 * 2 * rows * h * size)
+
+
+def test_one_launch_for_all_experts_where_the_kernel_is_grouped() -> None:
+    job = make_job(config_of("qwen3_30b_a3b", "batch.global_batch_seqs=128"), vocab_size=151936)
+    launches = [stage_micro_work(replace(job, grouped_launch=way))[0][INDEX["expert_kernels"]] for way in (False, True)]
+    assert launches == [128 * job.model.num_layers, job.model.num_layers]
+
+
+def test_exponentials_are_two_a_score() -> None:
+    """Forward, and again in flash attention's backward pass: heads·s/2 scores a token."""
+    job = llama()
+    done = stage_micro_work(job)[0][INDEX["exponentials"]] * job.machine.gpu.exponentials_s
+    assert done == pytest.approx(2 * 32 * 32 * job.micro_tokens * job.seq_length / 2)
+
+
+def test_a_lower_power_limit_slows_products() -> None:
+    """Two thirds of the power: the clock falls by its third root."""
+    job = llama()
+    gpu = replace(job.machine.gpu, power_share=2 / 3)
+    one, two = (stage_micro_work(each)[0] for each in (job, replace(job, machine=replace(job.machine, gpu=gpu))))
+    assert two[INDEX["gemm"]] / one[INDEX["gemm"]] == pytest.approx(1.5 ** (1 / 3))
+    assert two[INDEX["memory"]] == one[INDEX["memory"]]
 
 
 def test_products_that_wait_for_tensor_parallel_traffic_are_slower() -> None:

@@ -29,7 +29,9 @@ PRIOR: dict[str, float] = {
     "gemm": 1.1,
     "experts": 1.3,
     "attention": 1.6,
+    "exponentials": 0.7,
     "memory": 1.3,
+    "operands": 0.8,
     "casts": 1.3,
     "scores": 1.3,
     "tensor": 1.3,
@@ -42,25 +44,27 @@ PRIOR: dict[str, float] = {
     "shards": 1.4,
     "optimizer": 1.5,
     "kernels": 4e-06,
+    # Six products of some 10 us of the host's time each.
+    "expert_kernels": 6e-05,
+    "steps": 0.02,
     # A Transformer Engine linear in fp8 keeps the host for about 1 ms a forward and backward pass (its issues 445, 761); an
     # expert has two, and shares much of it with the others of its group.
-    "expert_kernels": 0.0005,
-    "steps": 0.02,
+    "expert_kernels_fp8": 0.0005,
     "gemm_fp8": 1.1,
     "experts_fp8": 1.3,
     "gemm_fp4": 1.3,
     "data_not_overlapped": 1.3,
     "tensor_not_overlapped": 1.3,
-    "expert_far_overlapped": 0.5,
+    "experts_overlapped": 0.5,
     "memory_eager": 1.5,
     "attention_eager": 1.5,
 }
 # Standard deviation of a log factor around its prior, and of a row's log error.
 PRIOR_WIDTH, ROW_WIDTH = 0.7, 0.1
-# Known better than the rows can tell: flash attention's efficiency from the products', and what is left of the tokens' way over
-# the NIC where it is overlapped: dispatchers made for it reach the NIC's speed (DeepEP's README: 43 to 58 of 50 GB/s) and about
-# half of it is hidden (Megatron-Bridge's Qwen3-30B on 16 H100: 24.7 s without, 21.0 s with; 3.7 s of some 5).
-WIDTHS: dict[str, float] = {"attention": 0.4, "expert_far_overlapped": 0.15}
+# Known better than the rows can tell: flash attention's efficiency from the products'; what is left of the tokens' way where it
+# is overlapped (about half: Megatron-Bridge's Qwen3-30B on 16 H100 takes 24.7 s without, 21.0 s with); gathered weights, which
+# rings of NCCL send at some 70 to 90% of the network's speed.
+WIDTHS: dict[str, float] = {"attention": 0.4, "experts_overlapped": 0.15, "shards": 0.25}
 STEPS = 12
 
 

@@ -10,6 +10,7 @@ Torch-free.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from configs.model_schema import Attention, LatentAttention, Model, MoE, MultiToken, Position
@@ -45,6 +46,19 @@ def _pattern(text: str, num_layers: int) -> list[int] | None:
     parts = re.findall(r"\[(\d)\]\*(\d+)", text)
     flags = [int(flag) for flag, count in parts for _ in range(int(count))]
     return flags if len(flags) == num_layers else None
+
+
+def _windows(model: dict[str, Any], num_layers: int) -> tuple[int | None, list[int] | None]:
+    """(window in tokens, which layers have it; None: all): of a row's `sliding_window` and `sliding_every`, or of `window` and
+    words as "0-3,5-8 sliding, 4 and 9 full" or "even layers sliding"."""
+    words, window = str(model.get("window_layers") or ""), _number(model, "sliding_window") or _number(model, "window")
+    if window is None:
+        return None, None
+    if model.get("sliding_every") == 2 or words.startswith("even layers sliding"):
+        return window, [1 - layer % 2 for layer in range(num_layers)]
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", words.split(" sliding")[0]) if " sliding" in words else []
+    layers = {layer for first, last in ranges for layer in range(int(first), int(last or first) + 1)}
+    return window, [int(layer in layers) for layer in range(num_layers)] if layers else None
 
 
 def _moe(model: dict[str, Any], num_layers: int) -> MoE:
@@ -115,9 +129,13 @@ def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int, bool]:
     head_dim = _number(model, "head_dim")
     if head_dim is None and hidden % heads:
         raise UnusableRow("architecture incomplete")
+    known, moe = _of_preset(model), _moe(model, layers)
+    if known:
+        # Groups that routing is limited to, and biases: rows don't tell.
+        moe = replace(moe, router=known[0].moe.router)
     tied = model.get("tied_embeddings")
     tied = is_test and "untie-embeddings-and-output-weights" not in args if tied is None else tied
-    window = _number(model, "sliding_window")
+    window, pattern = _windows(model, layers)
     dropout = 0.1 if is_test and "attention-dropout" not in args else 0.0
     return (
         Model(
@@ -134,12 +152,13 @@ def model_of(model: dict[str, Any], is_test: bool) -> tuple[Model, int, bool]:
                 num_query_groups=None if mla.kv_lora_rank else _number(model, "num_kv_heads"),
                 head_dim=None if mla.kv_lora_rank else head_dim,
                 window_size_tokens=window,
-                window_layers="alternate" if window and model.get("sliding_every") == 2 else "all",
+                window_pattern=pattern,
                 dropout=dropout,
             ),
             mla=mla,
             position=Position(kind="learned" if model.get("positions") == "learned" else "rope"),
-            moe=_moe(model, layers),
+            moe=moe,
+            mlp_bias=bool(known and known[0].mlp_bias),
             mtp=MultiToken(num_layers=int(model.get("mtp_layers") or 0)),
         ),
         _number(model, "vocab_size") or DEFAULT_VOCAB,

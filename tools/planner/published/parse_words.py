@@ -61,16 +61,18 @@ def zero_stage(text: str) -> int | None:
     return 1 if found[1] == "2" and "style" in text else int(found[1])
 
 
-def recompute_of(text: str | None, num_layers: int, pipeline: int) -> Recomputation | None:
+def recompute_of(text: str | None, model: Model, pipeline: int) -> Recomputation | None:
     """What the words say, None when they say nothing that we know."""
     if text is None or any(words in text for words in UNSAID):
         return None
     words = text.lower()
     if words.startswith("full"):
         return Recomputation("full")
-    if words in ("selective ac", "per-op sac"):
-        # torchtitan: every second layer, or every second product.
-        return Recomputation("full", frozenset(), "block", -(-num_layers // 2 // pipeline))
+    if words in ("selective ac", "per-op sac", "selective (per op)", "unknown (config default)"):
+        # torchtitan: every second layer, or every second product and all grouped ones.
+        if model.moe.num_experts:
+            return Recomputation("selective", frozenset({"layernorm", "moe", "shared_experts"}))
+        return Recomputation("full", frozenset(), "block", -(-model.num_layers // 2 // pipeline))
     modules = {name for name in MODULES if re.search(rf"\b{name}\b", words)}
     if "core attention" in words or "attention only" in words or words.startswith("selective + sequence"):
         modules |= {"core_attn"}

@@ -18,15 +18,18 @@ from configs.model_schema import Model
 from parallel.flops import training_flops
 from parallel.layout import Layout
 from parallel.memory.hardware import PlannedMachine, find_gpu, guess_gpu
-from parallel.memory.job import EAGER_LOGIT_BYTES, LOGIT_BYTES, BytesPerParameter, PlannedJob, Recomputation, ZeroSharding
+from parallel.memory.job import BytesPerParameter, PlannedJob, Recomputation, ZeroSharding
 from parallel.memory.ledger import make_ledger
 from tools.planner.published.model import UnusableRow, model_of
 from tools.planner.published.parse_words import recompute_of, zero_stage
+from tools.planner.published.stack import EAGER_ENGINES, dispatcher_of, has_grouped_launch, is_eager, logit_bytes
 
 # Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
 OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
 # NICs of machines that differ from the usual, Gbit/s per GPU (8 GPUs share 4 links of 100).
 SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
+# GPUs of a node, by words.
+NODE_SIZES = {"two": 2, "four": 4, "2": 2, "4": 4}
 # Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
 # the measured bytes leave no room for fp32).
 BF16_MOMENTS = ("Moonlight",)
@@ -40,11 +43,6 @@ RECOMPUTE_LADDER = (
     Recomputation("selective", frozenset({"core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp"})),
     Recomputation("full"),
 )
-
-# (source, model, GPUs) of runs that send a token once for each of its experts: by Megatron-Bridge's scripts/performance/configs,
-# and those of 2024. Others send it once to each rank.
-ALL_TO_ALL = (("performance-summary", "Qwen3-235B", ("H100", "B200", "B300")), ("performance-summary", "gpt-oss", ("B200",)),
-              ("dgxc-benchmarking", "Grok", ("H100",)))  # fmt: skip
 
 COUNTS = ("n_gpus", "tp", "pp", "vpp", "ep", "etp", "cp", "dp", "seq_len", "micro_batch", "global_batch")
 MODEL_COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "topk",
@@ -81,15 +79,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
-def machine_of(text: str) -> PlannedMachine:
+def machine_of(text: str, notes: str = "") -> PlannedMachine:
     """The machine of a row's `gpu`."""
     gpu = guess_gpu(text)
     if text.startswith("H100 96GB HBM2e"):
         gpu = find_gpu("H100-SXM-96GB-HBM2e-500W (Meta Grand Teton, torchtitan)")
     if gpu is None:
         raise UnusableRow("GPU not in the table")
+    # Nodes of fewer GPUs than usual, as the notes say; a rack (NVL72) is one domain whatever its nodes.
+    few = re.search(r"nodes of (\w+)", notes.lower())
+    size = NODE_SIZES.get(few[1]) if few and gpu.scaleup_gpus <= 8 else None
     nic = next((value for words, value in SLOW_NICS.items() if words in text), gpu.nic_gbit_s)
-    return PlannedMachine(gpu, gpu.scaleup_gpus, nic / 8)
+    return PlannedMachine(gpu, size or gpu.scaleup_gpus, nic / 8)
 
 
 def compute_of(text: str | None) -> str:
@@ -117,7 +118,7 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[ZeroSharding, BytesPerParam
         return (
             (ZeroSharding("megatron", stage), BytesPerParameter())
             if "megatron" in text
-            else (ZeroSharding("fsdp", stage), BytesPerParameter(4, 4, 8))
+            else (ZeroSharding("fsdp2" if "fsdp2" in text else "fsdp", stage), BytesPerParameter(4, 4, 8))
         )
     name = str((row.get("model") or {}).get("name") or "")
     # One source says "bf16 moments" of runs whose published bytes are those of fp32 ones: only names decide.
@@ -199,24 +200,17 @@ def memory_of(row: dict[str, Any]) -> tuple[float | None, str]:
     value = measured.get("memory_gb")
     if value is None and measured.get("memory_gib") is not None:
         value = float(measured["memory_gib"]) * 1.073741824
+    notes = str(row.get("notes") or "")
+    if re.search(r"memory = [^;]*\bGiB", notes) and measured.get("memory_gib") is None and value is not None:
+        value = float(value) * 1.073741824
     kind = next((kind for words, kind in MEMORY_KINDS.items() if words in source), "allocated")
+    kind = "reserved" if re.search(r"memory = [^;(]*\breserved", notes) else kind
     return (float(value) if value is not None else None), kind
 
 
 def _is_small_dense(model: Model) -> bool:
     """Megatron's small CI models run the unfused attention (deterministic mode), whether their arguments say so or not."""
     return model.hidden_size < 1024 and model.moe.num_experts == 0
-
-
-def sends_once(row: dict[str, Any]) -> bool:
-    """Whether the dispatcher sends a token once to each rank that has experts of it: as the row says, else as known."""
-    said = f"{row.get('dispatcher') or ''} {row.get('notes') or ''}".lower()
-    if re.search(r"deepep|hybridep|\bflex\b", said):
-        return True
-    if re.search(r"all-?to-?all|allgather", said):
-        return False
-    source, gpu, name = str(row.get("source") or ""), str(row.get("gpu") or ""), str((row.get("model") or {}).get("name") or "")
-    return not any(words in source and name.startswith(model) and gpu.startswith(gpus) for words, model, gpus in ALL_TO_ALL)
 
 
 def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
@@ -236,16 +230,17 @@ def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
         raise UnusableRow("layout does not fill the GPUs")
     zero, states = zero_of(row, old)
     args = (row.get("model") or {}).get("args") or {}
-    stated, notes = recompute_of(row.get("recompute"), model.num_layers, layout.pipeline), str(row.get("notes") or "")
+    stated, notes = recompute_of(row.get("recompute"), model, layout.pipeline), str(row.get("notes") or "")
     # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
-    waits = layout.tensor > 1 and (old or (zero.engine == "fsdp" and "async" not in notes.lower()))
+    waits = layout.tensor > 1 and (old or (zero.engine in EAGER_ENGINES and "async" not in notes.lower()))
+    grouped = has_grouped_launch(zero, notes)
     job = PlannedJob(
-        model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or "")), seq_length=int(seq),
+        model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or ""), notes), seq_length=int(seq),
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
-        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None, sends_once=sends_once(row),
-        logit_bytes=EAGER_LOGIT_BYTES if "torchtitan" in str(row.get("source")) else LOGIT_BYTES,
+        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None, dispatcher=dispatcher_of(row, grouped),
+        eager=is_eager(zero, notes), grouped_launch=grouped, logit_bytes=logit_bytes(row, zero, layout.tensor),
     )  # fmt: skip
     if stated is not None:
         return job, assumed

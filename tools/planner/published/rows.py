@@ -27,6 +27,9 @@ SOURCES = (
     ("pytorch/torchtitan", "pytorch/torchtitan"),
     ("bigscience", "BLOOM (bigscience)"),
     ("2104.04473", "Narayanan et al. 2021"),
+    ("KempnerForge", "KempnerInstitute/KempnerForge"),
+    ("NeMo/Automodel", "NVIDIA-NeMo/Automodel"),
+    ("OLMo-core", "allenai/OLMo-core"),
 )
 
 
@@ -151,6 +154,8 @@ def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[PublishedRu
 
 
 def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
+    if (row.get("model") or {}).get("linear_attention"):
+        raise UnusableRow("linear attention (gated delta net)")
     if row.get("task") == "lora":
         raise UnusableRow("LoRA")
     if what == "time" and (reason := excluded(row)):
@@ -163,6 +168,8 @@ def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
         raise UnusableRow("two models (distillation)")
     if what == "memory" and not oom and (memory is None or (row.get("usable") or {}).get("memory") is False):
         raise UnusableRow("no memory measured" if memory is None else "memory not comparable")
+    if what == "time" and (row.get("usable") or {}).get("time_full") is False:
+        raise UnusableRow("its collection calls the speed not comparable")
     if what == "time" and row.get("global_batch") is None:
         raise UnusableRow("global batch not stated")
     job, assumed = job_of(row)
@@ -172,9 +179,10 @@ def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
     odd = not job.flash and job.model.hidden_size // job.model.attention.num_heads % 8
     name, source = str((row.get("model") or {}).get("name")), str(row.get("source") or "?")
     fragmented = oom and what == "memory" and "fragmentation" in str(row.get("notes") or "")
-    apart = "allocator fragmentation" if fragmented else None
-    if odd:
-        apart = "head dim not divisible by 8"
+    reasons = {"allocator fragmentation": fragmented, "head dim not divisible by 8": odd,
+               "unreleased draft": row.get("confidence") == "branch draft",
+               "power-limited GPUs": "power-limited" in str(row.get("notes") or "")}  # fmt: skip
+    apart = next((reason for reason, holds in reasons.items() if holds), None)
     return PublishedRun(
         id=str(row.get("id") or f"row {position + 1}"),
         source=short_source(source),

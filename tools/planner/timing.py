@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.memory.job import PlannedJob
-from tools.planner.step_cost import INDEX, KINDS, Vector, stage_micro_work, step_work
+from tools.planner.step_cost import INDEX, KINDS, Vector, stage_micro_work
+from tools.planner.update_cost import step_work
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 

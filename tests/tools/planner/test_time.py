@@ -14,8 +14,9 @@ from tests.tools.planner.conftest import config_of
 from tools.planner.dispatch import remote_copies
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.planning import Calibration, expert_overlap_note, make_plan, tuned_note
-from tools.planner.step_cost import INDEX, KINDS, data_bytes, stage_micro_work, step_work
+from tools.planner.step_cost import INDEX, KINDS, stage_micro_work
 from tools.planner.timing import fitted, step_vector, time_step
+from tools.planner.update_cost import data_bytes, step_work
 
 
 def llama(*words: str) -> PlannedJob:

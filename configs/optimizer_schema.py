@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 from configs.fields import key
 
@@ -38,6 +39,13 @@ class Muon:
     split_gate: bool = key(True, "The gate and the up projection of a gated MLP are two matrices.")
     router: str = key("adamw", "Optimizer of the router's weight.", choices=("adamw", "muon"))
     lr_ratio: float = key(1.0, "Muon's learning rate as a multiple of the scheduled one.", above=0)
+    qk_clip: Optional[float] = key(
+        None,
+        "QK-clip (Kimi K2, arXiv 2507.20534): heads whose largest attention logit of a step is above this get smaller query and key "
+        "weights. null: no clipping.",
+        above=0,
+    )
+    qk_clip_alpha: float = key(0.5, "Share of the queries in QK-clip's factor, where a head has a key of its own.", low=0, high=1)
 
 
 @dataclass

@@ -266,6 +266,13 @@ class Metrics:
         choices=("console", "jsonl", "wandb"),
     )
     log_interval_steps: int = key(1, "Steps between two lines on the console. The record has every step.", low=1)
+    attention_logits: bool = key(
+        False,
+        "Report the largest attention logit of each step. It costs a second product of queries and keys. QK-clip computes it anyway.",
+    )
+    attention_logit_layers: int = key(
+        8, "Layers, evenly spread, that report their largest attention logit one by one. 0: only that of all layers.", low=0
+    )
     expert_load_layers: int = key(
         8,
         "MoE layers, evenly spread, that report the load of their experts one by one. 0: only the summary of all layers.",

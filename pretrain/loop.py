@@ -21,6 +21,7 @@ from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, RefusedStep, StepD
 from pretrain.divergence_guard import DivergenceGuard
 from pretrain.ending import TrainingEnd
 from pretrain.engine.base import Engine
+from pretrain.metrics.attention_metrics import attention_metrics
 from pretrain.metrics.meter import Meter, peak_memory_gib
 from pretrain.metrics.moe_metrics import MoeMetrics
 from pretrain.rank.profiling import ProfileWindow
@@ -143,6 +144,8 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosit
     tokens = global_batch_seqs * config.batch.seq_length_tokens
     after = TrainingPosition(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
     row = run.measures.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
+    if run.engine.logits is not None:
+        row |= attention_metrics(*run.engine.logits.by_layer(), config.metrics.attention_logit_layers)
     return row | moe | ({} if result.applied else {"applied": False}), decision, after
 
 

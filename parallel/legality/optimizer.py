@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.errors import Problem
+from configs.optimizer_schema import Muon
 from configs.schema import Config
+from parallel import architecture as arch
 from parallel.legality.rules import reads
 
 
@@ -21,4 +23,26 @@ def muon_keeps_state_in_memory(config: Config) -> Iterator[Problem]:
         yield Problem("zero.offload_device", "nvme", rule, "set zero.offload_device=cpu, or optimizer.kind=adamw")
 
 
-RULES = (muon_keeps_state_in_memory,)
+@reads("optimizer", "model.attention", "model.mla")
+def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
+    """QK-clip belongs to Muon, and scales projections whose scale reaches the logits."""
+    muon, attention, mla = config.optimizer.muon, config.model.attention, arch.is_mla(config.model)
+    path = "optimizer.muon.qk_clip"
+    if muon.qk_clip is None:
+        if muon.qk_clip_alpha != Muon().qk_clip_alpha:
+            rule = "has no effect while optimizer.muon.qk_clip is null"
+            yield Problem(f"{path}_alpha", muon.qk_clip_alpha, rule, "set optimizer.muon.qk_clip, or leave it out")
+        return
+    if config.optimizer.kind != "muon":
+        yield Problem(
+            path, muon.qk_clip, f"is Muon's: optimizer.kind = {config.optimizer.kind}", "set it to null, or optimizer.kind=muon"
+        )
+    if attention.qk_norm and not mla:
+        rule = "has no effect with model.attention.qk_norm: the norms of queries and keys undo every scale of their projections"
+        yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null; the norms bound the logits")
+    elif not mla and arch.num_query_groups(config.model) < attention.num_heads and muon.qk_clip_alpha != Muon().qk_clip_alpha:
+        rule = "has no effect with grouped keys: a key belongs to several heads, so the queries take the whole factor"
+        yield Problem(f"{path}_alpha", muon.qk_clip_alpha, rule, "leave it out")
+
+
+RULES = (muon_keeps_state_in_memory, qk_clip_has_an_effect)

@@ -15,6 +15,7 @@ import torch
 from configs.optimizer_schema import Optimizer
 from parallel.muon import updates_with_muon
 from pretrain.data.batches import MicroBatch
+from pretrain.model.attention_logits import AttentionLogits
 from pretrain.model.tensor_slice import TensorSlice
 
 # The kinds of tensors that a checkpoint has: fp32 main weights of every parameter, and the state of its optimizer, which is
@@ -74,6 +75,8 @@ class Engine(Protocol):
 
     name: str
     zero_stage: int
+    # The largest attention logits of the newest step; None: nobody asks for them.
+    logits: AttentionLogits | None
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
         """Forward and backward passes of this rank's micro-batches of one global batch, then the update if `accept` allows it.

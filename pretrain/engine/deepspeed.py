@@ -24,8 +24,10 @@ from pretrain.engine.deepspeed_runtime import make_runtime
 from pretrain.engine.deepspeed_slots import ZeroSlot, make_slots
 from pretrain.engine.deepspeed_swap import swaps
 from pretrain.engine.muon import make_muon
+from pretrain.engine.qk_clip import make_qk_clip
 from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
+from pretrain.model.attention_logits import make_attention_logits
 from pretrain.model.shards import Shard, local_tensors, map_shards
 
 
@@ -61,6 +63,8 @@ class DeepSpeedZero:
             if id(tensor) not in by_id
         ]
         self.muon = make_muon(config, self.slots, shards, groups, device)
+        self.logits = make_attention_logits(config, chunks, groups)
+        self.clip = make_qk_clip(config, self.slots, self.logits)
         self.updates = 0
 
     # A step.
@@ -72,7 +76,11 @@ class DeepSpeedZero:
         scale = self.groups.dp_cp.size() / max(num_tokens, 1)
         self.transformer.grad_scale_func = lambda loss: loss * scale
         self.partition.begin()
+        if self.logits is not None:
+            self.logits.begin()
         loss_sum, _ = self.schedule.run(self.models, batches, forward_only=False)
+        if self.logits is not None:
+            self.logits.gather()
         self.loss = loss_sum / max(num_tokens, 1)
         self.learning_rate = learning_rate
         for group in self.adam.param_groups:
@@ -99,6 +107,8 @@ class DeepSpeedZero:
             if self.muon is not None:
                 by_slot = {id(slot): gradient for slot, gradient in zip(slots, gradients, strict=True)}
                 self.muon.step(by_slot, self.learning_rate)
+            if self.clip is not None:
+                self.clip.apply()
             self.partition.accept(norm)
         else:
             self.partition.discard()

@@ -22,8 +22,10 @@ from parallel.compat.megatron_private import publish_main_weights, sharded_main
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Accept, StateSlice, StepResult, is_finite
 from pretrain.engine.muon import hide_in_step, make_muon
+from pretrain.engine.qk_clip import make_qk_clip
 from pretrain.engine.schedule_step import PipelineSchedule
 from pretrain.engine.slots import ReplicaWriters, Slot
+from pretrain.model.attention_logits import make_attention_logits
 from pretrain.model.megatron_config import DTYPES
 from pretrain.model.shards import Shard, local_tensors, map_shards
 
@@ -66,6 +68,8 @@ class MegatronEngine:
             mains = {id(slot.main) for slot in self.muon.slots}
             for part in self._parts():
                 hide_in_step(part.optimizer, lambda _, parameter: id(parameter) in mains)
+        self.logits = make_attention_logits(config, chunks, groups)
+        self.clip = make_qk_clip(config, self.slots, self.logits)
         self.updates = 0
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -91,7 +95,11 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         # Megatron-Core changes the expert bias, a few numbers a layer, in the backward pass. A refused step restores it.
         biases = [bias.clone() for bias in self._expert_biases()]
+        if self.logits is not None:
+            self.logits.begin()
         loss_sum, num_tokens = self.schedule.run(self.models, batches, forward_only=False)
+        if self.logits is not None:
+            self.logits.gather()
         loss = loss_sum / max(num_tokens, 1)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -117,6 +125,8 @@ class MegatronEngine:
                 clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
         if self.muon is not None:
             self.muon.step({id(slot): _gradient(slot) for slot in self.muon.slots}, learning_rate)
+        if self.clip is not None:
+            self.clip.apply()
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 

@@ -19,6 +19,7 @@ from parallel.architecture import moe_layers
 from parallel.compat.expert_capacity import routed_before_dropping
 from parallel.compat.megatron_private import take_router_losses
 from parallel.compat.prediction_losses import take_prediction_losses
+from pretrain.metrics.spread import spread
 from pretrain.model.shards import layer_of
 
 
@@ -139,12 +140,3 @@ def _enabled_losses(model: Model) -> dict[str, str]:
         "global_aux_loss": "global_load_balancing_loss",
     }
     return {router.balance: keys[router.balance]} if router.balance in keys and router.aux_loss_coeff > 0 else {}
-
-
-def spread(count: int, shown: int) -> list[int]:
-    """At most `shown` of `count` indices, evenly spread. For two or more they include the first and the last."""
-    if shown >= count:
-        return list(range(count))
-    if shown <= 1:
-        return [0][:shown]
-    return sorted({round(i * (count - 1) / (shown - 1)) for i in range(shown)})

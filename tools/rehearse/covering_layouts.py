@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.schema import Config, Zero
 from parallel.legality.verdict import check_config
-from tools.rehearse.shrink import common_divisors, shrink
+from tools.rehearse.shrink import QK_CLIP, common_divisors, shrink
 
 Values = tuple[tuple[str, Any], ...]
 
@@ -30,6 +30,8 @@ _AXES: dict[str, tuple[Any, ...]] = {
     "offload": ("none", "optimizer", "param"),
     "overlap": (False, True),
 }
+# Axes with optimizer.kind = muon. QK-clip drops out where it is refused.
+_MUON_AXES: dict[str, tuple[Any, ...]] = {"split_heads": ("none", "qkv", "head"), "qk_clip": (None, QK_CLIP)}
 # Sequences of a micro-batch that layouts are rehearsed with.
 MICRO_BATCHES = (1, 2)
 
@@ -53,17 +55,34 @@ def legal_layouts(
     config: Config, max_ranks: int, micro_batches: Sequence[int] = MICRO_BATCHES
 ) -> Iterator[tuple[Values, Config]]:
     """(axis values, config) of every legal layout of at most `max_ranks` ranks with each micro-batch, in sequences."""
+    variants = list(muon_variants(config))
     for values in product(*_AXES.values()):
         named = tuple(zip(_AXES, values, strict=True))
         candidate = apply(config, named)
         candidate.batch.micro_batch_seqs = max(micro_batches)
         if candidate.launch.processes_per_node > max_ranks or not _is_legal(candidate):
             continue
-        # Whether a layout is legal does not depend on the micro-batch: the global batch of a rehearsal fits it.
-        for micro_batch_seqs in micro_batches:
+        # Whether a layout is legal depends neither on the micro-batch, which the global batch of a rehearsal fits, nor on Muon.
+        for micro_batch_seqs, muon in product(micro_batches, variants):
             made = deepcopy(candidate)
             made.batch.micro_batch_seqs = micro_batch_seqs
-            yield (*named, ("micro_batch", micro_batch_seqs)), made
+            for axis, value in muon:
+                setattr(made.optimizer.muon, axis, value)
+            yield (*named, ("micro_batch", micro_batch_seqs), *muon), made
+
+
+def muon_variants(config: Config) -> Iterator[Values]:
+    """The legal values of the axes of Muon; one empty variant with another optimizer."""
+    if config.optimizer.kind != "muon":
+        yield ()
+        return
+    for values in product(*_MUON_AXES.values()):
+        named = tuple(zip(_MUON_AXES, values, strict=True))
+        made = deepcopy(config)
+        for axis, value in named:
+            setattr(made.optimizer.muon, axis, value)
+        if not any(problem.path.startswith("optimizer.") for problem in check_config(made).problems):
+            yield named
 
 
 def _is_legal(config: Config) -> bool:

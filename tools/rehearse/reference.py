@@ -27,6 +27,12 @@ def reference_micro_batch_seqs(config: Config) -> int:
     return {"aux_loss": micro_batch_seqs, "global_aux_loss": micro_batch_seqs * data}.get(moe.router.balance, 1)
 
 
+def reference_key(config: Config) -> tuple[int, str, float | None]:
+    """Layouts with equal keys have one reference: the same micro-batch, and the same update by Muon."""
+    muon = config.optimizer.muon
+    return reference_micro_batch_seqs(config), muon.split_heads, muon.qk_clip
+
+
 def reference_of(config: Config, common: CommonDivisors) -> Config:
     """The config of the reference for this layout."""
     single = deepcopy(config)

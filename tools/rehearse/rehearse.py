@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from configs.schema import Config
@@ -19,7 +20,7 @@ from parallel.layout import make_layout
 from tools.rehearse.compare import compare
 from tools.rehearse.layouts import configs_to_rehearse, with_disk
 from tools.rehearse.local_ranks import RankFailed, run_ranks
-from tools.rehearse.reference import reference_micro_batch_seqs, reference_of
+from tools.rehearse.reference import reference_key, reference_micro_batch_seqs, reference_of
 from tools.rehearse.report import HEADER, describe, head_of, model_notes, near_tie_notes
 from tools.rehearse.shrink import CommonDivisors, common_divisors, omitted_features, replaced_precision, shrink
 from tools.rehearse.train_rank import RankResult, train
@@ -45,8 +46,8 @@ def rehearse(args: argparse.Namespace) -> int:
     say = sys.stderr if args.json else sys.stdout
     try:
         references = {
-            cut: run_ranks(1, train, reference_of(config, common), args.steps)[0]
-            for cut, config in {reference_micro_batch_seqs(config): config for config in configs}.items()
+            key: run_ranks(1, train, reference_of(config, common), args.steps)[0]
+            for key, config in {reference_key(config): config for config in configs}.items()
         }
     except RankFailed as error:
         print(f"the reference on one process FAILED\n{error}", file=sys.stderr)
@@ -54,14 +55,14 @@ def rehearse(args: argparse.Namespace) -> int:
     print(HEADER, file=say)
     lines = []
     for config in configs:
-        lines.append(rehearse_one(config, references[reference_micro_batch_seqs(config)], common, args.steps))
+        lines.append(rehearse_one(config, references[reference_key(config)], common, args.steps))
         print(describe(lines[-1]), file=say, flush=True)
     for text in notes(configs, references):
         print(text, file=say)
     wrong = [line for line in lines if not line["ok"]]
     print(f"{len(lines) - len(wrong)} of {len(lines)} layouts agree with one process", file=say)
     if args.json:
-        first = references[reference_micro_batch_seqs(configs[0])]
+        first = references[reference_key(configs[0])]
         reference = {
             "loss": first.losses,
             "grad_norm": first.grad_norms,
@@ -73,7 +74,7 @@ def rehearse(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def notes(configs: list[Config], references: dict[int, RankResult]) -> list[str]:
+def notes(configs: list[Config], references: Mapping[Any, RankResult]) -> list[str]:
     """What a reader must know to judge the table."""
     found = model_notes(configs[0])
     if any(reference_micro_batch_seqs(config) > 1 for config in configs):

@@ -20,13 +20,17 @@ def head_of(config: Config) -> dict[str, Any]:
     """What a row says about its layout."""
     layout, zero = make_layout(config), config.zero
     head: dict[str, Any] = {"layout": layout.describe(), "engine": zero.engine, "zero": zero.stage, "offload": zero.offload}
-    return head | {"ranks": layout.world_size, "micro_batch_seqs": config.batch.micro_batch_seqs}
+    muon = config.optimizer.muon
+    updates = {"split_heads": muon.split_heads, "qk_clip": muon.qk_clip} if config.optimizer.kind == "muon" else None
+    return head | {"ranks": layout.world_size, "micro_batch_seqs": config.batch.micro_batch_seqs, "muon": updates}
 
 
 def describe(line: dict[str, Any]) -> str:
     """The row as a line of text."""
     offload = f", {line['offload']} offload" * (line["offload"] != "none")
     name = f"{line['layout']:<24} {line['engine']} ZeRO-{line['zero']}{offload}, micro-batch {line['micro_batch_seqs']}"
+    if line["muon"]:
+        name += f", split {line['muon']['split_heads']}" + ", QK-clip" * (line["muon"]["qk_clip"] is not None)
     if "error" in line:
         return f"{name:<76} FAILED\n{line['error']}"
     numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))

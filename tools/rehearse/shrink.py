@@ -20,6 +20,8 @@ from parallel.layout import make_layout, world_size
 
 MAX_RANKS = 16
 VOCAB_SIZE = 300
+# A threshold that most heads of the small model exceed.
+QK_CLIP = 0.3
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     small.optimizer.lr, small.optimizer.eps, small.schedule.min_lr = 3e-3, 1e-5, 0.0
     # In bf16 the iterations of two layouts differ by 6e-4, and a wrong update could hide in that.
     small.optimizer.muon.ns_dtype = "fp32"
+    if small.optimizer.muon.qk_clip is not None:
+        small.optimizer.muon.qk_clip = QK_CLIP
     small.cluster.device, small.cluster.gpu = "auto", None
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None

@@ -17,9 +17,9 @@ from configs.sources import shipped_names
 from parallel.compat.index import is_needed
 from parallel.legality.verdict import check_config
 from tools.rehearse import cli
-from tools.rehearse.covering_layouts import covering_subset, legal_layouts
+from tools.rehearse.covering_layouts import covering_subset, legal_layouts, muon_variants
 from tools.rehearse.local_ranks import RankFailed
-from tools.rehearse.shrink import MAX_RANKS, common_divisors, fit_degrees, shrink
+from tools.rehearse.shrink import MAX_RANKS, QK_CLIP, common_divisors, fit_degrees, shrink
 
 COMPOSED = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4"]
 QUICK = ["quickstart", "--steps", "2"]
@@ -276,3 +276,31 @@ def test_matrices_that_each_rank_orthogonalises_for_itself_are_caught(
     code, found = rehearse([*QUICK, *MUON, *SHARDED, "launch.processes_per_node=2"], capsys)
     (line,) = found["layouts"]  # type: ignore[misc]
     assert code == 1 and not line["ok"] and line["grad_max_rel"] < 1e-5 < line["weight_max_rel"]
+
+
+def test_muon_and_qk_clip_are_axes_of_the_covering_layouts() -> None:
+    splits = {"none", "qkv", "head"}
+    muon = ["optimizer.kind=muon"]
+    config = load_config("quickstart", [*muon, "model.attention.qk_norm=false"]).config
+    layouts = [layout.optimizer.muon for _, layout in legal_layouts(config, 1)]
+    assert {(layout.split_heads, layout.qk_clip) for layout in layouts} == {(s, clip) for s in splits for clip in (None, QK_CLIP)}
+    # The norms of queries and keys make QK-clip illegal.
+    clips = [dict(values)["qk_clip"] for values in muon_variants(load_config("quickstart", muon).config)]
+    assert clips == [None] * 3
+    assert list(muon_variants(load_config("quickstart").config)) == [()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.attention.qkv_bias=true", "parallel.tensor=2", "zero.stage=1"],
+        pytest.param(["parallel.tensor=4", "launch.processes_per_node=8"], marks=pytest.mark.prove),
+        pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 2, offload: optimizer}"], marks=pytest.mark.prove),
+    ],
+)
+def test_qk_clip_clips_alike_under_any_layout(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    clip = ["model.attention.qk_norm=false", "optimizer={kind: muon, muon: {qk_clip: 100}}"]
+    code, found = rehearse([*QUICK, *clip, *words], capsys)
+    assert code == 0, found
+    (line,) = found["layouts"]  # type: ignore[misc]
+    assert line["muon"] == {"split_heads": "qkv", "qk_clip": 100.0}

@@ -25,7 +25,7 @@ class Attention:
     qk_norm: bool = key(False, "RMSNorm on queries and keys.")
     qk_norm_span: str = key(
         "head",
-        "Span of that norm. head: each head by itself; all_heads (OLMoE): counted and planned, but not trained.",
+        "Span of that norm. head: each head by itself; all_heads: all heads of the layer together (OLMoE, MiniMax-M2).",
         choices=("head", "all_heads"),
     )
     qkv_bias: bool = key(False, "Bias of the query, key and value projections.")
@@ -93,6 +93,9 @@ class Position:
     interleaved: bool = key(
         False, "Rotate neighbouring dims as pairs, instead of a dim of the first half with one of the second."
     )
+    layer_pattern: Optional[List[int]] = key(
+        None, "For each layer 1 (rotated) or 0 (no positions: SmolLM3, EXAONE-MoE). null: all are rotated.", low=0, high=1
+    )
     scaling: RopeScaling = key(factory=RopeScaling)
 
 
@@ -106,6 +109,9 @@ class Router:
         None, "Number of groups that the experts form for group-limited routing. null: no groups.", low=1
     )
     group_top_k: Optional[int] = key(None, "Number of groups that a token may choose experts from.", low=1)
+    group_score_experts: Optional[int] = key(
+        None, "Best experts whose scores add up to the score of their group. null: top_k / group_top_k (Megatron-Core).", low=1
+    )
     expert_bias: bool = key(
         False, "Bias on the selection scores that moves against the load, without gradient (DeepSeek-V3, arXiv 2408.15664)."
     )

@@ -65,6 +65,12 @@ def moe_layers(model: Model) -> tuple[bool, ...]:
     return tuple(i >= moe.first_dense_layers and i % moe.layer_frequency == 0 for i in range(model.num_layers))
 
 
+def group_score_experts(model: Model) -> int:
+    """Best experts of a group whose scores add up to the group's score, in group-limited routing."""
+    router = model.moe.router
+    return router.group_score_experts or model.moe.top_k // (router.group_top_k or 1)
+
+
 def mtp_is_moe(model: Model) -> bool:
     """A prediction depth repeats the kind of the last layer (as Megatron-Core builds it)."""
     return moe_layers(model)[-1]

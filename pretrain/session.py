@@ -63,7 +63,8 @@ class RunContext:
     @property
     def identity(self) -> Identity:
         """What a checkpoint must agree with to be loaded."""
-        return Identity(architecture(self.config.model, self.vocab_size), self.tokenizer.identity())
+        allowed = tuple(self.config.checkpoint.allow_change)
+        return Identity(architecture(self.config.model, self.vocab_size), self.tokenizer.identity(), allowed)
 
 
 @dataclass(frozen=True)

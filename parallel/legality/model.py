@@ -218,6 +218,10 @@ def router_groups(config: Config) -> Iterator[Problem]:
     if not chosen <= moe.top_k <= available:
         rule = f"must be at least group_top_k = {chosen} and at most the {available} experts of the chosen groups"
         yield Problem("model.moe.top_k", moe.top_k, rule, f"set model.moe.top_k between {chosen} and {available}")
+    scored, width = router.group_score_experts or 1, moe.num_experts // groups
+    if scored > width:
+        rule = f"must be at most the {width} experts of a group"
+        yield Problem("model.moe.router.group_score_experts", scored, rule, f"set it to {width} or less")
 
 
 @reads("model.moe")
@@ -233,9 +237,17 @@ def router_weights(config: Config) -> Iterator[Problem]:
     if moe.top_k > 1 and router.score == "sigmoid" and not router.normalize_top_k:
         rule = "must be on with sigmoid scores: megatron-core always normalises them"
         yield Problem(path, False, rule, f"set {path}=true, or model.moe.router.score=softmax")
-    if router.expert_bias and router.score != "sigmoid":
-        rule = "needs model.moe.router.score = sigmoid (megatron-core selects with the bias on sigmoid scores only)"
-        yield Problem("model.moe.router.expert_bias", True, rule, "set model.moe.router.score=sigmoid, or expert_bias=false")
+    if router.expert_bias and router.score == "softmax":
+        # The weights are p / (sum of the chosen p), and the logits are those of sigmoids (pretrain/model/routers.py).
+        path, fix = "model.moe.router.expert_bias", "set model.moe.router.score=sigmoid, or expert_bias=false"
+        if not router.normalize_top_k:
+            rule = (
+                "needs model.moe.router.normalize_top_k with softmax scores: megatron-core normalises what it selects by a bias"
+            )
+            yield Problem(path, True, rule, fix)
+        if router.z_loss_coeff:
+            rule = "excludes model.moe.router.z_loss_coeff with softmax scores: the loss would see other logits"
+            yield Problem(path, True, rule, f"{fix}, or z_loss_coeff=0")
 
 
 @reads("model.moe")
@@ -310,16 +322,48 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
-@reads("model.planning_only", "model.attention.qk_norm_span")
+@reads("model.planning_only")
 def can_be_built(config: Config) -> Iterator[Problem]:
-    """The preset can be trained: it is not for planning only, and its query and key norms span one head."""
+    """The preset can be trained: it is not for planning only."""
     model = config.model
     if model.planning_only:
         rule = f"this preset is for counting and planning only: {model.planning_only}"
         yield Problem("model.planning_only", model.name, rule, "train another preset")
-    elif model.attention.qk_norm_span != "head":
-        rule = "must be head: megatron-core's norms of queries and keys span one head"
-        yield Problem("model.attention.qk_norm_span", model.attention.qk_norm_span, rule, "set model.attention.qk_norm_span=head")
+
+
+@reads("model.attention", "model.norm")
+def norm_of_all_heads(config: Config) -> Iterator[Problem]:
+    """model.attention.qk_norm_span = all_heads needs norms of queries and keys, which are RMSNorms."""
+    attention, path = config.model.attention, "model.attention.qk_norm_span"
+    if attention.qk_norm_span == "head":
+        return
+    if not attention.qk_norm:
+        rule = "has no effect while model.attention.qk_norm is off"
+        yield Problem(path, attention.qk_norm_span, rule, f"set model.attention.qk_norm=true, or {path}=head")
+    if config.model.norm != "rmsnorm":
+        rule = f"all_heads needs model.norm = rmsnorm, not {config.model.norm}"
+        yield Problem(path, attention.qk_norm_span, rule, f"set model.norm=rmsnorm, or {path}=head")
+
+
+@reads("model.position", "model.num_layers", "model.mtp", "model.mla")
+def rotated_layers_fit(config: Config) -> Iterator[Problem]:
+    """model.position.layer_pattern names every layer, needs rotary positions, and excludes latent attention and MTP."""
+    model, path = config.model, "model.position.layer_pattern"
+    pattern, layers = model.position.layer_pattern, model.num_layers
+    if pattern is None:
+        return
+    if len(pattern) != layers:
+        rule = f"must name each of the model.num_layers = {layers} layers, not {len(pattern)}"
+        yield Problem(path, pattern, rule, f"give {layers} numbers, 0 no positions and 1 rotated")
+    if model.position.kind != "rope":
+        rule = f"has no effect while model.position.kind = {model.position.kind}"
+        yield Problem(path, pattern, rule, f"set {path}=null, or model.position.kind=rope")
+    if arch.is_mla(model):
+        rule = "excludes latent attention (model.mla.kv_lora_rank): megatron-core rotates all of its layers"
+        yield Problem(path, pattern, rule, f"set {path}=null")
+    if model.mtp.num_layers:
+        rule = "names the layers only: megatron-core would look for model.mtp.num_layers more"
+        yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
 
 
 @reads("model.mla", "model.norm_eps", "cluster")
@@ -344,6 +388,8 @@ RULES = (
     expert_biases,
     pattern_fits,
     window_pattern_fits,
+    norm_of_all_heads,
+    rotated_layers_fit,
     expert_keys_need_experts,
     top_k_fits,
     router_groups,

@@ -9,7 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -50,6 +50,10 @@ TABLE: dict[str, str] = {
     "model.planning_only": FREE,
     "model.init_std": FREE,
     "model.scale_init_by_depth": FREE,
+    # The longest context: positions that a run grows into. Manifests keep these keys, since the outputs depend on them.
+    "model.max_position_tokens": WORD,
+    "model.position.theta": WORD,
+    "model.position.scaling": WORD,
     "model.hidden_dropout": WORD,
     "model.attention.dropout": WORD,
     "model.mtp.loss_coeff": WORD,
@@ -67,6 +71,10 @@ TABLE: dict[str, str] = {
 }
 
 
+CONTEXT = ("max_position_tokens", "position.theta", "position.scaling")
+"""Keys and sections of `model` that change the positions, and with them the outputs of the same weights."""
+
+
 def rule_of(key: str) -> str:
     """The rule of a dotted key: free, word or refused."""
     parts = key.replace("[", ".").split(".")
@@ -77,9 +85,14 @@ def rule_of(key: str) -> str:
 
 
 def architecture(model: Model, vocab_size: int) -> dict[str, Any]:
-    """The keys of `model` on which the weights depend, and the vocabulary size in use. A manifest keeps them."""
-    keys = {path: value for path, value, _ in walk(model) if rule_of(f"model.{path}") == REFUSED}
+    """The keys of `model` on which weights or outputs depend, and the vocabulary size in use. A manifest keeps them."""
+    keys = {path: value for path, value, _ in walk(model) if rule_of(f"model.{path}") == REFUSED or is_named(path, CONTEXT)}
     return keys | {"vocab_size": vocab_size}
+
+
+def is_allowed(key: str, allowed: Sequence[str], learned_positions: bool) -> bool:
+    """Whether `allowed` lets a key with the rule `word` change. A table of learned positions can't grow."""
+    return rule_of(key) == WORD and is_named(key, allowed) and not (learned_positions and key == "model.max_position_tokens")
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def has_same_optimizer(written: Mapping[str, Any], optimizer: Optimizer) -> bool
     return updaters(written.get("optimizer", {})) == updaters(asdict(optimizer))
 
 
-def is_named(key: str, allowed: list[str]) -> bool:
+def is_named(key: str, allowed: Sequence[str]) -> bool:
     """Whether `allowed` contains the key or a section that contains it."""
     plain = key.replace("[", ".").replace("]", "")
     return any(plain == name or plain.startswith(name + ".") for name in allowed)
@@ -110,12 +123,13 @@ def check_changes(before: dict[str, Any], config: Config) -> list[Problem]:
     for key in sorted(set(before) & set(now)):
         old, new = before[key], now[key]
         rule = rule_of(key)
-        if old == new or rule == FREE or (rule == WORD and is_named(key, config.checkpoint.allow_change)):
+        learned = config.model.position.kind == "learned"
+        if old == new or rule == FREE or is_allowed(key, config.checkpoint.allow_change, learned):
             continue
         # A horizon that is unset now is taken from the run itself.
         if key == "schedule.horizon_steps" and new is None:
             continue
-        if rule == WORD:
+        if rule == WORD and not (learned and key == "model.max_position_tokens"):
             section = key.replace("[", ".").split(".")[0]
             text = f"was {old!r} when the run stopped; a change needs your word, since it changes what is learned"
             fix = f"set it back, or add checkpoint.allow_change=[{key}] (or [{section}])"

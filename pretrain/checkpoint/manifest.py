@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.fields import walk
 from configs.model_schema import Model
+from pretrain.checkpoint.allowed_changes import is_allowed
 from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
 from pretrain.model.tensor_slice import TensorSlice
 from pretrain.run.files import read_json
@@ -139,16 +140,31 @@ def read_index(folder: Path) -> Iterator[StoredSlice]:
             yield StoredSlice(kind, name, slice_, start, stop, file, crc32)
 
 
-def check_identity(manifest: Manifest, folder: Path, model: dict[str, Any], tokenizer: dict[str, Any] | None) -> list[Problem]:
-    """Problems when the checkpoint has the weights of another model or tokenizer, one for each key that differs."""
+def check_identity(
+    manifest: Manifest,
+    folder: Path,
+    model: dict[str, Any],
+    tokenizer: dict[str, Any] | None,
+    allowed: Sequence[str] = (),
+) -> list[Problem]:
+    """Problems when the checkpoint has the weights of another model or tokenizer, one for each key that differs.
+
+    `allowed`: checkpoint.allow_change, which lets the positions change: to a longer context.
+    """
     problems = []
     # A key that the checkpoint lacks was added later. Its default value describes the older checkpoints.
     written = {path: value for path, value, _ in walk(Model())} | manifest.model
     for key in sorted(model):
-        if written.get(key) != model[key]:
+        path, learned = f"model.{key}", model.get("position.kind") == "learned"
+        if written.get(key) == model[key] or is_allowed(path, allowed, learned):
+            continue
+        if is_allowed(path, [path], learned):
+            rule = f"is {written.get(key)!r} in the checkpoint {folder}; a change needs your word, since the outputs change"
+            fix = f"set it back, or add checkpoint.allow_change=[{path}] (or [model.position])"
+        else:
             rule = f"must be {written.get(key)!r} as in the checkpoint {folder}: its tensors have other shapes or meaning"
             fix = "use the model of the checkpoint, or another run.dir for this one"
-            problems.append(Problem(f"model.{key}", model[key], rule, fix))
+        problems.append(Problem(path, model[key], rule, fix))
     if manifest.tokenizer and tokenizer and manifest.tokenizer.get("sha256") != tokenizer.get("sha256"):
         rule = f"must be the tokenizer of the checkpoint {folder} (sha256 {str(manifest.tokenizer.get('sha256'))[:12]}…)"
         fix = "name that tokenizer's file, or another run.dir"

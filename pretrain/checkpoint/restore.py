@@ -47,10 +47,11 @@ class TrainingPosition:
 
 @dataclass(frozen=True)
 class Identity:
-    """The model and the tokenizer that a checkpoint must match."""
+    """The model and the tokenizer that a checkpoint must match. `allowed`: checkpoint.allow_change."""
 
     model: dict[str, Any]
     tokenizer: dict[str, Any] | None
+    allowed: tuple[str, ...] = ()
 
 
 def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
@@ -73,7 +74,7 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
         except DamagedFile as damage:
             pass_over(folder, damage, announce)
             continue
-        if problems := check_identity(manifest, folder, identity.model, identity.tokenizer):
+        if problems := check_identity(manifest, folder, identity.model, identity.tokenizer, identity.allowed):
             raise ConfigError(problems)
         whole.append(folder)
     if found and not whole:
@@ -102,7 +103,7 @@ def _require(folder: Path, key: str, got: object, identity: Identity) -> None:
         steps = ", ".join(str(step) for step, _ in complete_checkpoints(folder.parent)) or "none"
         rule, fix = f"must be a complete checkpoint: {damage}", f"complete ones beside it: steps {steps}"
         raise ConfigError(Problem(key, got, rule, fix)) from damage
-    if problems := check_identity(manifest, folder, identity.model, identity.tokenizer):
+    if problems := check_identity(manifest, folder, identity.model, identity.tokenizer, identity.allowed):
         raise ConfigError(problems)
 
 

@@ -16,6 +16,7 @@ from parallel.compat.private_names import require_names
 from parallel.layout import Layout
 from parallel.stages import Chunk
 from pretrain.model.backend import Backend
+from pretrain.model.routers import adapt_routers
 from pretrain.model.specs import block_spec, mtp_spec
 
 require_names(__name__)
@@ -86,6 +87,7 @@ def build_chunk(
     )
     if _position_kind(config) == "yarn" and position.rotary_fraction < 1.0:
         gpt.rotary_pos_emb = yarn_on_part_of_head(gpt.rotary_pos_emb, position.rotary_fraction, transformer)
+    adapt_routers(gpt, model.moe.router)
     gpt.num_tokens_in_vocab = vocab_size
     gpt.first_local_token = groups.tp.rank() * (padded // groups.tp.size())
     return gpt

@@ -48,6 +48,8 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
         # GPTModel reads these by name; the dataclass does not declare them.
         for name, value in extra.items():
             setattr(result, name, value)
+        # pretrain/model/specs.py reads it.
+        result.qk_norm_all_heads = model.attention.qk_norm_span == "all_heads"  # type: ignore[attr-defined]
         return result
     latent = MLATransformerConfig(**values, **_latent_attention(model))
     # The norms of pretrain/model/specs.py read it. The dataclass has one epsilon for all norms.
@@ -84,6 +86,8 @@ def _architecture(model: Model) -> dict[str, Any]:
     if attention.window_size_tokens is not None:
         values["window_size"] = (attention.window_size_tokens - 1, 0)
         values["window_attn_skip_freq"] = attention.window_pattern or (2 if attention.window_layers == "alternate" else None)
+    if model.position.layer_pattern is not None:
+        values["no_rope_freq"] = [1 - flag for flag in model.position.layer_pattern]
     if model.activation == "gpt_oss_glu":
         values |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
     return values
@@ -97,7 +101,8 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_layer_freq=[int(is_moe) for is_moe in moe_layers(model)],
         moe_ffn_hidden_size=expert_ffn(model),
         moe_router_topk=moe.top_k,
-        moe_router_score_function=router.score,
+        # Softmax scores with a selection bias enter as the logits of sigmoids (pretrain/model/routers.py).
+        moe_router_score_function="sigmoid" if router.expert_bias else router.score,
         # A softmax over the chosen logits equals a softmax over all logits whose chosen values are renormalised.
         moe_router_pre_softmax=router.score == "softmax" and not router.normalize_top_k,
         moe_router_topk_scaling_factor=None if router.scaling_factor == 1.0 else router.scaling_factor,

@@ -129,7 +129,7 @@ def _problems(config: Config, manifest: Manifest, path: Any, vocab_size: int | N
     problems = check_changes(flatten(from_yaml_text(before.read_text())), config) if before.exists() else []
     known = {problem.path for problem in problems}
     vocab = manifest.vocab_size if vocab_size is None else vocab_size
-    identity = check_identity(manifest, path, architecture(config.model, vocab), None)
+    identity = check_identity(manifest, path, architecture(config.model, vocab), None, config.checkpoint.allow_change)
     return problems + [problem for problem in identity if problem.path not in known]
 
 

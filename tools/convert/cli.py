@@ -25,6 +25,9 @@ from Hugging Face and back:
   phalanx convert verify checkpoints/qwen3 ~/models/Qwen3-30B-A3B
   phalanx convert export runs/quickstart exported
 
+from dense to MoE:
+  phalanx convert upcycle ~/models/Qwen3-4B checkpoints/moe --experts 8 --top-k 2
+
 An import holds weights only: a run that starts from it (checkpoint.load=PATH) has a fresh optimizer.
 After a kill or a full disk, the same command continues where the conversion stopped.
 Several processes can share one conversion: --shard 0/4 … --shard 3/4, in any order.
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     work = _work_options(shared)
     _add_import(commands, work)
     _add_export(commands, work)
+    _add_upcycle(commands, work)
     _add_inspect(commands, shared)
     _add_verify(commands, shared)
     return parser
@@ -110,6 +114,35 @@ def _add_export(commands: Subcommands, work: argparse.ArgumentParser) -> None:
     put.set_defaults(run=_export)
 
 
+def _add_upcycle(commands: Subcommands, work: argparse.ArgumentParser) -> None:
+    grow = commands.add_parser(
+        "upcycle",
+        parents=[work],
+        help="make an MoE checkpoint from a dense Hugging Face folder, with the same logits",
+    )
+    grow.add_argument("source", type=Path, metavar="DENSE")
+    grow.add_argument("out", type=Path, metavar="OUT")
+    grow.add_argument("--experts", type=_positive, default=8, metavar="N", help="copies of the MLP (default: 8)")
+    grow.add_argument("--top-k", type=_positive, default=2, metavar="K", help="copies that process a token (default: 2)")
+    grow.add_argument(
+        "--granularity",
+        type=_positive,
+        default=1,
+        metavar="G",
+        help="cut each copy into G experts of 1/G of the width; N x G experts, K x G of them chosen (default: 1)",
+    )
+    grow.add_argument("--shared-expert", action="store_true", help="one more copy that processes every token")
+    grow.add_argument(
+        "--noise",
+        type=_noise,
+        default=0.0,
+        metavar="S",
+        help="add normal noise of standard deviation S to routed experts (default: 0, the same logits)",
+    )
+    grow.add_argument("--seed", type=int, default=0, help="seed of router and noise (default: 0)")
+    grow.set_defaults(run=_upcycle)
+
+
 def _add_inspect(commands: Subcommands, shared: argparse.ArgumentParser) -> None:
     look = commands.add_parser(
         "inspect", parents=[shared], help="list the model, tensors and types of a folder, and check that it is complete"
@@ -153,6 +186,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _noise(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number from 0 on")
+    return value
+
+
 def _folder(path: Path, name: str) -> Path:
     if not path.is_dir():
         raise ConfigError(Problem(name, str(path), "must be a folder", "check the path"))
@@ -170,6 +210,18 @@ def _import(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return (
         result,
         f"{text}\nweights only: checkpoint.load={args.out} starts a run with a fresh optimizer; model: {args.out}/model.yaml",
+    )
+
+
+def _upcycle(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tools.convert.upcycle import Recipe, upcycle  # noqa: PLC0415  (the subcommand's modules only)
+
+    recipe = Recipe(args.experts, args.top_k, args.granularity, args.shared_expert, args.noise, args.seed)
+    folder = _folder(args.source, "DENSE")
+    result = upcycle(folder, args.out, recipe, args.dtype, args.shard, args.workers, args.force)
+    return result, (
+        f"{result['experts']} experts of width {result['expert_width']}, {result['top_k']} for each token: {args.out}\n"
+        f"checkpoint.load={args.out} starts a run from it; model: {args.out}/model.yaml"
     )
 
 

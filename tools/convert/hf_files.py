@@ -61,10 +61,17 @@ class HfTensor:
 class HfFiles:
     """The tensors of a folder. Any number of threads may read at once; they share the open files."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Raises ConfigError with every problem of the folder."""
+    def __init__(self, folder: Path, config: Mapping[str, Any], part: str = "") -> None:
+        """`part`: take the tensors whose names begin with it, without it, where there are any.
+
+        Raises ConfigError with every problem of the folder.
+        """
         self.folder = folder
         self.raw, problems = _inventory(folder)
+        self.num_left_out = 0
+        if part and (mine := {name: held for name, held in self.raw.items() if name.startswith(part)}):
+            self.num_left_out = len(self.raw) - len(mine)
+            self.raw = {name.removeprefix(part): held for name, held in mine.items()}
         self.block, odd = _block_size(config)
         problems += odd
         self.tensors: dict[str, HfTensor] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from tools.convert.hf_files import HfFiles, check_quantization, first_of
 from tools.convert.megatron_lm.open_checkpoint import is_megatron, open_megatron
 from tools.convert.output_folder import OutputFolder, WorkShare, check_output_path
 from tools.convert.overflow import check_range
+from tools.convert.tensors.canonical_shapes import Shape
 from tools.convert.tensors.dtypes import NAMES, RAW, Array, convert, widest
 from tools.convert.tensors.import_source import ImportSource, TensorReader, check_model, read_rows
 from tools.convert.tensors.row_mappings import RowMapping
@@ -57,7 +58,10 @@ def open_huggingface(folder: Path) -> ImportSource:
         problems = check_model(model, "this model can't be converted; for planning: phalanx model config.json --to-yaml")
     if problems:
         raise ConfigError(problems)
-    files = HfFiles(folder, whole_config)
+    # A multimodal model's files hold its language model under one name.
+    files = HfFiles(folder, whole_config, "" if text_part(config) is config else "language_model.")
+    if files.num_left_out:
+        notes.append(f"{files.num_left_out} tensors outside of the language model are left out, and no export has them")
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
         notes.append(
             f"config.json names {model.mtp.num_layers} MTP layers, the files hold none: the model was imported without MTP"
@@ -137,7 +141,7 @@ def _bits(values: Array) -> Array:
     return np.ascontiguousarray(values).view(np.uint8)
 
 
-def _dtypes(source: ImportSource, wanted: str) -> dict[str, str]:
+def element_types(source: ImportSource, wanted: str) -> dict[str, str]:
     """Element type of each canonical tensor. The router's selection bias keeps its type, whatever type is wanted."""
     found: dict[str, set[str]] = {}
     for (name, _), mappings in source.weight_map.by_canonical.items():
@@ -149,17 +153,23 @@ def _dtypes(source: ImportSource, wanted: str) -> dict[str, str]:
 def _entries(weight_map: WeightMap, dtypes: dict[str, str]) -> Iterator[PlannedTensor]:
     """The slices of the checkpoint: whole tensors, cut by rows when they are large."""
     for name, lead in weight_map.by_canonical:
-        shape, dtype = weight_map.shapes[name], dtypes[name]
-        inner = shape[len(lead) + 1 :]
-        mappings, rows = weight_map.by_canonical[(name, lead)], shape[len(lead)]
+        mappings = weight_map.by_canonical[(name, lead)]
         plain = all(mapping.is_plain for mapping in mappings)
         # Slices end where the files' tensors end: an export then reads whole slices and checks their sums on the way.
-        edges = (mapping.row for mapping in mappings if mapping.row)
-        cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
-        for first, count in cuts:
-            slice_ = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
-            parts = ((lead, first, count),)
-            yield PlannedTensor(slice_key("weight", name, slice_, 0, slice_.size), dtype, (slice_.size,), name, parts, not plain)
+        edges = [mapping.row for mapping in mappings if mapping.row]
+        yield from cut_slices(name, lead, weight_map.shapes[name], dtypes[name], edges, plain)
+
+
+def cut_slices(
+    name: str, lead: tuple[int, ...], shape: tuple[int, ...], dtype: str, edges: Iterable[int], plain: bool
+) -> Iterator[PlannedTensor]:
+    """The slices of tensor[lead], of which none crosses one of `edges`. `plain`: its rows can be filled separately."""
+    inner, rows = shape[len(lead) + 1 :], shape[len(lead)]
+    cuts = cut_rows(rows, width(shape, lead) * RAW[dtype].itemsize, edges) if plain else [(0, rows)]
+    for first, count in cuts:
+        slice_ = TensorSlice((*lead, first, *(0 for _ in inner)), (*(1 for _ in lead), count, *inner))
+        parts = ((lead, first, count),)
+        yield PlannedTensor(slice_key("weight", name, slice_, 0, slice_.size), dtype, (slice_.size,), name, parts, not plain)
 
 
 def fill_canonical_tensor(unit: WriteUnit, out: Array, weight_map: WeightMap, files: TensorReader) -> None:
@@ -199,7 +209,7 @@ def import_model(
     """
     source = open_source(folder, preset)
     place = check_output_path(out, folder, force)
-    dtypes = _dtypes(source, dtype)
+    dtypes = element_types(source, dtype)
     entries = list(_entries(source.weight_map, dtypes))
     files = plan_files(entries, FILE_BYTES, lambda number, count: f"part_{number:05d}.safetensors", {})
 
@@ -214,8 +224,11 @@ def import_model(
         written = output.write(share, workers, fill)
     except DamagedFile as error:
         raise ConfigError(Problem(str(source.folder), "damaged", str(error), "copy or download the folder again")) from error
+    sizes = {file.name: file.num_bytes for file in files}
+    kept = [Path("config.json"), *companion_files(folder)] if source.companions else []
+    shapes = source.weight_map.shapes
     finished = output.finish(
-        share, lambda partial, sums: _complete(partial, sums, source, dtypes, {f.name: f.num_bytes for f in files})
+        share, lambda partial, sums: complete_checkpoint(partial, sums, folder, source.model, shapes, dtypes, sizes, kept)
     )
     source.files.close()
     return {
@@ -229,17 +242,22 @@ def import_model(
     }
 
 
-def _complete(
-    partial: Path, sums: dict[str, dict[str, int]], source: ImportSource, dtypes: dict[str, str], sizes: dict[str, int]
+def complete_checkpoint(
+    partial: Path,
+    sums: dict[str, dict[str, int]],
+    folder: Path,
+    model: Model,
+    shapes: dict[str, Shape],
+    dtypes: dict[str, str],
+    sizes: dict[str, int],
+    kept: list[Path],
 ) -> None:
-    """Write index.json, manifest.json, the folder's own config and tokenizer files, and last the COMPLETE marker."""
-    if source.companions:
-        copy_files(source.folder, [Path("config.json"), *companion_files(source.folder)], partial / COMPANIONS)
-    model = source.model
+    """Write index.json, manifest.json, the files of `folder` that are `kept`, and last the COMPLETE marker."""
+    copy_files(folder, kept, partial / COMPANIONS)
     write_atomically(partial / "model.yaml", preset_yaml(model, f"{model.name}: {model.source}"))
     write_atomically(partial / "index.json", json.dumps(sums))
-    tensors = {name: {"shape": list(shape), "dtype": dtypes[name]} for name, shape in source.weight_map.shapes.items()}
-    manifest = weights_manifest(model, tensors, sizes, _tokenizer(source.folder))
+    tensors = {name: {"shape": list(shape), "dtype": dtypes[name]} for name, shape in shapes.items()}
+    manifest = weights_manifest(model, tensors, sizes, _tokenizer(folder))
     write_atomically(partial / "manifest.json", manifest.as_json())
     write_atomically(partial / COMPLETE, "")
 

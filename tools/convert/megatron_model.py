@@ -51,6 +51,8 @@ def inference_config(model: Model, seq_length_tokens: int, layers: int | None = 
             model.moe.layer_pattern = [int(flag) for flag in arch.moe_layers(model)[:layers]]
         if model.attention.window_pattern is not None:
             model.attention.window_pattern = model.attention.window_pattern[:layers]
+        if model.position.layer_pattern is not None:
+            model.position.layer_pattern = model.position.layer_pattern[:layers]
         model.num_layers = layers
         if not any(arch.moe_layers(model)):
             model.moe.num_experts, model.moe.layer_pattern = 0, None

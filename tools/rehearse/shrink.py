@@ -150,6 +150,7 @@ def shrink_model(model: Model, common: CommonDivisors) -> Model:
     small.num_layers = max(common.chunks, 2, small.moe.first_dense_layers + 1)
     small.moe.layer_pattern = _first_of(model.moe.layer_pattern, small.num_layers)
     small.attention.window_pattern = _first_of(model.attention.window_pattern, small.num_layers)
+    small.position.layer_pattern = _first_of(model.position.layer_pattern, small.num_layers)
     small.mtp.num_layers = min(model.mtp.num_layers, 2)
     return small
 
@@ -190,6 +191,8 @@ def _shrink_experts(small: Model, model: Model, common: CommonDivisors) -> None:
     moe.top_k = min(moe.top_k, 2)
     if grouped:
         moe.router.num_groups, moe.router.group_top_k = 2, 1
+        # Groups of 2 x common.expert experts.
+        moe.router.group_score_experts = min(moe.router.group_score_experts or 0, 2) or None
     moe.ffn_hidden_size = 24 * common.expert_tensor
     moe.shared_ffn_hidden_size = 36 * common.tensor if moe.shared_ffn_hidden_size else None
     moe.first_dense_layers = min(moe.first_dense_layers, 1)

@@ -29,7 +29,8 @@ def test_every_key_has_a_rule() -> None:
         ("parallel.tensor", FREE), ("zero.engine", FREE), ("run.steps", FREE), ("batch.micro_batch_seqs", FREE),
         ("metrics.wandb.project", FREE), ("data.train[0].path", FREE), ("optimizer.lr", WORD), ("schedule.kind", WORD),
         ("batch.global_batch_seqs", WORD), ("run.seed", WORD), ("precision.params", WORD), ("model.num_layers", REFUSED),
-        ("model.moe.router.score", REFUSED), ("model.position.theta", REFUSED), ("model.moe.router.aux_loss_coeff", WORD),
+        ("model.moe.router.score", REFUSED), ("model.position.interleaved", REFUSED),
+        ("model.position.theta", WORD), ("model.moe.router.aux_loss_coeff", WORD),
     ],
 )  # fmt: skip
 def test_table(key: str, rule: str) -> None:
@@ -48,6 +49,21 @@ def test_changes_are_reported_all_at_once_and_a_word_allows_them() -> None:
     assert "checkpoint.allow_change=[optimizer.lr]" in problems[1].fix
     config.checkpoint.allow_change = ["optimizer", "schedule.kind", "model"]
     assert [problem.path for problem in check_changes(before, config)] == ["model.num_layers"], "no word for another model"
+
+
+def test_a_context_grows_with_a_word_and_a_learned_one_never() -> None:
+    before = flatten(Config())
+    config = Config()
+    config.model.max_position_tokens, config.model.position.theta = 4096, 5e5
+    config.model.position.scaling.kind = "yarn"
+    changed = ["model.max_position_tokens", "model.position.scaling.kind", "model.position.theta"]
+    assert [problem.path for problem in check_changes(before, config)] == changed
+    assert set(architecture(config.model, 100).items()) - set(architecture(Config().model, 100).items()), "manifests keep them"
+    config.checkpoint.allow_change = ["model.position", "model.max_position_tokens"]
+    assert check_changes(before, config) == []
+    before["model.position.kind"] = config.model.position.kind = "learned"
+    (problem,) = check_changes(before, config)
+    assert problem.path == "model.max_position_tokens" and "another architecture" in problem.rule
 
 
 def test_architecture_is_what_weights_depend_on() -> None:

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from configs.errors import ConfigError
 from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors, with_prediction_depth
-from tests.tools.convert.tiny import YARN, make
+from tests.tools.convert.tiny import MODELS, YARN, make, randomize
 from tools.convert.families import family_named
 from tools.convert.hf_config.preset import read_config
 from tools.convert.verify import verify
@@ -43,8 +43,21 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "no windows": ("gpt_oss", {"layer_types": [FULL, FULL]}),
     "biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "every group": ("deepseek_v3", {"n_routed_experts": 12, "n_group": 4, "topk_group": 4, "num_experts_per_tok": 3}),
+    "a group scored by its best expert": (
+        "deepseek_v2", {"topk_method": "group_limited_greedy", "n_routed_experts": 12, "n_group": 4, "topk_group": 2,
+                        "num_experts_per_tok": 4},
+    ),
+    "a group scored by its best two": ("deepseek_v3", {"n_routed_experts": 12, "n_group": 4, "topk_group": 2,
+                                                       "num_experts_per_tok": 3}),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}),
 }  # fmt: skip
+
+
+LING = (
+    ("self_attn.o_proj", "attention.dense"), ("self_attn.q_norm", "attention.query_layernorm"),
+    ("self_attn.k_norm", "attention.key_layernorm"), ("embed_tokens", "word_embeddings"),
+    ("gate.e_score_correction_bias", "gate.expert_bias"),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -117,6 +130,67 @@ def test_text_from_an_export_with_prediction_depths(tmp_path: Path) -> None:
     save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="surprise"):
         load_exported(tmp_path / "out")
+
+
+def test_ling_in_the_names_of_its_own_code(tmp_path: Path) -> None:
+    """transformers has no Ling 2.0. By its published code it computes what GLM-4.5 does with groups, under other names."""
+    model = make("glm4_moe", tmp_path / "glm", n_routed_experts=12, n_group=4, topk_group=2, num_experts_per_tok=4,
+                 attention_bias=False)  # fmt: skip
+    glm, held = read_config(tmp_path / "glm"), {}
+    for name, tensor in tensors(tmp_path / "glm").items():
+        if name.endswith("q_proj.weight"):
+            parts = [tensors(tmp_path / "glm")[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            held[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
+            for theirs, ours in LING:
+                name = name.replace(theirs, ours)
+            held[name] = tensor
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "moe_intermediate_size", "rms_norm_eps", "n_group", "topk_group", "num_experts_per_tok",
+            "routed_scaling_factor", "first_k_dense_replace", "max_position_embeddings")  # fmt: skip
+    config = {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"], "num_experts": 12,
+              "num_shared_experts": 1, "rope_theta": 3e4, "partial_rotary_factor": 0.5, "use_qk_norm": True,
+              "norm_topk_prob": True, **{key: glm[key] for key in same}}  # fmt: skip
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    save_file(held, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    assert read_config(tmp_path / "out")["architectures"] == ["BailingMoeV2ForCausalLM"]
+    # Of another type, the same checkpoint is a GLM.
+    verdict = verify(tmp_path / "checkpoint", tmp_path / "glm", None, 2, 48, 1e-4)
+    assert verdict["max_abs_diff"] < 1e-4 and model.config.n_group == 4
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"architectures": ["BailingMoeForCausalLM"]}))
+    with pytest.raises(ConfigError, match="the first Ling"):
+        run_import(tmp_path / "hf", tmp_path / "no")
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    """Kimi-K2.5 in the names of its published files; the logits of transformers' own class for text are the import's."""
+    text = CONFIG_MAPPING["deepseek_v3"](**MODELS["kimi"][1], pad_token_id=0).to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 4}
+    config = CONFIG_MAPPING["kimi_k25"](text_config=text, vision_config=vision, pad_token_id=0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval().float()
+    randomize(model, 0)
+    whole = make("kimi", tmp_path / "text")
+    whole.model.load_state_dict(model.model.language_model.state_dict())
+    whole.lm_head.load_state_dict(model.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "text")
+    held = {f"language_model.{name}": tensor for name, tensor in tensors(tmp_path / "text").items()}
+    (tmp_path / "hf").mkdir()
+    held_too = held | {"vision_tower.patch_embed.proj.weight": torch.ones(2, 2)}
+    save_file(held_too, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    done = run_import(tmp_path / "hf", tmp_path / "checkpoint")
+    assert any("1 tensors outside of the language model" in note for note in done["notes"])
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "text", tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, exported(ids).logits, atol=1e-5)
+    assert verify(tmp_path / "checkpoint", tmp_path / "out", None, 1, 24, 1e-4)["ok"]
 
 
 def test_a_name_that_transformers_has_no_code_for(tmp_path: Path) -> None:

@@ -106,19 +106,47 @@ def test_generate_is_repeatable_and_draws(trained: Path) -> None:
     assert generate(trained, ["import"], 8, 1.0, 20, 6, None)["texts"][0]["text"] != first[0]["text"]
 
 
+YARN = "{kind: yarn, factor: 4, original_max_position: 32}"
+LLAMA3 = "{kind: llama3, factor: 8, original_max_position: 8192}"
+
+
 @pytest.mark.parametrize(
-    ("world", "words"),
+    ("scaling", "theirs"), [(YARN, {"rope_type": "yarn", "factor": 4.0}), (LLAMA3, {"rope_type": "llama3", "factor": 8.0})]
+)
+def test_a_context_grows_from_phase_to_phase(
+    scaling: str, theirs: dict[str, Any], trained: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = with_data(small_config(model__vocab_size=None, schedule__horizon_steps=3), folder, 1)
+    grown = [f"checkpoint.load={trained}", f"model.position.scaling={scaling}", "batch.seq_length_tokens=128"]
+    path = tmp_path / "work" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(to_yaml(config))
+    refused = ["--config", str(path), f"run.dir={tmp_path / 'no'}", "launch.processes_per_node=1", *grown]
+    assert run_ranks(1, one_rank, refused) == [2]
+    assert "checkpoint.allow_change=[model.position.scaling.kind]" in capfd.readouterr().err
+    run(config, path, *grown, "checkpoint.allow_change=[model.position.scaling]", world=1)
+    run_export(tmp_path / "work" / "run", tmp_path / "out")
+    assert theirs.items() <= read_config(tmp_path / "out")["rope_parameters"].items()
+    assert verify(tmp_path / "work" / "run", tmp_path / "out", None, 2, 128, 1e-4)["ok"]
+
+
+NEW = ["qwen2", "phi3", "dots1", "glm4_moe_lite", "hy_v3", "minimax_m2", "olmoe", "ernie4_5_moe", "smollm3", "exaone_moe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "words"),
     [
-        pytest.param(2, ["parallel.expert=2"], marks=pytest.mark.prove, id="ep2"),
-        pytest.param(4, ["parallel.tensor=2", "parallel.pipeline=2"], id="tp2-pp2"),
+        pytest.param("qwen3_moe", 2, ["parallel.expert=2"], marks=pytest.mark.prove),
+        pytest.param("qwen3_moe", 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+        *(pytest.param(name, 2, ["parallel.tensor=2"], marks=pytest.mark.prove) for name in NEW),
     ],
 )
-def test_an_import_is_trained_on_and_goes_back(world: int, words: list[str], folder: Path, tmp_path: Path) -> None:
+def test_an_import_is_trained_on_and_goes_back(name: str, world: int, words: list[str], folder: Path, tmp_path: Path) -> None:
     config = with_data(Config(), folder, 1)
     # In a process of its own, since transformers starts threads, which the ranks' fork would not survive.
     script = "import sys; from pathlib import Path; from tests.tools.convert.tiny import make; "
-    script += f"make('qwen3_moe', Path({str(tmp_path / 'hf')!r}), vocab_size=704, num_hidden_layers=2, mlp_only_layers=[], "
-    script += "num_attention_heads=4)"
+    more = "num_hidden_layers=2, mlp_only_layers=[], num_attention_heads=4" if name == "qwen3_moe" else ""
+    script += f"make({name!r}, Path({str(tmp_path / 'hf')!r}), vocab_size=704, {more})"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=200)
     run_import(tmp_path / "hf", tmp_path / "checkpoint")
     config.model = interpret_config(read_config(tmp_path / "hf"))[1]

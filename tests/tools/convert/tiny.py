@@ -85,6 +85,51 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True, "n_group": 1,
             "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 3e-5, "num_nextn_predict_layers": 0},
     ),
+    "qwen2": ("qwen2", GQA | rope(7e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 4e-6}),
+    "phi3": ("phi3", GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5, "sliding_window": 12}),
+    "dots1": (
+        "dots1",
+        GQA | rope(3e4) | {"intermediate_size": 72, "moe_intermediate_size": 28, "n_routed_experts": 6, "n_shared_experts": 2,
+                           "num_experts_per_tok": 3, "first_k_dense_replace": 1, "norm_topk_prob": True, "rms_norm_eps": 3e-5,
+                           "routed_scaling_factor": 2.5, "sliding_window": 12, "max_window_layers": 1},
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        LATENT | rope(3e4) | {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "q_lora_rank": 24,
+                              "rms_norm_eps": 3e-5, "routed_scaling_factor": 1.7, "num_hidden_layers": 3,
+                              "mlp_layer_types": ["sparse", "dense", "sparse"], "first_k_dense_replace": None},
+    ),
+    "hy_v3": (
+        "hy_v3",
+        GQA | rope(3e4) | {"intermediate_size": 72, "moe_intermediate_size": 28, "num_experts": 6, "num_shared_experts": 2,
+                           "num_experts_per_tok": 3, "router_scaling_factor": 1.7, "rms_norm_eps": 3e-5},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        GQA | rope(3e4, partial_rotary_factor=0.5) | {"intermediate_size": 28, "num_local_experts": 6, "num_experts_per_tok": 3,
+                                                      "rms_norm_eps": 3e-5},
+    ),
+    "olmoe": (
+        "olmoe",
+        GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 28, "num_experts": 6, "num_experts_per_tok": 3,
+                           "rms_norm_eps": 3e-5},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        GQA | rope(3e4) | {"intermediate_size": 72, "moe_intermediate_size": 28, "moe_num_experts": 6, "moe_k": 3,
+                           "moe_num_shared_experts": 2, "rms_norm_eps": 3e-5, "tie_word_embeddings": False},
+    ),
+    "smollm3": (
+        "smollm3",
+        GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5, "num_hidden_layers": 4,
+                           "no_rope_layers": [1, 0, 0, 1]},
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        GQA | rope(3e4) | {"intermediate_size": 72, "moe_intermediate_size": 28, "num_experts": 6, "num_shared_experts": 1,
+                           "num_experts_per_tok": 3, "rms_norm_eps": 3e-5, "num_hidden_layers": 4, "sliding_window": 12,
+                           "sliding_window_pattern": 2, "layer_types": None},
+    ),
     "gpt_oss": (
         "gpt_oss",
         GQA | {"rope_parameters": YARN | {"truncate": False}, "intermediate_size": 28, "num_local_experts": 4,

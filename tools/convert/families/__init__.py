@@ -8,23 +8,49 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from configs.model_schema import Model
+from tools.convert.families.bailing_moe_v2 import BAILING_MOE_V2
 from tools.convert.families.deepseek_v2 import DEEPSEEK_V2
 from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
+from tools.convert.families.dots1 import DOTS1
+from tools.convert.families.ernie4_5_moe import ERNIE4_5_MOE
+from tools.convert.families.exaone_moe import EXAONE_MOE
 from tools.convert.families.glm4_moe import GLM4_MOE
+from tools.convert.families.glm4_moe_lite import GLM4_MOE_LITE
 from tools.convert.families.gpt_oss import GPT_OSS
+from tools.convert.families.hy_v3 import HY_V3
 from tools.convert.families.llama import LLAMA, MISTRAL
 from tools.convert.families.llama4 import LLAMA4
+from tools.convert.families.minimax_m2 import MINIMAX_M2
 from tools.convert.families.mixtral import MIXTRAL
 from tools.convert.families.olmoe import OLMOE
+from tools.convert.families.phi3 import PHI3
+from tools.convert.families.qwen2 import QWEN2
 from tools.convert.families.qwen2_moe import QWEN2_MOE
 from tools.convert.families.qwen3 import QWEN3
 from tools.convert.families.qwen3_moe import QWEN3_MOE
+from tools.convert.families.smollm3 import SMOLLM3
 from tools.convert.hf_config.family import Family
 from tools.convert.hf_config.model_differences import model_differences
 
 FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
+    BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
 )  # fmt: skip
+
+UNSUPPORTED = {
+    "bailing_hybrid": "its linear attention (KDA) has no module in megatron-core",
+    "exaone4": "its norms follow attention and MLP, megatron-core's precede them",
+    "hunyuan_v1_dense": "it norms queries and keys after the rotation, megatron-core before",
+    "hunyuan_v1_moe": "it norms queries and keys after the rotation, megatron-core before",
+    "longcat_flash": "it has two attentions a layer and experts that copy their input, megatron-core neither",
+    "mimo_v2_flash": "its layers with a window have more key heads, sinks and another rotary base than the others",
+    "olmo": "its norms have no weights",
+    "olmo2": "its norms follow attention and MLP, megatron-core's precede them",
+    "olmo3": "its norms follow attention and MLP, megatron-core's precede them",
+    "phi": "its attention and MLP run side by side, and its output layer has a bias",
+    "phimoe": "its router chooses experts one after the other (SparseMixer)",
+}
+"""model_type -> why its layers can't be built. Names that are often asked for; others are unknown."""
 
 
 def family_named(name: str, key: str = "--family") -> Family:
@@ -32,6 +58,8 @@ def family_named(name: str, key: str = "--family") -> Family:
     for family in FAMILIES:
         if name == family.name or name in family.model_types:
             return family
+    if name in UNSUPPORTED:
+        raise ConfigError(Problem(key, name, f"can't be built: {UNSUPPORTED[name]}", "take a model of another family"))
     names = [family.name for family in FAMILIES]
     close = difflib.get_close_matches(str(name), names, n=1)
     fix = f"did you mean {close[0]}?" if close else "families are " + ", ".join(names)

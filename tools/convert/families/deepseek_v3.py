@@ -14,15 +14,6 @@ from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
 from tools.convert.tensors import shared_rules as tensors
 
-SIGMOID_ROUTER = (
-    settings.FixedValue("moe.router.score", "sigmoid"),
-    settings.FixedValue("moe.router.expert_bias", True),
-    settings.FixedValue("moe.router.bias", False),
-    settings.FixedValue("moe.router.normalize_top_k", True),
-    settings.FixedValue("moe.shared_gate", False),
-    AllowedValues("norm_topk_prob", (True,), "megatron-core always normalises sigmoid scores"),
-)
-
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_types=("deepseek_v3", "kimi_k2"),
@@ -41,7 +32,7 @@ DEEPSEEK_V3 = Family(
         settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=3),
         settings.ExpertGroups(absent=(8, 4)),
-        *SIGMOID_ROUTER,
+        *settings.sigmoid_router(),
         AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
         AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
         AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
@@ -49,7 +40,7 @@ DEEPSEEK_V3 = Family(
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),
-        *tensors.EXPERT_BIAS, *tensors.MTP,
+        *tensors.expert_bias(), *tensors.MTP,
     ),
     copies=tensors.mtp_copies,
     ignored=("pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"),

@@ -7,7 +7,6 @@ Torch-free.
 
 from __future__ import annotations
 
-from tools.convert.families.deepseek_v3 import SIGMOID_ROUTER
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.family import ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
@@ -32,12 +31,12 @@ GLM4_MOE = Family(
         settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=1),
         settings.ExpertGroups(absent=(1, 1)),
-        *SIGMOID_ROUTER,
+        *settings.sigmoid_router(),
         ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),
-        *tensors.EXPERT_BIAS, *tensors.MTP,
+        *tensors.expert_bias(), *tensors.MTP,
     ),
     copies=tensors.mtp_copies,
     ignored=("router_aux_loss_coef",),

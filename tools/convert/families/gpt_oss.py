@@ -40,6 +40,7 @@ GPT_OSS = Family(
         FixedValue("attention.qkv_bias", True),
         FixedValue("attention.output_bias", True),
         FixedValue("attention.qk_norm", False),
+        FixedValue("position.layer_pattern", None),
         ConfigKey("num_local_experts", "moe.num_experts", 128),
         ConfigKey("num_experts_per_tok", "moe.top_k", 4),
         RepeatedKey("experts_per_token", "moe.top_k"),

@@ -1,4 +1,4 @@
-"""OLMoE (arXiv 2409.02060): counted and planned, not converted: its q/k norms span all heads, megatron-core's one.
+"""OLMoE (arXiv 2409.02060): q/k norms over all heads, softmax over all experts. Source: transformers models/olmoe.
 
 Torch-free.
 """
@@ -9,6 +9,7 @@ from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
+from tools.convert.tensors import shared_rules as tensors
 
 OLMOE = Family(
     name="olmoe",
@@ -21,8 +22,7 @@ OLMOE = Family(
         Rope(),
         AllowedValues("attention_bias", (False, None), "its output bias has no counterpart here"),
         AllowedValues("clip_qkv", (None,), "clipped queries and keys can't be built"),
-        *settings.plain_attention(**{"attention.qk_norm": True}),
-        settings.FixedValue("attention.qk_norm_span", "all_heads"),
+        *settings.plain_attention(**{"attention.qk_norm": True, "attention.qk_norm_span": "all_heads"}),
         ConfigKey("num_experts", "moe.num_experts", 64),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
@@ -30,5 +30,5 @@ OLMOE = Family(
         AuxLossCoefficient(absent=0.01),
         *settings.softmax_router(**{"moe.shared_ffn_hidden_size": None}),
     ),
-    planning_only="its norms of queries and keys span all heads, megatron-core's one head",
+    tensors=(*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.experts()),
 )

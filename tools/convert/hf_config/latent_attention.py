@@ -16,11 +16,11 @@ from tools.convert.hf_config.family import AllowedValues, ConfigKey, Setting
 from tools.convert.hf_config.settings import plain_attention
 
 
-def latent_attention() -> tuple[Setting, ...]:
-    """The settings of multi-head latent attention."""
+def latent_attention(q_lora_rank: int = 1536) -> tuple[Setting, ...]:
+    """The settings of multi-head latent attention. `q_lora_rank`: the value of an absent key."""
     return (
         ConfigKey("kv_lora_rank", "mla.kv_lora_rank"),
-        ConfigKey("q_lora_rank", "mla.q_lora_rank", 1536),
+        ConfigKey("q_lora_rank", "mla.q_lora_rank", q_lora_rank),
         ConfigKey("qk_nope_head_dim", "mla.qk_nope_head_dim"),
         ConfigKey("qk_rope_head_dim", "mla.qk_rope_head_dim"),
         ConfigKey("v_head_dim", "mla.v_head_dim"),

@@ -27,6 +27,10 @@ def resolved_model(model: Model) -> dict[str, Any]:
         model.attention.head_dim = None
     else:
         model.attention.head_dim = arch.head_dim(model)
+    if model.position.layer_pattern is not None and all(model.position.layer_pattern):
+        model.position.layer_pattern = None
+    if not model.attention.qk_norm:
+        model.attention.qk_norm_span = "head"
     if model.position.kind != "learned":
         model.max_position_tokens = None
     if model.attention.window_size_tokens is not None:
@@ -44,7 +48,9 @@ def resolved_model(model: Model) -> dict[str, Any]:
         # A token may use every group.
         values["moe.router.num_groups"] = None
     if values.get("moe.router.num_groups") is None:
-        unused.add("moe.router.group_top_k")
+        unused |= {"moe.router.group_top_k", "moe.router.group_score_experts"}
+    else:
+        values["moe.router.group_score_experts"] = arch.group_score_experts(model)
     unused |= _unused_of_scaling(model)
     return {key: value for key, value in values.items() if key not in unused}
 

@@ -40,12 +40,13 @@ class Rope:
     """The keys of rotary positions.
 
     `theta`, `fraction`: values of absent keys in this family; without a `fraction` the family rotates whole heads. `stated`:
-    the rope type must be present.
+    the rope type must be present. `interleaved`: the family rotates neighbouring dims as pairs.
     """
 
     theta: float = 10000.0
     fraction: float | None = None
     stated: bool = False
+    interleaved: bool = False
 
     def names(self) -> tuple[str, ...]:
         return ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL)
@@ -69,7 +70,7 @@ class Rope:
         if wrong:
             yield wrong
             return
-        model.position.kind = "rope"
+        model.position.kind, model.position.interleaved = "rope", self.interleaved
         model.position.theta, model.position.rotary_fraction = float(theta), float(fraction)
         if self.fraction is None and fraction != 1.0:
             rule = "must be 1: transformers does not read it for this family"
@@ -83,8 +84,9 @@ class Rope:
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         position = model.position
-        if position.kind != "rope" or position.interleaved:
-            yield f"model.position.kind = {position.kind}, interleaved = {position.interleaved}: it rotates halves"
+        if position.kind != "rope" or position.interleaved != self.interleaved:
+            how = "neighbouring dims" if self.interleaved else "halves"
+            yield f"model.position.kind = {position.kind}, interleaved = {position.interleaved}: it rotates {how}"
             return
         if self.fraction is None and position.rotary_fraction != 1.0:
             yield f"model.position.rotary_fraction = {position.rotary_fraction}, it has 1 only"
@@ -96,6 +98,29 @@ class Rope:
         legacy = {**inner, "type": inner["rope_type"]}
         hf_config["rope_scaling"] = None if position.scaling.kind == "none" else legacy
         hf_config.update(partial)
+
+
+@dataclass(frozen=True)
+class RotaryDim:
+    """rotary_dim, the rotated width of a head (MiniMax-M2), in place of partial_rotary_factor. Must follow `Rope`."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("rotary_dim",)
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        width, head = hf_config.get("rotary_dim"), arch.head_dim(model)
+        if width is None:
+            return
+        stated = "partial_rotary_factor" in {**hf_config, **(hf_config.get("rope_parameters") or {})}
+        if type(width) is not int or not 0 < width <= head or (stated and width != model.position.rotary_fraction * head):
+            rule = f"must be the rotated part of head_dim = {head}, partial_rotary_factor of it where that is stated"
+            yield Problem("config.json: rotary_dim", width, rule, "mend the config.json")
+            return
+        model.position.rotary_fraction = width / head
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config["rotary_dim"] = int(model.position.rotary_fraction * arch.head_dim(model))
+        return iter(())
 
 
 def _kind(scaling: Mapping[str, Any]) -> Any:

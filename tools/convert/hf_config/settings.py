@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel import architecture as arch
-from tools.convert.hf_config.family import REQUIRED, AllowedValues, ConfigKey, FixedValue, Setting, UnsupportedModel, wrong_value
+from tools.convert.hf_config.family import REQUIRED, AllowedValues, ConfigKey, FixedValue, Setting, wrong_value
 
 # silu and swish are two names of one function.
 PLAIN_MLP = AllowedValues("hidden_act", ("silu", "swish"), "its experts and MLPs are SwiGLU")
@@ -163,36 +163,38 @@ class AllSparse:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """n_shared_experts experts of moe_intermediate_size each, built as one MLP. `absent`: transformers' default."""
+    """`hf_key` experts of moe_intermediate_size each, built as one MLP. `absent`: transformers' default.
+
+    `optional`: the family also has models without them.
+    """
 
     absent: int
+    hf_key: str = "n_shared_experts"
+    optional: bool = False
 
     def names(self) -> tuple[str, ...]:
-        return ("n_shared_experts",)
+        return (self.hf_key,)
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        count = hf_config.get("n_shared_experts", self.absent) or 0
+        count = hf_config.get(self.hf_key, self.absent) or 0
         if type(count) is not int or count < 0:
-            yield Problem("config.json: n_shared_experts", count, "must be an int from 0 on", "mend the config.json")
+            yield Problem(f"config.json: {self.hf_key}", count, "must be an int from 0 on", "mend the config.json")
             return
         model.moe.shared_ffn_hidden_size = count * arch.expert_ffn(model) or None
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         width, one = model.moe.shared_ffn_hidden_size or 0, arch.expert_ffn(model)
-        if width == 0 or width % one:
+        if (width == 0 and not self.optional) or width % one:
             yield f"model.moe.shared_ffn_hidden_size = {width} must be a multiple of an expert's {one}"
-        hf_config["n_shared_experts"] = width // one
+        hf_config[self.hf_key] = width // one
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """n_group and topk_group.
-
-    Megatron-Core scores a group by the sum of its best top_k / topk_group experts, transformers always by its best two.
-    `absent`: values of absent keys.
-    """
+    """n_group and topk_group. `absent`: values of absent keys. `scored`: best experts of a group that make its score."""
 
     absent: tuple[int, int]
+    scored: int = 2
 
     def names(self) -> tuple[str, ...]:
         return ("n_group", "topk_group")
@@ -209,18 +211,14 @@ class ExpertGroups:
             # A token may use every group.
             return
         model.moe.router.num_groups, model.moe.router.group_top_k = groups, chosen
-        if model.moe.top_k // chosen != 2:
-            rule = (
-                f"must be 2 x topk_group = {2 * chosen}: transformers scores a group by its best two experts, "
-                f"megatron-core by its best num_experts_per_tok / topk_group = {model.moe.top_k // chosen}"
-            )
-            yield UnsupportedModel("config.json: num_experts_per_tok", model.moe.top_k, rule, "this model can't be converted")
+        if arch.group_score_experts(model) != self.scored:
+            model.moe.router.group_score_experts = self.scored
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         router = model.moe.router
         hf_config["n_group"], hf_config["topk_group"] = router.num_groups or 1, router.group_top_k or 1
-        if router.num_groups != router.group_top_k and model.moe.top_k // (router.group_top_k or 1) != 2:
-            yield "it scores a group by its best two experts"
+        if router.num_groups != router.group_top_k and arch.group_score_experts(model) != self.scored:
+            yield f"it scores a group by its best {self.scored}, not {arch.group_score_experts(model)}"
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,7 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
     values = {
         "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
-        "mtp.num_layers": 0, "activation": "swiglu", **changed,
+        "attention.qk_norm_span": "head", "position.layer_pattern": None, "mtp.num_layers": 0, "activation": "swiglu", **changed,
     }  # fmt: skip
     return tuple(FixedValue(name, value) for name, value in values.items() if name not in decided)
 
@@ -273,3 +271,15 @@ def softmax_router(**changed: Any) -> tuple[Setting, ...]:
         "moe.router.bias": False, "moe.router.scaling_factor": 1.0, **changed,
     }  # fmt: skip
     return tuple(FixedValue(name, value) for name, value in values.items() if value is not REQUIRED)
+
+
+def sigmoid_router(normalized: bool = True) -> tuple[Setting, ...]:
+    """A router with sigmoid scores and a selection bias. `normalized`: transformers' value of an absent norm_topk_prob."""
+    return (
+        FixedValue("moe.router.score", "sigmoid"),
+        FixedValue("moe.router.expert_bias", True),
+        FixedValue("moe.router.bias", False),
+        FixedValue("moe.router.normalize_top_k", True),
+        FixedValue("moe.shared_gate", False),
+        AllowedValues("norm_topk_prob", (True,), "megatron-core always normalises sigmoid scores", absent=normalized),
+    )

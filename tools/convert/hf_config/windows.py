@@ -26,9 +26,9 @@ def alternating(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     return [(layer + 1) % 2 for layer in range(layers)]
 
 
-def last_layers(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
-    """A window in every layer from max_window_layers on (Qwen3)."""
-    first = hf_config.get("max_window_layers", 28)
+def last_layers(hf_config: Mapping[str, Any], layers: int, absent: int = 28) -> Flags | None:
+    """A window in every layer from max_window_layers on (Qwen2, Qwen3). `absent`: the value of an absent key."""
+    first = hf_config.get("max_window_layers", absent)
     return [int(layer >= first) for layer in range(layers)] if type(first) is int else None
 
 
@@ -52,7 +52,7 @@ class Windows:
     """
 
     absent: Callable[[Mapping[str, Any], int], Flags | None]
-    size: int = 4096
+    size: int | None = 4096
     switch: bool = True
     uniform: bool = False
 

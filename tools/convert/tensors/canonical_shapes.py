@@ -61,8 +61,9 @@ def _attention(model: Model) -> Iterator[tuple[str, Shape]]:
     if attention.qkv_bias:
         yield "self_attention.linear_qkv.bias", (rows,)
     if attention.qk_norm:
-        yield from _norm(model, "self_attention.q_layernorm", d)
-        yield from _norm(model, "self_attention.k_layernorm", d)
+        whole = attention.qk_norm_span == "all_heads"
+        yield from _norm(model, "self_attention.q_layernorm", attention.num_heads * d if whole else d)
+        yield from _norm(model, "self_attention.k_layernorm", arch.num_query_groups(model) * d if whole else d)
     if attention.sinks:
         yield "self_attention.core_attention.softmax_offset", (attention.num_heads,)
     yield "self_attention.linear_proj.weight", (h, attention.num_heads * d)

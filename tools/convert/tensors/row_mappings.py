@@ -11,7 +11,7 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.model_schema import Model
 from parallel import architecture as arch
@@ -59,6 +59,11 @@ def stacked(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names:
     yield RowMapping(name, lead, 0, rows, hf_names[0], hf_lead=lead)
 
 
+def one_row(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """A vector, from a Hugging Face tensor of one row (ERNIE 4.5)."""
+    yield RowMapping(name, lead, 0, rows, hf_names[0], hf_lead=(0,))
+
+
 def vocab(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
     """The rows of real tokens. The padding of the vocabulary, after them, is zero."""
     assert model.vocab_size, "a converted model states its vocabulary"
@@ -81,6 +86,17 @@ def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, h
         yield RowMapping(name, lead, first, queries, hf_names[0], hf_row=group * queries)
         yield RowMapping(name, lead, first + queries, width, hf_names[1], hf_row=group * width)
         yield RowMapping(name, lead, first + queries + width, width, hf_names[2], hf_row=group * width)
+
+
+def query_key_value_together(
+    model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]
+) -> Iterator[RowMapping]:
+    """For each query group its queries, its key and its value, from one tensor: all queries, all keys, all values (Phi-3)."""
+    groups, width = arch.num_query_groups(model), arch.head_dim(model)
+    heads = model.attention.num_heads
+    starts = {part: first * width for part, first in zip("qkv", (0, heads, heads + groups))}
+    for mapping in query_key_value(model, name, lead, rows, list(starts)):
+        yield replace(mapping, hf_name=hf_names[0], hf_row=starts[mapping.hf_name] + mapping.hf_row)
 
 
 def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:

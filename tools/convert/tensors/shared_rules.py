@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from configs.model_schema import Model
 from tools.convert.hf_config.family import TensorRule, tensor_rule
-from tools.convert.tensors.row_mappings import gate_up, query_key_value, same, stacked, vocab
+from tools.convert.tensors.row_mappings import FusionRule, gate_up, query_key_value, same, stacked, vocab
 
 EMBEDDING = (
     tensor_rule("model", "embedding.word_embeddings.weight", "model.embed_tokens.weight", join=vocab),
@@ -96,11 +96,11 @@ def shared_experts(name: str = "shared_experts") -> tuple[TensorRule, ...]:
     )  # fmt: skip
 
 
-EXPERT_BIAS = (
-    tensor_rule(
-        "moe", "mlp.router.expert_bias", _M + "gate.e_score_correction_bias", when=lambda model: model.moe.router.expert_bias
-    ),
-)
+def expert_bias(name: str = _M + "gate.e_score_correction_bias", join: FusionRule = same) -> tuple[TensorRule, ...]:
+    """The selection bias of the router."""
+    return (tensor_rule("moe", "mlp.router.expert_bias", name, join=join, when=lambda model: model.moe.router.expert_bias),)
+
+
 # MTP layers follow the last layer in the numbering. Their embedding and head are copies of the model's.
 MTP = (
     tensor_rule("mtp", "enorm.weight", _L + "enorm.weight"),

@@ -1,0 +1,66 @@
+"""RMSNorm of queries and keys over all heads together (OLMoE, arXiv 2409.02060; MiniMax-M2), under tensor parallelism.
+
+Shapes: s tokens, b micro-batch, n heads of this tensor rank, N heads of the model, d width of a head. Megatron-Core's own norm
+spans one head. Each tensor rank has some heads only, so the sum of squares travels; the weight is whole on every rank, and its
+gradient is summed over the tensor ranks like that of other norms of queries and keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of a group, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = local.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) x weight, the mean over N x d. `num_heads`: N."""
+
+    def __init__(self, config: TransformerConfig, num_heads: int, head_dim: int, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.group = num_heads, head_dim, group
+        self.eps = config.layernorm_epsilon
+        self.weight = torch.nn.Parameter(torch.ones(num_heads * head_dim, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[s, b, n, d] -> [s, b, n, d]."""
+        local, ranks = x.shape[-2], self.group.size()
+        wide = x.float()
+        squares = wide.square().sum(dim=(-2, -1), keepdim=True)
+        if ranks > 1:
+            # With more ranks than keys' heads, several ranks have a copy of the same head.
+            squares = _Sum.apply(squares, self.group) * (self.num_heads / (local * ranks))
+        first = self.group.rank() * self.num_heads // ranks
+        weight = self.weight.view(self.num_heads, self.head_dim)[first : first + local]
+        return (wide * torch.rsqrt(squares / (self.num_heads * self.head_dim) + self.eps)).to(x.dtype) * weight
+
+
+class AllHeadsAttention(SelfAttention):
+    """Self-attention whose norms of queries and keys span all heads."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        width, group = self.hidden_size_per_attention_head, self.pg_collection.tp
+        groups = config.num_query_groups or config.num_attention_heads
+        self.q_layernorm = AllHeadsNorm(config, config.num_attention_heads, width, group)
+        self.k_layernorm = AllHeadsNorm(config, groups, width, group)

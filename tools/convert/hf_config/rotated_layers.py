@@ -1,0 +1,74 @@
+"""Layers without positions in config.json: no_rope_layers of SmolLM3, and EXAONE's rotation in the layers with a window.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import Problem
+from configs.model_schema import Model
+from parallel import architecture as arch
+from tools.convert.hf_config.family import wrong_value
+
+_LIST, _INTERVAL = "no_rope_layers", "no_rope_layer_interval"
+
+
+def _rotated(model: Model) -> list[int]:
+    return model.position.layer_pattern or [1] * model.num_layers
+
+
+@dataclass(frozen=True)
+class NoRopeLayers:
+    """no_rope_layers, whose 1 means a rotated layer. Absent: each no_rope_layer_interval-th layer has no positions."""
+
+    interval: int = 4
+
+    def names(self) -> tuple[str, ...]:
+        return (_LIST, _INTERVAL)
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        flags, interval = hf_config.get(_LIST), hf_config.get(_INTERVAL, self.interval)
+        if flags is None:
+            if wrong := wrong_value(_INTERVAL, interval, "moe.layer_frequency"):
+                yield wrong
+                return
+            flags = [int((layer + 1) % interval != 0) for layer in range(model.num_layers)]
+        if not isinstance(flags, list) or len(flags) < model.num_layers or any(flag not in (0, 1) for flag in flags):
+            rule = f"must have 0 or 1 for each of the {model.num_layers} layers"
+            yield Problem(f"config.json: {_LIST}", flags, rule, "mend the config.json")
+            return
+        flags = [int(flag) for flag in flags[: model.num_layers]]
+        model.position.layer_pattern = None if all(flags) else flags
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config[_LIST] = _rotated(model)
+        return iter(())
+
+
+@dataclass(frozen=True)
+class RotatedWindows:
+    """Where some layers have a window, those are rotated and the others are not. Must follow `Windows`. No key of config.json."""
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        flags = _windowed(model)
+        # Without a window size every layer is rotated; with one that no layer has, none is.
+        model.position.layer_pattern = None if all(flags) or hf_config.get("sliding_window", 4096) is None else flags
+        return iter(())
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        flags = _windowed(model)
+        if not any(flags) and all(_rotated(model)):
+            hf_config["sliding_window"] = None
+        elif flags != _rotated(model):
+            yield f"it rotates the layers with a window, here {flags}, not {_rotated(model)}"
+
+
+def _windowed(model: Model) -> list[int]:
+    return [int(arch.window_of_layer(model, layer) is not None) for layer in range(model.num_layers)]

@@ -153,7 +153,7 @@ def test_an_import_is_trained_on_and_goes_back(name: str, world: int, words: lis
     config.precision.params = "fp32"
     config.schedule.horizon_steps, config.optimizer.lr = 2, 1e-3
     run(config, tmp_path / "work" / "config.yaml", f"checkpoint.load={tmp_path / 'checkpoint'}", *words, world=world)
-    run_export(tmp_path / "work" / "run", tmp_path / "out")
+    run_export(tmp_path / "work" / "run", tmp_path / "out", family_name=name)
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name in before:

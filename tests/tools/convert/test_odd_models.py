@@ -168,9 +168,10 @@ def test_ling_in_the_names_of_its_own_code(tmp_path: Path) -> None:
 
 def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
     """Kimi-K2.5 in the names of its published files; the logits of transformers' own class for text are the import's."""
-    text = CONFIG_MAPPING["deepseek_v3"](**MODELS["kimi"][1], pad_token_id=0).to_dict()
+    config_classes: Any = CONFIG_MAPPING
+    text = config_classes["deepseek_v3"](**MODELS["kimi"][1], pad_token_id=0).to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 4}
-    config = CONFIG_MAPPING["kimi_k25"](text_config=text, vision_config=vision, pad_token_id=0)
+    config = config_classes["kimi_k25"](text_config=text, vision_config=vision, pad_token_id=0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval().float()
     randomize(model, 0)
     whole = make("kimi", tmp_path / "text")

@@ -181,6 +181,18 @@ class MultiToken:
 
 
 @dataclass
+class WidthTransfer:
+    """Maximal update parametrization (muP; Yang et al., arXiv 2203.03466): values tuned at one width hold at others."""
+
+    base_hidden_size: Optional[int] = key(
+        None,
+        "hidden_size at which init_std and optimizer.lr were tuned. Wider models start and learn by muP's rules for Adam. null: off.",
+        low=1,
+        high=2**20,
+    )
+
+
+@dataclass
 class Model:
     name: str = key("custom", "Name of the model, for people only.")
     source: str = key("", "Source of the values: a paper or a config file.")
@@ -214,3 +226,4 @@ class Model:
     position: Position = key(factory=Position)
     moe: MoE = key(factory=MoE)
     mtp: MultiToken = key(factory=MultiToken)
+    mup: WidthTransfer = key(factory=WidthTransfer)

@@ -54,6 +54,7 @@ TABLE: dict[str, str] = {
     "model.max_position_tokens": WORD,
     "model.position.theta": WORD,
     "model.position.scaling": WORD,
+    "model.mup": WORD,
     "model.hidden_dropout": WORD,
     "model.attention.dropout": WORD,
     "model.mtp.loss_coeff": WORD,

@@ -84,7 +84,7 @@ class DeepSpeedZero:
         self.loss = loss_sum / max(num_tokens, 1)
         self.learning_rate = learning_rate
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         self.accept, self.applied = accept, False
         self.runtime.step()
         if self.applied:

@@ -32,6 +32,7 @@ from parallel.compat.deepspeed.operators import build_adam, build_async_io
 from parallel.compat.deepspeed.start import start_deepspeed
 from parallel.compat.deepspeed.swap import swap_small_groups
 from parallel.muon import updates_with_muon
+from parallel.mup import learning_rate_factor
 from pretrain.engine.deepspeed_swap import fresh_folder, swap_settings, swaps
 from pretrain.engine.muon import hide_in_step
 from pretrain.model.shards import Shard
@@ -169,22 +170,24 @@ def make_adam(
     Parameters that Muon updates have groups of their own: DeepSpeed partitions them, and AdamW's steps pass over them.
     """
     optimizer = config.optimizer
-    grouped: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    grouped: dict[tuple[bool, bool, bool, float], list[nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             is_vector = name.endswith(".bias") or parameter.dim() == 1
             is_expert = not getattr(parameter, "allreduce", True)
             shard = shards[id(parameter)]
             is_muons = updates_with_muon(shard.name, shard.global_shape, optimizer)
-            grouped.setdefault((is_expert, is_vector, is_muons), []).append(parameter)
+            factor = learning_rate_factor(shard.name, len(shard.global_shape), config.model)
+            grouped.setdefault((is_expert, is_vector, is_muons, factor), []).append(parameter)
     members = [
         {
             "params": parameters,
-            "weight_decay": 0.0 if is_vector else optimizer.weight_decay,
+            "weight_decay": 0.0 if is_vector else optimizer.weight_decay / factor,
+            "lr_mult": factor,
             "muon": is_muons,
             **({"moe": True, "name": EXPERT_GROUP} if is_expert else {}),
         }
-        for (is_expert, is_vector, is_muons), parameters in sorted(grouped.items(), key=lambda item: item[0])
+        for (is_expert, is_vector, is_muons, factor), parameters in sorted(grouped.items(), key=lambda item: item[0])
     ]
     adam = _adam_of(config, members, device)
     if optimizer.kind == "muon":

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from configs.schema import Config
 from parallel.compat.megatron_private import publish_main_weights, sharded_main
+from parallel.mup import learning_rate_factor
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Accept, StateSlice, StepResult, is_finite
 from pretrain.engine.muon import hide_in_step, make_muon
@@ -57,7 +60,8 @@ class MegatronEngine:
         if config.zero.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]
             transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
-        optimizer = get_megatron_optimizer(self._optimizer_config(), self.models, use_gloo_process_groups=False)  # type: ignore[arg-type]
+        options = self._optimizer_config()
+        optimizer = get_megatron_optimizer(options, self.models, self._overrides(options, chunks), use_gloo_process_groups=False)  # type: ignore[arg-type]
         assert isinstance(optimizer, ChainedOptimizer), "megatron-core 0.16.1 chains dense and expert optimizers"
         self.optimizer = optimizer
         self.slots = self._make_slots()
@@ -89,6 +93,23 @@ class MegatronEngine:
             overlap_param_gather=config.zero.overlap_param_gather,
         )
 
+    def _overrides(self, options: OptimizerConfig, chunks: Sequence[GPTModel]) -> dict[ParamKey, ParamGroupOverride]:
+        """Values of parameter groups that differ: no decay for vectors, and the learning rates of model.mup."""
+        factors = {
+            id(parameter): learning_rate_factor(shards[name].name, len(shards[name].global_shape), self.config.model)
+            for chunk, shards in zip(chunks, self.shards, strict=True)
+            for name, parameter in chunk.named_parameters()
+        }
+        overrides = get_standard_config_overrides(options)
+        for factor in sorted(set(factors.values()) - {1.0}):
+
+            def has_factor(parameter: torch.nn.Parameter, factor: float = factor) -> bool:
+                return factors[id(parameter)] == factor
+
+            chosen = ParamPredicate(f"learning rate x {factor}", has_factor)
+            overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=factor)  # type: ignore[typeddict-unknown-key]
+        return overrides
+
     def step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Accept = is_finite) -> StepResult:
         for model in self.models:
             model.zero_grad_buffer()
@@ -117,8 +138,9 @@ class MegatronEngine:
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         clip, decay = self.config.optimizer.clip_grad_norm, self.config.optimizer.weight_decay
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
+            factor = group.get("lr_mult", 1.0)
+            group["lr"] = learning_rate * factor
+            group["weight_decay"] = decay * group.get("wd_mult", 1.0) / factor
         for part in self._parts():
             parameters: list[torch.Tensor] = list(part.get_parameters())
             if clip > 0 and parameters:

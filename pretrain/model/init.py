@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from configs.model_schema import Model
+from parallel.mup import init_factor
 from pretrain.model.shards import Shard
 from pretrain.model.tensor_slice import TensorSlice
 
@@ -23,14 +24,16 @@ _ONES = re.compile(r"(layernorm|norm)\.weight$")
 _ZEROS = re.compile(r"(\.bias|softmax_offset|expert_bias)$")
 
 
-def initial_std(name: str, model: Model) -> float:
+def initial_std(name: str, num_dims: int, model: Model) -> float:
     """Standard deviation of a weight: init_std, or init_std / sqrt(2 L) for projections that write to the residual stream.
 
-    L is the number of layers. Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal.
+    L is the number of layers. Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal. With model.mup, the
+    width scales it too (parallel/mup.py). `num_dims`: of the whole tensor.
     """
+    std = model.init_std * init_factor(name, num_dims, model)
     if model.scale_init_by_depth and _DEPTH_SCALED.search(name):
-        return model.init_std / math.sqrt(2 * model.num_layers)
-    return model.init_std
+        return std / math.sqrt(2 * model.num_layers)
+    return std
 
 
 def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
@@ -41,7 +44,7 @@ def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
         elif _ZEROS.search(shard.name):
             tensor.zero_()
         else:
-            std = initial_std(shard.name, model)
+            std = initial_std(shard.name, len(shard.global_shape), model)
             flat = torch.cat([normal(shard.name, shard.global_shape, slice_, seed).flatten() for slice_ in shard.slices])
             tensor.copy_(flat.view(tensor.shape) * std)
 

@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help="compare with the libraries of another interpreter, e.g. .venv-newest/bin/python, in place of one process",
     )
+    parser.add_argument(
+        "--coordinates",
+        metavar="N,N",
+        help="instead: train models so many times as wide, and say whether their activations grow with the width (model.mup)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
@@ -56,6 +61,8 @@ def main(argv: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # torch and megatron take seconds; --help must not.
     module, function = ("against", "rehearse_against") if args.against else ("rehearse", "rehearse")
+    if args.coordinates:
+        module, function = "coordinates", "check_coordinates"
     with importing():
         found = importlib.import_module(f"tools.rehearse.{module}")
     return int(getattr(found, function)(args))

@@ -143,6 +143,9 @@ def shrink_model(model: Model, common: CommonDivisors) -> Model:
     tensor = common.tensor
     small.vocab_size, small.vocab_multiple = VOCAB_SIZE, 8 * tensor
     small.hidden_size, small.ffn_hidden_size = 40, 56 * tensor
+    if base := model.mup.base_hidden_size:
+        # The multiple of the width stays, and with it the learning rates.
+        small.mup.base_hidden_size = max(1, round(small.hidden_size * base / model.hidden_size))
     small.max_position_tokens = None
     small.init_std, small.hidden_dropout = 0.1, 0.0
     _shrink_attention(small, model, tensor)

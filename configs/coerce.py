@@ -48,5 +48,6 @@ def _part(kind: type, value: Any) -> Any:
     """An item of a list of parts, {path, weight}; keys left out have their defaults."""
     if not isinstance(value, dict) or not set(value) <= {item.name for item in fields(kind)}:
         raise ValueError(f"{value!r} is no {kind.__name__}")
-    assert all(item.default is not MISSING for item in fields(kind)), f"{kind.__name__} needs defaults"
+    lacking = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    assert not lacking, f"{kind.__name__} needs defaults for {lacking}"
     return kind(**{name: convert(keys_of(kind)[name], item) for name, item in value.items()})

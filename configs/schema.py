@@ -10,6 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional
 
+from configs.data_schema import BlendPart as BlendPart
+from configs.data_schema import Data
+from configs.data_schema import DataPhase as DataPhase
+from configs.data_schema import TokenizerConfig as TokenizerConfig
+from configs.data_schema import ValidSet as ValidSet
 from configs.fields import key
 from configs.launch_schema import Launch
 from configs.model_schema import Model
@@ -26,7 +31,9 @@ class Run:
         None, "Training tokens after which the run stops, rounded up to a whole step. Set either this or run.steps.", low=1
     )
     eval_interval_steps: Optional[int] = key(None, "Steps between two validations. null: one validation at the end.", low=1)
-    eval_batches: int = key(8, "Global batches of one validation. 0: no validation.", low=0)
+    eval_batches: int = key(
+        8, "Global batches of one validation. 0: only the sets of data.valid_sets that state their own.", low=0
+    )
 
 
 @dataclass
@@ -147,43 +154,6 @@ class Schedule:
 
 
 @dataclass
-class TokenizerConfig:
-    kind: str = key("sentencepiece", "File format of the tokenizer.", choices=("sentencepiece", "huggingface"))
-    path: Optional[str] = key(None, "File of the tokenizer: tokenizer.model (sentencepiece) or tokenizer.json (huggingface).")
-    eod: Optional[str] = key(
-        None,
-        "Text of the end-of-document token. null: the first of its usual names that the tokenizer has; <|endoftext|> comes first.",
-    )
-
-
-@dataclass
-class BlendPart:
-    path: str = key("", "Prefix of the files PREFIX.bin and PREFIX.idx.")
-    weight: float = key(1.0, "Share of the samples from this part, relative to the other parts.", above=0)
-
-
-@dataclass
-class Data:
-    tokenizer: TokenizerConfig = key(factory=TokenizerConfig)
-    train: List[BlendPart] = key(factory=list, doc="Parts of the training data, each {path, weight}.")
-    valid: List[BlendPart] = key(
-        factory=list, doc="Parts of the validation data, each {path, weight}. Empty: valid_fraction of each training part."
-    )
-    valid_fraction: float = key(
-        0.01,
-        "With an empty valid: share of documents at the end of each training part that is held out for validation.",
-        low=0,
-        high=0.5,
-    )
-    document_mask: bool = key(False, "A token attends only to tokens of its own document.")
-    mask_eod_loss: bool = key(
-        False,
-        "Leave out the loss of positions whose input is the end-of-document token. Router losses count all tokens.",
-    )
-    cache_dir: Optional[str] = key(None, "Folder for cached sample indices. null: beside the data.")
-
-
-@dataclass
 class Checkpoint:
     interval_steps: Optional[int] = key(None, "Steps between two saves. null: one save at the end.", low=1)
     keep: int = key(2, "Number of newest checkpoints to keep. 0: all.", low=0)
@@ -282,6 +252,11 @@ class Metrics:
         10,
         "Steps between two rows of experts.jsonl, which counts the tokens of each expert in each MoE layer. The interval doubles "
         "when the file is full, at 256 rows or some 16 MiB. 0: no such file.",
+        low=0,
+    )
+    source_losses: int = key(
+        8,
+        "In a blend: sources, those of the largest shares, that report their training loss; the others share one number. 0: none.",
         low=0,
     )
     wandb: Wandb = key(factory=Wandb)

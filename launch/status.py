@@ -47,6 +47,7 @@ _QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 class RunStatus:
     """The status of a run. A value that is not known is None.
 
+    `val_losses` are the newest losses of the sets of data.valid_sets, by name.
     `state` is queued, starting, running, the state of an outcome, gave_up, died, or unreadable. A run died if it ended without
     an outcome. `goodput` is the whole run's time by what it was spent on (pretrain/metrics/goodput.py), `wandb` how far W&B's
     copy is (pretrain/metrics/wandb_steps.py). `job` is what Slurm says about the run's job, or why Slurm says nothing. `nodes`
@@ -62,6 +63,7 @@ class RunStatus:
     total_steps: int | None = None
     loss: float | None = None
     val_loss: float | None = None
+    val_losses: dict[str, float] = field(default_factory=dict)
     tokens: int | None = None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
@@ -164,6 +166,12 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         total_steps=total_steps,
         loss=_number(row, "loss"),
         val_loss=next((loss for r in reversed(rows) if (loss := _number(r, "val_loss")) is not None), None),
+        val_losses={
+            key.removeprefix("val_loss/"): loss
+            for r in rows
+            for key in r
+            if key.startswith("val_loss/") and (loss := _number(r, key)) is not None
+        },
         tokens=None if (tokens := _number(row, "tokens")) is None else int(tokens),
         tokens_per_s=_number(row, "tokens_per_s"),
         step_time_s=step_time_s,

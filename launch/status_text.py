@@ -45,6 +45,7 @@ def describe(status: RunStatus, now_s: float | None = None) -> str:
     numbers = [
         ("loss", status.loss, "{:.4f}"),
         ("val loss", status.val_loss, "{:.4f}"),
+        *((f"val loss {name}", loss, "{:.4f}") for name, loss in status.val_losses.items()),
         ("tokens", status.tokens, "{:,}"),
         ("tokens/s", status.tokens_per_s, "{:,.0f}"),
         ("s/step", status.step_time_s, "{:.3f}"),

@@ -17,6 +17,7 @@ from configs.schema import Config
 from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.checkpoint.saving import Saver
 from pretrain.checkpoint.write import PENDING
+from pretrain.data.batches import MicroBatch
 from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, RefusedStep, StepDecision
 from pretrain.divergence_guard import DivergenceGuard
 from pretrain.ending import TrainingEnd
@@ -110,7 +111,7 @@ def _train(run: TrainingRun) -> TrainingEnd:
         agreed = agree(run)
         if _validation_due(run):
             run.signals.beat.enter(VALIDATING)
-            row["val_loss"] = validate(run)
+            row |= validate(run)
         run.signals.beat.enter(RECORDING)
         run.records.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
         run.records.write_expert_counts(step, step_tokens, run.measures.moe.expert_counts)
@@ -146,6 +147,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosit
     row = run.measures.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
     if run.engine.logits is not None:
         row |= attention_metrics(*run.engine.logits.by_layer(), config.metrics.attention_logit_layers)
+    row |= {f"loss/{name}": loss for name, loss in result.source_losses.items()}
     return row | moe | ({} if result.applied else {"applied": False}), decision, after
 
 
@@ -186,9 +188,13 @@ def _validation_due(run: TrainingRun) -> bool:
     return bool(run.data.validation) and (step == run.stop_step or bool(interval and step % interval == 0))
 
 
-def validate(run: TrainingRun) -> float:
-    """The mean loss over the validation batches, in nats a token. Collective."""
-    totals = [run.engine.evaluate(batches) for batches in run.data.validation]
+def validate(run: TrainingRun) -> dict[str, float]:
+    """The mean loss over each set of validation batches, in nats a token, by its key. Collective."""
+    return {key: _mean_loss(run.engine, batches) for key, batches in run.data.validation.items()}
+
+
+def _mean_loss(engine: Engine, global_batches: list[list[MicroBatch]]) -> float:
+    totals = [engine.evaluate(batches) for batches in global_batches]
     return math.fsum(loss for loss, _ in totals) / max(sum(tokens for _, tokens in totals), 1)
 
 

@@ -20,7 +20,7 @@ GlobalBatch = tuple[int, list[MicroBatch]]
 class TrainingData:
     """This rank's micro-batches. Every pipeline stage reads: the first needs tokens, the last labels, all of them documents.
 
-    `validation`: the held-out global batches, the same at every validation; empty without held-out data.
+    `validation`: global batches by the key of their loss, the same at every validation; empty without validation data.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrainingData:
         self._stream = streams.train
         self._stop_step = stop_step
         self._batches = Prefetcher(self._read_from(start))
-        self.validation = self._read_validation(streams.valid) if streams.valid else []
+        self.validation = {key: self._read_validation(stream, batches) for key, (stream, batches) in streams.valid.items()}
 
     def next(self) -> GlobalBatch:
         """The batch of the next step; waits for the reading thread."""
@@ -54,9 +54,9 @@ class TrainingData:
         for first, size in batch_positions(self._config, start, self._stop_step):
             yield size, self._read(self._stream, first, size)
 
-    def _read_validation(self, stream: SampleStream) -> list[list[MicroBatch]]:
+    def _read_validation(self, stream: SampleStream, batches: int) -> list[list[MicroBatch]]:
         size = self._config.batch.global_batch_seqs
-        return [self._read(stream, number * size, size) for number in range(self._config.run.eval_batches)]
+        return [self._read(stream, number * size, size) for number in range(batches)]
 
     def _read(self, stream: SampleStream, first: int, size: int) -> list[MicroBatch]:
         return micro_batches(stream, first, size, self._config.batch.micro_batch_seqs, self._data_rank, self._data_size)

@@ -34,8 +34,10 @@ HEAVY_BY_DESIGN = ("launch.torchrun", "launch.agent", "launch.doctor.network_pro
 # They parse words and then import only what the subcommand needs.
 DISPATCH = ("tools.rehearse.cli", "tools.data.cli", "tools.convert.cli", "tools.inference.cli", "pretrain.build")
 
-# Words for people, and values that a rule holds at the one that megatron-core has (they matter when converting).
+# Words for people, values that a rule holds at the one that megatron-core has (they matter when converting), and a limit
+# that `check` warns about.
 NO_READER = {
+    "data.max_epochs",
     "model.source", "cluster.name", "model.position.scaling.low_freq_factor", "model.position.scaling.high_freq_factor",
 }  # fmt: skip
 

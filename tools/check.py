@@ -1,8 +1,8 @@
 """`phalanx check`: the verdict on a config before anything starts.
 
 In: a config's name and key=value words. Out: every problem with its fix, the layout and what follows from it; for scripts
-one JSON document {"ok", "problems", "warnings", "layout", "resume", "optimizer"}. Exit 0 when legal, 2 when not (with --strict:
-nor warned about).
+one JSON document {"ok", "problems", "warnings", "layout", "data", "resume", "optimizer"}. Exit 0 when legal, 2 when not
+(with --strict: nor warned about).
 
 Torch-free.
 """
@@ -21,6 +21,7 @@ from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batc
 from parallel.flops import count_parameters, training_flops
 from parallel.layout import Layout
 from parallel.stages import make_chunks
+from pretrain.preflight.data import source_plan
 from pretrain.preflight.verdict import Preflight, known_vocab_size, preflight
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
@@ -57,8 +58,15 @@ def _optimizer(config: Config) -> dict[str, Any] | None:
     return None if vocab_size is None else optimizer_json(optimizer_rows(config, vocab_size))
 
 
-def summary(config: Config, layout: Layout) -> str:
-    """What a legal config amounts to, for people: layout, batch, model, stages."""
+def _source_lines(sources: list[dict[str, Any]] | None) -> list[str]:
+    """A line for each source of the training data; none where its files are elsewhere."""
+    rows = [(row["source"], f"{row['tokens']:,} tokens, {row['epochs']:,.2f} epochs") for row in sources or []]
+    width = max((len(source) for source, _ in rows), default=0)
+    return [f"{'' if number else 'data':<9}{source:<{width}}  {numbers}" for number, (source, numbers) in enumerate(rows)]
+
+
+def summary(config: Config, layout: Layout, sources: list[dict[str, Any]] | None) -> str:
+    """What a legal config amounts to, for people: layout, batch, data, model, stages. `sources`: as of `source_plan`."""
     batch, model = config.batch, config.model
     micro = num_micro_batches(batch, layout.data, batch.global_batch_seqs)
     tokens = batch.global_batch_seqs * batch.seq_length_tokens
@@ -73,6 +81,7 @@ def summary(config: Config, layout: Layout) -> str:
     if len(deciding_batches(batch)) > 1:
         ramp = batch.ramp
         lines.append(f"ramp     from {ramp.start_seqs} by {ramp.increment_seqs} over {ramp.samples:,} sequences")
+    lines += _source_lines(sources)
     vocab_size = known_vocab_size(config)
     if vocab_size is None:
         return "\n".join(
@@ -112,6 +121,7 @@ def main(argv: list[str]) -> int:
         config, found = None, Preflight(error.problems)
     else:
         found = preflight(config, not args.no_data)
+    sources = source_plan(config) if config and not args.no_data and not found.problems else None
     layout, problems, notices, resume = found.layout, found.problems, found.notices, found.resume
     if args.json:
         document = {
@@ -119,12 +129,13 @@ def main(argv: list[str]) -> int:
             "problems": [json_problem(problem) for problem in problems],
             "warnings": [notice.as_dict() for notice in notices],
             "layout": layout_json(config, layout) if config else None,
+            "data": sources,
             "resume": resume.as_dict() if resume else None,
             "optimizer": _optimizer(config) if config and not problems else None,
         }
         print(json.dumps(document))
     else:
-        _print(args.config, config, layout, problems, notices)
+        _print(args.config, config, layout, problems, notices, sources)
         if resume and not problems:
             print(f"resume   {resume.describe()}")
     if args.draw and config and layout:
@@ -139,10 +150,17 @@ def drawing(config: Config, layout: Layout) -> list[str]:
     return [*draw_grid(layout), *schedule]
 
 
-def _print(name: str, config: Config | None, layout: Layout | None, problems: list[Problem], notices: tuple[Notice, ...]) -> None:
+def _print(
+    name: str,
+    config: Config | None,
+    layout: Layout | None,
+    problems: list[Problem],
+    notices: tuple[Notice, ...],
+    sources: list[dict[str, Any]] | None,
+) -> None:
     if problems:
         print(report(problems), file=sys.stderr)
     elif config and layout:
-        print(f"{name}: fine\n{summary(config, layout)}")
+        print(f"{name}: fine\n{summary(config, layout, sources)}")
     for notice in notices:
         print(f"note     {notice.path}: {notice.text}")

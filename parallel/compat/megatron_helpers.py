@@ -12,13 +12,22 @@ from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
+# The thread that reads ahead and the main thread may both be the first. A second load would return a half-made module.
+_LOADING = Lock()
+
+
+def _extension() -> Any:
+    with _LOADING:
+        return _load()
+
 
 @cache
-def _extension() -> Any:
+def _load() -> Any:
     """The compiled module. `find_spec` of a top-level package doesn't run the package."""
     package = find_spec("megatron")
     folders = [str(Path(root) / "core" / "datasets") for root in (package.submodule_search_locations or ())] if package else []

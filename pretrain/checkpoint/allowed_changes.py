@@ -44,6 +44,9 @@ TABLE: dict[str, str] = {
     "data.tokenizer": FREE,
     "data.train": FREE,
     "data.valid": FREE,
+    "data.valid_sets": FREE,
+    "data.phases": FREE,
+    "data.max_epochs": FREE,
     "model": REFUSED,
     "model.name": FREE,
     "model.source": FREE,
@@ -145,11 +148,20 @@ def check_data_change(before: dict[str, Any] | None, now: dict[str, Any], config
     """Problems when the training data differs in content from that of the checkpoint, whose sample counter refers to it."""
 
     def content(identity: dict[str, Any]) -> list[Any]:
-        parts = [(part["idx_sha256"], part["weight"]) for part in identity["train"]]
-        return [identity["valid_fraction"], parts]
+        phases = [(phase["from_tokens"], blend(phase["train"])) for phase in identity.get("phases", ())]
+        return [identity["valid_fraction"], blend(identity["train"]), phases]
+
+    def blend(parts: list[dict[str, Any]]) -> list[Any]:
+        return [(part["idx_sha256"], part["weight"]) for part in parts]
 
     if before is None or content(before) == content(now) or is_named("data.train", config.checkpoint.allow_change):
         return []
+    if content(before)[:2] == content(now)[:2]:
+        if is_named("data.phases", config.checkpoint.allow_change):
+            return []
+        rule = "must be the phases of the checkpoint; a change needs your word, since it changes what is learned"
+        fix = "set them back, or add checkpoint.allow_change=[data.phases]"
+        return [Problem("data.phases", [phase["from_tokens"] for phase in now["phases"]], rule, fix)]
     names = ", ".join(f"{part['name']} ({part['num_tokens']:,} tokens, weight {part['weight']:g})" for part in before["train"])
     rule = f"must be the data of the checkpoint: {names}; the order of samples would be another from here on"
     fix = "name that data again, or add checkpoint.allow_change=[data]"

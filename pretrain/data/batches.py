@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels, position_ids: int64 [b, s]. loss_mask: float32 [b, s]. document_ids: int32 [b, s].
+    """tokens, labels, position_ids: int64 [b, s]. loss_mask: float32 [b, s]. document_ids: int32 [b, s]. parts: int64 [b].
 
-    document_ids is None where attention may cross the borders of documents.
+    document_ids is None where attention may cross the borders of documents. `parts` are the parts of the blend; None: unknown.
     """
 
     tokens: torch.Tensor
@@ -32,6 +32,7 @@ class MicroBatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None
+    parts: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy on a device. From pinned memory the copy overlaps with computing."""
@@ -61,7 +62,8 @@ def _micro_batch(stream: SampleStream, numbers: range) -> MicroBatch:
     documents = torch.from_numpy(np.stack(masks)) if masks else None
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
-    return MicroBatch(inputs, labels, loss_mask, positions, documents)
+    parts = torch.tensor([stream.locate(number)[0] for number in numbers])
+    return MicroBatch(inputs, labels, loss_mask, positions, documents, parts)
 
 
 class Prefetcher(Generic[T]):

@@ -12,6 +12,7 @@ Torch-free.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -114,34 +115,77 @@ class SampleMasks:
         return Sample(tokens, loss_mask, document_ids)
 
 
-class SampleStream:
-    """A blend of parts as one endless row of samples. `len`: the samples of one epoch, summed over the parts."""
+@dataclass(frozen=True)
+class Mix:
+    """From sample `first_sample` on, the parts have these shares. `weights`: one a part of the stream; 0: not in the mix."""
 
-    def __init__(self, parts: list[PartStream], weights: list[float], masks: SampleMasks) -> None:
+    first_sample: int
+    weights: tuple[float, ...]
+
+
+class _OpenMix:
+    """A mix with its pattern. `before`: how many samples each part has given when the mix begins."""
+
+    def __init__(self, mix: Mix, before: list[int]) -> None:
+        self.first_sample, self.before = mix.first_sample, before
+        self._parts = [part for part, weight in enumerate(mix.weights) if weight]
+        self._blend = Blend([mix.weights[part] for part in self._parts]) if len(self._parts) > 1 else None
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        place, number = self._blend.locate(sample - self.first_sample) if self._blend else (0, sample - self.first_sample)
+        part = self._parts[place]
+        return part, self.before[part] + number
+
+    def find(self, part: int, number: int) -> int:
+        number -= self.before[part]
+        return self.first_sample + (self._blend.find(self._parts.index(part), number) if self._blend else number)
+
+    def counts_before(self, sample: int) -> list[int]:
+        counts, given = list(self.before), sample - self.first_sample
+        for part, count in zip(self._parts, self._blend.counts_before(given).tolist() if self._blend else [given], strict=True):
+            counts[part] += count
+        return counts
+
+
+class SampleStream:
+    """A blend of parts as one endless row of samples. `len`: the samples of one epoch, summed over the parts.
+
+    `mixes`: the first begins at sample 0, the others later and later. A part goes on where the mix before has left it.
+    """
+
+    def __init__(self, parts: list[PartStream], mixes: list[Mix], masks: SampleMasks) -> None:
         self.parts, self.masks = parts, masks
-        self.weights = [weight / sum(weights) for weight in weights]
-        self._blend = Blend(weights) if len(parts) > 1 else None
+        self._mixes: list[_OpenMix] = []
+        for mix in mixes:
+            self._mixes.append(_OpenMix(mix, self.counts_before(mix.first_sample) if self._mixes else [0] * len(parts)))
 
     def __len__(self) -> int:
         return sum(part.samples_per_epoch for part in self.parts)
 
+    def _mix_at(self, sample_index: int) -> _OpenMix:
+        return next(mix for mix in reversed(self._mixes) if mix.first_sample <= sample_index)
+
     def locate(self, sample_index: int) -> tuple[int, int]:
         """(index of the part, number of the sample in that part)."""
-        return self._blend.locate(sample_index) if self._blend else (0, sample_index)
+        return self._mix_at(sample_index).locate(sample_index)
 
     def find(self, part: int, number: int) -> int:
         """The sample that is the part's sample `number`: the inverse of `locate`."""
-        return self._blend.find(part, number) if self._blend else number
+        # A mix without the part doesn't move its count, so the mix before it is the one that gives the sample.
+        for mix, after in pairwise(self._mixes):
+            if number < after.before[part]:
+                return mix.find(part, number)
+        return self._mixes[-1].find(part, number)
 
     def counts_before(self, sample_index: int) -> list[int]:
         """How many samples each part has given before this one."""
-        return self._blend.counts_before(sample_index).tolist() if self._blend else [sample_index]
+        return self._mix_at(sample_index).counts_before(sample_index)
 
     def __getitem__(self, sample_index: int) -> Sample:
         part, number = self.locate(sample_index)
         return self.masks.sample(self.parts[part].tokens(number))
 
     def build_cache(self, num_samples: int) -> None:
-        """Write the order files for the first `num_samples` samples: each part's share of them and 1% more. Raises OSError."""
-        for part, weight in zip(self.parts, self.weights):
-            part.build_cache(int(num_samples * weight * 1.01) + 1)
+        """Write the order files for the first `num_samples` samples and 1% more. Raises OSError."""
+        for part, count in zip(self.parts, self.counts_before(int(num_samples * 1.01) + 1), strict=True):
+            part.build_cache(count)

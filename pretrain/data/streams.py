@@ -13,21 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import BlendPart, Config
+from configs.data_schema import BlendPart, Data
+from configs.errors import ConfigError, Problem
+from configs.schema import Config
 from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
 from pretrain.data.order_cache import cache_folder
-from pretrain.data.samples import PartStream, SampleMasks, SampleStream
+from pretrain.data.samples import Mix, PartStream, SampleMasks, SampleStream
 from pretrain.data.tokenizer import TextTokenizer
 
 TRAIN, VALID, WHOLE = 0, 1, None
+NO_MASKS = SampleMasks(-1, False, False)
+"""For readers that need the places of samples only."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The samples of a run. `valid` is None where nothing is held out and data.valid is empty."""
+    """The samples of a run. `valid`: streams of validation samples with their numbers of batches, by the key of their loss."""
 
     train: SampleStream
-    valid: SampleStream | None
+    valid: dict[str, tuple[SampleStream, int]]
 
 
 def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
@@ -38,35 +42,69 @@ def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool,
     """
     data = config.data
     masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
-    train = open_stream(config, data.train, TRAIN, masks)
-    assert train, "no part of data.train has a sample; check_data reports this"
-    valid = open_stream(config, data.valid, WHOLE, masks) if data.valid else open_stream(config, data.train, VALID, masks)
+    train = open_train(config, masks)
+    valid: dict[str, tuple[SampleStream, int]] = {}
+    held_out_stream = open_blend(config, data.valid, WHOLE, masks) if data.valid else open_blend(config, data.train, VALID, masks)
+    if held_out_stream and config.run.eval_batches:
+        valid["val_loss"] = held_out_stream, config.run.eval_batches
+    for one in data.valid_sets:
+        stream, batches = open_blend(config, one.parts, WHOLE, masks), one.batches or config.run.eval_batches
+        if stream and batches:
+            valid[f"val_loss/{one.name}"] = stream, batches
     if is_builder:
-        train.build_cache(_planned_samples(config))
-        if valid:
-            valid.build_cache(config.run.eval_batches * config.batch.global_batch_seqs)
+        train.build_cache(planned_samples(config))
+        for stream, batches in valid.values():
+            stream.build_cache(batches * config.batch.global_batch_seqs)
     barrier()
     return Streams(train, valid)
 
 
-def open_stream(config: Config, parts: list[BlendPart], split: int | None, masks: SampleMasks) -> SampleStream | None:
-    """A blend of the parts that have a sample; None where none has. Raises ConfigError for unusable files.
+def open_train(config: Config, masks: SampleMasks) -> SampleStream:
+    """The training data with its phases. Raises ConfigError for unusable files."""
+    opened = {path: _open_part(config, path, TRAIN) for path in source_paths(config.data)}
+    parts = [part for part in opened.values() if part]
+    if len(parts) < len(opened):
+        lacking = next(path for path, part in opened.items() if part is None)
+        rule = f"each part needs a sample of batch.seq_length_tokens = {config.batch.seq_length_tokens}"
+        raise ConfigError(Problem("data.train", lacking, rule, "give more text, or lower batch.seq_length_tokens"))
+    mixes = []
+    for first_sample, blend in train_phases(config):
+        weights = [sum(part.weight for part in blend if part.path == path) for path in opened]
+        mixes.append(Mix(first_sample, tuple(weights)))
+    return SampleStream(parts, mixes, masks)
 
-    `split`: TRAIN or VALID of each part, where data.valid_fraction is held out, or WHOLE.
-    """
+
+def train_phases(config: Config) -> list[tuple[int, list[BlendPart]]]:
+    """(first sample, blend) of data.train and of each phase. A phase begins with the first sample at or past its tokens."""
+    seq, data = config.batch.seq_length_tokens, config.data
+    return [(0, data.train), *((-(-phase.from_tokens // seq), phase.train) for phase in data.phases)]
+
+
+def source_paths(data: Data) -> list[str]:
+    """The path of each source of the training data once, in the order of the config."""
+    return list(dict.fromkeys(part.path for blend in (data.train, *(phase.train for phase in data.phases)) for part in blend))
+
+
+def open_blend(config: Config, parts: list[BlendPart], split: int | None, masks: SampleMasks) -> SampleStream | None:
+    """A blend of the parts that have a sample; None where none has. Raises ConfigError for unusable files."""
+    opened = [(_open_part(config, part.path, split), part.weight) for part in parts]
+    found = [(part, weight) for part, weight in opened if part]
+    mix = Mix(0, tuple(weight for _, weight in found))
+    return SampleStream([part for part, _ in found], [mix], masks) if found else None
+
+
+def _open_part(config: Config, path: str, split: int | None) -> PartStream | None:
+    """`split`: TRAIN or VALID, where data.valid_fraction is held out, or WHOLE. None: it has no sample. Raises ConfigError."""
     data, seq = config.data, config.batch.seq_length_tokens
+    index = open_index(path)
     fraction = 0.0 if data.valid else data.valid_fraction
-    made, weights = [], []
-    for part in parts:
-        index = open_index(part.path)
-        sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
-        if samples_in(index, sequences, seq):
-            made.append(PartStream(index, sequences, seq, config.run.seed, cache_folder(data, part.path)))
-            weights.append(part.weight)
-    return SampleStream(made, weights, masks) if made else None
+    sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
+    if not samples_in(index, sequences, seq):
+        return None
+    return PartStream(index, sequences, seq, config.run.seed, cache_folder(data, path))
 
 
-def _planned_samples(config: Config) -> int:
+def planned_samples(config: Config) -> int:
     """The number of samples that the configured run reads. It only decides which epochs are built ahead."""
     by_steps = (config.run.steps or 0) * config.batch.global_batch_seqs
     by_tokens = -(-(config.run.tokens or 0) // config.batch.seq_length_tokens)
@@ -93,4 +131,5 @@ def data_identity(config: Config) -> dict[str, Any]:
         "valid_fraction": 0.0 if config.data.valid else config.data.valid_fraction,
         "train": parts(config.data.train),
         "valid": parts(config.data.valid),
+        "phases": [{"from_tokens": phase.from_tokens, "train": parts(phase.train)} for phase in config.data.phases],
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -44,7 +44,8 @@ class StepResult:
     """The result of one optimizer step, equal on all ranks.
 
     `loss`: mean over the valid tokens of the global batch, in nats. `grad_norm`: global L2 norm before clipping.
-    `num_tokens`: valid tokens of the global batch. `applied`: False when the step was refused; weights, optimizer state and
+    `num_tokens`: valid tokens of the global batch. `source_losses`: the loss of each shown source of a blend, by name.
+    `applied`: False when the step was refused; weights, optimizer state and
     expert bias are then unchanged.
     """
 
@@ -52,6 +53,7 @@ class StepResult:
     grad_norm: float
     num_tokens: int
     applied: bool
+    source_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class DeepSpeedZero:
             self.updates += 1
             update_expert_bias(self.chunks, self.transformer)
         clear_step_tensors(self.chunks, self.transformer)
-        return StepResult(self.loss, self.grad_norm, num_tokens, self.applied)
+        return StepResult(self.loss, self.grad_norm, num_tokens, self.applied, self.schedule.source_losses)
 
     def _finish_gradients(self) -> bool:
         """DeepSpeed's step() calls this when gradients are reduced over data-parallel ranks. False: it makes no update."""

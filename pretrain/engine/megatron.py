@@ -130,7 +130,7 @@ class MegatronEngine:
         else:
             for bias, before in zip(self._expert_biases(), biases, strict=True):
                 bias.copy_(before)
-        return StepResult(loss, grad_norm, num_tokens, applied)
+        return StepResult(loss, grad_norm, num_tokens, applied, self.schedule.source_losses)
 
     def _expert_biases(self) -> list[torch.Tensor]:
         return [module.get_buffer("expert_bias") for module in self.biased]

@@ -19,6 +19,7 @@ from torch import nn
 from configs.schema import Config
 from parallel.compat.megatron_guards import router_losses_of_all_tokens, without_jitter
 from pretrain.data.batches import MicroBatch
+from pretrain.data.sources import shown_sources
 from pretrain.model.inputs import make_model_inputs
 
 
@@ -32,9 +33,19 @@ class PipelineSchedule:
         self.seq_length_tokens = config.batch.seq_length_tokens
         self.has_mtp = config.model.mtp.num_layers > 0
         self.has_experts = config.model.moe.num_experts > 0
+        sources = shown_sources(config)
+        self.source_names = sources.names
+        # [parts, names], 1 where the part's loss counts under the name.
+        self._name_of_part = torch.zeros(len(sources.slots), len(sources.names), dtype=torch.float64, device=device)
+        for part, slot in enumerate(sources.slots):
+            self._name_of_part[part, slot] = 1
+        self.source_losses: dict[str, float] = {}
 
     def run(self, models: Sequence[nn.Module], batches: Sequence[MicroBatch], forward_only: bool) -> tuple[float, int]:
-        """(sum of token losses in nats, number of valid tokens) of the global batch, equal on all ranks. Collective."""
+        """(sum of token losses in nats, number of valid tokens) of the global batch, equal on all ranks. Collective.
+
+        Sets `source_losses`: the mean loss of each source that has valid tokens, in nats, by its name.
+        """
         run = get_forward_backward_func()
         iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in models]
         with without_jitter(models) if forward_only else self._router_losses(batches):
@@ -75,30 +86,42 @@ class PipelineSchedule:
         `return_schedule_plan`: the output is a plan whose parts the schedule runs while tokens are sent to experts
         (parallel.overlap_expert_comm).
         """
-        inputs = make_model_inputs(next(iterator), self.groups, self.device)
+        batch = next(iterator)
+        inputs = make_model_inputs(batch, self.groups, self.device)
+        names = None if batch.parts is None or not self.source_names else self._name_of_part[batch.parts.to(self.device)]
         mtp = {"loss_mask": inputs.loss_mask} if self.has_mtp else {}
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(inputs.tokens, inputs.position_ids, inputs.attention_mask, labels=inputs.labels, **mtp)
-        return output, partial(_loss, inputs.loss_mask)
+        return output, partial(_loss, inputs.loss_mask, names)
 
     def _reduce(self, reports: list[torch.Tensor]) -> tuple[float, int]:
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2 + 2 * len(self.source_names), dtype=torch.float64, device=self.device)
         if reports:
-            total += torch.stack(reports).sum(dim=0)
+            found = torch.stack(reports).sum(dim=0)
+            total[: len(found)] += found
             dist.all_reduce(total, group=self.groups.dp_cp)
         last = dist.get_process_group_ranks(self.groups.pp)[-1]
         dist.broadcast(total, src=last, group=self.groups.pp)
-        loss_sum, num_tokens = total.tolist()
+        loss_sum, num_tokens, *by_source = total.tolist()
+        pairs = zip(self.source_names, by_source[::2], by_source[1::2], strict=True)
+        self.source_losses = {name: loss / tokens for name, loss, tokens in pairs if tokens}
         return loss_sum, int(num_tokens)
 
 
-def _loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token losses [b, s] -> (sum over valid tokens, their number, report [2] float64 of both).
+def _loss(
+    loss_mask: torch.Tensor, names: torch.Tensor | None, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token losses [b, s] -> (sum over valid tokens, their number, report float64 of both, then of both for each source).
 
-    The engine divides the gradients by the global number of valid tokens.
+    `names`: [b, names], 1 under the name of each sequence's source. The engine divides the gradients by the global number of
+    valid tokens.
     """
-    total = (output.float() * loss_mask).sum()
+    losses = output.float() * loss_mask
+    total = losses.sum()
     num_tokens = loss_mask.sum()
     # The report is a copy, because the schedule may divide the loss in place.
     report = torch.stack([total.detach().double(), num_tokens.double()])
+    if names is not None:
+        by_sequence = torch.stack([losses.detach().double().sum(dim=1), loss_mask.double().sum(dim=1)], dim=1)
+        report = torch.cat([report, (names.T @ by_sequence).flatten()])
     return total, num_tokens.int(), report

@@ -43,7 +43,7 @@ class PlainConsole:
     def write(self, row: dict[str, Any]) -> None:
         eta_s = self._eta.after(row)
         step = row["step"]
-        if step % self._interval_steps == 0 or step == self._total_steps or "val_loss" in row:
+        if step % self._interval_steps == 0 or step == self._total_steps or val_losses(row):
             width = len(str(self._total_steps))
             self._say(f"step {step:>{width}}/{self._total_steps}  " + "  ".join([*numbers(row), f"eta {duration(eta_s):>8}"]))
 
@@ -92,7 +92,7 @@ class LiveConsole:
         # The window may have been resized since the last frame.
         self._progress.console.width = self._screen.columns()
         row = self._row
-        short = {key: row[key] for key in ("loss", "tokens_per_s", "val_loss") if key in row}
+        short = {key: row[key] for key in ("loss", "tokens_per_s") if key in row} | val_losses(row)
         wide = self._progress.console.width >= _WIDE_COLUMNS
         shown = [" ".join(text.split()) for text in numbers(row if wide else short)]
         self._progress.update(self._task, completed=row["step"], numbers="  ".join([*shown, f"eta {duration(self._eta_s)}"]))
@@ -135,9 +135,13 @@ def numbers(row: Mapping[str, Any]) -> list[str]:
         parts.append(f"{count(row['tokens_per_s']):>6} tokens/s")
     if row.get("step_time_s") is not None:
         parts.append(f"{row['step_time_s']:7.3f} s/step")
-    if row.get("val_loss") is not None:
-        parts.append(f"val loss {row['val_loss']:.4f}")
+    parts += [f"{key.replace('val_loss', 'val loss').replace('/', ' ')} {loss:.4f}" for key, loss in val_losses(row).items()]
     return parts
+
+
+def val_losses(row: Mapping[str, Any]) -> dict[str, float]:
+    """The validation losses of a row by key: val_loss, and val_loss/NAME of each set of data.valid_sets."""
+    return {key: loss for key, loss in row.items() if (key == "val_loss" or key.startswith("val_loss/")) and loss is not None}
 
 
 class _Eta:

@@ -1,7 +1,7 @@
 """The destinations of metrics. In: one row a step. Out: the console, the record and W&B, behind the same three methods.
 
 Sinks use these keys of a row: step, loss, grad_norm, lr, tokens (trained on since the run began), tokens_per_s, step_time_s,
-and val_loss after steps with a validation. They pass all other keys through.
+and val_loss, val_loss/NAME after steps with a validation. They pass all other keys through.
 
 Torch-free.
 """

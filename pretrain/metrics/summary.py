@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import Config
 from configs.units import count, duration
 from parallel.batch import steps_of
+from pretrain.metrics.console import val_losses
 from pretrain.run.files import read_json
 from pretrain.run.folder import Outcome, RunFolder
 from pretrain.run.record import read_rows
@@ -29,7 +30,7 @@ class RunSummary:
     last_loss: float | None = None
     vocab_size: int | None = None
     unigram_entropy: float | None = None
-    val_loss: float | None = None
+    val_losses: dict[str, float] = field(default_factory=dict)
     tokens: int | None = None
     tokens_per_s: float | None = None
     wall_s: float | None = None
@@ -49,7 +50,7 @@ def make_summary(
     """Collect the summary from the record and the data's .meta.json. Reads the whole record once."""
     rows = list(read_rows(folder.metrics))
     speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
-    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    validated = {key: loss for row in rows for key, loss in val_losses(row).items()}
     meta = read_json(Path(f"{config.data.train[0].path}.meta.json"))
     return RunSummary(
         outcome=outcome,
@@ -59,7 +60,7 @@ def make_summary(
         last_loss=rows[-1]["loss"] if rows else None,
         vocab_size=vocab_size,
         unigram_entropy=meta.get("unigram_entropy_nats") if isinstance(meta, dict) else None,
-        val_loss=validated[-1] if validated else None,
+        val_losses=validated,
         tokens=tokens,
         tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
         wall_s=sum(row.get("step_time_s") or 0.0 for row in rows) or None,
@@ -85,7 +86,7 @@ def _lines(run: RunSummary) -> list[tuple[str, str | None]]:
             "unigram entropy",
             f"{run.unigram_entropy:.4f}  a model that knows how often each token comes" if run.unigram_entropy else None,
         ),
-        ("held-out loss", _number(run.val_loss) if run.val_loss is not None else None),
+        *((key.replace("val_loss", "held-out loss").replace("/", " "), _number(loss)) for key, loss in run.val_losses.items()),
         ("trained on", _trained_on(run)),
         ("speed", f"{count(run.tokens_per_s)} tokens/s" if run.tokens_per_s else None),
         ("run folder", str(run.folder.path)),

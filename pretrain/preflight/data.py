@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs.errors import ConfigError, Problem
-from configs.schema import BlendPart, Config
+from configs.data_schema import BlendPart, Data
+from configs.errors import ConfigError, Notice, Problem
+from configs.schema import Config
+from parallel.batch import consumed_seqs_after, steps_of
 from pretrain.data.indexed import Index, held_out, index_problems, meta_path, open_index, samples_in
 from pretrain.data.order_cache import cache_folder, needs_cache
+from pretrain.data.streams import source_paths, train_phases
 from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 
 SAMPLED_BLOCKS = 16
@@ -40,26 +45,68 @@ def check_data(config: Config) -> list[Problem]:
     if not config.data.train:
         fix = "name data, e.g. data.train=[{path: data/train}], or make it: phalanx data tokenize"
         problems.append(Problem("data.train", [], "a run needs something to train on", fix))
+    problems += _order_problems(config.data)
     opened: dict[str, list[Index]] = {}
-    for split in ("train", "valid"):
-        parts: list[BlendPart] = getattr(config.data, split)
-        problems += _share_problems(parts, split)
-        opened[split] = []
-        for number, part in enumerate(parts):
-            index, found = _check_part(part, f"data.{split}[{number}].path", config, tokenizer)
+    for blend in blends(config.data):
+        problems += _share_problems(blend)
+        opened[blend.key] = []
+        for number, part in enumerate(blend.parts):
+            index, found = _check_part(part, f"{blend.key}[{number}].path", config, tokenizer)
             problems += found
-            opened[split] += [index] if index else []
-    complete = all(len(opened[split]) == len(getattr(config.data, split)) for split in opened)
-    if config.data.train and complete:
-        problems += _length_problems(config, opened["train"], opened["valid"])
+            opened[blend.key] += [index] if index else []
+        if len(opened[blend.key]) == len(blend.parts):
+            problems += _length_problems(config, blend, opened[blend.key])
+    if not problems and not config.data.valid:
+        problems += _held_out_problems(config, opened["data.train"])
     return problems
 
 
-def _share_problems(parts: list[BlendPart], split: str) -> list[Problem]:
+@dataclass(frozen=True)
+class NamedBlend:
+    """A list of parts in the config. `is_train`: where data.valid is empty, valid_fraction of each part is held out of it."""
+
+    key: str
+    parts: list[BlendPart]
+    is_train: bool
+
+
+def blends(data: Data) -> list[NamedBlend]:
+    """Every list of parts in the section."""
+    phases = [NamedBlend(f"data.phases[{k}].train", phase.train, True) for k, phase in enumerate(data.phases)]
+    sets = [NamedBlend(f"data.valid_sets[{k}].parts", one.parts, False) for k, one in enumerate(data.valid_sets)]
+    return [NamedBlend("data.train", data.train, True), *phases, NamedBlend("data.valid", data.valid, False), *sets]
+
+
+def _order_problems(data: Data) -> list[Problem]:
+    """Problems of phases that don't follow each other, and of validation sets without a usable name."""
+    problems, before = [], 0
+    for number, phase in enumerate(data.phases):
+        key = f"data.phases[{number}]"
+        if phase.from_tokens <= before:
+            rule = f"phases begin one after another, this one must begin after {before:,} tokens"
+            problems.append(Problem(f"{key}.from_tokens", phase.from_tokens, rule, "sort the phases, or raise it"))
+        before = max(before, phase.from_tokens)
+    for number, phase in enumerate(data.phases):
+        if not phase.train:
+            fix = "name data, e.g. train: [{path: data/train}], or leave the phase out"
+            problems.append(Problem(f"data.phases[{number}].train", [], "a phase needs something to train on", fix))
+    names = [one.name for one in data.valid_sets]
+    for number, one in enumerate(data.valid_sets):
+        key = f"data.valid_sets[{number}]"
+        if not re.fullmatch(r"[\w.-]+", one.name, re.ASCII) or names.index(one.name) < number:
+            rule = "a name of letters, digits, dots, - and _ that no other set has"
+            problems.append(Problem(f"{key}.name", one.name, rule, "choose another name"))
+        if not one.parts:
+            problems.append(Problem(f"{key}.parts", [], "a set needs data", "name data, e.g. parts: [{path: data/code}]"))
+    return problems
+
+
+def _share_problems(blend: NamedBlend) -> list[Problem]:
+    parts = blend.parts
     total = sum(part.weight for part in parts)
     return [
         Problem(
-            f"data.{split}[{number}].weight",
+            f"{blend.key}[{number}].weight",
             part.weight,
             f"a part's share of the blend must be at least {SMALLEST_SHARE:g}, it is {part.weight / total:g}",
             "raise its weight, or leave the part out",
@@ -135,32 +182,59 @@ def _token_problems(index: Index, vocab: int, key: str) -> list[Problem]:
     return []
 
 
-def _length_problems(config: Config, train: list[Index], valid: list[Index]) -> list[Problem]:
-    """Problems of parts without a single sample, and of a validation without data."""
-    seq, data = config.batch.seq_length_tokens, config.data
-    fraction = 0.0 if valid else data.valid_fraction
-    problems = []
-    for number, index in enumerate(train):
-        rest = held_out(index, fraction)[0]
-        tokens = index.tokens_before(rest.stop)
-        if not samples_in(index, rest, seq):
-            rule = f"one sample needs batch.seq_length_tokens + 1 = {seq + 1} tokens, the part has {tokens} to train on"
+def _length_problems(config: Config, blend: NamedBlend, indices: list[Index]) -> list[Problem]:
+    """Problems of parts without a single sample."""
+    seq, data, problems = config.batch.seq_length_tokens, config.data, []
+    fraction = data.valid_fraction if blend.is_train and not data.valid else 0.0
+    for number, index in enumerate(indices):
+        rest, part = held_out(index, fraction)[0], blend.parts[number]
+        samples = samples_in(index, rest, seq)
+        if not samples:
+            rest_text = f"{index.tokens_before(rest.stop)} to train on" if blend.is_train else f"{index.num_tokens}"
+            rule = f"one sample needs batch.seq_length_tokens + 1 = {seq + 1} tokens, the part has {rest_text}"
             fix = "give more text, or lower batch.seq_length_tokens"
-            problems.append(Problem(f"data.train[{number}].path", data.train[number].path, rule, fix))
-        elif needs_cache(len(rest), samples_in(index, rest, seq)):
-            problems += _cache_problems(cache_folder(data, data.train[number].path))
-    for number, index in enumerate(valid):
-        if not samples_in(index, range(index.num_sequences), seq):
-            rule = f"one sample needs batch.seq_length_tokens + 1 = {seq + 1} tokens, the part has {index.num_tokens}"
-            fix = "give more text, or lower batch.seq_length_tokens"
-            problems.append(Problem(f"data.valid[{number}].path", data.valid[number].path, rule, fix))
-    if config.run.eval_batches and not valid and fraction and not problems:
-        most = max(samples_in(index, held_out(index, fraction)[1], seq) for index in train)
-        if not most:
-            rule = f"the documents held out must hold one sample of {seq + 1} tokens; no part's last {fraction:g} does"
-            fix = "raise data.valid_fraction, name data.valid, or set run.eval_batches=0"
-            problems.append(Problem("data.valid_fraction", fraction, rule, fix))
+            problems.append(Problem(f"{blend.key}[{number}].path", part.path, rule, fix))
+        elif blend.is_train and needs_cache(len(rest), samples):
+            problems += _cache_problems(cache_folder(data, part.path))
     return problems
+
+
+def _held_out_problems(config: Config, train: list[Index]) -> list[Problem]:
+    """The problem of a validation without data."""
+    seq, fraction = config.batch.seq_length_tokens, config.data.valid_fraction
+    if not (config.run.eval_batches and fraction) or any(samples_in(index, held_out(index, fraction)[1], seq) for index in train):
+        return []
+    rule = f"the documents held out must hold one sample of {seq + 1} tokens; no part's last {fraction:g} does"
+    fix = "raise data.valid_fraction, name data.valid, or set run.eval_batches=0"
+    return [Problem("data.valid_fraction", fraction, rule, fix)]
+
+
+def source_plan(config: Config) -> list[dict[str, Any]]:
+    """Tokens and epochs of each source up to the end of the run: {"source", "tokens", "epochs"}.
+
+    The training data must be legal. An epoch of a source is each of its samples once.
+    """
+    seq, data = config.batch.seq_length_tokens, config.data
+    end = consumed_seqs_after(config.batch, steps_of(config))
+    phases = train_phases(config)
+    samples = dict.fromkeys(source_paths(data), 0.0)
+    for (first, parts), (after, _) in zip(phases, [*phases[1:], (end, [])], strict=True):
+        total = sum(part.weight for part in parts)
+        for part in parts:
+            samples[part.path] += part.weight / total * max(min(after, end) - first, 0)
+    found = []
+    for path, count in samples.items():
+        index = open_index(path)
+        epoch = samples_in(index, held_out(index, 0.0 if data.valid else data.valid_fraction)[0], seq)
+        found.append({"source": path, "tokens": round(count * seq), "epochs": count / epoch})
+    return found
+
+
+def repetition_notices(config: Config) -> tuple[Notice, ...]:
+    """A notice for each source that the run repeats more than data.max_epochs times."""
+    limit, often = config.data.max_epochs, "is read {:,.1f} times by the end of the run, more than {:g}"
+    repeated = [row for row in source_plan(config) if row["epochs"] > limit]
+    return tuple(Notice("data.max_epochs", f"{row['source']} {often.format(row['epochs'], limit)}") for row in repeated)
 
 
 def _cache_problems(folder: Path) -> list[Problem]:

@@ -20,7 +20,7 @@ from parallel.layout import Layout
 from parallel.legality.verdict import check_config, derive_layout
 from pretrain.data.tokenizer import vocab_size
 from pretrain.model.backend import check_backend, detect_machine
-from pretrain.preflight.data import check_data
+from pretrain.preflight.data import check_data, repetition_notices
 from pretrain.preflight.disk_space import check_disk_space
 from pretrain.preflight.memory import memory_verdict
 from pretrain.preflight.nvme import check_nvme
@@ -55,10 +55,11 @@ def preflight(config: Config, with_data: bool) -> Preflight:
 def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
     """(problems, notices) of the config, its files and its memory."""
     verdict = check_config(config)
-    problems = [*verdict.problems, *engine_problems(config)]
+    problems, repeated = [*verdict.problems, *engine_problems(config)], ()
     # The check of the files uses lengths and weights of the config, so those must have the right types first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
+        repeated = () if problems else repetition_notices(config)
     tokens = known_vocab_size(config)
     if verdict.ok and computes_on_cpu(config, os.environ):
         problems += check_backend(config, detect_machine(cuda=False))
@@ -69,7 +70,7 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
     if not verdict.ok:
         return problems, verdict.notices
     too_large, tight = memory_verdict(config, tokens)
-    return problems + too_large, (*verdict.notices, *tight)
+    return problems + too_large, (*verdict.notices, *tight, *repeated)
 
 
 def known_vocab_size(config: Config) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.schema import Config
+from configs.schema import BlendPart, Config
 from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
@@ -19,6 +19,7 @@ from pretrain.data.batches import MicroBatch
 from pretrain.metrics.moe_metrics import MoeMetrics
 
 VOCAB = 300
+NUM_SOURCES = 3
 
 
 def small_config(**changes: Any) -> Config:
@@ -66,6 +67,7 @@ def batches_of(config: Config, step: int, data_rank: int, data_size: int) -> lis
     generator = torch.Generator().manual_seed(100 + step)
     total, seq, micro = config.batch.global_batch_seqs, config.batch.seq_length_tokens, config.batch.micro_batch_seqs
     tokens = torch.randint(0, VOCAB, (total, seq + 1), generator=generator)
+    parts = torch.arange(total) % NUM_SOURCES
     mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
     ends = (torch.rand(total, seq, generator=generator) > 0.85).int()
     documents = torch.cumsum(ends, dim=1) if config.data.document_mask else None
@@ -79,6 +81,7 @@ def batches_of(config: Config, step: int, data_rank: int, data_size: int) -> lis
                 loss_mask=mask[rows],
                 position_ids=torch.arange(seq).expand(micro, seq),
                 document_ids=None if documents is None else documents[rows].int(),
+                parts=parts[rows],
             )
         )
     return found
@@ -86,6 +89,7 @@ def batches_of(config: Config, step: int, data_rank: int, data_size: int) -> lis
 
 def train_small(config: Config, keep_gradients: bool = False) -> Trained:
     """Runs on a forked rank: the real model, engine and schedules; no files."""
+    config.data.train = [BlendPart(f"source_{number}") for number in range(NUM_SOURCES)]
     layout = make_layout(config)
     runtime = start({"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())})
     chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, VOCAB, config.parallel.pipeline_split)
@@ -97,7 +101,13 @@ def train_small(config: Config, keep_gradients: bool = False) -> Trained:
     for step in range(config.run.steps or 1):
         batches = batches_of(config, step, groups.dp.rank(), groups.dp.size())
         done = engine.step(batches, 3e-3)
-        result.steps.append((done.loss, done.grad_norm, done.num_tokens, moe.take(len(batches), 2)))
+        result.steps.append((done.loss, done.grad_norm, done.num_tokens, moe.take(len(batches), 2) | done.source_losses))
+        valid = torch.zeros(NUM_SOURCES, dtype=torch.float64)
+        for batch in batches_of(config, step, 0, 1):
+            assert batch.parts is not None
+            valid.index_add_(0, batch.parts, batch.loss_mask.double().sum(dim=1))
+        summed = sum(float(valid[int(name[-1])]) * loss for name, loss in done.source_losses.items())
+        assert len(done.source_losses) == NUM_SOURCES and abs(summed / done.num_tokens - done.loss) < 1e-6 * done.loss
         result.expert_counts.append(moe.expert_counts(config.batch.global_batch_seqs * config.batch.seq_length_tokens))
         if keep_gradients and step == 0:
             result.gradients = _gradients(engine)

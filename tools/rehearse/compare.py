@@ -64,7 +64,7 @@ def assemble(slices: Sequence[dict[SliceKey, NDArray[np.float32]]]) -> Tensors:
 def compare(ranks: Sequence[RankResult], references: Sequence[RankResult]) -> Comparison:
     """The differences between the ranks of a layout and those of another training of the same model."""
     got, want = ranks[0], references[0]
-    loss = _largest(got.losses, want.losses)
+    loss = _largest([*got.losses, *got.source_losses], [*want.losses, *want.source_losses])
     norm = _largest(got.grad_norms, want.grad_norms)
     initial, gradients, weights = (
         _tensors([getattr(rank, kind) for rank in ranks], [getattr(rank, kind) for rank in references], tolerance)

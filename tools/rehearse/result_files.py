@@ -17,7 +17,7 @@ from pretrain.model.tensor_slice import TensorSlice
 from tools.rehearse.train_rank import RankResult, SliceKey
 
 _TENSORS = ("initial", "gradients", "weights")
-_NUMBERS = ("losses", "grad_norms", "near_ties")
+_NUMBERS = ("losses", "grad_norms", "source_losses", "near_ties")
 _HEAD = "head"
 
 

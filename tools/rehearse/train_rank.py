@@ -26,6 +26,7 @@ from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.data.batches import MicroBatch
+from pretrain.data.streams import source_paths
 from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Engine, StepResult
 from pretrain.model.tensor_slice import TensorSlice
 from tools.rehearse.shrink import VOCAB_SIZE
@@ -41,11 +42,13 @@ SliceKey = tuple[str, tuple[int, ...], TensorSlice, int, int]
 class RankResult:
     """What one rank computed.
 
+    `source_losses`: of the sources of a blend, step after step.
     `initial`: its slices of the weights before the first step. `near_ties`: expert choices that rounding could change.
     """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    source_losses: list[float] = field(default_factory=list)
     initial: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     gradients: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
     weights: dict[SliceKey, NDArray[np.float32]] = field(default_factory=dict)
@@ -67,6 +70,7 @@ def train(config: Config, steps: int) -> RankResult:
         result = engine.step(random_batches(config, step, groups.dp.rank(), groups.dp.size()), config.optimizer.lr)
         trained.losses.append(result.loss)
         trained.grad_norms.append(result.grad_norm)
+        trained.source_losses += result.source_losses.values()
         if step == 0:
             for kind, decay in ((MOMENTS[0], config.optimizer.beta1), (MOMENTUM, config.optimizer.muon.momentum)):
                 trained.gradients |= _slices(engine, kind, 1 / (1 - decay) / _clipped(config, result))
@@ -117,6 +121,7 @@ def random_batches(config: Config, step: int, data_rank: int, data_size: int) ->
     mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
     ends = (torch.rand(total, seq, generator=generator) > 0.85).int().cumsum(dim=1).int()
     micro = config.batch.micro_batch_seqs
+    sources = torch.arange(total) % max(len(source_paths(config.data)), 1)
     parts = [slice(first, first + micro) for first in range(data_rank * micro, total, data_size * micro)]
     return [
         MicroBatch(
@@ -125,6 +130,7 @@ def random_batches(config: Config, step: int, data_rank: int, data_size: int) ->
             loss_mask=mask[rows],
             position_ids=torch.arange(seq).expand(micro, seq),
             document_ids=ends[rows] if config.data.document_mask else None,
+            parts=sources[rows],
         )
         for rows in parts
     ]

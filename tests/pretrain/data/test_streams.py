@@ -19,8 +19,10 @@ from pretrain.data.blend import PERIOD, Blend
 from pretrain.data.indexed import held_out, open_index
 from pretrain.data.order import FIELDS, build_order
 from pretrain.data.samples import SampleStream
+from pretrain.data.sources import ShownSources, shown_sources
 from pretrain.data.streams import Streams, build_streams, data_identity
 from pretrain.data.tokenizer import TextTokenizer
+from pretrain.preflight.data import check_data, repetition_notices, source_plan
 from tests.pretrain.data.conftest import write_pair
 
 
@@ -106,18 +108,20 @@ def test_valid_is_disjoint_from_train(config: schema.Config, tokenizer: TextToke
     documents = [[10 + number] * 30 for number in range(100)]
     config.data.train = [schema.BlendPart(write_pair(tmp_path / "own", documents))]
     streams = build(config, tokenizer)
-    assert streams.valid
-    train, valid = (set(np.unique(rows(stream, range(len(stream))))) for stream in (streams.train, streams.valid))
+    held_out_stream, batches = streams.valid["val_loss"]
+    assert batches == config.run.eval_batches
+    train, valid = (set(np.unique(rows(stream, range(len(stream))))) for stream in (streams.train, held_out_stream))
     assert not train & valid
     assert valid <= set(range(100, 110)) and len(valid) >= 9
     config.data.valid_fraction = 0.0
-    assert build(config, tokenizer).valid is None
+    assert not build(config, tokenizer).valid
 
 
 def test_valid_data_of_its_own_leaves_train_whole(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     config.data.valid = [schema.BlendPart(write_pair(tmp_path / "valid", [[9] * 400]))]
     streams = build(config, tokenizer)
-    assert streams.valid and set(np.unique(rows(streams.valid, range(len(streams.valid))))) == {9}
+    valid, _ = streams.valid["val_loss"]
+    assert set(np.unique(rows(valid, range(len(valid))))) == {9}
     assert streams.train.parts[0].sequences.stop == open_index(config.data.train[0].path).num_sequences
 
 
@@ -246,3 +250,79 @@ def test_one_order_is_a_function_of_its_arguments() -> None:
     one, two = (build_order(lengths, range(10, 250), 32, 7) for _ in range(2))
     assert all((getattr(one, name) == getattr(two, name)).all() for name in FIELDS)
     assert sorted(one.sequences.tolist()) == list(range(10, 250))
+
+
+def phased(config: schema.Config, tmp_path: Path) -> schema.Config:
+    """Three sources of one token each. At sample 100 the second goes and the third comes; at 150 the third is alone."""
+    config.data.valid_fraction = 0.0
+    paths = [write_pair(tmp_path / f"of_{token}", [[token] * 200 for _ in range(40 * 64 // 200 + 1)]) for token in (7, 8, 9)]
+    config.data.train = [schema.BlendPart(paths[0], 3.0), schema.BlendPart(paths[1], 1.0)]
+    config.data.phases = [
+        schema.DataPhase(100 * 64 - 5, [schema.BlendPart(paths[0], 1.0), schema.BlendPart(paths[2], 4.0)]),
+        schema.DataPhase(150 * 64, [schema.BlendPart(paths[2], 1.0)]),
+    ]
+    return config
+
+
+def test_phases_change_the_blend_at_their_tokens_and_sources_go_on(
+    config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    stream = build(phased(config, tmp_path), tokenizer).train
+    tokens = [int(stream[number].tokens[0]) for number in range(200)]
+    assert [tokens[:100].count(token) for token in (7, 8, 9)] == [75, 25, 0]
+    assert [tokens[100:150].count(token) for token in (7, 8, 9)] == [10, 0, 40]
+    assert set(tokens[150:]) == {9}
+    numbers: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for sample in range(200):
+        part, number = stream.locate(sample)
+        numbers[part].append(number)
+        assert stream.find(part, number) == sample
+        assert stream.counts_before(sample + 1) == [len(found) for found in numbers.values()]
+    assert all(found == list(range(len(found))) for found in numbers.values()), "no sample is read twice or passed over"
+
+
+def test_the_plan_counts_tokens_and_epochs_of_sources(config: schema.Config, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """`check` says what the stream then gives, and warns where a source is repeated too often."""
+    stream = build(phased(config, tmp_path), tokenizer).train
+    config.run.steps, config.batch.global_batch_seqs, config.data.max_epochs = 25, 8, 1.5
+    plan = source_plan(config)
+    counts = stream.counts_before(200)
+    for row, count, part in zip(plan, counts, stream.parts, strict=True):
+        assert abs(row["tokens"] / 64 - count) <= 2
+        assert row["epochs"] == pytest.approx(row["tokens"] / 64 / part.samples_per_epoch)
+    notices = repetition_notices(config)
+    assert [Path(notice.text.split()[0]).name for notice in notices] == ["of_7", "of_9"]
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "rule"),
+    [
+        (lambda data: data.phases.reverse(), "data.phases[1].from_tokens", "one after another"),
+        (lambda data: data.phases[0].train.clear(), "data.phases[0].train", "needs something to train on"),
+        (lambda data: setattr(data.phases[1].train[0], "path", "none"), "data.phases[1].train[0].path", "must both exist"),
+        (lambda data: data.valid_sets.append(schema.ValidSet("a/b", data.train)), "data.valid_sets[0].name", "letters"),
+        (lambda data: data.valid_sets.append(schema.ValidSet("a")), "data.valid_sets[0].parts", "needs data"),
+        (
+            lambda data: data.valid_sets.extend([schema.ValidSet("a", data.train), schema.ValidSet("a", data.train)]),
+            "data.valid_sets[1].name",
+            "no other set",
+        ),
+    ],
+)
+def test_bad_phases_and_sets(config: schema.Config, tmp_path: Path, change: Any, path: str, rule: str) -> None:
+    phased(config, tmp_path)
+    assert not check_data(config)
+    change(config.data)
+    problem = check_data(config)[0]
+    assert problem.path == path and rule in problem.rule
+
+
+def test_shown_sources_are_bounded_and_have_names_of_their_own() -> None:
+    config = schema.Config()
+    paths = ("a/web", "b/web", "c/code", "d/a b", "e/other")
+    config.data.train = [schema.BlendPart(path, weight) for path, weight in zip(paths, (5, 1, 3, 0.5, 2), strict=True)]
+    assert shown_sources(config).names == ("web", "web_2", "code", "a_b", "other")
+    config.metrics.source_losses = 3
+    assert shown_sources(config) == ShownSources(("web", "code", "other", "other_sources"), (0, 3, 1, 3, 2))
+    config.metrics.source_losses = 0
+    assert shown_sources(config) == ShownSources()

@@ -18,7 +18,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 import pretrain.loop
 import pretrain.training_data
 from configs.load import to_yaml
-from configs.schema import BlendPart
+from configs.schema import BlendPart, DataPhase, ValidSet
+from launch.status import read_status
 from pretrain.data.batches import MicroBatch
 from pretrain.data.history import RunHistory
 from pretrain.engine.megatron import MegatronEngine
@@ -90,7 +91,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path
     made.data.train = [BlendPart(str(folder / "embedded"), 0.3), BlendPart(short, 0.7)]
     made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, SEQ
     made.batch.ramp.start_seqs, made.batch.ramp.increment_seqs, made.batch.ramp.samples = 4, 2, 16
-    made.run.steps, made.run.eval_batches = STOP, 0
+    made.data.phases = [DataPhase(46 * SEQ, [BlendPart(str(folder / "embedded"), 0.8), BlendPart(short, 0.2)])]
+    made.data.valid_sets = [ValidSet("pieces", [BlendPart(short)], 1), ValidSet("unused", [BlendPart(short)])]
+    made.run.steps, made.run.eval_batches, made.run.eval_interval_steps = STOP, 0, 3
     made.checkpoint.interval_steps, made.checkpoint.keep, made.checkpoint.asynchronous = 2, 0, False
     made.metrics.sinks = ["jsonl"]
     (base / "config.yaml").write_text(to_yaml(made))
@@ -146,6 +149,19 @@ def tokens_of(kept: Path, step: dict[str, Any]) -> dict[int, np.ndarray]:
     return {int(path.name.split(".")[2]): np.load(path) for path in kept.glob(f"{step['step']}.{call}.*.npy")}
 
 
+def test_rows_have_the_losses_of_sources_and_of_named_sets(traced: tuple[Path, list[Path]]) -> None:
+    run_dir, _ = traced
+    for row in rows(run_dir):
+        assert ("val_loss/pieces" in row) == (row["step"] % 3 == 0) and "val_loss" not in row and "val_loss/unused" not in row
+    of_sources = [{key: row[key] for key in ("loss/embedded", "loss/short") if key in row} for row in rows(run_dir)]
+    assert all(of_sources)
+    for row, found in zip(rows(run_dir), of_sources, strict=True):
+        if not row.get("skipped"):
+            assert min(found.values()) - 1e-6 <= row["loss"] <= max(found.values()) + 1e-6
+    status = read_status(RunFolder(run_dir))
+    assert status.val_losses == {"pieces": rows(run_dir)[-1]["val_loss/pieces"]}
+
+
 def test_a_document_is_seen_where_the_steps_say(traced: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _ = traced
     steps = asked(capsys, "trace", str(run_dir), "--step", f"1:{STOP}")["steps"]
@@ -176,6 +192,8 @@ def test_the_ledger_counts_what_the_steps_say(traced: tuple[Path, list[Path]], c
     last = rows(run_dir)[-1]
     assert found["total"]["trained_tokens"] + found["total"]["passed_tokens"] == last["samples"] * SEQ
     assert found["total"]["planned_tokens"] == last["samples"] * SEQ, "the run is at its end"
+    late = [sample for step in steps if step["step"] > 7 for sample in step["samples"]]
+    assert sum(sample["source"].endswith("short") for sample in late) < len(late) / 2, "the second phase has begun"
 
 
 def test_steps_to_come_are_those_that_come(

@@ -98,7 +98,7 @@ def test_a_legal_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_verdict_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "check", "quickstart", "--json", *NO_DATA)
     verdict = json.loads(out)
-    assert set(verdict) == {"ok", "problems", "warnings", "layout", "data", "resume"} and not err
+    assert set(verdict) == {"ok", "problems", "warnings", "layout", "data", "resume", "optimizer"} and not err
     assert verdict["layout"] == {
         "tensor": 1, "sequence": False, "pipeline": 2, "virtual_pipeline": 1, "context": 1, "expert": 2, "expert_tensor": 1,
         "nodes": 1, "processes_per_node": 4, "world_size": 4, "data": 2, "expert_data": 1, "num_micro_batches": 4,

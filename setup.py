@@ -53,10 +53,12 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "evaluate": ["lm-eval>=0.4.9"],
         "dev": [
+            "lm-eval>=0.4.9",
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"),
             *("mkdocs-material", "setuptools", "wheel"),
-        ]
+        ],
     },
     entry_points={"console_scripts": ["phalanx=phalanx_command:main"]},
 )

@@ -28,6 +28,7 @@ from urllib.parse import urlparse
 from parallel.compat.wandb_files import SegmentReader
 from pretrain.metrics.goodput import read_goodput
 from pretrain.metrics.wandb_steps import Cursor, copy_lock, mark_synced, steps_offline, to_spans
+from pretrain.run.evaluations import newest_scores
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 
@@ -106,6 +107,8 @@ class Copy:
         place = f"{self._run.entity}/{self._run.project}/{self._job.wandb_id}"
         if goodput := read_goodput(self._folder, time.time()):
             self._run.summary.update({"goodput": goodput.as_dict()})
+        if scores := newest_scores(self._folder):
+            self._run.summary.update({"evaluation": scores})
         self._run.finish(exit_code=exit_code)
         # Offline, finish returns before wandb-core has written the file. teardown waits for wandb-core.
         self._wandb.teardown()

@@ -5,6 +5,7 @@ runs/NAME/
     provenance.json    origin of each value, code and package versions, host
     metrics.jsonl      the record: one row a step, each step once over all attempts
     experts.jsonl      tokens of each expert, layer by layer, at an interval (pretrain/metrics/expert_counts.py)
+    evaluations.jsonl  scores of checkpoints on tasks, where phalanx evaluate --tasks measured them
     events.jsonl       attempts, saves, signals, verdicts: one JSON object a line (pretrain/run/events.py)
     outcome.json       how the last attempt ended
     DONE               the run is finished
@@ -62,6 +63,7 @@ NAMES = {
     "provenance.json",
     "metrics.jsonl",
     "experts.jsonl",
+    "evaluations.jsonl",
     "events.jsonl",
     "outcome.json",
     "DONE",
@@ -125,6 +127,10 @@ class RunFolder:
     @property
     def provenance(self) -> Path:
         return self.path / "provenance.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def metrics(self) -> Path:

@@ -11,8 +11,11 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from configs.errors import ConfigError, Problem
 from pretrain.run.process import importing
 
 
@@ -20,7 +23,8 @@ def main(argv: list[str]) -> int:
     """Run the command argv[0], generate or evaluate, with the arguments after it. Returns the exit code. Raises ConfigError."""
     args = {"generate": _generate_parser, "evaluate": _evaluate_parser}[argv[0]]().parse_args(argv[1:])
     # Megatron-Core chooses its CPU parts when it is imported. A GPU, which may be busy with training, must stay hidden.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if getattr(args, "device", "cpu") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if argv[0] == "generate" and (args.checkpoint / "config.json").is_file():
         with importing():
             from tools.inference.generate_exported import generate_exported  # noqa: PLC0415  (torch and transformers: --help needs neither)
@@ -36,6 +40,10 @@ def main(argv: list[str]) -> int:
             args.checkpoint, args.prompt or [""], args.max_new_tokens, args.temperature, args.top_k, args.seed, args.tokenizer
         )
         text = "\n\n".join(part["prompt"] + part["text"] for part in result["texts"])
+    elif args.tasks:
+        result = _run_tasks(args)
+        scores = [f"{name:<40}  {value:.4f}" for name, value in result["scores"].items()]
+        text = "\n".join([f"{result['checkpoint']}:", *scores])
     else:
         with importing():
             from tools.inference.evaluate import evaluate  # noqa: PLC0415  (as above)
@@ -49,6 +57,19 @@ def main(argv: list[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     print(json.dumps(result, ensure_ascii=False) if args.json else text)
     return 0
+
+
+def _run_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """The scores of lm-evaluation-harness. Raises ConfigError."""
+    if find_spec("lm_eval") is None:
+        rule = "needs lm-evaluation-harness, which is not installed"
+        raise ConfigError(Problem("--tasks", args.tasks, rule, "pip install 'phalanx[evaluate]'"))
+    with importing():
+        from tools.inference.harness import Request, evaluate_tasks  # noqa: PLC0415  (torch, transformers and lm_eval)
+
+    tasks = tuple(filter(None, args.tasks.split(",")))
+    request = Request(tasks, args.include_path, args.num_fewshot, args.limit, args.batch_seqs, args.device)
+    return evaluate_tasks(args.checkpoint, request, args.tokenizer)
 
 
 def _generate_parser() -> argparse.ArgumentParser:
@@ -74,10 +95,14 @@ def _generate_parser() -> argparse.ArgumentParser:
 
 def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="phalanx evaluate", description="Measure loss and perplexity of a checkpoint on tokenized data."
+        prog="phalanx evaluate",
+        description="Measure loss and perplexity of a checkpoint on tokenized data, or its scores on tasks.",
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run folder (its newest checkpoint), or a checkpoint"
+        "checkpoint",
+        type=Path,
+        metavar="RUN_DIR|CHECKPOINT",
+        help="a run folder (its newest checkpoint), or a checkpoint; with --tasks also a Hugging Face folder",
     )
     parser.add_argument(
         "--data", nargs="+", metavar="PREFIX", help="PREFIX.bin and PREFIX.idx (default: the validation data of the run)"
@@ -87,6 +112,13 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seq-length", type=_positive, metavar="TOKENS", help="sequence length (default: the run's, else 512)")
     parser.add_argument("--batch-seqs", type=_positive, default=4, metavar="N", help="sequences per pass (default: 4)")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness, instead of data")
+    tasks.add_argument("--tasks", metavar="NAME,…", help="their names; the scores go to the run's evaluations.jsonl too")
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of own tasks")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of each task (default: all)")
+    tasks.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: in fp32 (default); cuda: in bf16")
+    tasks.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the model, when the run's own file is gone")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from configs.load import to_yaml
 from configs.schema import BlendPart, Config
 from pretrain.main import main
 from pretrain.rank.stop_signals import StopSignals
+from pretrain.run.evaluations import newest_scores, read_evaluations
+from pretrain.run.folder import RunFolder
 from tests.pretrain.world import small_config
 from tests.ranks import run_ranks
 from tests.tools.convert.test_families import assert_same_bits, other_notes, run_export, run_import, tensors
@@ -98,6 +101,63 @@ def test_evaluate_counts_what_is_held_out(trained: Path, folder: Path) -> None:
     assert held["tokens"] % 32 == 0 and held["tokens"] <= 2000
     one, four = (evaluate(trained, [str(folder / "embedded")], 640, 64, batch) for batch in (1, 4))
     assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
+
+
+TASK = """
+task: next_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {questions}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+QUESTIONS = [
+    ("def main(", ["argv)", "zebra"]),
+    ("import", ["os", "the sea"]),
+    ("class", ["Test", "of 1812"]),
+    ("for i in", ["a", "b"]),
+]
+
+
+def test_tasks_of_the_harness_are_scored_and_kept_with_the_run(trained: Path, tmp_path: Path) -> None:
+    """By the command, offline, with a task of our own. The score is what transformers' logits say."""
+    rows = [{"question": question, "choices": choices, "answer": 0} for question, choices in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "next_word.yaml").write_text(TASK.format(questions=tmp_path / "questions.jsonl"))
+    done = run_evaluate(trained, "--tasks", "next_word", "--include-path", str(tmp_path), "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    run_export(trained, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+
+    def log_probability(question: str, choice: str) -> float:
+        before, whole = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (question, f"{question} {choice}"))
+        with torch.no_grad():
+            chosen = model(whole).logits.log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])
+        return float(chosen[before.shape[1] - 1 :].sum())
+
+    right = [log_probability(question, choices[0]) > log_probability(question, choices[1]) for question, choices in QUESTIONS]
+    assert found["scores"] == {"next_word/acc": sum(right) / len(right)} and found["documents"] == {"next_word": len(right)}
+    (kept,) = read_evaluations(RunFolder(trained))
+    assert kept["scores"] == found["scores"] == newest_scores(RunFolder(trained)) and kept["step"] == 3
+
+
+@pytest.mark.prove
+def test_unknown_tasks_are_one_report(trained: Path) -> None:
+    refused = run_evaluate(trained, "--tasks", "no_such_task,nor_this", code=2)
+    assert refused.stderr.count("must be a task of lm-evaluation-harness") == 2
+
+
+def run_evaluate(run_dir: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the harness starts threads, which the forks of later ranks would not survive."""
+    command = [sys.executable, "-m", "tools.cli", "evaluate", str(run_dir), *words]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def test_generate_is_repeatable_and_draws(trained: Path) -> None:

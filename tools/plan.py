@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from pretrain.data.tokenizer import vocab_size
 from tools.planner import report
 from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
+from tools.planner.candidates import robust_first
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
 from tools.planner.measured import measure, measured_text
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
 from tools.planner.published.validate import validate
+from tools.planner.risk import risk_of
 from tools.planner.search import search
 
 
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--search", action="store_true", help="try all layouts; the config's own degrees don't matter then")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
     words = "scale by this measured run of the same kind of machine, or by the median of the runs in this folder"
+    parser.add_argument("--robust", action="store_true", help="list ties first by how little they lean on what is known least")
     parser.add_argument("--calibrate", metavar="RUN_DIR", help=words)
     parser.add_argument("--measured", action="store_true", help="CONFIG is a run folder: the plan beside what was measured")
     parser.add_argument(
@@ -111,15 +115,18 @@ def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibrati
     config, free_dispatcher = loaded.config, loaded.origin["model.moe.dispatcher"] == "default"
     _without_layout(config)
     result = search(config, vocab, make_machine(config), calibration, free_dispatcher)
+    if args.robust:
+        result = replace(result, candidates=robust_first(result.candidates))
     reasons = explain(result, free_dispatcher)
     if not args.json:
         print(report.search_text(result, args.top, reasons))
         return
     failures = Failures(args.gpu_mtbf_hours, args.restart_s, args.save_s)
     candidates: list[dict[str, Any]] = []
-    for candidate in result.candidates[: args.top]:
+    for number, candidate in enumerate(result.candidates[: args.top]):
         run = estimate_run(candidate.config, candidate.plan.job, candidate.plan.timing.step_s, failures)
-        words = {"settings": candidate.words, "pareto": candidate.pareto, "run": run.as_dict(), "notes": []}
+        words = {"settings": candidate.words, "pareto": candidate.pareto, "tie": candidate.tie, "run": run.as_dict(), "notes": []}
+        words |= {"risk": risk_of(candidate.plan).as_dict()} if number < report.RISKS else {}
         candidates.append({"model": model_dict(candidate.plan.job)} | candidate.plan.as_dict() | words)
     refused = [{"rule": rule, "layouts": number} for rule, number in result.refused.items()]
     refused += [{"rule": "memory", "layouts": len(result.too_large)}] if result.too_large else []

@@ -26,6 +26,7 @@ BENCHES = {
     "checkpoint": Bench("tools.bench.checkpoint", "how long a save stalls training: asynchronous compared with synchronous"),
     "tokenize": Bench("tools.bench.tokenize", "`phalanx data tokenize`, compared with sentencepiece's own threads"),
     "convert": Bench("tools.bench.convert", "speed and peak memory of import and export, compared with a file copy"),
+    "search": Bench("tools.bench.search", "CPU time of a search for layouts of 16,384 and 100,352 GPUs, compared with its limit"),
     "start": Bench("tools.bench.start", "time, CPU and file opens of a launch to step 1: forked ranks, compared with plain ones"),
 }
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from configs.schema import Config, Recompute
 from parallel.memory.job import make_job
+from tools.planner.candidates import TIE, LayoutCandidate
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
-from tools.planner.search import TIE, LayoutCandidate, SearchResult, recomputations
+from tools.planner.search import SearchResult, recomputations
 from tools.planner.step_cost import WORDS
 
 
@@ -100,8 +101,8 @@ def explain(result: SearchResult, free_dispatcher: bool = True) -> list[str]:
     winner = result.candidates[0]
     lines = [
         _why(winner),
-        f"layouts within {TIE:.0%} of the fastest are a tie: first those with least tensor and context parallelism, then those "
-        "whose tokens reach their experts without the NIC",
+        f"layouts marked = are within {TIE:.0%} of the fastest: the model can't tell them apart; --robust lists among them first "
+        "those with least tensor and context parallelism, then those whose tokens reach their experts without the NIC",
     ]
     for name, has in POPULAR:
         if has(winner.degrees):

@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.units import count, duration
+from tools.planner.candidates import LayoutCandidate
 from tools.planner.duration import RunEstimate
 from tools.planner.planning import Plan
+from tools.planner.risk import risk_of
 from tools.planner.search import SearchResult
 from tools.planner.step_cost import WORDS
+
+# Layouts of a search whose risk is told.
+RISKS = 5
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,16 +86,26 @@ def plan_text(name: str, plan: Plan, run: RunEstimate, model: dict[str, Any], no
     return text + ("\n\n" + "\n".join(f"note: {note}" for note in notes) if notes else "")
 
 
+def risk_table(candidates: Sequence[LayoutCandidate]) -> str:
+    """What may make the first layouts slower or larger than planned."""
+    rows = [[f"{rank}  {candidate.describe()}", *(f"{value:.0%}" for value in risk_of(candidate.plan).as_dict().values())]
+            for rank, candidate in enumerate(candidates, start=1)]  # fmt: skip
+    return table(("risk of the first", "NIC", "launches", "memory free"), rows)
+
+
 def search_text(result: SearchResult, top: int, reasons: Sequence[str]) -> str:
     """The best layouts, and why."""
     rows = [
-        [candidate.describe(), f"{candidate.plan.timing.step_s:.3f}", f"{candidate.plan.tokens_per_s_per_gpu:,.0f}",
-         f"{candidate.plan.mfu:.1%}", f"{candidate.plan.timing.bubble_fraction:.0%}", f"{candidate.plan.ledger.peak_gib:.1f}",
+        [f"{rank}{'=' if candidate.tie else ' '} {candidate.describe()}", f"{candidate.plan.timing.step_s:.3f}",
+         f"{candidate.plan.tokens_per_s_per_gpu:,.0f}", f"{candidate.plan.mfu:.1%}",
+         f"{candidate.plan.timing.bubble_fraction:.0%}", f"{candidate.plan.ledger.peak_gib:.1f}",
          "*" if candidate.pareto else ""]
-        for candidate in result.candidates[:top]
+        for rank, candidate in enumerate(result.candidates[:top], start=1)
     ]  # fmt: skip
     head = f"{result.tried:,} layouts tried: {len(result.candidates)} legal ones fit, {len(result.too_large)} are too large"
     lines = [head, table(("layout", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB", "pareto"), rows)]
+    if result.candidates:
+        lines += ["", risk_table(result.candidates[: min(top, RISKS)])]
     lines += ["", *reasons]
     if result.candidates:
         lines += ["", "settings of the best: " + " ".join(result.candidates[0].words)]

@@ -29,83 +29,23 @@ from parallel.memory.hardware import GIB, PlannedMachine
 from parallel.memory.job import make_job, recomputation_of
 from parallel.memory.ledger import quick_peak_gib
 from parallel.memory.weights import stage_held, state_bytes
+from tools.planner.candidates import Degrees, LayoutCandidate, fastest_first
 from tools.planner.legal import plan_problems
-from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan
+from tools.planner.planning import UNCALIBRATED, Calibration, make_plan
 from tools.planner.timing import time_step
 
 TENSOR, CONTEXT, MICRO, VIRTUAL = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)
-OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 # Context parallelism pays from sequences of this many tokens a rank on.
 CONTEXT_TOKENS = 8192
 # Memory that a plan may fill: the rest is for what the estimate doesn't know.
 FILL = 0.97
-# Layouts this much slower than the fastest are alike to the model: by so much do its errors differ between two published layouts
-# of one model and machine (the median). Among them those go first that lean least on what it
-# knows least about: cut sequences and narrow products, then experts' tokens over the NIC.
-TIE = 0.09
 # Degrees tried in full; a layout that misses these is some 20% behind even before it has to recompute.
 REFINED = 160
 
 
 @dataclass(frozen=True)
-class Degrees:
-    tensor: int
-    context: int
-    pipeline: int
-    expert: int
-    expert_tensor: int
-
-    @property
-    def cuts(self) -> int:
-        """Into how many pieces a token's own computation and sequence are cut."""
-        return self.tensor * self.context * self.expert_tensor
-
-
-@dataclass(frozen=True)
-class LayoutCandidate:
-    """A legal layout with its plan. `pareto`: no other is faster and needs less memory."""
-
-    config: Config
-    plan: Plan
-    pareto: bool = False
-
-    @property
-    def words(self) -> list[str]:
-        """The settings as key=value words."""
-        p, r, config = self.config.parallel, self.config.recompute, self.config
-        words = [f"parallel.{name}={getattr(p, name)}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
-        words += [
-            f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}",
-            f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
-        ]
-        words += ["parallel.overlap_expert_comm=true"] * p.overlap_expert_comm
-        words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"] * (p.expert > 1)
-        words += [f"recompute.mode={r.mode}"]
-        if r.mode == "selective":
-            words += [f"recompute.modules=[{','.join(r.modules)}]"]
-        words += [f"zero.engine={config.zero.engine}", f"zero.stage={config.zero.stage}"]
-        return words + [f"zero.{name}={str(getattr(config.zero, name)).lower()}" for name in OVERLAPS]
-
-    @property
-    def degrees(self) -> Degrees:
-        p = self.config.parallel
-        return Degrees(p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor)
-
-    @property
-    def leans(self) -> tuple[int, bool]:
-        """On what the model knows least about: cuts, and whether experts' tokens leave the scale-up domain."""
-        degrees = self.degrees
-        return degrees.cuts, degrees.expert * degrees.expert_tensor > self.plan.job.machine.domain
-
-    def describe(self) -> str:
-        text, zero = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}", self.config.zero
-        text += f" {zero.engine} ZeRO-{zero.stage}" if zero.engine != "megatron" else ""
-        return text + ("" if self.config.recompute.mode == "none" else f" recompute {self.config.recompute.mode}")
-
-
-@dataclass(frozen=True)
 class SearchResult:
-    """`candidates` best first (see TIE); `too_large` by what they would need, GiB; `refused`: rule → layouts."""
+    """`candidates` fastest first; `too_large` by what they would need, GiB; `refused`: rule → layouts."""
 
     candidates: tuple[LayoutCandidate, ...]
     too_large: dict[Degrees, float]
@@ -292,18 +232,6 @@ class Searcher:
         return True
 
 
-def mark_pareto(candidates: list[LayoutCandidate]) -> tuple[LayoutCandidate, ...]:
-    """Best first (see TIE), each marked whether nothing faster needs less memory."""
-    ordered = sorted(candidates, key=lambda c: (c.plan.timing.step_s, c.plan.ledger.peak_gib, c.words))
-    least = float("inf")
-    marked = []
-    for candidate in ordered:
-        marked.append(replace(candidate, pareto=candidate.plan.ledger.peak_gib < least))
-        least = min(least, candidate.plan.ledger.peak_gib)
-    alike = [c for c in marked if c.plan.timing.step_s <= (1 + TIE) * marked[0].plan.timing.step_s]
-    return tuple([*sorted(alike, key=lambda c: c.leans), *marked[len(alike) :]])
-
-
 def search(
     config: Config,
     vocab_size: int,
@@ -318,4 +246,4 @@ def search(
     searcher.run()
     best = {candidate.degrees for candidate in searcher.found}
     too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}
-    return SearchResult(mark_pareto(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)
+    return SearchResult(fastest_first(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)

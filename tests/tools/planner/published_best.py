@@ -13,9 +13,10 @@ from typing import Any
 from configs.load import load_config
 from configs.schema import Config
 from parallel.memory.job import PlannedJob
+from tools.planner.candidates import Degrees
 from tools.planner.published.row import job_of
 from tools.planner.published.validate import ROWS
-from tools.planner.search import Degrees, search
+from tools.planner.search import search
 
 # arXiv 2504.14960 (MoE Parallel Folding), table 2: the fastest of five ways, 128 H100. Tuned micro-batch not stated.
 MIXTRAL: dict[str, Any] = {

@@ -14,10 +14,10 @@ import pytest
 from parallel.architecture import window_of_layer
 from parallel.flops import training_flops
 from parallel.memory.job import PlannedJob
+from tools.planner.candidates import TIE
 from tools.planner.published.fit import fit
 from tools.planner.published.rows import runs_of
 from tools.planner.published.validate import ROWS, shipped_runs, unseen_errors, validate
-from tools.planner.search import TIE
 from tools.planner.timing import fitted
 
 

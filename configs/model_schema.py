@@ -28,6 +28,9 @@ class Attention:
         "Span of that norm. head: each head by itself; all_heads: all heads of the layer together (OLMoE, MiniMax-M2).",
         choices=("head", "all_heads"),
     )
+    qk_norm_after_rotation: bool = key(
+        False, "That norm follows the rotation of queries and keys (Hunyuan), else it comes before."
+    )
     qkv_bias: bool = key(False, "Bias of the query, key and value projections.")
     output_bias: bool = key(False, "Bias of the output projection.")
     window_size_tokens: Optional[int] = key(

@@ -345,6 +345,23 @@ def norm_of_all_heads(config: Config) -> Iterator[Problem]:
         yield Problem(path, attention.qk_norm_span, rule, f"set model.norm=rmsnorm, or {path}=head")
 
 
+@reads("model.attention", "model.norm", "model.mla")
+def norm_after_rotation(config: Config) -> Iterator[Problem]:
+    """model.attention.qk_norm_after_rotation needs norms of queries and keys, RMSNorms of each head."""
+    attention, path = config.model.attention, "model.attention.qk_norm_after_rotation"
+    if not attention.qk_norm_after_rotation:
+        return
+    fix = f"set {path}=false"
+    if not attention.qk_norm:
+        yield Problem(
+            path, True, "has no effect while model.attention.qk_norm is off", f"set model.attention.qk_norm=true, or {path}=false"
+        )
+    if attention.qk_norm_span != "head":
+        yield Problem(path, True, "needs model.attention.qk_norm_span = head", fix)
+    if config.model.norm != "rmsnorm":
+        yield Problem(path, True, f"needs model.norm = rmsnorm, not {config.model.norm}", fix)
+
+
 @reads("model.position", "model.num_layers", "model.mtp", "model.mla")
 def rotated_layers_fit(config: Config) -> Iterator[Problem]:
     """model.position.layer_pattern names every layer, needs rotary positions, and excludes latent attention and MTP."""
@@ -409,6 +426,7 @@ RULES = (
     pattern_fits,
     window_pattern_fits,
     norm_of_all_heads,
+    norm_after_rotation,
     rotated_layers_fit,
     expert_keys_need_experts,
     top_k_fits,

@@ -50,6 +50,7 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
             setattr(result, name, value)
         # pretrain/model/specs.py reads it.
         result.qk_norm_all_heads = model.attention.qk_norm_span == "all_heads"  # type: ignore[attr-defined]
+        result.qk_norm_after_rotation = model.attention.qk_norm_after_rotation  # type: ignore[attr-defined]
         return result
     latent = MLATransformerConfig(**values, **_latent_attention(model))
     # The norms of pretrain/model/specs.py read it. The dataclass has one epsilon for all norms.

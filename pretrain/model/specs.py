@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from parallel.compat.private_names import require_names
 from parallel.stages import Chunk
-from pretrain.model.all_heads_norm import AllHeadsAttention
 from pretrain.model.attention import SDPAttention
 from pretrain.model.backend import Backend
 from pretrain.model.experts import GroupedExperts
+from pretrain.model.qk_norms import AllHeadsAttention, LateNormAttention
 
 require_names(__name__)
 
@@ -89,8 +89,8 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
         )
         if config.multi_latent_attention:
             spec.submodules.self_attention.module = LatentAttention
-        elif _norms_all_heads(config):
-            spec.submodules.self_attention.module = AllHeadsAttention
+        else:
+            spec.submodules.self_attention.module = _self_attention(config)
         return spec
     provider = CpuSpecProvider()
     bias_dropout_add: Any = get_bias_dropout_add
@@ -110,9 +110,11 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
     )
 
 
-def _norms_all_heads(config: TransformerConfig) -> bool:
-    """pretrain/model/megatron_config.py sets the attribute; the dataclass has norms of single heads only."""
-    return getattr(config, "qk_norm_all_heads", False)
+def _self_attention(config: TransformerConfig) -> type[SelfAttention]:
+    """The attention with the norms that pretrain/model/megatron_config.py asks for; the dataclass has no key for them."""
+    if getattr(config, "qk_norm_all_heads", False):
+        return AllHeadsAttention
+    return LateNormAttention if getattr(config, "qk_norm_after_rotation", False) else SelfAttention
 
 
 def _submodules_of(spec: Any) -> Any:
@@ -128,8 +130,7 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
         submodules = SelfAttentionSubmodules(
             linear_qkv=column, core_attention=SDPAttention, linear_proj=row, q_layernorm=qk_norm, k_layernorm=qk_norm
         )
-        kind = AllHeadsAttention if _norms_all_heads(config) else SelfAttention
-        return ModuleSpec(module=kind, params=params, submodules=submodules)
+        return ModuleSpec(module=_self_attention(config), params=params, submodules=submodules)
     # With column-parallel down projections and tensor > 1, megatron-core computes a wrong gradient without an error: its
     # norm was 1.09392 in place of 1.09504. Replicated down projections, as in Transformer Engine's spec, are right.
     has_latent_queries = getattr(config, "q_lora_rank", None) is not None

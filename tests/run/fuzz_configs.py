@@ -79,6 +79,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "model.attention.head_dim": ("null", "6", "8", "10"),
     "model.attention.qk_norm": ("true",),
     "model.attention.qk_norm_span": ("all_heads",),
+    "model.attention.qk_norm_after_rotation": ("true",),
     "model.attention.qkv_bias": ("true",),
     "model.attention.output_bias": ("true",),
     "model.attention.window_size_tokens": ("1", "5", "40"),

@@ -30,6 +30,7 @@ GOLDEN = {
     "qwen2_5_7b": 7_615_616_512, "qwen2_5_72b": 72_706_203_648, "mistral_7b": 7_241_732_096, "phi_4": 14_659_507_200,
     "smollm3_3b": 3_075_098_624, "dots_llm1": 142_774_373_888, "glm_4_7_flash": 29_943_390_976, "minimax_m2": 228_689_748_992,
     "ernie_4_5_21b_a3b": 21_825_436_160, "ernie_4_5_300b_a47b": 299_484_160_000, "hy3_preview": 295_033_528_320,
+    "hunyuan_a13b": 80_393_183_232,
 }  # fmt: skip
 PLANNING_ONLY = {"llama4_scout", "grok_1"}
 PRESETS = sorted(path.stem for path in (SHIPPED / "model").glob("*.yaml"))

@@ -66,7 +66,19 @@ def fixed_tokens(vocab: int) -> torch.Tensor:
 
 
 # Their layers are those of other families, or differ only in names.
-RARE = ("qwen2", "phi3", "dots1", "glm4_moe_lite", "hy_v3", "olmoe", "ernie4_5_moe", "smollm3", "exaone_moe")
+RARE = (
+    "qwen2",
+    "phi3",
+    "dots1",
+    "glm4_moe_lite",
+    "hy_v3",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "olmoe",
+    "ernie4_5_moe",
+    "smollm3",
+    "exaone_moe",
+)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,20 @@ def test_a_context_grows_from_phase_to_phase(
     assert verify(tmp_path / "work" / "run", tmp_path / "out", None, 2, 128, 1e-4)["ok"]
 
 
-NEW = ["qwen2", "phi3", "dots1", "glm4_moe_lite", "hy_v3", "minimax_m2", "olmoe", "ernie4_5_moe", "smollm3", "exaone_moe"]
+NEW = [
+    "qwen2",
+    "phi3",
+    "dots1",
+    "glm4_moe_lite",
+    "hy_v3",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "olmoe",
+    "ernie4_5_moe",
+    "smollm3",
+    "exaone_moe",
+]
 
 
 @pytest.mark.parametrize(

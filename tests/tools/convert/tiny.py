@@ -104,6 +104,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         GQA | rope(3e4) | {"intermediate_size": 72, "moe_intermediate_size": 28, "num_experts": 6, "num_shared_experts": 2,
                            "num_experts_per_tok": 3, "router_scaling_factor": 1.7, "rms_norm_eps": 3e-5},
     ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense", GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5},
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        GQA | {"hidden_size": 48, "intermediate_size": 28, "num_experts": 6, "moe_topk": 3, "rms_norm_eps": 2e-5,
+               "rope_parameters": {"rope_type": "dynamic", "rope_theta": 900.0, "alpha": 40.0, "factor": 1.0}},
+    ),
     "minimax_m2": (
         "minimax_m2",
         GQA | rope(3e4, partial_rotary_factor=0.5) | {"intermediate_size": 28, "num_local_experts": 6, "num_experts_per_tok": 3,

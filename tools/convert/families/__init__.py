@@ -17,6 +17,7 @@ from tools.convert.families.exaone_moe import EXAONE_MOE
 from tools.convert.families.glm4_moe import GLM4_MOE
 from tools.convert.families.glm4_moe_lite import GLM4_MOE_LITE
 from tools.convert.families.gpt_oss import GPT_OSS
+from tools.convert.families.hunyuan_v1 import HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE
 from tools.convert.families.hy_v3 import HY_V3
 from tools.convert.families.llama import LLAMA, MISTRAL
 from tools.convert.families.llama4 import LLAMA4
@@ -34,14 +35,13 @@ from tools.convert.hf_config.model_differences import model_differences
 
 FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
-    BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
+    BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE,
+    HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
 )  # fmt: skip
 
 UNSUPPORTED = {
     "bailing_hybrid": "its linear attention (KDA) has no module in megatron-core",
     "exaone4": "its norms follow attention and MLP, megatron-core's precede them",
-    "hunyuan_v1_dense": "it norms queries and keys after the rotation, megatron-core before",
-    "hunyuan_v1_moe": "it norms queries and keys after the rotation, megatron-core before",
     "longcat_flash": "it has two attentions a layer and experts that copy their input, megatron-core neither",
     "mimo_v2_flash": "its layers with a window have more key heads, sinks and another rotary base than the others",
     "olmo": "its norms have no weights",

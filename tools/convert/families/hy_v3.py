@@ -2,8 +2,6 @@
 
 Source: transformers models/hy_v3.
 
-Its predecessor hunyuan_v1_moe norms queries and keys after the rotation, which megatron-core can't.
-
 Torch-free.
 """
 

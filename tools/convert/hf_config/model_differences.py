@@ -30,7 +30,7 @@ def resolved_model(model: Model) -> dict[str, Any]:
     if model.position.layer_pattern is not None and all(model.position.layer_pattern):
         model.position.layer_pattern = None
     if not model.attention.qk_norm:
-        model.attention.qk_norm_span = "head"
+        model.attention.qk_norm_span, model.attention.qk_norm_after_rotation = "head", False
     if model.position.kind != "learned":
         model.max_position_tokens = None
     if model.attention.window_size_tokens is not None:

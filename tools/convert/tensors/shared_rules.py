@@ -26,18 +26,23 @@ def _qkv(kind: str) -> tuple[str, ...]:
     return tuple(f"{_A}{part}_proj.{kind}" for part in "qkv")
 
 
-ATTENTION = (
-    *NORMS,
-    tensor_rule("layer", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
-    tensor_rule(
-        "layer", "self_attention.linear_qkv.bias", *_qkv("bias"), join=query_key_value, when=lambda m: m.attention.qkv_bias
-    ),
-    tensor_rule("layer", "self_attention.q_layernorm.weight", _A + "q_norm.weight", when=lambda m: m.attention.qk_norm),
-    tensor_rule("layer", "self_attention.k_layernorm.weight", _A + "k_norm.weight", when=lambda m: m.attention.qk_norm),
-    tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
-    tensor_rule("layer", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
-    tensor_rule("layer", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
-)
+def attention(query_norm: str = _A + "q_norm.weight", key_norm: str = _A + "k_norm.weight") -> tuple[TensorRule, ...]:
+    """Grouped queries from one tensor each of queries, keys and values, with the norms around them."""
+    return (
+        *NORMS,
+        tensor_rule("layer", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
+        tensor_rule(
+            "layer", "self_attention.linear_qkv.bias", *_qkv("bias"), join=query_key_value, when=lambda m: m.attention.qkv_bias
+        ),
+        tensor_rule("layer", "self_attention.q_layernorm.weight", query_norm, when=lambda m: m.attention.qk_norm),
+        tensor_rule("layer", "self_attention.k_layernorm.weight", key_norm, when=lambda m: m.attention.qk_norm),
+        tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+        tensor_rule("layer", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
+        tensor_rule("layer", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
+    )
+
+
+ATTENTION = attention()
 
 
 def _compressed(model: Model) -> bool:

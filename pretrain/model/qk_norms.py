@@ -1,8 +1,10 @@
-"""RMSNorm of queries and keys over all heads together (OLMoE, arXiv 2409.02060; MiniMax-M2), under tensor parallelism.
+"""RMSNorms of queries and keys that Megatron-Core lacks. Its own norm spans one head and comes before the rotation.
 
-Shapes: s tokens, b micro-batch, n heads of this tensor rank, N heads of the model, d width of a head. Megatron-Core's own norm
-spans one head. Each tensor rank has some heads only, so the sum of squares travels; the weight is whole on every rank, and its
-gradient is summed over the tensor ranks like that of other norms of queries and keys.
+Shapes: s tokens, b micro-batch, n heads of this tensor rank, N heads of the model, d width of a head.
+
+Over all heads together (OLMoE, arXiv 2409.02060; MiniMax-M2): each tensor rank has some heads only, so the sum of squares
+travels. The weight is whole on every rank, and its gradient is summed over the tensor ranks like that of other norms of queries
+and keys. After the rotation (Hunyuan): the norm is applied on the way into the core attention.
 """
 
 from __future__ import annotations
@@ -64,3 +66,32 @@ class AllHeadsAttention(SelfAttention):
         groups = config.num_query_groups or config.num_attention_heads
         self.q_layernorm = AllHeadsNorm(config, config.num_attention_heads, width, group)
         self.k_layernorm = AllHeadsNorm(config, groups, width, group)
+
+
+class LateNorm(torch.nn.RMSNorm):
+    """A norm of each head that is left out where Megatron-Core applies it, before the rotation."""
+
+    def __init__(self, config: TransformerConfig, head_dim: int) -> None:
+        super().__init__(head_dim, eps=config.layernorm_epsilon, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def late(self, x: torch.Tensor) -> torch.Tensor:
+        """[s, b, n, d] -> [s, b, n, d]."""
+        return super().forward(x)
+
+
+class LateNormAttention(SelfAttention):
+    """Self-attention whose norms of queries and keys follow the rotation."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.q_layernorm = LateNorm(config, self.hidden_size_per_attention_head)
+        self.k_layernorm = LateNorm(config, self.hidden_size_per_attention_head)
+        self.core_attention.register_forward_pre_hook(self._norm_rotated)
+
+    def _norm_rotated(self, core: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, key, *rest = args
+        return (self.q_layernorm.late(query), self.k_layernorm.late(key), *rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
+from configs.load import load_config
 from pretrain.checkpoint.tensor_file import read_header
 from tests.tools.convert.test_families import run_export, tensors
 from tests.tools.convert.tiny import make
+from tools.cli import run as run_command
 from tools.convert.output_folder import WorkShare
 from tools.convert.upcycle import Recipe, upcycle
 from tools.convert.verify import verify
@@ -75,6 +78,16 @@ def test_the_same_bytes_however_the_work_is_cut(tmp_path: Path, monkeypatch: pyt
         run_export(tmp_path / folder, tmp_path / f"{folder}_out")
     one, two = tensors(tmp_path / "one_out"), tensors(tmp_path / "two_out")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_command_and_the_model_of_its_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("llama", tmp_path / "dense")
+    words = ["--experts", "3", "--top-k", "2", "--granularity", "2", "--noise", "0.01", "--json"]
+    assert run_command(["convert", "upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), *words]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["experts"] == 6 and "with noise the logits differ" in err
+    model = load_config(str(tmp_path / "moe" / "model.yaml")).config.model
+    assert (model.moe.num_experts, model.moe.top_k, model.moe.ffn_hidden_size) == (6, 4, 36)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class LateNormAttention(SelfAttention):
         super().__init__(config, *args, **kwargs)
         self.q_layernorm = LateNorm(config, self.hidden_size_per_attention_head)
         self.k_layernorm = LateNorm(config, self.hidden_size_per_attention_head)
-        self.core_attention.register_forward_pre_hook(self._norm_rotated)
+        core: Any = self.core_attention
+        core.register_forward_pre_hook(self._norm_rotated)
 
     def _norm_rotated(self, core: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         query, key, *rest = args

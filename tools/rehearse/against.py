@@ -20,7 +20,7 @@ from tools.rehearse.layouts import configs_to_rehearse, with_disk
 from tools.rehearse.library_side import describe_sides, this_side
 from tools.rehearse.local_ranks import RankFailed, run_ranks
 from tools.rehearse.other_interpreter import OtherInterpreter
-from tools.rehearse.report import HEADER, describe, head_of, model_notes, near_tie_notes
+from tools.rehearse.report import describe, head_of, header_of, model_notes, near_tie_notes
 from tools.rehearse.shrink import common_divisors, shrink
 from tools.rehearse.train_rank import RankResult, train
 
@@ -35,7 +35,7 @@ def rehearse_against(args: argparse.Namespace) -> int:
     with OtherInterpreter(args.against) as other:
         here = this_side()
         print("\n".join(describe_sides(here, other.side)), file=say)
-        print(HEADER, file=say, flush=True)
+        print(header_of(configs), file=say, flush=True)
         for config in configs:
             line, results = _compare_sides(config, shrink(config, common), other, args.steps)
             lines.append(line)

@@ -21,7 +21,7 @@ from tools.rehearse.compare import compare
 from tools.rehearse.layouts import configs_to_rehearse, with_disk
 from tools.rehearse.local_ranks import RankFailed, run_ranks
 from tools.rehearse.reference import reference_key, reference_micro_batch_seqs, reference_of
-from tools.rehearse.report import HEADER, describe, head_of, model_notes, near_tie_notes
+from tools.rehearse.report import describe, head_of, header_of, model_notes, near_tie_notes
 from tools.rehearse.shrink import CommonDivisors, common_divisors, omitted_features, replaced_precision, shrink
 from tools.rehearse.train_rank import RankResult, train
 
@@ -52,7 +52,7 @@ def rehearse(args: argparse.Namespace) -> int:
     except RankFailed as error:
         print(f"the reference on one process FAILED\n{error}", file=sys.stderr)
         return 1
-    print(HEADER, file=say)
+    print(header_of(configs), file=say)
     lines = []
     for config in configs:
         lines.append(rehearse_one(config, references[reference_key(config)], common, args.steps))

@@ -5,7 +5,7 @@ In: configs and what their ranks computed. Out: lines.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from configs.schema import Config
@@ -13,7 +13,15 @@ from parallel.layout import make_layout
 from tools.rehearse.shrink import omitted_features, replaced_precision
 from tools.rehearse.train_rank import RankResult
 
-HEADER = f"{'layout':<76} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}"
+
+def header_of(configs: Sequence[Config]) -> str:
+    """The heads of the columns."""
+    return f"{'layout':<{_width(configs[0].optimizer.kind == 'muon')}} {'loss':>9} {'norm':>9} {'gradients':>9} {'weights':>9}"
+
+
+def _width(muon: bool) -> int:
+    """Of the first column, which with Muon also says how its matrices are split."""
+    return 98 if muon else 76
 
 
 def head_of(config: Config) -> dict[str, Any]:
@@ -32,9 +40,9 @@ def describe(line: dict[str, Any]) -> str:
     if line["muon"]:
         name += f", split {line['muon']['split_heads']}" + ", QK-clip" * (line["muon"]["qk_clip"] is not None)
     if "error" in line:
-        return f"{name:<76} FAILED\n{line['error']}"
+        return f"{name} FAILED\n{line['error']}"
     numbers = " ".join(f"{line[key]:9.1e}" for key in ("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"))
-    return f"{name:<76} {numbers}  {_verdict(line)}"
+    return f"{name:<{_width(line['muon'] is not None)}} {numbers}  {_verdict(line)}"
 
 
 def _verdict(line: dict[str, Any]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import random
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,14 +15,21 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config
+from parallel.groups import make_groups
+from parallel.layout import make_layout
 from parallel.muon import split_rows, updates_with_muon
+from parallel.runtime import start
+from parallel.stages import make_chunks
+from pretrain.build import make_engine, make_model
+from pretrain.engine import megatron
+from pretrain.engine.base import WEIGHT
 from pretrain.engine.matrix_exchange import MatrixPiece, plan_waves
 from pretrain.engine.muon import Muon
 from pretrain.engine.newton_schulz import COEFFICIENTS, newton_schulz
 from pretrain.engine.slots import Slot
 from pretrain.model.shards import Shard
 from pretrain.model.tensor_slice import TensorSlice
-from tests.pretrain.world import small_config
+from tests.pretrain.world import VOCAB, assemble, batches_of, largest_difference, small_config
 from tests.ranks import run_ranks
 
 RATE, STEPS, NAME = 0.02, 3, "decoder.layers.0.mlp.linear_fc2.weight"
@@ -173,3 +184,50 @@ def test_the_matrices_of_a_tensor_partition_its_rows(split: str) -> None:
     config.model.mla.kv_lora_rank, config.model.mla.qk_nope_head_dim, config.model.mla.v_head_dim = 16, 5, 3
     keys = split_rows("decoder.layers.0.self_attention.linear_kv_up_proj.weight", 32, config.model, config.optimizer.muon)
     assert len(keys) == (8 if split == "head" else 1)
+
+
+def weights_after(config: Config, by_megatron_core: bool) -> dict[str, np.ndarray]:
+    """On one forked rank: the weights after four steps, updated by our Muon or by Megatron-Core's own."""
+    if by_megatron_core:
+        # Its Triton kernels are for GPUs, and importing them needs Triton.
+        sys.modules.setdefault("emerging_optimizers.triton_kernels", ModuleType("triton_kernels"))
+        muon = importlib.import_module("megatron.core.optimizer.muon")
+
+        def make(options: Any, models: Any, **_: Any) -> Any:
+            values = {"momentum": 0.95, "use_nesterov": True, "num_ns_steps": 5, "split_qkv": True, "scale_mode": "spectral"}
+            values |= {"extra_scale_factor": 0.2, "fp32_matmul_prec": "highest", "tp_mode": "duplicated"}
+            for name, value in values.items():
+                setattr(options, f"muon_{name}", value)
+            return muon.get_megatron_muon_optimizer(options, models, use_gloo_process_groups=False)
+
+        megatron.get_megatron_optimizer = make
+    layout = make_layout(config)
+    runtime = start({"RANK": "0", "WORLD_SIZE": "1"})
+    groups = make_groups(layout, config.run.seed)
+    chunks = make_chunks(config.model, 1, 1, VOCAB, None)
+    engine = make_engine(config, make_model(config, VOCAB, layout, chunks, groups, runtime.device), groups, runtime.device)
+    for step in range(4):
+        engine.step(batches_of(config, step, 0, 1), 3e-3)
+    found: dict[Any, np.ndarray] = {}
+    for part in engine.owned_state():
+        if part.kind == WEIGHT:
+            found[(part.kind, part.name, part.global_shape, part.tensor_slice, part.start, part.stop)] = (
+                part.data.detach().numpy()
+            )
+    return {name: value.copy() for (_, name), value in assemble([found]).items()}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("emerging_optimizers") is None,
+    reason="Megatron-Core's Muon needs emerging-optimizers 0.1.0, which no package registry has: put its source on PYTHONPATH",
+)
+def test_the_weights_are_those_of_megatron_cores_own_muon() -> None:
+    """It has no split of gate and up projection, updates routers too, and takes the quintic coefficients."""
+    ours = {"router": "muon", "split_gate": False, "ns_coefficients": "quintic", "ns_dtype": "fp32"}
+    model = {"model__moe__grouped_gemm": "off", "model__mtp__num_layers": 1, "zero__stage": 0}
+    changes = {f"optimizer__muon__{key}": value for key, value in ours.items()} | model
+    (got,) = run_ranks(1, weights_after, small_config(optimizer__kind="muon", **changes), False)
+    (want,) = run_ranks(1, weights_after, small_config(**changes), True)
+    (adamw,) = run_ranks(1, weights_after, small_config(**changes), False)
+    assert largest_difference(got, want)[0] < 2e-6
+    assert largest_difference(got, adamw)[0] > 1e-2

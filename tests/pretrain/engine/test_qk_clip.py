@@ -55,11 +55,12 @@ def twice(config: Config, refuse: bool) -> tuple[list[np.ndarray], list[tuple[li
     chunks = make_chunks(config.model, layout.pipeline, layout.virtual_pipeline, VOCAB, None)
     groups = make_groups(layout, config.run.seed)
     engine = make_engine(config, make_model(config, VOCAB, layout, chunks, groups, runtime.device), groups, runtime.device)
-    engine_slots: Any = engine.slots  # type: ignore[attr-defined]
-    for slot in engine_slots:
-        if slot.shard.name.endswith("linear_qkv.bias"):
+    for part in engine.local_state(False):
+        if part.name.endswith("linear_qkv.bias"):
             # Biases begin at zero, and a scaled zero would prove nothing.
-            slot.main.detach().copy_(torch.linspace(-1, 1, slot.main.numel()).view_as(slot.main))
+            (first,), (length,) = part.tensor_slice.offset, part.tensor_slice.shape
+            values = torch.linspace(-1, 1, part.global_shape[0])[first : first + length]
+            part.data.copy_(values[part.start : part.stop])
     engine.loaded(None)
     found, layers = [], []
     for _ in range(2):

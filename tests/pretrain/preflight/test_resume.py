@@ -13,7 +13,7 @@ from configs.schema import Config
 from parallel.layout import make_layout
 from pretrain.checkpoint.allowed_changes import architecture
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.preflight.resume import BIT_EQUAL, ONE_ULP, OTHER_RUN, REHEARSED, ResumePoint, find_resume_point
+from pretrain.preflight.resume import BIT_EQUAL, FRESH_OPTIMIZER, ONE_ULP, OTHER_RUN, REHEARSED, ResumePoint, find_resume_point
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import COMPLETE, folder_of
@@ -81,6 +81,9 @@ def test_what_changes_what_is_learned_is_no_bit_for_bit(config: Config) -> None:
     config.optimizer.lr *= 2
     assert point_of(config)[0].exactness == f"{OTHER_RUN}: optimizer.lr"
     config.optimizer.lr /= 2
+    config.optimizer.kind = "muon"
+    assert point_of(config)[0].exactness == f"{FRESH_OPTIMIZER}: optimizer.kind"
+    config.optimizer.kind = "adamw"
     config.data.train[0].weight = 3.0
     assert point_of(config)[0].exactness == f"{OTHER_RUN}: data.train"
     config.data.train[0].weight = 1.0

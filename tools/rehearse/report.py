@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.schema import Config
 from parallel.layout import make_layout
-from tools.rehearse.shrink import omitted_features, replaced_precision
+from tools.rehearse.shrink import needs_gpu_dispatcher, omitted_features, replaced_precision
 from tools.rehearse.train_rank import RankResult
 
 
@@ -58,6 +58,8 @@ def model_notes(config: Config) -> list[str]:
     found = []
     if without := omitted_features(config.model):
         found.append(f"left out, since they depend on the layout by design: {', '.join(without)}")
+    if needs_gpu_dispatcher(config):
+        found.append("rehearsed with the alltoall dispatcher in place of model.moe.dispatcher=flex, which needs GPUs")
     if precision := replaced_precision(config):
         values = ", ".join(f"{path}={value}" for path, value in precision.items())
         found.append(f"rehearsed in fp32, in which layouts can be compared to 1e-4, in place of {values}")

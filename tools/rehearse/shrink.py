@@ -109,9 +109,16 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     if small.optimizer.muon.qk_clip is not None:
         small.optimizer.muon.qk_clip = QK_CLIP
     small.cluster.device, small.cluster.gpu = "auto", None
+    if needs_gpu_dispatcher(config):
+        small.model.moe.dispatcher = "alltoall"
     small.zero.overlap_grad_reduce = small.zero.overlap_param_gather = False
     small.checkpoint.resume_step = small.checkpoint.load = None
     return small
+
+
+def needs_gpu_dispatcher(config: Config) -> bool:
+    """Whether the run's dispatcher is for GPUs only. A rehearsal sends the same tokens by all-to-all."""
+    return config.model.moe.num_experts > 0 and config.model.moe.dispatcher == "flex"
 
 
 def replaced_precision(config: Config) -> dict[str, str]:

@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from configs.load import to_yaml
+from configs.load import load_config, to_yaml
 from parallel.legality.verdict import check_config
 from parallel.memory.hardware import make_machine
 from parallel.memory.job import make_job
@@ -23,6 +23,8 @@ from tools.planner.candidates import TIE, robust_first
 from tools.planner.planning import make_plan
 from tools.planner.risk import nic_kinds, risk_of
 from tools.planner.search import SearchResult, search
+
+DEGREES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
 
 
 def found(*words: str) -> SearchResult:
@@ -113,6 +115,18 @@ def test_published_best_layouts_come_first(name: str) -> None:
 def test_more_published_best_layouts_come_first(name: str) -> None:
     place, candidates = rank(name)
     assert place is not None and place <= 5 and candidates > 20
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_30b_a3b", "deepseek_v2_lite", "gpt4_class"])
+def test_shipped_runs_are_among_the_first_ten_of_their_search(name: str) -> None:
+    """By degrees and by step time, with all dispatchers free. quickstart says in its file why it is not."""
+    config = load_config(name).config
+    size = vocab_size(config)
+    candidates = search(config, size or 0, make_machine(config)).candidates
+    own = make_plan(make_job(config, size))
+    degrees = [{key: candidate.config.parallel.__dict__[key] for key in DEGREES} for candidate in candidates[:10]]
+    assert {key: config.parallel.__dict__[key] for key in DEGREES} in degrees
+    assert own.fits and own.timing.step_s <= candidates[9].plan.timing.step_s
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -19,6 +19,7 @@ from parallel.legality.verdict import check_config
 from tools.rehearse import cli
 from tools.rehearse.covering_layouts import covering_subset, legal_layouts, muon_variants
 from tools.rehearse.local_ranks import RankFailed
+from tools.rehearse.report import model_notes
 from tools.rehearse.shrink import MAX_RANKS, QK_CLIP, common_divisors, fit_degrees, shrink
 
 COMPOSED = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4"]
@@ -135,6 +136,13 @@ def test_low_precision_is_rehearsed_in_fp32_and_told(capsys: pytest.CaptureFixtu
     assert found["replaced_by_fp32"] == {"precision.params": "bf16", "precision.grads": "bf16"}
     assert cli.main([*QUICK, *words, "launch.processes_per_node=2"]) == 0
     assert "in place of precision.params=bf16, precision.grads=bf16" in capsys.readouterr().out
+
+
+def test_a_dispatcher_for_gpus_is_rehearsed_by_all_to_all_and_told() -> None:
+    config = load_config("qwen3_30b_a3b", ["launch.target=local"]).config
+    assert config.model.moe.dispatcher == "flex"
+    assert shrink(config, common_divisors([config])).model.moe.dispatcher == "alltoall"
+    assert any("in place of model.moe.dispatcher=flex" in note for note in model_notes(config))
 
 
 def test_layouts_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

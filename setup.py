@@ -54,8 +54,10 @@ setup(
     ],
     extras_require={
         "evaluate": ["lm-eval>=0.4.9"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],
         "dev": [
-            "lm-eval>=0.4.9",
+            *("lm-eval>=0.4.9", "tensorboard", "mlflow-skinny", "sqlalchemy", "alembic"),
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"),
             *("mkdocs-material", "setuptools", "wheel"),
         ],

@@ -221,6 +221,17 @@ class Wandb:
 
 
 @dataclass
+class Mlflow:
+    tracking_uri: Optional[str] = key(
+        None, "MLflow's store. null: MLFLOW_TRACKING_URI, or without it an sqlite file in the folder mlflow of the run."
+    )
+    experiment: str = key("phalanx", "MLflow experiment.")
+    finish_timeout_s: float = key(
+        30.0, "Longest time that the end of a run waits for MLflow, and for TensorBoard's files, in seconds.", above=0
+    )
+
+
+@dataclass
 class Profile:
     start_step: Optional[int] = key(None, "First profiled step. null: no profile.", low=1)
     num_steps: int = key(2, "Number of profiled steps.", low=1)
@@ -233,7 +244,7 @@ class Metrics:
     sinks: List[str] = key(
         factory=lambda: ["console", "jsonl", "wandb"],
         doc="Where metrics go. The record metrics.jsonl is always written.",
-        choices=("console", "jsonl", "wandb"),
+        choices=("console", "jsonl", "wandb", "tensorboard", "mlflow"),
     )
     log_interval_steps: int = key(1, "Steps between two lines on the console. The record has every step.", low=1)
     attention_logits: bool = key(
@@ -259,7 +270,11 @@ class Metrics:
         "In a blend: sources, those of the largest shares, that report their training loss; the others share one number. 0: none.",
         low=0,
     )
+    prometheus_port: Optional[int] = key(
+        None, "Port of 127.0.0.1 at which rank 0 serves the newest row as Prometheus text. null: none.", low=1, high=65535
+    )
     wandb: Wandb = key(factory=Wandb)
+    mlflow: Mlflow = key(factory=Mlflow)
     profile: Profile = key(factory=Profile)
 
 

@@ -11,8 +11,9 @@ from configs.errors import ConfigError
 from parallel.architecture import moe_layers
 from pretrain.metrics.console import make_console
 from pretrain.metrics.expert_counts import ExpertCounts
+from pretrain.metrics.prometheus import make_prometheus_sink
 from pretrain.metrics.sinks import RecordSink, Sink, Sinks
-from pretrain.metrics.wandb_sink import make_wandb_sink
+from pretrain.metrics.wandb_sink import make_store_sink, make_wandb_sink
 from pretrain.resume import Restored
 from pretrain.run.folder import Outcome
 from pretrain.run.journal import say
@@ -115,4 +116,7 @@ def _open_on_rank_zero(session: Session, rank_zero: RankZero, step: int) -> Open
     if "console" in config.metrics.sinks:
         sinks.append(make_console(context.stop_step, config.metrics.log_interval_steps))
     sinks.append(make_wandb_sink(config, context.folder, attempt.wandb_id, os.environ))
+    for kind in ("tensorboard", "mlflow"):
+        sinks.append(make_store_sink(kind, config, context.folder, attempt.wandb_id, os.environ))
+    sinks.append(make_prometheus_sink(config.run.name, config.metrics.prometheus_port))
     return OpenRecords(record, experts, Sinks(sinks), cut_rows, attempt.check_held, session.journal.sync)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 from urllib.parse import urlparse
 
 from parallel.compat.wandb_files import SegmentReader
@@ -61,12 +61,19 @@ class CopyJob:
     project: str
     name: str
     config: dict[str, Any]
+    MODULE: ClassVar[str] = "pretrain.metrics.wandb_copy"
+    label: ClassVar[str] = "W&B"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     finish_timeout_s: float = 30.0
     rank_pid: int = 0
     falls_back: bool = True
+
+    @property
+    def later(self) -> str:
+        """What sends the rows that a copy has lost."""
+        return f"the next attempt or phalanx wandb {self.run_dir} sends what is missing"
 
 
 class Copy:
@@ -171,7 +178,7 @@ def _start(wandb: Any, job: CopyJob) -> tuple[Any, bool]:
             wandb.teardown()
             if not job.falls_back:
                 raise
-            warn(f"no online run ({type(error).__name__}: {_one_line(error)}); writing offline, phalanx wandb RUN_DIR sends it")
+            warn(f"no online run ({type(error).__name__}: {one_line(error)}); writing offline, phalanx wandb RUN_DIR sends it")
     return _init(wandb, job, "offline"), False
 
 
@@ -206,11 +213,11 @@ def _init(wandb: Any, job: CopyJob, mode: str) -> Any:
     return run
 
 
-def warn(text: str) -> None:
-    print(f"phalanx: W&B: {text}; metrics.jsonl has every row", file=sys.stderr, flush=True)
+def warn(text: str, label: str = "W&B") -> None:
+    print(f"phalanx: {label}: {text}; metrics.jsonl has every row", file=sys.stderr, flush=True)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -311,10 +318,10 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
             follow(job, orders)
     except ImportError as error:
-        warn(f"there is no copy ({_one_line(error)})")
+        warn(f"there is no copy ({one_line(error)})")
         return UNUSABLE
     except Exception as error:
-        warn(f"the copy ended ({type(error).__name__}: {_one_line(error)})")
+        warn(f"the copy ended ({type(error).__name__}: {one_line(error)})")
         return GAVE_UP
     return 0
 

@@ -21,8 +21,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 from configs import own_packages
+from configs.fields import walk
 from configs.schema import Config
 from pretrain.metrics.sinks import NullSink, Sink
+from pretrain.metrics.store_copy import StoreJob
 from pretrain.metrics.wandb_copy import DEFAULT_SERVER, GAVE_UP, TOO_LONG, UNUSABLE, CopyJob, warn
 from pretrain.run.folder import Outcome, RunFolder
 
@@ -36,10 +38,10 @@ RESTARTS = 3
 _KILL_AFTER_S = 2.0
 
 
-class WandbSink:
-    """Starts the copying process, watches it, restarts it when it was killed, and ends it."""
+class CopySink:
+    """Starts a copying process, watches it, restarts it when it was killed, and ends it."""
 
-    def __init__(self, job: CopyJob, environ: Mapping[str, str]) -> None:
+    def __init__(self, job: CopyJob | StoreJob, environ: Mapping[str, str]) -> None:
         self._job = job
         self._environ = environ
         self._lost = False
@@ -80,7 +82,7 @@ class WandbSink:
         try:
             code = self._process.wait(self._job.finish_timeout_s + _KILL_AFTER_S)
             if code == TOO_LONG:
-                self._lose(f"not everything was sent within metrics.wandb.finish_timeout_s = {self._job.finish_timeout_s:g}")
+                self._lose(f"not everything was sent within finish_timeout_s = {self._job.finish_timeout_s:g}")
             elif code != 0:
                 self._lose(f"the copying process ended by itself (exit code {code})")
         except subprocess.TimeoutExpired:
@@ -93,15 +95,15 @@ class WandbSink:
         if not self._lost:
             self._lost = True
             if self._process.poll() not in (GAVE_UP, UNUSABLE):
-                warn(f"{why}; the next attempt or phalanx wandb {self._job.run_dir} sends what is missing")
+                warn(f"{why}; {self._job.later}", self._job.label)
 
 
-def start_copy(job: CopyJob, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_copy(job: CopyJob | StoreJob, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a copying process, which sends the rows that W&B lacks and then follows the record. Raises OSError."""
     # A W&B service that an ancestor started ends with it, and would end this run too. So the copy starts its own.
     inherited = {name: value for name, value in environ.items() if name not in _FOREIGN_SERVICE}
     process = subprocess.Popen(
-        own_packages.command(sys.executable, "pretrain.metrics.wandb_copy"),
+        own_packages.command(sys.executable, job.MODULE),
         stdin=subprocess.PIPE,
         stdout=2,
         env=inherited,
@@ -127,9 +129,31 @@ def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: M
     if job is None:
         return NullSink()
     try:
-        return WandbSink(job, environ)
+        return CopySink(job, environ)
     except OSError as error:
         warn(f"the copying process can't start ({error})")
+        return NullSink()
+
+
+def make_store_sink(kind: str, config: Config, folder: RunFolder, line: str, environ: Mapping[str, str]) -> Sink:
+    """The sink that copies the record to TensorBoard or MLflow, or a null sink where metrics.sinks doesn't name it."""
+    if kind not in config.metrics.sinks:
+        return NullSink()
+    mlflow = config.metrics.mlflow
+    job = StoreJob(
+        kind=kind,
+        run_dir=str(folder.path.resolve()),
+        line=line,
+        name=config.run.name,
+        config={path: value for path, value, _ in walk(config)},
+        uri=mlflow.tracking_uri or environ.get("MLFLOW_TRACKING_URI"),
+        experiment=mlflow.experiment,
+        finish_timeout_s=mlflow.finish_timeout_s,
+    )
+    try:
+        return CopySink(job, environ)
+    except OSError as error:
+        warn(f"the copying process can't start ({error})", job.label)
         return NullSink()
 
 

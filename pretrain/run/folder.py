@@ -16,6 +16,8 @@ runs/NAME/
     checkpoints/       step_0000100/ …
     profile/           rank_0.trace.json and rank_0.memory.pickle, where metrics.profile asks for them
     wandb/             W&B's own files, and cursor.json
+    tensorboard/       event files, where metrics.sinks asks for them: a folder for each line of the run
+    mlflow/            MLflow's sqlite file, where metrics.sinks asks for MLflow and names no other store
     wandb_id           the id of the W&B run that all attempts share; another one after going back to an earlier checkpoint
     doctor/            0001/ …: the reports of phalanx doctor
     huggingface/       an export of the newest checkpoint for transformers, where one was made (make demo)
@@ -73,6 +75,8 @@ NAMES = {
     "profile",
     "doctor",
     "huggingface",
+    "tensorboard",
+    "mlflow",
     "wandb",
     "wandb_id",
     "lock",
@@ -163,6 +167,14 @@ class RunFolder:
     @property
     def wandb(self) -> Path:
         return self.path / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def mlflow(self) -> Path:
+        return self.path / "mlflow"
 
     @property
     def wandb_id(self) -> Path:

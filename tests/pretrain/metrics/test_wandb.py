@@ -14,7 +14,7 @@ import pytest
 
 from configs.schema import Config
 from pretrain.metrics.sinks import NullSink
-from pretrain.metrics.wandb_sink import WandbSink, choose_mode, make_wandb_sink
+from pretrain.metrics.wandb_sink import CopySink, choose_mode, make_wandb_sink
 from pretrain.metrics.wandb_steps import Cursor, from_spans, to_spans
 from pretrain.run.folder import Outcome, RunFolder
 from pretrain.run.record import Record, read_rows
@@ -137,7 +137,7 @@ def test_a_killed_copy_is_started_again(tmp_path: Path, config: Config) -> None:
     """Killed in the last attempt, in the middle and at the end: W&B lacks nothing."""
     folder = open_folder(tmp_path / "run")
     sink = make_wandb_sink(config, folder, ID, environment(tmp_path))
-    assert isinstance(sink, WandbSink)
+    assert isinstance(sink, CopySink)
     write_rows(folder, sink, 1, 20)
     for first in (21, 41):
         sink._process.kill()
@@ -279,7 +279,7 @@ def test_a_hanging_server_costs_the_end_its_timeout_at_most(
 def test_a_copy_that_dies_is_one_warning(tmp_path: Path, config: Config, capfd: pytest.CaptureFixture[str]) -> None:
     folder = open_folder(tmp_path / "run")
     sink = make_wandb_sink(config, folder, ID, environment(tmp_path))
-    assert isinstance(sink, WandbSink)
+    assert isinstance(sink, CopySink)
     # As after three deaths.
     sink._restarts_left = 0
     sink._process.kill()

@@ -23,10 +23,9 @@ class TensorboardStore:
     """The event files of a folder, continued in a file of this attempt's own. Raises ImportError without TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415  an optional package
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415  an optional package
 
-        self._event, self._session, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
+        self._event, self._session, self._summary = _messages()
         self._versions = read_versions(folder)
         self._writer = EventFileWriter(str(folder))
 
@@ -53,17 +52,26 @@ class TensorboardStore:
 def read_versions(folder: Path) -> dict[int, Version]:
     """The steps that the files of a folder have. A file's damaged end is left out."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # noqa: PLC0415
-    from tensorboard.compat.proto import event_pb2  # noqa: PLC0415
 
+    event_class, session, _ = _messages()
     found: dict[int, Version] = {}
     for path in sorted(folder.glob("*tfevents*")):
         for raw in RawEventFileLoader(str(path)).Load():
-            event = event_pb2.Event.FromString(raw)
-            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+            event = event_class.FromString(raw)
+            if event.HasField("session_log") and event.session_log.status == session.START:
                 found = {step: version for step, version in found.items() if step < event.step}
             elif event.HasField("summary"):
                 found[event.step] = version_of({value.tag: value.simple_value for value in event.summary.value})
     return found
+
+
+def _messages() -> tuple[Any, Any, Any]:
+    """The classes Event, SessionLog and Summary of the files' format."""
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
+
+    events: Any = event_pb2
+    summaries: Any = summary_pb2
+    return events.Event, events.SessionLog, summaries.Summary
 
 
 def version_of(row: Mapping[str, Any]) -> Version:

@@ -21,7 +21,7 @@ EXTRAS := slurmdbd mariadb-server-core lmod bindfs fuse3
 # A run and its tests are hundreds of short Pythons: each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-newest slurm libaio slurm-extras demo data test test-newest prove prove-chaos prove-slurm24 prove-python313 lint docs clean
+.PHONY: install install-newest slurm chromium libaio slurm-extras demo data test test-newest prove prove-chaos prove-slurm24 prove-python313 lint docs clean
 
 install: $(VENV)/installed
 
@@ -73,8 +73,19 @@ slurm:
 	  || echo "no Slurm: its tests will be skipped" >&2; \
 	else echo "no Slurm, and no root or apt-get to install it: its tests will be skipped" >&2; fi
 
+# The browser in which the tests open the pages of phalanx report.
+CHROMIUM := chromium chromium-driver
+
+chromium:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get install -y -qq --no-install-recommends $(CHROMIUM) || \
+	   (apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CHROMIUM))) >/dev/null \
+	  || echo "no Chromium: its tests will be skipped" >&2; \
+	else echo "no Chromium, and no root or apt-get to install it: its tests will be skipped" >&2; fi
+
 # Two test processes, a file at a time (tests/conftest.py): most fork several ranks, and more of them than cores only wait.
-test: install slurm
+test: install slurm chromium
 	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
 
 # Parity, engines, the independent trainer, rehearsals, conversion and whole runs, under Megatron-Core 0.19.

@@ -31,7 +31,7 @@ setup(
         "": ["py.typed"],
         "configs": ["**/*.yaml", "*.json"],
         "launch": ["slurm/templates/*"],
-        "tools": ["planner/data/*"],
+        "tools": ["planner/data/*", "report/page/*"],
     },
     install_requires=[
         "torch>=2.6",
@@ -56,8 +56,9 @@ setup(
         "evaluate": ["lm-eval>=0.4.9"],
         "tensorboard": ["tensorboard>=2.18"],
         "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],
+        "report": ["plotly>=5"],
         "dev": [
-            *("lm-eval>=0.4.9", "tensorboard", "mlflow-skinny", "sqlalchemy", "alembic"),
+            *("lm-eval>=0.4.9", "tensorboard", "mlflow-skinny", "sqlalchemy", "alembic", "plotly>=5", "selenium"),
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"),
             *("mkdocs-material", "setuptools", "wheel"),
         ],

@@ -22,7 +22,7 @@ _GAP = "  "
 # In characters. A longer name than this is cut where the window has no room, or where it would take the reasons' room.
 _LEAST_NAME, _LONG_NAME = 20, 32
 _MOST_NODES = 8
-_TIMES = {
+TIMES = {
     "steps_s": "in steps",
     "again_s": "in steps done again",
     "startup_s": "start-up",
@@ -110,7 +110,7 @@ def _one_line(text: str) -> str:
 
 def _goodput_text(goodput: dict[str, float]) -> str:
     """The ratio, then what took at least a second. Of what took no time nothing is said."""
-    parts = [f"{duration(goodput[name])} {words}" for name, words in _TIMES.items() if goodput[name] >= 1.0]
+    parts = [f"{duration(goodput[name])} {words}" for name, words in TIMES.items() if goodput[name] >= 1.0]
     return ", ".join([f"{goodput['ratio']:.1%}", *parts])
 
 

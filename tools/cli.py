@@ -53,6 +53,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "logs": Command("launch.commands", "its logs, the first error first", with_name=True),
         "cancel": Command("launch.commands", "stop it; what it has learned is saved", with_name=True),
         "resume": Command("launch.commands", "go on where a run folder stopped", with_name=True),
+        "report": Command("tools.report.cli", "runs as one page for the browser: curves, experts, attempts, layout, config"),
         "wandb": Command("launch.send_to_wandb", "send W&B the steps that it lacks"),
     },
     "after a run": {

@@ -105,11 +105,13 @@ def _trained_on(run: RunSummary) -> str | None:
 
 def _next_commands(run: RunSummary) -> list[str]:
     place = shlex.quote(str(run.folder.path))
+    page = f"  phalanx report {place}   # curves, experts and attempts as a page"
     if run.outcome.state == "finished":
-        return ["next:", f"  phalanx status {place}", f"  phalanx resume {place} run.steps={2 * run.total_steps}   # train on"]
+        train_on = f"  phalanx resume {place} run.steps={2 * run.total_steps}   # train on"
+        return ["next:", f"  phalanx status {place}", page, train_on]
     if run.outcome.state in ("stopped", "preempted"):
-        return ["next:", f"  phalanx resume {place}   # go on from the last checkpoint"]
-    return ["next:", f"  phalanx logs {place}   # the first error first", f"  phalanx resume {place}"]
+        return ["next:", f"  phalanx resume {place}   # go on from the last checkpoint", page]
+    return ["next:", f"  phalanx logs {place}   # the first error first", f"  phalanx resume {place}", page]
 
 
 def _arrow(first: float | None, last: float | None) -> str | None:

@@ -21,6 +21,7 @@ runs/NAME/
     wandb_id           the id of the W&B run that all attempts share; another one after going back to an earlier checkpoint
     doctor/            0001/ …: the reports of phalanx doctor
     huggingface/       an export of the newest checkpoint for transformers, where one was made (make demo)
+    report.html        the page of phalanx report, where one was made
     lock               the process that trains in this folder now
 
 pretrain/run/attempt.py begins and ends an attempt in it.
@@ -79,6 +80,7 @@ NAMES = {
     "mlflow",
     "wandb",
     "wandb_id",
+    "report.html",
     "lock",
 }
 

@@ -1,0 +1,1 @@
+"""`phalanx report`: a run as a page for the browser."""

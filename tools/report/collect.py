@@ -1,0 +1,93 @@
+"""Everything that the page tells about a run. In: a run folder. Out: one JSON document.
+
+`RunReader` keeps what it has read of the record, so that a living run is followed without reading it again. Nothing is written.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import replace
+from typing import Any
+
+from configs.errors import json_value
+from configs.schema import Config
+from launch.status import RunStatus, read_status
+from launch.status_text import TIMES
+from pretrain.run.event_rows import scan_events
+from pretrain.run.folder import RunFolder
+from pretrain.run.follow import RecordFollower
+from tools.report.curves import Curves
+from tools.report.experts import expert_loads
+from tools.report.life import Life
+from tools.report.settings import changed_layouts, layout_and_plan, read_config, settings
+
+_NEXT = {
+    "queued": ("logs {run} --follow", "cancel {run}"),
+    "starting": ("logs {run} --follow", "cancel {run}"),
+    "running": ("logs {run} --follow", "cancel {run}"),
+    "finished": ("generate {run}", "convert export {run} {run}/huggingface"),
+    "diverged": ("logs {run}", "launch {run}/config.yaml checkpoint.resume_step=STEP"),
+}
+_NEXT_OTHERWISE = ("resume {run}", "logs {run}")
+
+
+class RunReader:
+    """Reads one run, again and again. `curves` has what was read of the record."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.curves = Curves()
+        self._follower = RecordFollower(folder.metrics)
+
+    def read(self, room: int) -> dict[str, Any]:
+        """The run's document. `room`: how many points all curves together may have. Raises ConfigError and OSError."""
+        replaced = self._follower.replaced
+        for part in self._follower.parts():
+            if self._follower.replaced != replaced:
+                # A rollback rewrote the record, and all its rows follow once more.
+                replaced, self.curves = self._follower.replaced, Curves()
+            self.curves.add(part)
+        folder = self.folder
+        status = read_status(folder, is_whole=True)
+        config, found = read_config(folder), settings(folder)
+        life = Life().add_all(scan_events(folder))
+        now_s = time.time()
+        layouts = changed_layouts(found["changes"])
+        marks = [mark | {"kind": "layout", "text": f"{mark['text']}: {layouts[mark['attempt']]}"}
+                 if mark.get("attempt") in layouts else mark for mark in life.marks]  # fmt: skip
+        document = {
+            "name": folder.path.name,
+            "path": str(folder.path),
+            "status": _complete(status, self.curves).as_dict(),
+            "cost": _cost(config, status),
+            "next": [
+                f"phalanx {words.format(run=shlex.quote(str(folder.path)))}" for words in _NEXT.get(status.state, _NEXT_OTHERWISE)
+            ],
+            "times": TIMES,
+            "curves": self.curves.points(room),
+            "marks": marks,
+            "life": life.as_dict(now_s if status.live else None),
+            "experts": expert_loads(folder.experts),
+            "layout": layout_and_plan(config),
+            "settings": found,
+        }
+        return json_value(document)
+
+
+def _complete(status: RunStatus, curves: Curves) -> RunStatus:
+    """With the newest validation loss of the whole record: the status looks at its end only."""
+    return replace(status, val_loss=curves.newest.get("val_loss", status.val_loss))
+
+
+def _cost(config: Config | str, status: RunStatus) -> dict[str, float] | None:
+    """GPU-hours so far by the ranks of the newest attempt, and their price where one is known. None: not known."""
+    if isinstance(config, str) or status.goodput is None:
+        return None
+    times = status.goodput
+    used_s = sum(value for name, value in times.items() if name.endswith("_s") and name != "queue_s")
+    ranks = config.launch.nodes * config.launch.processes_per_node
+    hours, price = used_s / 3600 * ranks, config.cluster.price_per_gpu_hour_usd
+    return {"rank_hours": hours, "ranks": ranks} | ({"usd": hours * price} if price is not None else {})

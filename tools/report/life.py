@@ -85,7 +85,8 @@ class Life:
         match event["kind"]:
             case EventKind.JOB_ATTEMPT | EventKind.ATTEMPT:
                 if attempt["start_s"] is None:
-                    attempt["start_s"], attempt["queued_s"], self._waiting_s = time_s, self._waiting_s, None
+                    start_s = event.get("began", time_s)
+                    attempt["start_s"], attempt["queued_s"], self._waiting_s = start_s, self._waiting_s, None
                 attempt["nodes"] = event.get("nodes", attempt["nodes"])[:64]
                 attempt["job"] = event.get("job", event.get("slurm_job")) or attempt["job"]
             case EventKind.TRAINING:

@@ -93,7 +93,9 @@ def names(engine: Any, parameters: list[Any]) -> dict[str, list[torch.Tensor]]:
     flats = [getattr(zero, name, []) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")]
     optimizers = optimizers_of(engine)
     mains = [*nested(flats), *nested([[group["params"] for group in optimizer.param_groups] for optimizer in optimizers])]
-    moments = nested([list(optimizer.state.values()) for optimizer in optimizers])
+    moments = [*nested([list(optimizer.state.values()) for optimizer in optimizers])]
+    if engine.muon is not None:
+        moments += [engine.muon.momentum_of(slot) for slot in engine.muon.slots]
     host = [getattr(zero, name, None) for name in ("param_buffer_of_bit16_for_cpu_offload_groups", "lp_param_buffer")]
     staging = [getattr(zero, f"temp_grad_buffer_for_{place}_offload", None) for place in ("cpu", "gpu")]
     return {

@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 
 TP, PP, EP = (f"parallel__{name}" for name in ("tensor", "pipeline", "expert"))
 OFFLOAD: Keys = {"zero__offload": "optimizer"}
+MUON: Keys = {"optimizer__kind": "muon"}
 VOCAB = 512
 # Matrices of over 100,000 elements: DeepSpeed's stage 3 keeps smaller ones gathered, which real models have next to none of.
 SIZES: Keys = {
@@ -35,6 +36,7 @@ LAYOUTS: list[tuple[int, Keys]] = [
     (4, {PP: 2, **zero(2)}),
     (2, {EP: 2, **zero(3)}),
     (2, {**zero(2), **OFFLOAD}),
+    (4, {TP: 2, EP: 2, "zero__stage": 1, **MUON}),
 ]
 MORE_LAYOUTS: list[tuple[int, Keys]] = [
     (4, {TP: 2, "zero__stage": 0}),
@@ -44,6 +46,8 @@ MORE_LAYOUTS: list[tuple[int, Keys]] = [
     (4, {PP: 2, EP: 2, **zero(3)}),
     (2, {**zero(1), **OFFLOAD}),
     (2, {**zero(3), **OFFLOAD}),
+    (2, {EP: 2, **zero(2), **MUON}),
+    (2, {EP: 2, **zero(3), **MUON}),
 ]
 
 

@@ -16,6 +16,7 @@ from configs.schema import Config
 from configs.sources import shipped_names
 from parallel.compat.index import is_needed
 from parallel.legality.verdict import check_config
+from pretrain.engine.muon import Muon
 from tools.rehearse import cli
 from tools.rehearse.covering_layouts import covering_subset, legal_layouts, muon_variants
 from tools.rehearse.local_ranks import RankFailed
@@ -266,7 +267,11 @@ SHARDED = ["parallel.tensor=2", "parallel.expert_tensor=2", "parallel.pipeline=1
         pytest.param([*SHARDED, "zero.stage=0"], marks=pytest.mark.prove),
     ],
 )
-def test_muon_updates_alike_whatever_holds_the_matrices(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_muon_updates_alike_whatever_holds_the_matrices(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The small model's matrices would fit into one wave.
+    monkeypatch.setattr(Muon.__init__, "__defaults__", (10_000,))
     code, found = rehearse([*QUICK, *MUON, *words], capsys)
     assert code == 0, found
 

@@ -37,6 +37,7 @@ from tests.wandb_read import offline_rows
 
 MEGATRON: Keys = {"zero__stage": 1}
 BIASED = {"model__moe__router__score": "sigmoid", "model__moe__router__expert_bias": True}
+MUON: Keys = {"optimizer__kind": "muon", "optimizer__muon__qk_clip": 0.4, "model__attention__qk_norm": False}
 
 # An engine whose step is refused.
 
@@ -84,6 +85,8 @@ ENGINES = [
     pytest.param({"zero__stage": 0, EP: 2}, marks=pytest.mark.prove),
     pytest.param({"zero__stage": 1, TP: 2, PP: 2}, marks=pytest.mark.prove),
     *[pytest.param({**zero(stage), EP: 2}, marks=pytest.mark.prove) for stage in (0, 1, 2)],
+    MEGATRON | MUON | {EP: 2},
+    pytest.param({**zero(3), EP: 2, **MUON}, marks=pytest.mark.prove),
 ]
 
 
@@ -99,7 +102,8 @@ def test_a_refused_step_moves_nothing(keys: Keys) -> None:
         assert got[0] and got[3], "untouched; and an earlier state is taken back in place"
         assert all(np.array_equal(got[2][key], values) for key, values in other[2].items())
     compared = {key for got in ranks for key in got[1]}
-    assert any("expert_bias" in name for _, name in compared) and {"weight", "exp_avg"} <= {kind for kind, _ in compared}
+    kinds = {"weight", "exp_avg"} | ({"momentum"} if config.optimizer.kind == "muon" else set())
+    assert any("expert_bias" in name for _, name in compared) and kinds <= {kind for kind, _ in compared}
 
 
 # Whole attempts.

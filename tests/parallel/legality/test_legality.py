@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from configs.data_schema import DataPhase, ValidSet
 from configs.errors import Problem
 from configs.keys import Key, all_keys, key_names
 from configs.load import load_config
@@ -198,6 +199,8 @@ BAD_VALUES: dict[type, list[object]] = {
     bool: [False, True],
     str: ["", "x", "\x00/.."],
     BlendPart: [BlendPart()],
+    ValidSet: [ValidSet()],
+    DataPhase: [DataPhase()],
 }
 
 

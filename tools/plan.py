@@ -26,6 +26,7 @@ from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
 from tools.planner.candidates import robust_first
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
+from tools.planner.foreign import FOREIGN_ENGINES, as_engine, foreign_note
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
 from tools.planner.measured import measure, measured_text
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
     words = "scale by this measured run of the same kind of machine, or by the median of the runs in this folder"
     parser.add_argument("--robust", action="store_true", help="list ties first by how little they lean on what is known least")
+    parser.add_argument("--engine", choices=FOREIGN_ENGINES, help="plan this layout as this engine of others would run it")
     parser.add_argument("--calibrate", metavar="RUN_DIR", help=words)
     parser.add_argument("--measured", action="store_true", help="CONFIG is a run folder: the plan beside what was measured")
     parser.add_argument(
@@ -101,12 +103,15 @@ def _without_layout(config: Config) -> None:
 def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration: Calibration) -> None:
     _legal(config)
     job = make_job(config, vocab)
+    if args.engine:
+        job = as_engine(job, args.engine)
     plan, model = make_plan(job, calibration), model_dict(job)
     failures = Failures(args.gpu_mtbf_hours, args.restart_s, args.save_s)
     run = estimate_run(config, job, plan.timing.step_s, failures)
-    notes = _notes(config, plan, vocab, calibration)
+    notes = [foreign_note(args.engine)] if args.engine else _notes(config, plan, vocab, calibration)
     if args.json:
-        print(json.dumps({"model": model} | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
+        engine = {"engine": args.engine, "runnable": False} if args.engine else {}
+        print(json.dumps({"model": model} | engine | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
     else:
         print(report.plan_text(args.config, plan, run, model, notes))
 
@@ -117,7 +122,7 @@ def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibrati
     result = search(config, vocab, make_machine(config), calibration, free_dispatcher)
     if args.robust:
         result = replace(result, candidates=robust_first(result.candidates))
-    reasons = explain(result, free_dispatcher)
+    reasons = explain(result)
     if not args.json:
         print(report.search_text(result, args.top, reasons))
         return
@@ -148,6 +153,9 @@ def _plan(argv: list[str]) -> int:
     loaded = load_config(args.config, args.overrides)
     vocab = vocab_size(loaded.config)
     calibration = calibrate(args.calibrate, loaded.config) if args.calibrate else UNCALIBRATED
+    if args.search and args.engine:
+        rule = "plans one layout: the search knows the engines that run here"
+        raise ConfigError(Problem("--engine", args.engine, rule, "leave --search or --engine out"))
     if args.search:
         _plan_search(args, loaded, vocab, calibration)
     else:
@@ -156,9 +164,11 @@ def _plan(argv: list[str]) -> int:
 
 
 def _plan_measured(args: argparse.Namespace) -> int:
-    if args.overrides or args.search or args.calibrate:
+    if args.overrides or args.search or args.calibrate or args.engine:
         rule = "a run's own config is compared with its record, unchanged"
-        raise ConfigError(Problem("--measured", args.overrides or "--search, --calibrate", rule, "leave the other words out"))
+        raise ConfigError(
+            Problem("--measured", args.overrides or "--search, --calibrate, --engine", rule, "leave the other words out")
+        )
     found = measure(args.config)
     print(json.dumps(json_value(found.as_dict())) if args.json else measured_text(found))
     return 0

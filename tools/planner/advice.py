@@ -94,8 +94,8 @@ POPULAR = (
 )
 
 
-def explain(result: SearchResult, free_dispatcher: bool = True) -> list[str]:
-    """Why the winner wins and why popular alternatives lose, in words. `free_dispatcher`: as for the search."""
+def explain(result: SearchResult) -> list[str]:
+    """Why the winner wins and why popular alternatives lose, in words."""
     if not result.candidates:
         return ["no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
     winner = result.candidates[0]
@@ -120,7 +120,7 @@ def explain(result: SearchResult, free_dispatcher: bool = True) -> list[str]:
             lines.append(
                 f"{name}: does not fit, the smallest needs {min(large):.0f} of {winner.plan.ledger.capacity_gib:.0f} GiB"
             )
-    if free_dispatcher and winner.plan.job.sends_once:
+    if winner.plan.job.sends_once:
         lines.append("model.moe.dispatcher=flex needs DeepEP or HybridEP on the GPUs; name alltoall to search without")
     tuned = tuned_note(winner.plan)
     return lines + ([tuned] if tuned else [])

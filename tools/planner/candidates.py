@@ -53,7 +53,7 @@ class LayoutCandidate:
             f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
         ]
         words += ["parallel.overlap_expert_comm=true"] * p.overlap_expert_comm
-        words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"] * (p.expert > 1)
+        words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"] * (config.model.moe.num_experts > 0)
         words += [f"recompute.mode={r.mode}"]
         if r.mode == "selective":
             words += [f"recompute.modules=[{','.join(r.modules)}]"]

@@ -156,6 +156,9 @@ class Searcher:
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
         # Of layouts whose tokens travel.
         self.travelling = flex_model(config) if free_dispatcher else config.model
+        # Of layouts whose tokens don't: flex is not for them.
+        stays = config.model.moe.dispatcher == "flex"
+        self.staying = replace(config.model, moe=replace(config.model.moe, dispatcher="alltoall")) if stays else config.model
         self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
         self.steps = recomputations(config)
         self.zeros = zero_choices(config)
@@ -181,7 +184,9 @@ class Searcher:
 
     def base(self, degrees: Degrees) -> Config:
         """What the variants of the degrees have in common."""
-        return replace(self.config, model=self.travelling) if degrees.expert > 1 else self.config
+        if degrees.expert > 1:
+            return replace(self.config, model=self.travelling)
+        return replace(self.config, model=self.staying) if degrees.expert_tensor == 1 else self.config
 
     def zeros_of(self, degrees: Degrees) -> list[Zero]:
         """The first is the usual one; sharding gradients and weights is for layouts without stages."""

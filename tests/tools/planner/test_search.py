@@ -79,7 +79,8 @@ def test_a_named_dispatcher_is_kept_and_a_free_one_is_flex_where_tokens_travel(c
         assert code == 0 and any("DeepEP" in note for note in document["notes"]) == (not named)
         for candidate in document["candidates"]:
             settings = " ".join(candidate["settings"])
-            assert ("parallel.expert=1 " in settings) != (f"model.moe.dispatcher={travelling}" in settings)
+            stays = "parallel.expert=1 " in settings and "parallel.expert_tensor=1 " in settings
+            assert f"model.moe.dispatcher={'alltoall' if stays else travelling}" in settings
 
 
 def test_search_is_deterministic() -> None:
@@ -228,6 +229,25 @@ def test_calibrated_by_a_real_run(folder: Path, tmp_path: Path) -> None:
         scaled.append(make_plan(job, calibrate(str(tmp_path / "run0"), loaded)).timing.step_s)
     assert scaled[0] == pytest.approx(measured[0], rel=0.01)
     assert abs(log(scaled[1] / measured[1])) < abs(log(with_typed_values[1] / measured[1]))
+
+
+def test_engines_of_others_are_planned_and_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama-3-8B on 8 GPUs: FSDP2 keeps fp32 gradients whole over two micro-batches, and divides them with one."""
+    words, params = ("plan", "model/llama3_8b", *WORDS, "launch.nodes=1", "batch.micro_batch_seqs=1"), 8.03e9
+    gradients = {}
+    for engine, batch in (("fsdp2", 16), ("fsdp2", 8), ("megatron_fsdp", 16)):
+        code, out, _ = run(capsys, *words, f"batch.global_batch_seqs={batch}", "--engine", engine, "--json")
+        document = json.loads(out)
+        rank_memory = document["memory"]["ranks"][0]
+        gradients[engine, batch] = rank_memory["gradients_gib"] * 2**30
+        assert code == 0 and document["engine"] == engine and document["runnable"] is False
+        assert rank_memory["weights_gib"] * 2**30 == pytest.approx(params * (4 if engine == "fsdp2" else 2) / 8, rel=0.01)
+        assert "no such engine" in document["notes"][0]
+    assert gradients["fsdp2", 16] == pytest.approx(4 * params, rel=0.01)
+    assert gradients["fsdp2", 8] < 4 * params / 8 * 1.01
+    assert gradients["megatron_fsdp", 16] == pytest.approx(4 * params / 8, rel=0.01)
+    code, out, err = run(capsys, *words, "batch.global_batch_seqs=16", "--engine", "fsdp2", "--search")
+    assert code == 2 and not out and "--engine" in err
 
 
 def test_presets_for_planning_only_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:

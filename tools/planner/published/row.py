@@ -20,6 +20,7 @@ from parallel.layout import Layout
 from parallel.memory.hardware import PlannedMachine, find_gpu, guess_gpu
 from parallel.memory.job import BytesPerParameter, PlannedJob, Recomputation, ZeroSharding
 from parallel.memory.ledger import make_ledger
+from tools.planner.foreign import PYTORCH_STATES
 from tools.planner.published.model import UnusableRow, model_of
 from tools.planner.published.parse_words import recompute_of, zero_stage
 from tools.planner.published.stack import EAGER_ENGINES, dispatcher_of, has_grouped_launch, is_eager, logit_bytes
@@ -118,7 +119,7 @@ def zero_of(row: dict[str, Any], old: bool) -> tuple[ZeroSharding, BytesPerParam
         return (
             (ZeroSharding("megatron", stage), BytesPerParameter())
             if "megatron" in text
-            else (ZeroSharding("fsdp2" if "fsdp2" in text else "fsdp", stage), BytesPerParameter(4, 4, 8))
+            else (ZeroSharding("fsdp2" if "fsdp2" in text else "fsdp", stage), PYTORCH_STATES)
         )
     name = str((row.get("model") or {}).get("name") or "")
     # One source says "bf16 moments" of runs whose published bytes are those of fp32 ones: only names decide.

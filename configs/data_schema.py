@@ -28,6 +28,17 @@ class BlendPart:
 
 
 @dataclass
+class Fim:
+    """Fill-in-the-middle on the training data. The three names are of tokens that the tokenizer has."""
+
+    rate: float = key(0.0, "Share of the documents whose middle is moved behind their suffix. 0: off.", low=0, high=1)
+    spm_rate: float = key(0.5, "Share of those in which the suffix comes first.", low=0, high=1)
+    prefix: str = key("<|fim_prefix|>", "Token before the prefix.")
+    middle: str = key("<|fim_middle|>", "Token before the middle.")
+    suffix: str = key("<|fim_suffix|>", "Token before the suffix.")
+
+
+@dataclass
 class ValidSet:
     name: str = key("", "Name of the set: letters, digits, dots, - and _. Its curve is val_loss/NAME.")
     parts: List[BlendPart] = key(factory=list, doc="Parts of the set, each {path, weight}.")
@@ -65,6 +76,7 @@ class Data:
         "`check` warns when a source is repeated more often than this in the run. Four is the limit of arXiv 2305.16264.",
         above=0,
     )
+    fim: Fim = key(factory=Fim)
     document_mask: bool = key(False, "A token attends only to tokens of its own document.")
     mask_eod_loss: bool = key(
         False,

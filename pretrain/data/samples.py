@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.blend import Blend
+from pretrain.data.fim import FillInTheMiddle
 from pretrain.data.indexed import Index, index_sha256, samples_in
 from pretrain.data.order import EpochOrder, Span, build_order, load_order, order_key, save_order
 from pretrain.data.order_cache import needs_cache
@@ -93,18 +94,21 @@ class PartStream:
 
 @dataclass(frozen=True)
 class SampleMasks:
-    """Makes a sample's masks by the config's rules. `eod_id`: the id of the end-of-document token."""
+    """Makes a sample by the config's rules. `eod_id`: the id of the end-of-document token. `fim`: None where it is off."""
 
     eod_id: int
     document_mask: bool
     mask_eod_loss: bool
+    fim: FillInTheMiddle | None = None
 
-    def sample(self, tokens: np.ndarray) -> Sample:
+    def sample(self, tokens: np.ndarray, sample_index: int) -> Sample:
         """The sample of these tokens, int64 [s + 1], with masks by Megatron's conventions.
 
         An end-of-document token belongs to the document that it ends. `mask_eod_loss` drops the loss at inputs that are such a
         token, because their label is the first token of the next document.
         """
+        if self.fim is not None:
+            tokens = self.fim.transform(tokens, sample_index)
         ends = tokens[:-1] == self.eod_id
         loss_mask = np.ones(len(ends), np.float32)
         if self.mask_eod_loss:
@@ -183,7 +187,7 @@ class SampleStream:
 
     def __getitem__(self, sample_index: int) -> Sample:
         part, number = self.locate(sample_index)
-        return self.masks.sample(self.parts[part].tokens(number))
+        return self.masks.sample(self.parts[part].tokens(number), sample_index)
 
     def build_cache(self, num_samples: int) -> None:
         """Write the order files for the first `num_samples` samples and 1% more. Raises OSError."""

@@ -9,13 +9,14 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from configs.data_schema import BlendPart, Data
 from configs.errors import ConfigError, Problem
 from configs.schema import Config
+from pretrain.data.fim import FillInTheMiddle
 from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
 from pretrain.data.order_cache import cache_folder
 from pretrain.data.samples import Mix, PartStream, SampleMasks, SampleStream
@@ -42,7 +43,7 @@ def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool,
     """
     data = config.data
     masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
-    train = open_train(config, masks)
+    train = open_train(config, replace(masks, fim=make_fim(config, tokenizer)))
     valid: dict[str, tuple[SampleStream, int]] = {}
     held_out_stream = open_blend(config, data.valid, WHOLE, masks) if data.valid else open_blend(config, data.train, VALID, masks)
     if held_out_stream and config.run.eval_batches:
@@ -57,6 +58,24 @@ def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool,
             stream.build_cache(batches * config.batch.global_batch_seqs)
     barrier()
     return Streams(train, valid)
+
+
+def make_fim(config: Config, tokenizer: TextTokenizer) -> FillInTheMiddle | None:
+    """Fill-in-the-middle of the training data; None where it is off. Raises ConfigError for tokens that are missing."""
+    fim = config.data.fim
+    if not fim.rate:
+        return None
+    names = {"prefix": fim.prefix, "middle": fim.middle, "suffix": fim.suffix}
+    ids = {part: tokenizer.find(name) for part, name in names.items()}
+    rule = f"the tokenizer {tokenizer.path} must have this token"
+    fix = "name the tokenizer's own token, or set data.fim.rate=0"
+    problems = [Problem(f"data.fim.{part}", names[part], rule, fix) for part, token in ids.items() if token is None]
+    if len(set(names.values())) < len(names):
+        problems.append(Problem("data.fim", list(names.values()), "the three tokens must differ", "name three tokens"))
+    if problems:
+        raise ConfigError(problems)
+    prefix, middle, suffix = (token for token in ids.values() if token is not None)
+    return FillInTheMiddle(fim.rate, fim.spm_rate, prefix, middle, suffix, tokenizer.eod_id, config.run.seed)
 
 
 def open_train(config: Config, masks: SampleMasks) -> SampleStream:

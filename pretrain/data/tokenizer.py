@@ -46,6 +46,10 @@ class TextTokenizer(ABC):
     def token(self, token_id: int) -> str:
         """The tokenizer's name of one id, for display."""
 
+    @abstractmethod
+    def find(self, name: str) -> int | None:
+        """The id of the token with this name. None: there is none."""
+
     def identity(self) -> dict[str, Any]:
         """The values that must be equal in data, run and checkpoint."""
         return {"kind": self.kind, "sha256": self.sha256, "vocab_size": self.vocab_size}
@@ -66,9 +70,9 @@ class SentencePieceTokenizer(TextTokenizer):
             raise ConfigError(_unreadable(path, "a sentencepiece .model", "no pieces"))
         own = [self.processor.id_to_piece(self.processor.eos_id())] if self.processor.eos_id() >= 0 else []
         names = [eod] if eod else [*EOD_NAMES, *own]
-        self.eod_id = _find_eod(path, names, self._id)
+        self.eod_id = _find_eod(path, names, self.find)
 
-    def _id(self, name: str) -> int | None:
+    def find(self, name: str) -> int | None:
         number = self.processor.piece_to_id(name)
         return number if self.processor.id_to_piece(number) == name else None
 
@@ -104,6 +108,9 @@ class HuggingFaceTokenizer(TextTokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def find(self, name: str) -> int | None:
+        return self.backend.token_to_id(name)
 
     def decode(self, ids: list[int]) -> str:
         special = self.eod_id

@@ -25,6 +25,8 @@ class MlflowStore:
     def __init__(self, uri: str, experiment: str, name: str, line: str, config: dict[str, Any]) -> None:
         # The library reports its use to its makers unless it is told not to.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Its notes on a new database would come between the lines of the console.
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient  # noqa: PLC0415  an optional package
         from mlflow.entities import Metric, Param  # noqa: PLC0415
 
@@ -37,7 +39,9 @@ class MlflowStore:
             self._client.update_run(self.run_id, status="RUNNING")
         else:
             self.run_id = self._client.create_run(place, tags={TAG: line}, run_name=name).info.run_id
-            params = [Param(key, str(value)[:_PARAM_CHARS]) for key, value in config.items()]
+            # MLflow's names have no brackets: data.train[0].path becomes data.train.0.path.
+            names = (key.replace("[", ".").replace("]", "") for key in config)
+            params = [Param(name, str(value)[:_PARAM_CHARS]) for name, value in zip(names, config.values(), strict=True)]
             for first in range(0, len(params), _PARAMS_AT_ONCE):
                 self._client.log_batch(self.run_id, params=params[first : first + _PARAMS_AT_ONCE])
         # `loss` is the last metric of a row, so a step that has it is whole.

@@ -22,7 +22,7 @@ from configs.schema import Config
 from parallel.batch import consumed_seqs_after, steps_of
 from pretrain.data.indexed import Index, held_out, index_problems, meta_path, open_index, samples_in
 from pretrain.data.order_cache import cache_folder, needs_cache
-from pretrain.data.streams import source_paths, train_phases
+from pretrain.data.streams import make_fim, source_paths, train_phases
 from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 
 SAMPLED_BLOCKS = 16
@@ -37,6 +37,7 @@ def check_data(config: Config) -> list[Problem]:
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.data.tokenizer)
+        make_fim(config, tokenizer)
     except ConfigError as error:
         problems += error.problems
     if tokenizer and vocab_size(config, tokenizer) < tokenizer.vocab_size:

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import schema
+from configs.fields import walk
 from pretrain.metrics.mlflow_store import TAG, MlflowStore
 from pretrain.metrics.prometheus import PrometheusSink, as_text, make_prometheus_sink
 from pretrain.metrics.store_copy import StoreJob, open_store
@@ -54,7 +55,8 @@ def mlflow_metrics(uri: str, key: str) -> list[tuple[int, float]]:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.tags[TAG] == "line1" and run.info.run_name == "named"
-    assert run.data.params["run.seed"] == "1234" and run.info.status == "FINISHED"
+    assert run.data.params["run.seed"] == "1234"
+    assert run.info.status == "FINISHED"
     return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
 
 
@@ -118,10 +120,13 @@ def test_tensorboard_follows_a_rollback(folder: RunFolder) -> None:
 
 def test_a_half_written_row_of_mlflow_is_completed(folder: RunFolder) -> None:
     uri = f"sqlite:///{folder.path}/own.db"
-    store = MlflowStore(uri, "phalanx", "named", "line1", {"run.seed": 1234})
+    config = schema.Config()
+    config.data.train = [schema.BlendPart("data/a,b (1)")]
+    store = MlflowStore(uri, "phalanx", "named", "line1", {path: value for path, value, _ in walk(config)})
     store.write(row(1))
     store._client.log_metric(store.run_id, "tokens", row(2)["tokens"], step=2)
     again = MlflowStore(uri, "phalanx", "named", "line1", {})
+    assert again._client.get_run(again.run_id).data.params["data.train.0.path"] == "data/a,b (1)"
     for step in (1, 2, 3):
         again.write(row(step))
     again.close(0)

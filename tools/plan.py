@@ -33,6 +33,8 @@ from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, m
 from tools.planner.published.validate import validate
 from tools.planner.risk import risk_of
 from tools.planner.search import search
+from tools.report.page import plotly_script
+from tools.report.plan_pages import write_plan_page, write_search_page
 
 
 def _positive(text: str) -> float:
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--restart-s", type=_positive, default=RESTART_S, help="seconds until steps go on after a failure")
     parser.add_argument("--save-s", type=_positive, help="seconds that a save stalls training (default: from its bytes)")
+    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser, with charts")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
@@ -109,6 +112,8 @@ def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration:
     failures = Failures(args.gpu_mtbf_hours, args.restart_s, args.save_s)
     run = estimate_run(config, job, plan.timing.step_s, failures)
     notes = [foreign_note(args.engine)] if args.engine else _notes(config, plan, vocab, calibration)
+    if args.html:
+        write_plan_page(args.html, args.config, plan, run, notes)
     if args.json:
         engine = {"engine": args.engine, "runnable": False} if args.engine else {}
         print(json.dumps({"model": model} | engine | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
@@ -123,6 +128,8 @@ def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibrati
     if args.robust:
         result = replace(result, candidates=robust_first(result.candidates))
     reasons = explain(result)
+    if args.html:
+        write_search_page(args.html, args.config, result, args.top, reasons)
     if not args.json:
         print(report.search_text(result, args.top, reasons))
         return
@@ -148,6 +155,9 @@ def _plan(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.top < 1:
         raise ConfigError(Problem("--top", args.top, "must be at least 1", "leave it out for 10"))
+    if args.html:
+        # Before a search that takes minutes.
+        plotly_script()
     if args.measured:
         return _plan_measured(args)
     loaded = load_config(args.config, args.overrides)
@@ -169,6 +179,8 @@ def _plan_measured(args: argparse.Namespace) -> int:
         raise ConfigError(
             Problem("--measured", args.overrides or "--search, --calibrate, --engine", rule, "leave the other words out")
         )
+    if args.html:
+        raise ConfigError(Problem("--html", args.html, "a run's plan beside its record is in its report", "phalanx report RUN"))
     found = measure(args.config)
     print(json.dumps(json_value(found.as_dict())) if args.json else measured_text(found))
     return 0

@@ -13,7 +13,9 @@ import argparse
 import importlib
 import os
 
+from configs.errors import ConfigError, Problem
 from pretrain.run.process import importing
+from tools.report.page import plotly_script
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N",
         help="instead: train models so many times as wide, and say whether their activations grow with the width (model.mup)",
     )
+    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser (not with --against or --coordinates)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
@@ -56,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Returns the exit code. 0: every layout agrees; 1: a layout differs. Raises ConfigError for bad input."""
     args = _parser().parse_intermixed_args(argv)
+    if args.html:
+        if args.against or args.coordinates:
+            rule = "the page is that of layouts against one process"
+            raise ConfigError(Problem("--html", args.html, rule, "leave out --against and --coordinates, or --html"))
+        # Before a rehearsal that takes minutes.
+        plotly_script()
     if args.device == "cpu":
         # Megatron-Core is set up for the CPU, when it is imported, if no GPU is visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -24,6 +24,7 @@ from tools.rehearse.reference import reference_key, reference_micro_batch_seqs, 
 from tools.rehearse.report import describe, head_of, header_of, model_notes, near_tie_notes
 from tools.rehearse.shrink import CommonDivisors, common_divisors, omitted_features, replaced_precision, shrink
 from tools.rehearse.train_rank import RankResult, train
+from tools.report.plan_pages import write_rehearsal_page
 
 
 def rehearse_one(config: Config, reference: RankResult, common: CommonDivisors, steps: int) -> dict[str, Any]:
@@ -59,6 +60,8 @@ def rehearse(args: argparse.Namespace) -> int:
         print(describe(lines[-1]), file=say, flush=True)
     for text in notes(configs, references):
         print(text, file=say)
+    if args.html:
+        write_rehearsal_page(args.html, args.config, lines, notes(configs, references))
     wrong = [line for line in lines if not line["ok"]]
     print(f"{len(lines) - len(wrong)} of {len(lines)} layouts agree with one process", file=say)
     if args.json:

@@ -16,10 +16,11 @@ from typing import Any
 
 from configs.errors import ConfigError, Problem
 from launch.status import require_run_folder
-from pretrain.run.files import storage_problem, write_atomically
+from pretrain.run.files import storage_problem
 from pretrain.run.folder import RunFolder
 from tools.report.collect import RunReader
-from tools.report.page import make_page, plotly_script
+from tools.report.page import plotly_script
+from tools.report.plan_pages import write_page
 from tools.report.serve import serve
 
 # Buckets over all curves of a page: 40 curves of 100,000 steps then take less than 1 MB beside the 4.8 MB of plotly.
@@ -54,16 +55,12 @@ def main(argv: list[str]) -> int:
         return serve(readers.read, readers.title, args.serve)
     document = readers.read()
     out = Path(args.out or (Path(args.runs[0]) / NAME if len(args.runs) == 1 else NAME))
-    page = make_page(document, readers.title)
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise ConfigError(storage_problem("--out", out, error)) from error
+    size = write_page(out, document, readers.title)
     if args.json:
         statuses = [run["status"] for run in document["runs"]]
-        print(json.dumps({"out": str(out), "bytes": len(page), "runs": statuses}))
+        print(json.dumps({"out": str(out), "bytes": size, "runs": statuses}))
     else:
-        print(f"{out}  ({len(page) / 1e6:.1f} MB); open it in a browser")
+        print(f"{out}  ({size / 1e6:.1f} MB); open it in a browser")
     return 0
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.tools.report.browser import Browser, missing
-from tests.tools.report.test_report import spoil
+from tests.tools.report.test_report import HOSTILE, spoil
 from tests.tools.report.world import add_rows, make_run
 from tools import cli
 from tools.report.cli import RunReaders
+from tools.report.plan_pages import write_rehearsal_page
 from tools.report.serve import LiveDocument, PageServer
 
 
@@ -140,3 +141,26 @@ def test_a_living_run_is_followed_without_a_reload(browser: Browser, tmp_path: P
         assert browser.run("return window.same") and "33" in browser.run("return document.getElementById('run').innerText")
         quiet(browser, server.url.split("/")[2])
         server.shutdown()
+
+
+def test_plans_searches_and_rehearsals_are_drawn(browser: Browser, tmp_path: Path) -> None:
+    words = ["qwen3_30b_a3b", "model.vocab_size=151936"]
+    assert cli.run(["plan", *words, "--html", str(tmp_path / "plan.html")]) == 0
+    browser.open(tmp_path / "plan.html")
+    assert browser.run("return document.querySelectorAll('.plot .barlayer .point').length") > 5
+    assert "tokens/s a GPU" in browser.run("return document.body.innerText")
+    quiet(browser)
+    small = ["quickstart", "model.vocab_size=512", "launch.processes_per_node=2"]
+    assert cli.run(["plan", *small, "--search", "--html", str(tmp_path / "search.html")]) == 0
+    browser.open(tmp_path / "search.html")
+    assert browser.run("return document.querySelectorAll('.scatterlayer .point').length") >= 1
+    quiet(browser)
+    line = {"layout": HOSTILE, "engine": "megatron", "zero": 1, "micro_batch_seqs": 1, "ok": True, "bit_equal": False}
+    same = line | dict.fromkeys(("loss_max_rel", "grad_norm_max_rel", "grad_max_rel", "weight_max_rel"), 1e-7)
+    lines = [same, line | {"ok": False, "error": HOSTILE}]
+    write_rehearsal_page(str(tmp_path / "rehearsal.html"), "quickstart", lines, ["a note"])
+    browser.open(tmp_path / "rehearsal.html")
+    assert browser.run("return document.querySelectorAll('.scatterlayer .point').length") == 4
+    text = browser.run("return document.body.innerText")
+    assert "1.0e-7" in text and "failed" in text and HOSTILE in text
+    quiet(browser)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
@@ -24,6 +24,8 @@ from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from pretrain.run.record import read_rows
 
+# More samples than any run reads, and few enough for int64.
+_MOST = 1 << 48
 TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 
 
@@ -31,9 +33,11 @@ TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 class Stretch:
     """Consecutive steps that read consecutive samples in batches of one size.
 
-    `state`: TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
-    `attempt`: the attempt whose config says how samples are read; 0: the config.yaml of the run folder. `discarded`: the steps
-    were trained, and a resume or a rollback has replaced them.
+        `state`: # More samples than any run reads, and few enough for int64.
+    _MOST = 1 << 48
+    TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
+        `attempt`: the attempt whose config says how samples are read; 0: the config.yaml of the run folder. `discarded`: the steps
+        were trained, and a resume or a rollback has replaced them.
     """
 
     first_step: int
@@ -142,7 +146,7 @@ class RunHistory:
         starts, last = [step for step, _ in owners], None
         for row in rows:
             step, samples = row.get("step"), row.get("samples")
-            if not (isinstance(step, int) and isinstance(samples, int)):
+            if not (_is_count(step) and _is_count(samples)):
                 continue
             if not discarded and step > self._went_back_to and samples <= self._passed_samples:
                 # A kill came between a rollback and the cut of the record: the row belongs to the steps that were left.
@@ -159,6 +163,11 @@ class RunHistory:
             last = one
         if last is not None:
             yield last
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    """Is the value a count of steps or samples that a run can reach? A damaged or foreign record has others."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
 
 
 def _pushed(owners: list[tuple[int, int]], step: int, attempt: int) -> list[tuple[int, int]]:

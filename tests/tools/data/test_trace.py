@@ -238,6 +238,31 @@ def test_bad_input(traced: tuple[Path, list[Path]], capsys: pytest.CaptureFixtur
     assert part in capsys.readouterr().err
 
 
+def test_a_damaged_record_changes_nothing_that_is_whole(
+    traced: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = traced
+    broken = shutil.copytree(run_dir, tmp_path / "broken")
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    odd = [
+        '{"step": true, "samples": 3}\n',
+        '{"step": -4, "samples": 8}\n',
+        f'{{"step": 3, "samples": {10**30}}}\n',
+        "[]\n",
+        "\0\n",
+    ]
+    (broken / "metrics.jsonl").write_text("".join([*odd, *lines, '{"step": 10, "samples": "x"}\n', '{"st']))
+    (broken / "events.jsonl").write_text((broken / "events.jsonl").read_text() + '{"kind": "rolled_back"}\n{"kind": 3}\n{')
+    files = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+    assert asked(capsys, "ledger", str(broken))["sources"] == asked(capsys, "ledger", str(run_dir))["sources"]
+    words = ("--step", f"1:{STOP}")
+    assert asked(capsys, "trace", str(broken), *words)["steps"] == asked(capsys, "trace", str(run_dir), *words)["steps"]
+    assert files == {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}, "nothing is written"
+    (broken / "launch" / "attempt_0001" / "config.yaml").write_text("run: [1")
+    assert phalanx(["data", "trace", str(broken), "--step", "1"]) == 2
+    assert "problem" in capsys.readouterr().err
+
+
 def test_moved_and_changed_token_files(
     traced: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,11 +33,9 @@ TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 class Stretch:
     """Consecutive steps that read consecutive samples in batches of one size.
 
-        `state`: # More samples than any run reads, and few enough for int64.
-    _MOST = 1 << 48
-    TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
-        `attempt`: the attempt whose config says how samples are read; 0: the config.yaml of the run folder. `discarded`: the steps
-        were trained, and a resume or a rollback has replaced them.
+        `state`: TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
+    `attempt`: the attempt whose config says how samples are read; 0: the config.yaml of the run folder. `discarded`: the steps
+    were trained, and a resume or a rollback has replaced them.
     """
 
     first_step: int

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +142,9 @@ def test_a_living_run_is_followed_without_a_reload(browser: Browser, tmp_path: P
         browser.wait(f"return (() => {{ {last} }})() === 33")
         assert browser.run("return window.same") and "33" in browser.run("return document.getElementById('run').innerText")
         quiet(browser, server.url.split("/")[2])
+        for host, path, code in (("evil.example", "/", 403), (server.url.split("/")[2], "/config.yaml", 404)):
+            with pytest.raises(urllib.error.HTTPError, match=str(code)):
+                urllib.request.urlopen(urllib.request.Request(server.url.rstrip("/") + path, headers={"Host": host}))
         server.shutdown()
 
 

@@ -33,7 +33,7 @@ TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 class Stretch:
     """Consecutive steps that read consecutive samples in batches of one size.
 
-        `state`: TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
+    `state`: TRAINED, SKIPPED (not applied, the run went on), REFUSED (not applied, the run ended or rolled back) or PLANNED.
     `attempt`: the attempt whose config says how samples are read; 0: the config.yaml of the run folder. `discarded`: the steps
     were trained, and a resume or a rollback has replaced them.
     """

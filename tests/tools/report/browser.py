@@ -24,7 +24,7 @@ def missing() -> str | None:
 
 
 class Browser:
-    """A page in Chromium. `hosts`: those that it asked, over all pages."""
+    """A page in Chromium. `hosts`: those that the newest page asked."""
 
     def __init__(self) -> None:
         options = webdriver.ChromeOptions()
@@ -45,7 +45,10 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        # The page before may have asked until this moment.
+        self.driver.get("about:blank")
         self.errors()
+        self.hosts.clear()
         self.driver.get(url.resolve().as_uri() if isinstance(url, Path) else url)
         self.wait("return document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length")
 
@@ -64,7 +67,7 @@ class Browser:
             if message["method"] == "Network.requestWillBeSent":
                 url = urlsplit(message["params"]["request"]["url"])
                 # Chromium's own first page is of the scheme chrome.
-                if url.scheme not in ("data", "blob", "chrome"):
+                if url.scheme not in ("data", "blob", "chrome", "about"):
                     self.hosts.add(url.netloc)
         return [line["message"] for line in self.driver.get_log("browser") if line["level"] in ("WARNING", "SEVERE")]
 

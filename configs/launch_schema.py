@@ -113,6 +113,12 @@ class Restart:
         "Local launcher: restarts after crashes and hangs, at most. It gives up after two in a row without a new checkpoint.",
         low=0,
     )
+    standby_after_s: Optional[float] = key(
+        60.0,
+        "Local launcher: seconds after the start of an attempt, when a process begins to import the libraries for the next restart. "
+        "null: never.",
+        low=0,
+    )
 
 
 @dataclass

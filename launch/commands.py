@@ -106,7 +106,7 @@ def _start_local(config: Config, source: str, overrides: Sequence[str], options:
         _print_plan(plan, options.json)
         return 0
     out = sys.stderr if options.json else sys.stdout
-    result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(config), config.launch.restart.max_local)
+    result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(config), config.launch.restart)
     if text := report(result, plan.folder):
         print(text, file=sys.stderr)
     if options.json:

@@ -9,7 +9,6 @@ Torch-free.
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import shutil
 import socket
@@ -23,6 +22,7 @@ from typing import TextIO
 
 from configs.errors import ConfigError
 from launch.launch_lock import launch_lock
+from launch.local.next_agent import NextAgent
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
 from launch.local.signals import SignalForwarder
@@ -78,23 +78,28 @@ class LocalRunResult:
     asked: str = ""
 
 
-def run_local(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
+def run_local(
+    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int, next_agent: NextAgent
+) -> LocalRunResult:
     """Start the ranks and return when all of them are gone.
 
     `environ`: the ranks' environment, to which the plan adds its variables. `out`: the stream that shows the run while it
     trains (launch/local/view.py). `err`: the stream for the launcher's own messages. `total_steps`: the length of the progress
-    bar. Raises ConfigError if run.dir holds foreign files, is in use, or can't be written.
+    bar. `next_agent`: has the standby for this attempt, if any, and starts that of the next one. Raises ConfigError if run.dir
+    holds foreign files, is in use, or can't be written.
     """
     if problems := check_run_folder(plan.folder):
         raise ConfigError(problems)
     with launch_lock(plan.folder, PATIENCE_S):
-        return _run_alone(plan, environ, out, err, total_steps)
+        return _run_alone(plan, environ, out, err, total_steps, next_agent)
 
 
-def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int) -> LocalRunResult:
+def _run_alone(
+    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int, next_agent: NextAgent
+) -> LocalRunResult:
     attempt = claim_attempt(plan.folder)
     log_dir = plan.folder.log_dir(attempt).resolve()
-    mark = secrets.token_hex(8)
+    mark = next_agent.choose_mark()
     _write_launch_files(plan, attempt, log_dir, mark)
     ours = {MARK_NAME: mark, "PHALANX_ATTEMPT": str(attempt), "PHALANX_LOG_DIR": str(log_dir)}
     guard = _start_guard(mark)
@@ -102,10 +107,11 @@ def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: T
     signals.install()
     try:
         with scratch_folder("beats", in_memory=True) as beats:
-            agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir)
+            agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir, next_agent)
             signals.agent = agent.pid
             view = RunView(log_dir, plan.folder.metrics, out, total_steps)
-            triage = _stay(agent, view, signals, HangWatch(beats, plan.watch, node_name(environ)), log_dir)
+            watch = HangWatch(beats, plan.watch, node_name(environ))
+            triage = _stay(agent, view, signals, watch, next_agent, log_dir)
             # SIGKILL, because an agent that ends by itself lets hung ranks live for another 30 s.
             agent.kill()
             code = agent.wait()
@@ -120,7 +126,12 @@ def _run_alone(plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: T
 
 
 def _stay(
-    agent: subprocess.Popen[bytes], view: RunView, signals: SignalForwarder, watch: HangWatch, log_dir: Path
+    agent: subprocess.Popen[bytes],
+    view: RunView,
+    signals: SignalForwarder,
+    watch: HangWatch,
+    next_agent: NextAgent,
+    log_dir: Path,
 ) -> Triage | None:
     """Wait for the agent to end, then return None. If the ranks hang, write their stacks and return the cause.
 
@@ -134,6 +145,7 @@ def _stay(
         if time.monotonic() >= look_s:
             look_s = time.monotonic() + LOOK_S
             watch.look()
+            next_agent.look()
             if watch.hung:
                 try:
                     (log_dir / STACKS).write_text(watch.stacks)
@@ -215,8 +227,11 @@ def _write_launch_files(plan: LaunchPlan, attempt: int, log_dir: Path, mark: str
         raise ConfigError(storage_problem("run.dir", plan.folder.path, error)) from error
 
 
-def _start_agent(plan: LaunchPlan, env: Mapping[str, str], log_dir: Path) -> subprocess.Popen[bytes]:
-    with open(log_dir / AGENT_LOG, "ab") as log:
+def _start_agent(plan: LaunchPlan, env: Mapping[str, str], log_dir: Path, next_agent: NextAgent) -> subprocess.Popen[bytes]:
+    path = log_dir / AGENT_LOG
+    with open(path, "ab") as log:
+        if (agent := next_agent.begin(plan.argv, env, path)) is not None:
+            return agent
         return subprocess.Popen(
             plan.argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -16,6 +16,8 @@ from pretrain.run.folder import process_start_ticks
 _STATES = {"T": "stopped", "t": "traced", "Z": "zombie", "X": "zombie", "D": "uninterruptible"}
 # The name of the process that torchrun's ranks are forked from (launch/fork_server.py).
 FORK_SERVER = "fork server"
+# The name of a torchrun that waits for its attempt (launch/standby.py).
+STANDBY = "standby"
 # A process in one of these states makes no progress, whatever it waits for.
 STUCK = ("stopped", "traced", "zombie", "gone")
 

@@ -14,7 +14,7 @@ import psutil
 from launch.watch.processes import FORK_SERVER
 from tests.chaos.moments import Missed, caught
 from tests.chaos.plan import FULL_DISK, Blow, Case
-from tests.run.world import Command, launch
+from tests.run.world import Command, attempt_of, launch
 
 SETTLE_S = 180.0
 # For a rank that is stopped on purpose. On a busy machine a step of a healthy run may take some seconds, too.
@@ -55,7 +55,7 @@ class LocalRun:
     def __init__(self, case: Case, config: Path, run_dir: Path, last: int, *words: str) -> None:
         self.config, self.run_dir, self.last = config, run_dir, last
         self.words = [*words, WATCHFUL]
-        self.words += ["launch.restart.max_local=9"] if case.in_place else []
+        self.words += ["launch.restart.max_local=9", "launch.restart.standby_after_s=0"] if case.in_place else []
         # The newest attempt that a blow ended, and the newest that a blow may end later.
         self.struck_attempt = self.excused = 0
         self.command = self._launch()
@@ -106,9 +106,9 @@ class LocalRun:
 
     def _rank_0(self) -> psutil.Process | None:
         """Of an attempt that got no blow."""
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, OSError):
             for rank in self.command.ranks()[:1]:
-                if int(rank.environ().get("PHALANX_ATTEMPT", 0)) > self.struck_attempt:
+                if attempt_of(rank) > self.struck_attempt:
                     return rank
         return None
 

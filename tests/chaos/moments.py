@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psutil
 
-from pretrain.run.beat import BEAT_DIR, OF_A_STEP, PHASES, READING, Beat, beat_path, decode
+from pretrain.run.beat import OF_A_STEP, PHASES, READING, Beat
 from tests.chaos.plan import TRAINING, Blow
+from tests.run.world import beat_of
 
 PATIENCE_S = 300.0
 # Polled this often, a phase of some milliseconds is seldom missed.
@@ -20,13 +20,6 @@ _BEFORE_STEPS = PHASES[: PHASES.index(READING) + 1]
 
 class Missed(Exception):
     """The run was over before the moment came."""
-
-
-def beat_of(rank: psutil.Process) -> Beat | None:
-    """Rank 0's heartbeat, in its node's own /dev/shm. None: it has none yet, or has ended."""
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return decode(beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0).read_bytes())
-    return None
 
 
 @contextmanager

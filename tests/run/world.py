@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import psutil
 
 from configs.load import to_yaml
 from configs.schema import BlendPart
-from launch.watch.processes import name_of, ranks_of
+from launch.watch.processes import STANDBY, name_of, ranks_of
+from pretrain.run.beat import Beat, decode
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from tests.pretrain.world import small_config
@@ -53,7 +55,7 @@ class Command:
         """torchrun's process. None: it has ended."""
         try:
             below = psutil.Process(self.process.pid).children()
-            return next((process for process in below if "launch.torchrun" in process.cmdline()), None)
+            return next((one for one in below if "launch.torchrun" in one.cmdline() and one.name() != STANDBY), None)
         except psutil.NoSuchProcess:
             return None
 
@@ -70,6 +72,23 @@ class Command:
             assert self.process.poll() is None, f"ended early: {self.process.communicate()}"
             assert time.monotonic() < deadline, f"step {step} did not come"
             time.sleep(0.01)
+
+
+def attempt_of(rank: psutil.Process) -> int:
+    """The attempt whose log a rank writes; 0: none. /proc shows the environment that its torchrun was started with, before there
+    was an attempt if it was a standby. Raises OSError if the rank has ended.
+    """
+    number = Path(os.readlink(f"/proc/{rank.pid}/fd/1")).parent.name.removeprefix("attempt_")
+    return int(number) if number.isdecimal() else 0
+
+
+def beat_of(rank: psutil.Process) -> Beat | None:
+    """A rank's heartbeat, wherever it lies. None: it has none yet, or the rank has ended."""
+    with suppress(OSError):
+        for opened in Path(f"/proc/{rank.pid}/fd").iterdir():
+            if os.readlink(opened).endswith(".beat"):
+                return decode(opened.read_bytes())
+    return None
 
 
 def launch(config: Path, run_dir: Path, *words: str) -> Command:

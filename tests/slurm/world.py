@@ -18,10 +18,9 @@ import psutil
 from launch.slurm.lifecycle import OVER, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import find_jobs
 from launch.watch.processes import name_of
-from pretrain.run.beat import BEAT_DIR, beat_path, decode
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
-from tests.run.world import ROOT
+from tests.run.world import ROOT, attempt_of, beat_of
 from tests.slurm.cluster import Cluster
 
 STEPS = 30
@@ -91,9 +90,7 @@ class Run:
         found: list[psutil.Process] = []
         self.wait(lambda: bool(found.extend(self.first_rank()) or found), "rank 0 of an attempt")
         rank = found[0]
-        # The node's own /dev/shm.
-        path = beat_path(Path(f"/proc/{rank.pid}/root{rank.environ()[BEAT_DIR]}"), 0)
-        self.wait(lambda: _stop_at(rank, path, phase), f"rank 0 {phase}")
+        self.wait(lambda: _stop_at(rank, phase), f"rank 0 {phase}")
         try:
             yield
             self.wait(lambda: _was_signalled(rank), f"a signal to rank 0 {phase}")
@@ -104,9 +101,8 @@ class Run:
         """Rank 0 of the attempt that runs now. Ranks of an attempt whose end is recorded may still be on their way out."""
         life, found = self.life, []
         for process in self.ranks()[:2]:
-            with suppress(psutil.NoSuchProcess):
-                env = process.environ()
-                if life.phase == RUNNING and process.name() == "rank 0" and env["PHALANX_ATTEMPT"] == str(life.attempt):
+            with suppress(psutil.NoSuchProcess, OSError):
+                if life.phase == RUNNING and process.name() == "rank 0" and attempt_of(process) == life.attempt:
                     found.append(process)
         return found[:1]
 
@@ -143,11 +139,11 @@ def is_rank(name: str) -> bool:
     return name.removeprefix("rank ").isdecimal()
 
 
-def _stop_at(rank: psutil.Process, path: Path, phase: str) -> bool:
+def _stop_at(rank: psutil.Process, phase: str) -> bool:
     """Look at a rank's heartbeat for half a second; whether it now stands still at `phase`."""
 
     def is_there() -> bool:
-        beat = decode(path.read_bytes()) if path.exists() else None
+        beat = beat_of(rank)
         return beat is not None and beat.phase == phase
 
     for _ in range(250):

@@ -6,8 +6,9 @@ Both sides are `phalanx launch quickstart` with a small batch, on data that the 
 launch.shared_imports. For each number of ranks the two alternate, so that other load on the machine affects both alike. CPU is
 that of all processes of the launch. Opens are counted by strace in a launch of their own, and left out if there is no strace.
 
-The last line is of forked ranks that the launcher starts again (launch.restart.max_local): from SIGKILL of the last rank to the
-end of the next attempt's first step, beside the undisturbed start of the same launch.
+The last lines are of forked ranks that the launcher starts again (launch.restart.max_local): from SIGKILL of the last rank to the
+end of the next attempt's first step, beside the undisturbed start of the same launch. `warm`: a standby has its imports done
+(launch.restart.standby_after_s). `cold`: there is none.
 
 Torch-free.
 """
@@ -30,13 +31,15 @@ from pathlib import Path
 import psutil
 
 from configs import own_packages
-from launch.watch.processes import name_of
+from launch.watch.processes import STANDBY, name_of
 from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import last_row
 from pretrain.run.folder import RunFolder
 
 SIDES = {"plain": "false", "forked": "true"}
+# The standby is there 0 s after the start of an attempt, or never.
+RESTARTS = {"cold": "null", "warm": "0"}
 # The quickstart's layout is for 4 ranks; with 8 the data axis doubles.
 LAYOUTS: dict[int, list[str]] = {1: ["parallel.pipeline=1", "parallel.expert=1"]}
 WORDS = [
@@ -92,7 +95,7 @@ def measure(folder: Path, ranks: int, side: str, data: list[str]) -> Start:
     return Start(wall_s, cpu_s)
 
 
-def measure_restart(folder: Path, ranks: int, data: list[str]) -> tuple[float, float]:
+def measure_restart(folder: Path, ranks: int, way: str, data: list[str]) -> tuple[float, float]:
     """(start to the end of step 1, SIGKILL of the last rank to the end of the next attempt's first step), in seconds.
 
     Raises RuntimeError if the launch ends early.
@@ -100,6 +103,7 @@ def measure_restart(folder: Path, ranks: int, data: list[str]) -> tuple[float, f
     shutil.rmtree(folder / "run", ignore_errors=True)
     run = RunFolder(folder / "run")
     longer = ["run.steps=10000", "checkpoint.interval_steps=5", "launch.restart.max_local=1"]
+    longer.append(f"launch.restart.standby_after_s={RESTARTS[way]}")
     begun_s = time.perf_counter()
     with subprocess.Popen(
         [*launch_words(folder, ranks, "forked", data), *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -108,6 +112,8 @@ def measure_restart(folder: Path, ranks: int, data: list[str]) -> tuple[float, f
             _wait(process, lambda: _has_trained(run, 1, 1))
             start_s = time.perf_counter() - begun_s
             _wait(process, lambda: _has_trained(run, 1, 8))
+            if way == "warm":
+                _wait(process, lambda: any(name_of(child.pid) == STANDBY for child in psutil.Process(process.pid).children()))
             children = psutil.Process(process.pid).children(recursive=True)
             (victim,) = [child for child in children if name_of(child.pid) == f"rank {ranks - 1}"]
             victim.kill()
@@ -178,7 +184,14 @@ def main(argv: list[str]) -> None:
             if shutil.which("strace"):
                 opens = {side: count_opens(folder, ranks, side, data) for side in SIDES}
                 print(f"{ranks:>5}  {'opens':<10}{opens['plain']:>9}{opens['forked']:>9}{opens['forked'] / opens['plain']:8.2f}")
-            pairs = [measure_restart(folder, ranks, data) for _ in range(args.repeats)]
-            start_s, restart_s = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
-            ratio = statistics.median(after / before for before, after in pairs)
-            print(f"{ranks:>5}  SIGKILL to the next step {restart_s:.2f} s, undisturbed start {start_s:.2f} s: ratio {ratio:.2f}")
+            pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in RESTARTS}
+            for _ in range(args.repeats):
+                for way, measured in pairs.items():
+                    measured.append(measure_restart(folder, ranks, way, data))
+            # A standby imports beside the start of its launch. The starts without it are undisturbed.
+            starts_s = [start_s for start_s, _ in pairs["cold"]]
+            for way, measured in pairs.items():
+                ratio = statistics.median(after / start_s for start_s, (_, after) in zip(starts_s, measured, strict=True))
+                restart_s, start_s = statistics.median(after for _, after in measured), statistics.median(starts_s)
+                told = f"SIGKILL to the next step, {way}, {restart_s:.2f} s, undisturbed start {start_s:.2f} s"
+                print(f"{ranks:>5}  {told}: ratio {ratio:.2f}", flush=True)

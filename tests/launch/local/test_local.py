@@ -19,7 +19,7 @@ from configs.own_packages import STARTER
 from launch.local.parent_guard import MARK_NAME, marked_pids
 from launch.status import read_status
 from launch.watch.failures import find_failures
-from launch.watch.processes import FORK_SERVER, children_of, name_of
+from launch.watch.processes import FORK_SERVER, STANDBY, children_of, name_of, ranks_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder, live_holder
 
@@ -28,11 +28,12 @@ from pretrain.run.folder import RunFolder, live_holder
 LAUNCHER = """
 import os, sys
 import launch.commands as cli
+import launch.start
 from launch.plan import make_plan
 program = sys.argv[1]
 cli.make_plan = lambda config, source, overrides, environ: make_plan(config, source, overrides, environ, program=program)
 from pretrain.preflight.verdict import preflight
-cli.preflight = lambda config, with_data: preflight(config, with_data=False)
+launch.start.preflight = lambda config, with_data: preflight(config, with_data=False)
 from tools.cli import main
 sys.argv = ["phalanx", *sys.argv[2:]]
 sys.exit(main())
@@ -124,6 +125,32 @@ def test_restarts_end_where_they_change_nothing(start: Callable[..., Launch]) ->
     code, _, err = launch.end()
     assert code == 1 and "restart 1 of at most 5" in err and "no restart: 2 attempts in a row" in err, err
     assert err.count("ValueError: rank 1 can't go on") == 2 and sorted(launch.run.claimed_attempts()) == [1, 2]
+
+
+def test_a_restart_finds_torchrun_waiting_and_leaves_none(start: Callable[..., Launch]) -> None:
+    launch = start(
+        *("launch", "c.yaml", "launch.restart.max_local=5", "launch.restart.standby_after_s=0"),
+        plan={"steps": 1000, "pause_s": 0.05},
+        ranks=1,
+    )
+
+    def waiting() -> list[int]:
+        return [pid for pid in children_of(launch.process.pid) if name_of(pid) == STANDBY]
+
+    def rank() -> int:
+        below = [pid for child in children_of(launch.process.pid) for pid in ranks_of(child)]
+        return next((pid for pid in below if name_of(pid) == "rank 0"), 0)
+
+    seen = []
+    for attempt in (1, 2):
+        wait_until(lambda number=attempt: launch.run.last_attempt() == number and bool(rank()) and len(waiting()) == 1)
+        seen += waiting()
+        os.kill(rank(), signal.SIGKILL)
+    code, _, err = launch.end()
+    assert code == 1 and "restart 1 of at most 5" in err and "no restart: 2 attempts in a row" in err, err
+    marks = [json.loads((launch.run.launch_dir(number) / "launcher.json").read_text())["mark"] for number in (1, 2)]
+    assert len(set(seen)) == len(set(marks)) == 2 and not any(map(name_of, seen)) and not any(map(marked_pids, marks))
+    assert "exitcode  : -9 (pid" in (launch.run.log_dir(2) / "torchrun.log").read_text()
 
 
 def test_bad_input_and_an_interrupted_run_are_not_started_again(start: Callable[..., Launch]) -> None:

@@ -19,7 +19,7 @@ def script() -> str:
     ("words", "wanted"),
     [
         ("phalanx pla", {"plan", "plan-validate"}),
-        ("phalanx check quick", {"quickstart"}),
+        ("phalanx check quick", {"quickstart", "quickstart_muon"}),
         ("phalanx launch --dry", {"--dry-run"}),
         ("phalanx data token", {"tokenizer", "tokenize"}),
         ("phalanx data tokenize --eo", {"--eod"}),

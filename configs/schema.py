@@ -170,6 +170,16 @@ class Checkpoint:
         "Go back to the checkpoint of this step, once. Later checkpoints are set aside; restarts continue from the new ones.",
         low=1,
     )
+    after_save: List[str] = key(
+        factory=list,
+        doc="Shell commands that run on rank 0's node beside the training after each complete save. They get PHALANX_RUN_DIR, "
+        "PHALANX_CHECKPOINT and PHALANX_STEP. One set runs at a time; of the saves meanwhile the newest is next.",
+    )
+    after_save_timeout_s: float = key(
+        600.0,
+        "Longest time for one of these commands, and for the end of a finished run to wait for them, in seconds.",
+        above=0,
+    )
     allow_change: List[str] = key(
         factory=list, doc="Keys or sections that may differ from the resumed attempt, such as [optimizer.lr, data]."
     )

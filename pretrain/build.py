@@ -137,6 +137,7 @@ def make_saver(session: Session, restored: Restored, records: Records, engine: E
         records.sync_before_save,
         journal.write_event,
         journal.tell,
+        session.after_save.saved,
     )
     if restored.checkpoint_step is not None:
         saver.last_step = restored.checkpoint_step

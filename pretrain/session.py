@@ -23,6 +23,7 @@ from configs.load import Loaded, from_yaml_text
 from configs.schema import Config
 from parallel.batch import steps_of
 from parallel.runtime import Runtime
+from pretrain.checkpoint.after_save import AfterSave
 from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
 from pretrain.checkpoint.going_back import check_target, finish_going_back
 from pretrain.checkpoint.manifest import read_manifest
@@ -103,6 +104,10 @@ class Session:
         attempt = rank_zero.attempt if rank_zero is not None else None
         self.journal = Journal(attempt)
         self.ending = AttemptEnding(attempt)
+        section = context.config.checkpoint
+        self.after_save = AfterSave(section.after_save, section.after_save_timeout_s, context.folder, os.environ)
+        # Ahead of W&B, whose summary takes what these commands measure.
+        self.ending.close_at_end(self.after_save)
 
     def finish(self, ended: TrainingEnd, newest_checkpoint: Path | None) -> int:
         """Write the outcome, close the records and print the summary. Returns the exit code. Called on all ranks."""

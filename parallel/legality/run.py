@@ -96,9 +96,11 @@ def schedule_fits_horizon(config: Config) -> Iterator[Problem]:
         yield Problem("schedule.decay_steps", decay, rule, f"set schedule.decay_steps={horizon - schedule.warmup_steps} or less")
 
 
-@reads("checkpoint")
+@reads("checkpoint", "launch.watch")
 def checkpoint_keys(config: Config) -> Iterator[Problem]:
-    """load excludes resume_step, milestones are multiples of the save interval, allow_change names keys of the config."""
+    """load excludes resume_step, milestones are multiples of the save interval, allow_change names keys of the config, and
+    commands after a save end before the watchdog takes the end of the run for a hang.
+    """
     checkpoint = config.checkpoint
     if checkpoint.load is not None and checkpoint.resume_step is not None:
         rule = "starts from other weights at step 0, while checkpoint.resume_step goes on with this run"
@@ -108,6 +110,11 @@ def checkpoint_keys(config: Config) -> Iterator[Problem]:
         rule = f"only saved checkpoints can be kept: must be a multiple of checkpoint.interval_steps = {interval}"
         fix = f"set it to {near_multiples(milestone, interval)}" if interval else "set checkpoint.interval_steps"
         yield Problem("checkpoint.milestone_interval_steps", milestone, rule, fix)
+    patience_s = config.launch.watch.start_timeout_s
+    if checkpoint.after_save and patience_s and checkpoint.after_save_timeout_s >= patience_s:
+        rule = f"must be less than launch.watch.start_timeout_s = {patience_s:g}, after which the end of the run counts as hung"
+        fix = f"set it below {patience_s:g}, or launch.watch.start_timeout_s higher"
+        yield Problem("checkpoint.after_save_timeout_s", checkpoint.after_save_timeout_s, rule, fix)
     for name in checkpoint.allow_change:
         if name not in all_keys():
             close = nearest(name)

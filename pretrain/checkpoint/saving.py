@@ -63,8 +63,8 @@ class Saver:
     """Saves one engine's state.
 
     `before_save` runs on every rank ahead of a save; on rank 0 it may return why the disk refuses the rows that the checkpoint
-    would count. `write_event` and `announce` report on rank 0. A save that fails is told, and the next one that is due tries
-    again.
+    would count. `write_event` and `announce` report on rank 0, and `after_save` is told each complete checkpoint there. A save
+    that fails is told, and the next one that is due tries again.
     """
 
     def __init__(
@@ -76,9 +76,11 @@ class Saver:
         before_save: Callable[[], str | None],
         write_event: Callable[..., None],
         announce: Callable[..., None],
+        after_save: Callable[[Path, int], None],
     ) -> None:
         self._checkpoints, self._engine, self._common, self._runtime = checkpoints, engine, common, runtime
         self._before_save, self._write_event, self._announce = before_save, write_event, announce
+        self._after_save = after_save
         self._section = common.config.checkpoint
         self.writer = CheckpointWriter(checkpoints, runtime.rank, self._section.asynchronous)
         # Adam's moments exist from the first step on. Each kind of state is as large as the weights.
@@ -153,6 +155,7 @@ class Saver:
         # Includes the steps until the loop noticed that the files were written. A save before a time limit takes at most this.
         seconds = round(time.monotonic() - self._began_s, 3)
         self._write_event(EventKind.SAVED, step=step, folder=folder.name, seconds=seconds, blocked_s=blocked_s)
+        self._after_save(folder, step)
         section = self._section
         try:
             for path in prune(self._checkpoints, section.keep, section.milestone_interval_steps):

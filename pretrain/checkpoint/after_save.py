@@ -3,6 +3,8 @@
 One set of commands runs at a time, in a thread. Of the checkpoints that are saved meanwhile the newest one is next; the others
 are passed over. The commands get PHALANX_RUN_DIR, PHALANX_CHECKPOINT and PHALANX_STEP, none of the variables of a rank, and the
 programs of the run's Python first on their PATH. A command that fails is told on stderr and changes nothing.
+
+Torch-free.
 """
 
 from __future__ import annotations

@@ -45,6 +45,9 @@ class Attention:
         None, "For each layer 1 (window) or 0 (full attention), instead of window_layers.", low=0, high=1
     )
     sinks: bool = key(False, "One learned logit per head takes part in the softmax (gpt-oss).")
+    output_gate: bool = key(
+        False, "Sigmoid gate on the output of each head, computed from the layer's input with the queries (Qwen3-Next)."
+    )
     dropout: float = key(0.0, "Dropout probability of attention weights.", low=0, high=0.99)
 
 
@@ -59,6 +62,25 @@ class LatentAttention:
     v_head_dim: int = key(128, "Width of a value head.", low=1)
     norm_eps: Optional[float] = key(
         None, "Epsilon of the norms of compressed queries and keys (DeepSeek: 1e-6). null: model.norm_eps.", above=0
+    )
+
+
+@dataclass
+class DeltaNet:
+    """Gated delta net (arXiv 2412.06464): layers with a recurrent state in the place of attention. Off while pattern is None."""
+
+    pattern: Optional[List[int]] = key(
+        None,
+        "For each layer 1 (gated delta net) or 0 (attention). A shorter list repeats. null: every layer has attention.",
+        low=0,
+        high=1,
+    )
+    num_key_heads: int = key(16, "Number of query and key heads.", low=1, high=65536)
+    num_value_heads: int = key(32, "Number of value heads. Each has a state of key_head_dim x value_head_dim.", low=1, high=65536)
+    key_head_dim: int = key(128, "Width of a query or key head.", low=1)
+    value_head_dim: int = key(128, "Width of a value head.", low=1)
+    conv_size_tokens: int = key(
+        4, "Tokens that the causal convolution over queries, keys and values spans, the token's own included.", low=2, high=16
     )
 
 
@@ -215,7 +237,11 @@ class Model:
         choices=("swiglu", "geglu", "gpt_oss_glu", "gelu", "relu2", "silu"),
     )
     mlp_bias: bool = key(False, "Biases of MLPs and experts.")
-    norm: str = key("rmsnorm", "Kind of normalisation.", choices=("rmsnorm", "layernorm"))
+    norm: str = key(
+        "rmsnorm",
+        "Kind of normalisation. zero_centered_rmsnorm: RMSNorm whose weight w multiplies by 1 + w (Qwen3-Next).",
+        choices=("rmsnorm", "layernorm", "zero_centered_rmsnorm"),
+    )
     norm_eps: float = key(1e-5, "Epsilon of the norms.", above=0)
     tie_embeddings: bool = key(False, "The output layer shares the weights of the input embedding.")
     hidden_dropout: float = key(0.0, "Dropout probability after attention and after the MLP.", low=0, high=0.99)
@@ -226,6 +252,7 @@ class Model:
     scale_init_by_depth: bool = key(True, "Output projections start with standard deviation init_std / sqrt(2 x num_layers).")
     attention: Attention = key(factory=Attention)
     mla: LatentAttention = key(factory=LatentAttention)
+    delta_net: DeltaNet = key(factory=DeltaNet)
     position: Position = key(factory=Position)
     moe: MoE = key(factory=MoE)
     mtp: MultiToken = key(factory=MultiToken)

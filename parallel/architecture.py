@@ -9,6 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from configs.model_schema import Model
 
@@ -38,6 +39,19 @@ def value_dim(model: Model) -> int:
 def num_query_groups(model: Model) -> int:
     """Key/value heads; as many as query heads unless grouped."""
     return model.attention.num_query_groups or model.attention.num_heads
+
+
+def state_elements(model: Model) -> int:
+    """Numbers that a gated delta net carries from a sequence's token to the next: states, and last inputs of the convolution."""
+    net = model.delta_net
+    states = net.num_value_heads * net.key_head_dim * net.value_head_dim
+    return states + (net.conv_size_tokens - 1) * delta_widths(model).mixed
+
+
+def qkv_rows(model: Model) -> int:
+    """Rows of ordinary attention's query-key-value weight, with its output gate."""
+    queries = (2 if model.attention.output_gate else 1) * model.attention.num_heads
+    return (queries + 2 * num_query_groups(model)) * head_dim(model)
 
 
 def ffn(model: Model) -> int:
@@ -71,9 +85,53 @@ def group_score_experts(model: Model) -> int:
     return router.group_score_experts or model.moe.top_k // (router.group_top_k or 1)
 
 
-def mtp_is_moe(model: Model) -> bool:
-    """A prediction depth repeats the kind of the last layer (as Megatron-Core builds it)."""
-    return moe_layers(model)[-1]
+class LayerKind(NamedTuple):
+    """What a layer consists of. `delta`: a gated delta net in the place of attention. `moe`: experts in the place of an MLP."""
+
+    moe: bool
+    delta: bool = False
+
+
+def has_delta_net(model: Model) -> bool:
+    """True when some layer has a gated delta net in the place of attention."""
+    return any(model.delta_net.pattern or ())
+
+
+def delta_layers(model: Model) -> tuple[bool, ...]:
+    """For each layer, whether it has a gated delta net in the place of attention."""
+    pattern = model.delta_net.pattern or [0]
+    return tuple(bool(pattern[layer % len(pattern)]) for layer in range(model.num_layers))
+
+
+def layer_kinds(model: Model) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    return tuple(LayerKind(*kind) for kind in zip(moe_layers(model), delta_layers(model), strict=True))
+
+
+def mtp_kind(model: Model) -> LayerKind:
+    """A prediction depth has attention, and experts or an MLP as the last layer has (as Megatron-Core builds it)."""
+    return LayerKind(moe_layers(model)[-1])
+
+
+@dataclass(frozen=True)
+class DeltaWidths:
+    """Widths of all heads of a gated delta net together: `key` of queries and of keys, `value` of values and of their gate.
+
+    `mixed`: columns of the convolution, queries, keys and values. `projected`: rows of the input projection, which are those
+    columns, the gate, and two numbers for each value head.
+    """
+
+    key: int
+    value: int
+    mixed: int
+    projected: int
+
+
+def delta_widths(model: Model) -> DeltaWidths:
+    """The widths of the model's gated delta nets."""
+    net = model.delta_net
+    key, value = net.num_key_heads * net.key_head_dim, net.num_value_heads * net.value_head_dim
+    return DeltaWidths(key, value, 2 * key + value, 2 * key + 2 * value + 2 * net.num_value_heads)
 
 
 def window_of_layer(model: Model, layer: int) -> int | None:
@@ -109,11 +167,12 @@ class Products:
 def attention_products(model: Model) -> int:
     """Weights of one layer's attention products, biases and norms not counted.
 
-    Ordinary: h(heads·d) + 2h(groups·d) + (heads·d)h. MLA: the down and up projections of query and key/value, and output.
+    Ordinary: h(heads·d) + 2h(groups·d) + (heads·d)h, with an output gate h(heads·d) more. MLA: the down and up projections of
+    query and key/value, and output.
     """
     h, heads, mla = model.hidden_size, model.attention.num_heads, model.mla
     if mla.kv_lora_rank is None:
-        return 2 * h * heads * head_dim(model) + 2 * h * num_query_groups(model) * head_dim(model)
+        return h * (qkv_rows(model) + heads * head_dim(model))
     query = heads * query_dim(model)
     down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim)
     up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
@@ -121,15 +180,21 @@ def attention_products(model: Model) -> int:
     return q + down + up + heads * mla.v_head_dim * h
 
 
+def delta_products(model: Model) -> int:
+    """Weights of one gated delta net's products, the convolution among them: each of its columns has one weight a token."""
+    widths = delta_widths(model)
+    return model.hidden_size * (widths.projected + widths.value) + model.delta_net.conv_size_tokens * widths.mixed
+
+
 def mlp_products(model: Model, width: int) -> int:
     """Weights of an MLP of inner `width`: 3hf with a gate, else 2hf."""
     return (3 if is_gated(model) else 2) * model.hidden_size * width
 
 
-def layer_products(model: Model, is_moe: bool) -> Products:
-    """The products a token passes in one layer of the given kind."""
-    attention = attention_products(model)
-    if not is_moe:
+def layer_products(model: Model, kind: LayerKind) -> Products:
+    """The products a token passes in one layer of the given kind. `attention` holds those of a gated delta net, too."""
+    attention = delta_products(model) if kind.delta else attention_products(model)
+    if not kind.moe:
         return Products(attention, dense=mlp_products(model, ffn(model)))
     moe = model.moe
     shared = mlp_products(model, moe.shared_ffn_hidden_size) if moe.shared_ffn_hidden_size else 0

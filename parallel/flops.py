@@ -5,7 +5,9 @@ In: configs' Model and the vocabulary (tokens, not padded: pads do no useful wor
 FLOPs of one token, forward: 2 for each weight of a matrix product it passes (k of E experts, the router, shared experts,
 the output head; the embedding is a look-up), and for attention 2·heads·(d_qk + d_v)·context, where context is the mean
 number of keys a query sees: causal, so half the sequence, s/2; with a window of w < s tokens w - w²/2s. With grouped
-queries every head still does its own products, so only the weights shrink. Backward costs twice the forward; recomputed
+queries every head still does its own products, so only the weights shrink. A gated delta net's state S [d_k, d_v] of each value
+head meets one token in three products, with 6·d_k·d_v FLOPs: S^T k, the outer product of k and the correction, S^T q
+(arXiv 2412.06464, eq. 10). Chunked kernels do more; that is not counted. Backward costs twice the forward; recomputed
 activations are not counted (model FLOPs). Norms, activations, softmax and the router's top-k are left out. Each
 prediction depth (MTP) adds a layer, its 2h x h product and the head once more.
 
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 from configs.model_schema import Model
 from parallel import architecture as arch
+from parallel.architecture import LayerKind
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _attention(model: Model) -> tuple[int, int]:
         ranks = [rank for rank in (model.mla.q_lora_rank, model.mla.kv_lora_rank) if rank]
         weights += model.hidden_size if model.attention.output_bias else 0
         return weights, sum(_norm(model, rank) for rank in ranks)
-    weights += (heads + 2 * groups) * width if model.attention.qkv_bias else 0
+    weights += arch.qkv_rows(model) if model.attention.qkv_bias else 0
     weights += model.hidden_size if model.attention.output_bias else 0
     weights += heads if model.attention.sinks else 0
     if not model.attention.qk_norm:
@@ -100,12 +103,17 @@ def _mlp_biases(model: Model, width: int) -> int:
     return (2 if arch.is_gated(model) else 1) * width + model.hidden_size if model.mlp_bias else 0
 
 
-def layer_parameters(model: Model, is_moe: bool) -> LayerParameters:
+def _delta_net(model: Model) -> tuple[int, int]:
+    """(weights, norm weights) of one layer's gated delta net: its products, decay and time step of each head, output norm."""
+    return arch.delta_products(model) + 2 * model.delta_net.num_value_heads, model.delta_net.value_head_dim
+
+
+def layer_parameters(model: Model, kind: LayerKind) -> LayerParameters:
     """Weights of one layer of the given kind."""
-    attention, norms = _attention(model)
+    attention, norms = _delta_net(model) if kind.delta else _attention(model)
     norms += 2 * _norm(model, model.hidden_size)
-    moe, products = model.moe, arch.layer_products(model, is_moe)
-    if not is_moe:
+    moe, products = model.moe, arch.layer_products(model, kind)
+    if not kind.moe:
         return LayerParameters(attention, norms, dense=products.dense + _mlp_biases(model, arch.ffn(model)))
     width = arch.expert_ffn(model)
     routed = moe.num_experts * (arch.mlp_products(model, width) + _mlp_biases(model, width))
@@ -117,9 +125,8 @@ def count_parameters(model: Model, vocab_size: int) -> Parameters:
     """Weights of the whole model for a vocabulary of `vocab_size` (give the padded size for the weights as stored)."""
     table = vocab_size * model.hidden_size
     positions = (model.max_position_tokens or 0) * model.hidden_size if model.position.kind == "learned" else 0
-    kinds = arch.moe_layers(model)
-    layers = [layer_parameters(model, is_moe) for is_moe in kinds]
-    depth = layer_parameters(model, arch.mtp_is_moe(model)).total + 2 * model.hidden_size**2 + 3 * _norm(model, model.hidden_size)
+    layers = [layer_parameters(model, kind) for kind in arch.layer_kinds(model)]
+    depth = layer_parameters(model, arch.mtp_kind(model)).total + 2 * model.hidden_size**2 + 3 * _norm(model, model.hidden_size)
     return Parameters(
         embedding=table + positions,
         head=0 if model.tie_embeddings else table,
@@ -137,7 +144,7 @@ def count_parameters(model: Model, vocab_size: int) -> Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of one token by component (forward and backward)."""
+    """Training FLOPs of one token by component, forward and backward. `attention_scores` has those of recurrent states, too."""
 
     attention_weights: float
     attention_scores: float
@@ -160,21 +167,29 @@ def mean_context(seq_length_tokens: int, window_tokens: int | None) -> float:
 
 
 def _scores(model: Model, seq_length_tokens: int, layer: int) -> float:
-    """Forward FLOPs of one layer's attention scores and their sum over values, one token."""
+    """Forward FLOPs of one attention layer's scores and their sum over values, one token."""
     context = mean_context(seq_length_tokens, arch.window_of_layer(model, layer))
     return 2 * model.attention.num_heads * (arch.query_dim(model) + arch.value_dim(model)) * context
 
 
+def state_flops(model: Model) -> float:
+    """Forward FLOPs of one gated delta net's states, one token."""
+    net = model.delta_net
+    return 6.0 * net.num_value_heads * net.key_head_dim * net.value_head_dim
+
+
 def training_flops(model: Model, vocab_size: int, seq_length_tokens: int) -> Flops:
     """FLOPs of one token, three times the forward pass."""
-    layers = [arch.layer_products(model, is_moe) for is_moe in arch.moe_layers(model)]
+    kinds = arch.layer_kinds(model)
+    layers = [arch.layer_products(model, kind) for kind in kinds]
+    scores = (state_flops(model) if kind.delta else _scores(model, seq_length_tokens, i) for i, kind in enumerate(kinds))
     head = 6.0 * model.hidden_size * vocab_size
     last = model.num_layers - 1
-    depth = 6 * (arch.layer_products(model, arch.mtp_is_moe(model)).total + 2 * model.hidden_size**2)
+    depth = 6 * (arch.layer_products(model, arch.mtp_kind(model)).total + 2 * model.hidden_size**2)
     depth_scores = 3 * _scores(model, seq_length_tokens, last)
     return Flops(
         attention_weights=6.0 * sum(layer.attention for layer in layers),
-        attention_scores=3 * sum(_scores(model, seq_length_tokens, layer) for layer in range(model.num_layers)),
+        attention_scores=3 * sum(scores),
         dense=6.0 * sum(layer.dense for layer in layers),
         routed=6.0 * sum(layer.routed for layer in layers),
         shared=6.0 * sum(layer.shared for layer in layers),

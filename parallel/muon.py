@@ -36,23 +36,46 @@ def split_rows(name: str, num_rows: int, model: Model, muon: Muon) -> list[RowRu
         return [((0, num_rows),)]
     if name.endswith("linear_qkv.weight"):
         return _split_qkv(num_rows, model, muon.split_heads == "head")
+    if name.endswith("self_attention.linear_in.weight"):
+        return _split_delta_net(num_rows, model, muon.split_heads == "head")
     if muon.split_heads == "head" and arch.is_mla(model):
         return _split_latent(name, num_rows, model)
     return [((0, num_rows),)]
 
 
 def _split_qkv(num_rows: int, model: Model, per_head: bool) -> list[RowRuns]:
-    """Rows lie by group of query heads: the group's query heads, its key, its value."""
+    """Rows lie by group of query heads: the group's query heads, their output gates where there are any, its key, its value."""
     groups, width = arch.num_query_groups(model), arch.head_dim(model)
-    per_group = model.attention.num_heads // groups
-    heads = _pieces([width] * (groups * (per_group + 2)), num_rows)
-    if per_head:
-        return heads
-    slots = [slice(0, per_group), slice(per_group, per_group + 1), slice(per_group + 1, per_group + 2)]
-    starts = range(0, len(heads), per_group + 2)
-    return [
-        tuple(run for start in starts for head in heads[start : start + per_group + 2][slot] for run in head) for slot in slots
-    ]
+    queries = model.attention.num_heads // groups
+    counts = [queries, *([queries] if model.attention.output_gate else []), 1, 1]
+    heads = _pieces([width] * (groups * sum(counts)), num_rows)
+    return heads if per_head else _joined(heads, counts)
+
+
+def _split_delta_net(num_rows: int, model: Model, per_head: bool) -> list[RowRuns]:
+    """Rows lie by key head: its query, its key, its values, their gates, and two numbers for each value head.
+
+    Those numbers are one matrix each, over all heads.
+    """
+    net = model.delta_net
+    ratio = net.num_value_heads // net.num_key_heads
+    widths = [net.key_head_dim] * 2 + [net.value_head_dim] * (2 * ratio) + [ratio] * 2
+    counts = [1, 1, ratio, ratio, 1, 1]
+    heads = _pieces(widths * net.num_key_heads, num_rows)
+    if not per_head:
+        return _joined(heads, counts)
+    single = [run for at, run in enumerate(heads) if at % len(widths) < len(widths) - 2]
+    return single + _joined(heads, counts)[-2:]
+
+
+def _joined(pieces: list[RowRuns], counts: list[int]) -> list[RowRuns]:
+    """The pieces of one kind of all groups as one matrix. `counts`: pieces of each kind in a group."""
+    found, start, size = [], 0, sum(counts)
+    for count in counts:
+        kind = [piece for at, piece in enumerate(pieces) if start <= at % size < start + count]
+        found.append(tuple(run for piece in kind for run in piece))
+        start += count
+    return found
 
 
 def _split_latent(name: str, num_rows: int, model: Model) -> list[RowRuns]:
@@ -80,20 +103,19 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> float:
     return steps * (4.0 * short * short * long + 2.0 * short**3)
 
 
-def layer_matrices(model: Model, is_moe: bool, optimizer: Optimizer) -> tuple[int, int]:
+def layer_matrices(model: Model, kind: arch.LayerKind, optimizer: Optimizer) -> tuple[int, int]:
     """(dense weights, routed experts' weights) of one layer that Muon updates under optimizer.kind = muon."""
-    products, moe = arch.layer_products(model, is_moe), model.moe
-    gate = model.hidden_size if is_moe and moe.shared_gate else 0
-    dense = products.attention + products.dense + products.shared - gate
+    products, moe = arch.layer_products(model, kind), model.moe
+    gate = model.hidden_size if kind.moe and moe.shared_gate else 0
+    convolution = model.delta_net.conv_size_tokens * arch.delta_widths(model).mixed if kind.delta else 0
+    dense = products.attention + products.dense + products.shared - gate - convolution
     dense += products.router if optimizer.muon.router == "muon" else 0
-    return dense, moe.num_experts * arch.mlp_products(model, arch.expert_ffn(model)) if is_moe else 0
+    return dense, moe.num_experts * arch.mlp_products(model, arch.expert_ffn(model)) if kind.moe else 0
 
 
 def muon_parameters(model: Model, optimizer: Optimizer) -> int:
     """Weights of the whole model that Muon updates, depths of multi-token prediction included."""
     if optimizer.kind != "muon":
         return 0
-    layers = [*arch.moe_layers(model), *([arch.mtp_is_moe(model)] * model.mtp.num_layers)]
-    return (
-        sum(sum(layer_matrices(model, is_moe, optimizer)) for is_moe in layers) + model.mtp.num_layers * 2 * model.hidden_size**2
-    )
+    layers = [*arch.layer_kinds(model), *([arch.mtp_kind(model)] * model.mtp.num_layers)]
+    return sum(sum(layer_matrices(model, kind, optimizer)) for kind in layers) + model.mtp.num_layers * 2 * model.hidden_size**2

@@ -6,7 +6,7 @@ Cost model (balance only; no result depends on it). A layer costs the weights of
 with its loss costs hidden x padded vocabulary, each prediction depth one layer, its 2h x h product and the head again.
 The embedding does no product, but its weights and optimizer state lie on the first stage, which also holds the most
 activations in 1F1B: it counts as a quarter of the head. The largest chunk is made as small as possible, then the sum of
-squares. Attention's own products (length x length) are the same in every layer and left out.
+squares. The products of queries and keys and those with the state of a gated delta net are left out.
 
 Torch-free.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from configs.model_schema import Model
-from parallel.architecture import layer_products, moe_layers, mtp_is_moe, padded_vocab
+from parallel.architecture import layer_kinds, layer_products, mtp_kind, padded_vocab
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Costs:
 
 def costs_of(model: Model, vocab_size: int) -> Costs:
     """The cost model above for this model."""
-    layers = tuple(layer_products(model, is_moe).total for is_moe in moe_layers(model))
+    layers = tuple(layer_products(model, kind).total for kind in layer_kinds(model))
     head = model.hidden_size * padded_vocab(model, vocab_size)
-    depth = layer_products(model, mtp_is_moe(model)).total + 2 * model.hidden_size**2 + head
+    depth = layer_products(model, mtp_kind(model)).total + 2 * model.hidden_size**2 + head
     return Costs(layers, head // 4, head + model.mtp.num_layers * depth)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from configs.errors import ConfigError, Notice, Problem, json_problem, report
 from configs.load import load_config
 from configs.schema import Config
+from parallel import architecture as arch
 from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batches, steps_of
 from parallel.flops import count_parameters, training_flops
 from parallel.layout import Layout
@@ -93,6 +94,12 @@ def summary(config: Config, layout: Layout, sources: list[dict[str, Any]] | None
         f"model    {model.name}: {parameters.total:,} parameters, {parameters.active['all']:,} active "
         f"(all included), {flops.per_token / 1e6:,.1f} MFLOP a token"
     )
+    if arch.has_delta_net(model):
+        number = sum(arch.delta_layers(model))
+        lines.append(
+            f"layers   {number} with a gated delta net, {arch.state_elements(model):,} numbers of state each for a sequence; "
+            f"{model.num_layers - number} with attention"
+        )
     table = optimizer_lines(optimizer_rows(config, vocab_size)) if config.optimizer.kind == "muon" else []
     return "\n".join(lines + _stage_lines(config, layout, vocab_size) + table)
 

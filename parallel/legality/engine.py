@@ -136,6 +136,8 @@ def fp8_widths(config: Config) -> Iterator[Problem]:
     widths = {"model.hidden_size": model.hidden_size}
     if not all(kinds):
         widths["model.ffn_hidden_size"] = arch.ffn(model) // p.tensor
+    if arch.has_delta_net(model):
+        widths["model.delta_net"] = arch.delta_widths(model).projected // p.tensor
     if any(kinds):
         widths["model.moe.ffn_hidden_size"] = arch.expert_ffn(model) // p.expert_tensor
     for path, width in widths.items():
@@ -147,7 +149,7 @@ def fp8_widths(config: Config) -> Iterator[Problem]:
         yield Problem("model.moe.dispatcher", "allgather", rule, "set model.moe.dispatcher=alltoall")
 
 
-@reads("recompute", "model.moe", "model.mla", "model.mlp_bias", "model.num_layers", "precision")
+@reads("recompute", "model.moe", "model.mla", "model.delta_net", "model.mlp_bias", "model.num_layers", "precision")
 def recompute_modules(config: Config) -> Iterator[Problem]:
     """Selective recomputation names parts that the model has and that can be recomputed."""
     recompute, model = config.recompute, config.model
@@ -163,6 +165,7 @@ def recompute_modules(config: Config) -> Iterator[Problem]:
         "moe_act": (any(kinds) and model.moe.grouped_gemm != "off", "experts with grouped products (model.moe.grouped_gemm)"),
         "shared_experts": (bool(model.moe.shared_ffn_hidden_size), "a shared expert (model.moe.shared_ffn_hidden_size)"),
         "mlp": (not all(kinds), "a dense layer"),
+        "core_attn": (not all(arch.delta_layers(model)), "a layer with attention (model.delta_net.pattern)"),
     }
     for module in recompute.modules:
         has, what = needs.get(module, (True, ""))

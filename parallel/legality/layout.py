@@ -87,8 +87,7 @@ def query_groups_divide(config: Config) -> Iterator[Problem]:
     if groups % tensor and tensor % groups:
         rule = f"must divide model.attention.num_query_groups = {groups}, or be a multiple of it"
         yield Problem("parallel.tensor", tensor, rule, f"set parallel.tensor to {near_divisors(groups, tensor)}")
-    elif tensor > groups and (heads + 2 * groups) * arch.head_dim(model) % tensor:
-        rows = (heads + 2 * groups) * arch.head_dim(model)
+    elif tensor > groups and (rows := arch.qkv_rows(model)) % tensor:
         rule = f"with more ranks than key/value heads, must divide the {rows} rows of the query-key-value weight"
         yield Problem("parallel.tensor", tensor, rule, f"set parallel.tensor to {near_divisors(groups, tensor)}")
 

@@ -12,6 +12,7 @@ from configs.errors import Problem
 from configs.schema import Config
 from parallel import architecture as arch
 from parallel.layout import sequence_parallel
+from parallel.legality import delta_net
 from parallel.legality.rules import has_experts, near_divisors, near_multiples, on_gpu, reads
 
 
@@ -437,4 +438,5 @@ RULES = (
     capacity_fits_micro_batch,
     prediction_depths,
     width_transfer_has_its_conditions,
+    *delta_net.RULES,
 )

@@ -12,9 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel import architecture as arch
+from parallel.architecture import LayerKind
 from parallel.memory.job import PlannedJob
-from parallel.memory.layer_cache import moe_among
+from parallel.memory.layer_cache import kinds_among
 from parallel.stages import Chunk
+
+# Tokens of a chunk of flash-linear-attention's kernel.
+DELTA_CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,39 @@ def attention_bytes(job: PlannedJob) -> float:
         qkv = size * (compressed + (0.0 if "mla_up_proj" in dropped else up))
     else:
         groups, width = arch.num_query_groups(model), arch.head_dim(model)
-        qkv = size * (heads + 2 * groups) * width / w.tp
+        qkv = size * arch.qkv_rows(model) / w.tp
         qkv += size * (heads + groups) * width / w.tp if attention.qk_norm else 0.0
-    context = size * heads * arch.value_dim(model) / w.tp
+    # The gate multiplies the context, and the product is the input of the output projection.
+    context = (2 if attention.output_gate else 1) * size * heads * arch.value_dim(model) / w.tp
     scores = 4.0 * heads / w.tp
     if not job.flash and "core_attn" not in dropped:
         # The output of softmax; with dropout also the output of dropout and its mask.
         scores = heads / w.tp * job.seq_length / job.layout.context * (5.0 if attention.dropout else size)
     return norm + qkv + context + scores + (h / w.sp if model.hidden_dropout else 0.0)
+
+
+def delta_net_bytes(job: PlannedJob) -> float:
+    """Bytes per token that one layer's gated delta net keeps on a rank, with flash-linear-attention's kernel.
+
+    The kernel keeps queries and keys of every value head, and a row of a chunk's triangular matrix for each of them. It makes
+    the chunks' states again in the backward pass (`state_bytes`). The norm of the output and its gate compute in fp32.
+    """
+    model, net, w, size, kept = job.model, job.model.delta_net, _widths(job), element_bytes(job), gemm_input_bytes(job)
+    h, widths = model.hidden_size, arch.delta_widths(model)
+    norm = size * h / w.sp + (0.0 if "layernorm" in job.recompute.dropped else kept * h / w.sp)
+    # The convolution's input with its padding, its output, and the activated output.
+    convolved = 3 * size * widths.mixed
+    rule = net.num_value_heads * (size * (2 * net.key_head_dim + DELTA_CHUNK_TOKENS) + 4.0 + size)
+    output = widths.value * (16.0 + size + kept)
+    dropout = h / w.sp if model.hidden_dropout else 0.0
+    return norm + (size * widths.projected + convolved + rule + output) / w.tp + dropout
+
+
+def state_bytes(job: PlannedJob) -> float:
+    """Bytes of the states and their gradients at the end of every chunk, while one gated delta net runs backward."""
+    net = job.model.delta_net
+    states = net.num_value_heads * net.key_head_dim * net.value_head_dim / job.layout.tensor
+    return 2 * element_bytes(job) * job.micro_tokens / DELTA_CHUNK_TOKENS * states
 
 
 def _mlp(job: PlannedJob, width: int, parts: float, keep_activation: bool) -> float:
@@ -87,9 +116,10 @@ def mlp_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
     return norm + router + routed + (_mlp(job, shared, w.tp, True) if shared and has_shared else 0.0)
 
 
-def layer_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
+def layer_bytes(job: PlannedJob, kind: LayerKind, imbalance: float) -> float:
     """Bytes of one micro-batch that one layer keeps on a rank without full recomputation."""
-    return job.micro_tokens * (attention_bytes(job) + mlp_bytes(job, is_moe, imbalance))
+    mixer = delta_net_bytes(job) if kind.delta else attention_bytes(job)
+    return job.micro_tokens * (mixer + mlp_bytes(job, kind.moe, imbalance))
 
 
 def layer_input_bytes(job: PlannedJob) -> float:
@@ -97,37 +127,34 @@ def layer_input_bytes(job: PlannedJob) -> float:
     return job.micro_tokens * element_bytes(job) * job.model.hidden_size / _widths(job).sp
 
 
-def working_bytes(job: PlannedJob, is_moe: bool, imbalance: float) -> float:
-    """Bytes of the gradients that live while one layer's MLP runs backward, of one micro-batch; kept activations not counted."""
+def working_bytes(job: PlannedJob, kind: LayerKind, imbalance: float) -> float:
+    """Bytes of short-lived tensors while one layer runs backward, of one micro-batch; kept activations not counted.
+
+    They are the gradients inside its MLP, or the states of its gated delta net where those are larger.
+    """
     model, w, size = job.model, _widths(job), element_bytes(job)
     gate = 2 if arch.is_gated(model) else 1
+    states = state_bytes(job) if kind.delta else 0.0
     dense = 2 * model.hidden_size + (gate + 1) * arch.ffn(model) / w.tp
-    if not is_moe:
-        return job.micro_tokens * size * dense
+    if not kind.moe:
+        return max(states, job.micro_tokens * size * dense)
     etp = job.layout.expert_tensor
     copies = model.moe.top_k * imbalance * etp / w.tp
-    return (
-        job.micro_tokens
-        * size
-        * (model.hidden_size + copies * (2 * model.hidden_size + (gate + 1) * arch.expert_ffn(model) / etp))
-    )
+    routed = copies * (2 * model.hidden_size + (gate + 1) * arch.expert_ffn(model) / etp)
+    return max(states, job.micro_tokens * size * (model.hidden_size + routed))
 
 
 @dataclass(frozen=True)
 class KeptActivations:
-    """Bytes of one micro-batch that a dense layer keeps, that a MoE layer keeps, and of a layer's input."""
+    """Bytes of one micro-batch that a layer of each kind keeps, and of a layer's input."""
 
-    dense: float
-    moe: float
+    by_kind: dict[LayerKind, float]
     layer_input: float
 
 
 def kept_by_layer(job: PlannedJob, imbalance: float) -> KeptActivations:
     """Bytes per layer that `stage_activations` adds up, the same for all stages."""
-    kinds = job.moe_layers
-    dense = 0.0 if all(kinds) else layer_bytes(job, False, imbalance)
-    moe = layer_bytes(job, True, imbalance) if any(kinds) else 0.0
-    return KeptActivations(dense, moe, layer_input_bytes(job))
+    return KeptActivations({kind: layer_bytes(job, kind, imbalance) for kind in job.used_kinds}, layer_input_bytes(job))
 
 
 def chunk_bytes(job: PlannedJob, chunk: Chunk, kept: KeptActivations) -> float:
@@ -137,10 +164,10 @@ def chunk_bytes(job: PlannedJob, chunk: Chunk, kept: KeptActivations) -> float:
         total = -(-number // recompute.num_layers) * kept.layer_input
     else:
         skipped = min(recompute.num_layers, number) if recompute.mode == "full" else 0
-        moe = moe_among(job.model, chunk.layers[skipped:])
-        total = skipped * kept.layer_input + moe * kept.moe + (number - skipped - moe) * kept.dense
+        numbers = kinds_among(job.model, chunk.layers[skipped:]).items()
+        total = skipped * kept.layer_input + sum(number * kept.by_kind[kind] for kind, number in numbers)
     if chunk.mtp:
-        layer = kept.moe if job.moe_layers[-1] else kept.dense
+        layer = kept.by_kind[arch.mtp_kind(job.model)]
         total += chunk.mtp * ((kept.layer_input if recompute.mode == "full" else layer) + 3 * kept.layer_input)
     return total
 

@@ -16,6 +16,7 @@ from configs.model_schema import Model
 from configs.optimizer_schema import Optimizer
 from configs.schema import Config, Recompute
 from parallel import architecture as arch
+from parallel.architecture import LayerKind
 from parallel.batch import num_micro_batches
 from parallel.layout import Layout, make_layout
 from parallel.memory import layer_cache
@@ -118,9 +119,14 @@ class PlannedJob:
         return layer_cache.chunks_of(self.model, self.vocab, self.layout.pipeline, self.layout.virtual_pipeline, self.split)
 
     @cached_property
-    def moe_layers(self) -> tuple[bool, ...]:
-        """For each layer, whether it is a MoE layer."""
-        return layer_cache.moe_layers(self.model)
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return layer_cache.layer_kinds(self.model)
+
+    @cached_property
+    def used_kinds(self) -> frozenset[LayerKind]:
+        """The kinds of the layers and of the prediction depths."""
+        return frozenset(self.layer_kinds) | ({arch.mtp_kind(self.model)} if self.model.mtp.num_layers else frozenset())
 
     @cached_property
     def stage_chunks(self) -> tuple[tuple[Chunk, ...], ...]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from configs.model_schema import Model
 from parallel import architecture as arch
+from parallel.architecture import LayerKind
 from parallel.flops import LayerParameters, layer_parameters
 from parallel.stages import Chunk, Costs, balanced_split, costs_of, make_chunks
 
@@ -30,13 +31,14 @@ class _Same:
 
 
 @lru_cache(maxsize=64)
-def _moe_layers(same: _Same) -> tuple[bool, ...]:
-    return arch.moe_layers(same.model)
+def _layer_kinds(same: _Same) -> tuple[LayerKind, ...]:
+    return arch.layer_kinds(same.model)
 
 
 @lru_cache(maxsize=64)
-def _moe_before(same: _Same) -> tuple[int, ...]:
-    return tuple(accumulate(_moe_layers(same), initial=0))
+def _kinds_before(same: _Same) -> dict[LayerKind, tuple[int, ...]]:
+    kinds = _layer_kinds(same)
+    return {kind: tuple(accumulate((each == kind for each in kinds), initial=0)) for kind in set(kinds)}
 
 
 @lru_cache(maxsize=64)
@@ -45,8 +47,8 @@ def _windows(same: _Same) -> tuple[int | None, ...]:
 
 
 @lru_cache(maxsize=64)
-def _layer(same: _Same, is_moe: bool) -> LayerParameters:
-    return layer_parameters(same.model, is_moe)
+def _layer(same: _Same, kind: LayerKind) -> LayerParameters:
+    return layer_parameters(same.model, kind)
 
 
 @lru_cache(maxsize=64)
@@ -64,9 +66,9 @@ def _chunks(same: _Same, vocab: int, pp: int, vpp: int, split: tuple[int, ...] |
     return make_chunks(same.model, pp, vpp, vocab, split or _split(same, vocab, pp * vpp))
 
 
-def moe_layers(model: Model) -> tuple[bool, ...]:
-    """For each layer, whether it is a MoE layer."""
-    return _moe_layers(_Same(model))
+def layer_kinds(model: Model) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    return _layer_kinds(_Same(model))
 
 
 def windows(model: Model) -> tuple[int | None, ...]:
@@ -74,15 +76,15 @@ def windows(model: Model) -> tuple[int | None, ...]:
     return _windows(_Same(model))
 
 
-def moe_among(model: Model, layers: tuple[int, ...]) -> int:
-    """How many of consecutive layers are MoE layers."""
-    before = _moe_before(_Same(model))
-    return before[layers[-1] + 1] - before[layers[0]] if layers else 0
+def kinds_among(model: Model, layers: tuple[int, ...]) -> dict[LayerKind, int]:
+    """How many of consecutive layers are of each kind of the model."""
+    before = _kinds_before(_Same(model))
+    return {kind: counts[layers[-1] + 1] - counts[layers[0]] if layers else 0 for kind, counts in before.items()}
 
 
-def layer_counts(model: Model, is_moe: bool) -> LayerParameters:
+def layer_counts(model: Model, kind: LayerKind) -> LayerParameters:
     """Weights of one layer of the given kind."""
-    return _layer(_Same(model), is_moe)
+    return _layer(_Same(model), kind)
 
 
 def chunks_of(model: Model, vocab: int, pp: int, vpp: int, split: tuple[int, ...] | None) -> tuple[Chunk, ...]:

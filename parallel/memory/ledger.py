@@ -127,8 +127,7 @@ def gathered_bytes(job: PlannedJob, held: RankParameters) -> float:
     """
     if not job.shards_weights:
         return 0.0
-    kinds = set(job.moe_layers)
-    layer = max(layer_held(job, is_moe).total for is_moe in kinds)
+    layer = max(layer_held(job, kind).total for kind in set(job.layer_kinds))
     size = 4 if job.compute == "fp32" else 2
     live = max(2 * layer, job.padded_vocab * job.model.hidden_size / job.layout.tensor)
     if job.zero.each_pass:
@@ -138,10 +137,10 @@ def gathered_bytes(job: PlannedJob, held: RankParameters) -> float:
 
 def transient_bytes(job: PlannedJob, stage: int, held: RankParameters, imbalance: float) -> float:
     """Short-lived bytes inside the allocator at the peak: logits or gradients of a layer, gathered weights, buckets."""
-    kinds = {job.moe_layers[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers}
-    work = max((activations.working_bytes(job, is_moe, imbalance) for is_moe in kinds), default=0.0)
+    kinds = {job.layer_kinds[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers}
+    work = max((activations.working_bytes(job, kind, imbalance) for kind in kinds), default=0.0)
     if job.recompute.mode == "full":
-        kept = max((activations.layer_bytes(job, is_moe, imbalance) for is_moe in kinds), default=0.0)
+        kept = max((activations.layer_bytes(job, kind, imbalance) for kind in kinds), default=0.0)
         work += kept * (job.recompute.num_layers if job.recompute.method == "uniform" else 1)
     if any(chunk.head for chunk in job.stage_chunks[stage]):
         work = max(work, activations.logit_bytes(job))

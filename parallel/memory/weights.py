@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from parallel import architecture as arch
+from parallel.architecture import LayerKind
 from parallel.memory import layer_cache
 from parallel.memory.job import PlannedJob
 from parallel.muon import layer_matrices
@@ -70,15 +72,15 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def layer_held(job: PlannedJob, is_moe: bool) -> RankParameters:
+def layer_held(job: PlannedJob, kind: LayerKind) -> RankParameters:
     """Parameters of one layer on one rank."""
     model, layout = job.model, job.layout
-    counts = layer_cache.layer_counts(model, is_moe)
+    counts = layer_cache.layer_counts(model, kind)
     whole = counts.norms + counts.router
     divided = counts.attention + counts.dense + counts.shared
-    matrices, expert_matrices = layer_matrices(model, is_moe, job.optimizer)
+    matrices, expert_matrices = layer_matrices(model, kind, job.optimizer)
     whole_matrices = counts.router if job.optimizer.muon.router == "muon" else 0
-    if model.mla.kv_lora_rank is not None:
+    if model.mla.kv_lora_rank is not None and not kind.delta:
         down = model.hidden_size * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim + (model.mla.q_lora_rank or 0))
         whole, divided, whole_matrices = whole + down, divided - down, whole_matrices + down
     expert_ranks = layout.expert * layout.expert_tensor
@@ -90,19 +92,18 @@ def layer_held(job: PlannedJob, is_moe: bool) -> RankParameters:
     )
 
 
-def chunk_held(job: PlannedJob, chunk: Chunk, by_kind: tuple[RankParameters, RankParameters]) -> RankParameters:
-    """Parameters of one chunk on one rank. `by_kind`: those of one dense and one MoE layer."""
+def chunk_held(job: PlannedJob, chunk: Chunk, by_kind: dict[LayerKind, RankParameters]) -> RankParameters:
+    """Parameters of one chunk on one rank. `by_kind`: those of one layer."""
     model, tensor = job.model, job.layout.tensor
     table = job.padded_vocab * model.hidden_size / tensor
-    moe = layer_cache.moe_among(model, chunk.layers)
-    plain, routing = by_kind
-    held = plain * (len(chunk.layers) - moe) + routing * moe
+    held = RankParameters(0.0)
+    for kind, number in layer_cache.kinds_among(model, chunk.layers).items():
+        held += by_kind[kind] * number
     if chunk.embedding:
         held += RankParameters(table + (model.max_position_tokens or 0) * model.hidden_size * (model.position.kind == "learned"))
     if chunk.mtp:
-        depth = by_kind[job.moe_layers[-1]]
         projection = 2 * model.hidden_size**2 / tensor
-        held += (depth + RankParameters(projection, dense_matrices=projection)) * chunk.mtp
+        held += (by_kind[arch.mtp_kind(model)] + RankParameters(projection, dense_matrices=projection)) * chunk.mtp
         # Multi-token prediction embeds tokens again: on a stage other than the first it has a copy of the table.
         held += RankParameters(0.0 if chunk.embedding else table)
     if chunk.head:
@@ -136,7 +137,7 @@ def stage_held(job: PlannedJob) -> tuple[RankParameters, ...]:
 @lru_cache(maxsize=2048)
 def _stage_held(shape: _ShardedShape) -> tuple[RankParameters, ...]:
     job = shape.job
-    by_kind = (layer_held(job, False), layer_held(job, True) if any(job.moe_layers) else RankParameters(0.0))
+    by_kind = {kind: layer_held(job, kind) for kind in job.used_kinds}
     stages = [RankParameters(0.0)] * job.layout.pipeline
     for chunk in job.chunks:
         stages[chunk.stage] += chunk_held(job, chunk, by_kind)

@@ -64,7 +64,8 @@ class AttentionLogits:
         self.local_heads = config.model.attention.num_heads // groups.tp.size()
         for chunk in chunks:
             for local, module in chunk.named_modules():
-                if local.endswith("self_attention"):
+                # A gated delta net stands under the same name and has no logits.
+                if local.endswith("self_attention") and hasattr(module, "core_attention"):
                     parts = local.split(".")
                     layer = layer_of(chunk.decoder.layers[int(parts[2])]) if local.startswith("decoder.") else None
                     self._watch(len(self.names), module)
@@ -123,7 +124,7 @@ class AttentionLogits:
     def by_layer(self) -> tuple[list[float], float]:
         """The largest logits of the newest step: (of each layer of the model, of multi-token prediction), equal on all ranks.
 
-        -inf: multi-token prediction is off.
+        -inf: a layer without attention, or multi-token prediction is off.
         """
         rows = torch.full((self.num_layers + 1,), float("-inf"), device=self.device)
         for layer, largest in zip(self.layers, self.newest.amax(dim=1) if self.names else [], strict=True):

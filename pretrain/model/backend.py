@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from configs.errors import Problem
 from configs.schema import Config
-from parallel.architecture import expert_ffn
+from parallel.architecture import expert_ffn, has_delta_net
 
 # torch's grouped product requires that every row of a matrix starts at a multiple of this.
 _ALIGNMENT_BYTES = 16
@@ -26,7 +26,7 @@ class Backend:
     `transformer_engine`: use its layers and fused kernels. `grouped_experts`: one product for all local experts, by
     Transformer Engine or by pretrain/model/experts.py. `fused_wgrad`: the kernel of the product adds weight gradients.
     `fp8`: Megatron-Core's name of the fp8 format. `token_kernels`: the kernels that send tokens to experts under
-    model.moe.dispatcher = flex, by Megatron-Core's name.
+    model.moe.dispatcher = flex, by Megatron-Core's name. `delta_kernel`: flash-linear-attention computes gated delta nets.
     """
 
     transformer_engine: bool
@@ -34,22 +34,31 @@ class Backend:
     fused_wgrad: bool
     fp8: str | None
     token_kernels: str | None = None
+    delta_kernel: bool = False
 
 
 @dataclass(frozen=True)
 class DetectedMachine:
-    """The devices and packages of a process. `token_kernels`: installed kernels for the flex dispatcher, best first."""
+    """The devices and packages of a process. `token_kernels`: installed kernels for the flex dispatcher, best first.
+
+    `delta_kernel`: flash-linear-attention is installed, and the process has a GPU for it.
+    """
 
     cuda: bool
     transformer_engine: bool
     fused_wgrad: bool
     token_kernels: tuple[str, ...] = ()
+    delta_kernel: bool = False
 
 
 def detect_machine(cuda: bool) -> DetectedMachine:
     """The packages that this process can import. `cuda`: whether it computes on a GPU."""
     return DetectedMachine(
-        cuda, _has("transformer_engine"), _has("fused_weight_gradient_mlp_cuda"), _token_kernels() if cuda else ()
+        cuda,
+        _has("transformer_engine"),
+        _has("fused_weight_gradient_mlp_cuda"),
+        _token_kernels() if cuda else (),
+        cuda and _has("fla"),
     )
 
 
@@ -95,6 +104,8 @@ def choose_backend(config: Config, machine: DetectedMachine) -> Backend:
         fused_wgrad=machine.cuda and machine.fused_wgrad and config.zero.engine == "megatron",
         fp8=None if config.precision.fp8 == "none" else config.precision.fp8,
         token_kernels=machine.token_kernels[0] if config.model.moe.dispatcher == "flex" else None,
+        # The kernel computes its products in bf16. A model in fp32 keeps the path in torch.
+        delta_kernel=machine.delta_kernel and has_delta_net(config.model) and config.precision.params == "bf16",
     )
 
 

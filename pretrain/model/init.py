@@ -20,7 +20,8 @@ from pretrain.model.shards import Shard
 from pretrain.model.tensor_slice import TensorSlice
 
 _DEPTH_SCALED = re.compile(r"(self_attention\.linear_proj|linear_fc2)\.weight$")
-_ONES = re.compile(r"(layernorm|norm)\.weight$")
+_ONES = re.compile(r"(layernorm|norm)\.weight$|\.dt_bias$")
+_PLAIN_NORM = re.compile(r"\.out_norm\.weight$")
 _ZEROS = re.compile(r"(\.bias|softmax_offset|expert_bias)$")
 
 
@@ -29,7 +30,10 @@ def initial_std(name: str, num_dims: int, model: Model) -> float:
 
     L is the number of layers. Source: GPT-2 and Megatron-LM (arXiv 1909.08053), scaled_init_method_normal. With model.mup, the
     width scales it too (parallel/mup.py). `num_dims`: of the whole tensor.
+    A convolution over K tokens has 1 / sqrt(3 K), the deviation of torch.nn.Conv1d's uniform values.
     """
+    if name.endswith(".conv1d.weight"):
+        return 1.0 / math.sqrt(3 * model.delta_net.conv_size_tokens)
     std = model.init_std * init_factor(name, num_dims, model)
     if model.scale_init_by_depth and _DEPTH_SCALED.search(name):
         return std / math.sqrt(2 * model.num_layers)
@@ -37,16 +41,24 @@ def initial_std(name: str, num_dims: int, model: Model) -> float:
 
 
 def fill(tensor: torch.Tensor, shard: Shard, model: Model, seed: int) -> None:
-    """Write a local tensor's initial values: ones for norms, zeros for biases and offsets, normal values for all others."""
+    """Write a local tensor's initial values: norms that multiply by 1, zeros for biases and offsets, normal values for others.
+
+    A gated delta net starts as Megatron-Core's does: A uniform in [1, 16), dt_bias 1, convolutions with torch's variance.
+    """
     with torch.no_grad():
         if _ONES.search(shard.name):
-            tensor.fill_(1.0)
+            is_zero = model.norm == "zero_centered_rmsnorm" and "norm." in shard.name and not _PLAIN_NORM.search(shard.name)
+            tensor.fill_(0.0 if is_zero else 1.0)
         elif _ZEROS.search(shard.name):
             tensor.zero_()
         else:
-            std = initial_std(shard.name, len(shard.global_shape), model)
             flat = torch.cat([normal(shard.name, shard.global_shape, slice_, seed).flatten() for slice_ in shard.slices])
-            tensor.copy_(flat.view(tensor.shape) * std)
+            if shard.name.endswith(".A_log"):
+                uniform = torch.erf(flat / math.sqrt(2.0)).add(1.0).div(2.0)
+                flat = (1.0 + 15.0 * uniform).log()
+            else:
+                flat = flat * initial_std(shard.name, len(shard.global_shape), model)
+            tensor.copy_(flat.view(tensor.shape))
 
 
 def normal(name: str, global_shape: tuple[int, ...], slice_: TensorSlice, seed: int) -> torch.Tensor:

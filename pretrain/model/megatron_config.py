@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from configs.model_schema import Model, Position
 from configs.schema import Config
-from parallel.architecture import expert_ffn, ffn, head_dim, moe_layers, num_query_groups
+from parallel.architecture import delta_layers, expert_ffn, ffn, has_delta_net, head_dim, moe_layers, num_query_groups
 from parallel.compat.megatron_guards import router_loss_weight
 from parallel.layout import Layout
 from parallel.stages import Chunk, megatron_pipeline_layout
@@ -72,7 +72,9 @@ def _architecture(model: Model) -> dict[str, Any]:
         gated_linear_unit=gated,
         add_bias_linear=model.mlp_bias,
         add_qkv_bias=attention.qkv_bias,
-        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
+        normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+        layernorm_zero_centered_gamma=model.norm == "zero_centered_rmsnorm",
+        attention_output_gate=attention.output_gate,
         layernorm_epsilon=model.norm_eps,
         # MLA always normalises compressed queries and keys (DeepSeek-V2, arXiv 2405.04434).
         qk_layernorm=attention.qk_norm or model.mla.kv_lora_rank is not None,
@@ -89,6 +91,17 @@ def _architecture(model: Model) -> dict[str, Any]:
         values["window_attn_skip_freq"] = attention.window_pattern or (2 if attention.window_layers == "alternate" else None)
     if model.position.layer_pattern is not None:
         values["no_rope_freq"] = [1 - flag for flag in model.position.layer_pattern]
+    if has_delta_net(model):
+        net = model.delta_net
+        # The module of pretrain/model/delta_net.py reads these. Megatron-Core's name of the variant would build its own module.
+        values |= dict(
+            linear_attention_freq=[int(is_delta) for is_delta in delta_layers(model)],
+            linear_num_key_heads=net.num_key_heads,
+            linear_num_value_heads=net.num_value_heads,
+            linear_key_head_dim=net.key_head_dim,
+            linear_value_head_dim=net.value_head_dim,
+            linear_conv_kernel_dim=net.conv_size_tokens,
+        )
     if model.activation == "gpt_oss_glu":
         values |= dict(glu_linear_offset=1.0, activation_func_clamp_value=7.0)
     return values

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
@@ -19,14 +20,23 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from parallel.architecture import LayerKind
 from parallel.compat.private_names import require_names
 from parallel.stages import Chunk
 from pretrain.model.attention import SDPAttention
 from pretrain.model.backend import Backend
+from pretrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from pretrain.model.experts import GroupedExperts
 from pretrain.model.qk_norms import AllHeadsAttention, LateNormAttention
 
 require_names(__name__)
+
+
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, in fp32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 class Norm:
@@ -39,7 +49,9 @@ class Norm:
     # This is a class, because Megatron-Core's build_module returns a function without calling it.
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm = (ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else kind)(
+            hidden_size, eps=eps, dtype=config.params_dtype
+        )
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
@@ -77,9 +89,9 @@ class CpuSpecProvider(LocalSpecProvider):
         return SDPAttention
 
 
-def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> ModuleSpec:
-    """The spec of one layer, dense or MoE."""
-    experts = config.num_moe_experts if is_moe else None
+def layer_spec(config: TransformerConfig, kind: LayerKind, backend: Backend) -> ModuleSpec:
+    """The spec of one layer."""
+    experts = config.num_moe_experts if kind.moe else None
     if backend.transformer_engine:
         spec: Any = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts,
@@ -91,6 +103,11 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
             spec.submodules.self_attention.module = LatentAttention
         else:
             spec.submodules.self_attention.module = _self_attention(config)
+        if kind.delta:
+            fused = gpt_layer_specs.TESpecProvider()
+            # Its norm stands alone: Transformer Engine would fuse it with the projection of attention.
+            spec.submodules.input_layernorm = fused.layer_norm(rms_norm=True)
+            spec.submodules.self_attention = _delta_net_spec(fused, backend)
         return spec
     provider = CpuSpecProvider()
     bias_dropout_add: Any = get_bias_dropout_add
@@ -101,7 +118,7 @@ def layer_spec(config: TransformerConfig, is_moe: bool, backend: Backend) -> Mod
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=_attention_spec(config, provider),
+            self_attention=_delta_net_spec(provider, backend) if kind.delta else _attention_spec(config, provider),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=mlp,
@@ -120,6 +137,11 @@ def _self_attention(config: TransformerConfig) -> type[SelfAttention]:
 def _submodules_of(spec: Any) -> Any:
     """The submodules of a layer's MLP: of a ModuleSpec, or, from megatron-core 0.18 on, of a functools.partial."""
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+
+
+def _delta_net_spec(provider: Any, backend: Backend) -> ModuleSpec:
+    submodules = GatedDeltaNetSubmodules(provider.column_parallel_linear(), provider.row_parallel_linear())
+    return ModuleSpec(module=GatedDeltaNet, params={"fused": backend.delta_kernel}, submodules=submodules)
 
 
 def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> ModuleSpec:
@@ -144,20 +166,25 @@ def _attention_spec(config: TransformerConfig, provider: CpuSpecProvider) -> Mod
     return ModuleSpec(module=LatentAttention, params=params, submodules=latent)
 
 
+def _layer_kinds(config: TransformerConfig) -> list[LayerKind]:
+    """The kind of each layer of the whole model, from the lists that megatron_config makes."""
+    moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    delta = config.linear_attention_freq or [0] * config.num_layers
+    assert isinstance(moe, list) and isinstance(delta, list), "megatron_config gives the patterns layer by layer"
+    return [LayerKind(bool(is_moe), bool(is_delta)) for is_moe, is_delta in zip(moe, delta, strict=True)]
+
+
 def block_spec(config: TransformerConfig, chunk: Chunk, backend: Backend) -> TransformerBlockSubmodules:
     """The layers of one chunk and the norm after the last."""
-    pattern = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
-    assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
-    specs = {is_moe: layer_spec(config, bool(is_moe), backend) for is_moe in {pattern[i] for i in chunk.layers}}
+    kinds = _layer_kinds(config)
+    specs = {kind: layer_spec(config, kind, backend) for kind in {kinds[i] for i in chunk.layers}}
     provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
     final_norm: Any = provider.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False)
-    return TransformerBlockSubmodules(layer_specs=[specs[pattern[i]] for i in chunk.layers], layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[specs[kinds[i]] for i in chunk.layers], layer_norm=final_norm)
 
 
 def mtp_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None) -> Any:
-    """The spec of multi-token prediction, whose transformer layers are of the kind of the model's last layer."""
-    pattern = config.moe_layer_freq if config.num_moe_experts else [0]
-    assert isinstance(pattern, list), "megatron_config gives the pattern layer by layer"
-    layer = layer_spec(config, bool(pattern[-1]), backend)
+    """The spec of multi-token prediction: attention, and the experts or MLP of the model's last layer."""
+    layer = layer_spec(config, LayerKind(_layer_kinds(config)[-1].moe), backend)
     provider = gpt_layer_specs.TESpecProvider() if backend.transformer_engine else CpuSpecProvider()
     return gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, layer, provider, vp_stage=vp_stage)

@@ -31,6 +31,8 @@ GOLDEN = {
     "smollm3_3b": 3_075_098_624, "dots_llm1": 142_774_373_888, "glm_4_7_flash": 29_943_390_976, "minimax_m2": 228_689_748_992,
     "ernie_4_5_21b_a3b": 21_825_436_160, "ernie_4_5_300b_a47b": 299_484_160_000, "hy3_preview": 295_033_528_320,
     "hunyuan_a13b": 80_393_183_232,
+    "qwen3_next_80b_a3b": 79_674_391_296, "qwen3_5_397b_a17b": 396_346_350_336, "qwen3_5_35b_a3b": 34_660_610_688,
+    "qwen3_5_27b": 26_895_998_464,
 }  # fmt: skip
 PLANNING_ONLY = {"llama4_scout", "grok_1"}
 PRESETS = sorted(path.stem for path in (SHIPPED / "model").glob("*.yaml"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -61,8 +61,9 @@ class HfTensor:
 class HfFiles:
     """The tensors of a folder. Any number of threads may read at once; they share the open files."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], part: str = "") -> None:
-        """`part`: take the tensors whose names begin with it, without it, where there are any.
+    def __init__(self, folder: Path, config: Mapping[str, Any], part: str = "", renamed: Sequence[tuple[str, str]] = ()) -> None:
+        """`part`: take the tensors whose names begin with it, without it, where there are any. `renamed`: (start of names, start
+        in its place).
 
         Raises ConfigError with every problem of the folder.
         """
@@ -81,7 +82,8 @@ class HfFiles:
                 continue
             stored = self._understood(name, file, entry, problems)
             if stored:
-                self.tensors[name] = stored
+                change = next(((old, new) for old, new in renamed if name.startswith(old)), ("", ""))
+                self.tensors[change[1] + name.removeprefix(change[0])] = stored
         if problems:
             raise ConfigError(first_of(problems))
         self._opened: dict[Path, int] = {}

@@ -59,7 +59,8 @@ def open_huggingface(folder: Path) -> ImportSource:
     if problems:
         raise ConfigError(problems)
     # A multimodal model's files hold its language model under one name.
-    files = HfFiles(folder, whole_config, "" if text_part(config) is config else "language_model.")
+    part = "" if text_part(config) is config else "language_model."
+    files = HfFiles(folder, whole_config, part, family.renamed)
     if files.num_left_out:
         notes.append(f"{files.num_left_out} tensors outside of the language model are left out, and no export has them")
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
@@ -69,6 +70,11 @@ def open_huggingface(folder: Path) -> ImportSource:
         model.mtp.num_layers = 0
     model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
     weight_map = make_weight_map(family, model, files.tensors.__contains__)
+    for start, what in family.left_out:
+        names = [name for name in files.tensors if name.startswith(start)]
+        if names:
+            shown = ", ".join(names[:_SHOWN]) + (" and so on" if len(names) > _SHOWN else "")
+            notes.append(f"left out: {what}, {len(names)} tensors of the files: {shown}")
     problems = _hold_against(weight_map, files, family, model)
     if problems:
         raise ConfigError(first_of(problems))
@@ -114,7 +120,9 @@ def _hold_against(weight_map: WeightMap, files: HfFiles, family: Family, model: 
     if model.tie_embeddings:
         copies = {name: original for name, original in copies.items() if original != "lm_head.weight"}
         copies |= {"lm_head.weight": "model.embed_tokens.weight"}
-    left = [name for name in files.tensors if name not in weight_map.hf_shapes and name not in copies]
+    known = {*weight_map.hf_shapes, *copies}
+    starts = tuple(start for start, _ in family.left_out)
+    left = [name for name in files.tensors if name not in known and not name.startswith(starts)]
     if left:
         rule = f"must hold only tensors of the model; these {len(left)} have no place in it and would be lost"
         problems.append(Problem(str(files.folder), left[:_SHOWN], rule, fix))

@@ -37,7 +37,7 @@ def attention_gemms(job: PlannedJob) -> list[Gemm]:
     h, heads, mla = model.hidden_size, model.attention.num_heads, model.mla
     out = Gemm(t, heads * arch.value_dim(model) / tp, h)
     if mla.kv_lora_rank is None:
-        return [Gemm(t, h, (heads + 2 * arch.num_query_groups(model)) * arch.head_dim(model) / tp), out]
+        return [Gemm(t, h, arch.qkv_rows(model) / tp), out]
     split = tp if job.layout.sequence else 1
     query = heads * arch.query_dim(model) / tp
     down = Gemm(t / split, h, mla.kv_lora_rank + mla.qk_rope_head_dim)
@@ -45,6 +45,12 @@ def attention_gemms(job: PlannedJob) -> list[Gemm]:
     if mla.q_lora_rank is None:
         return [Gemm(t, h, query), down, up, out]
     return [Gemm(t / split, h, mla.q_lora_rank), Gemm(t, mla.q_lora_rank, query), down, up, out]
+
+
+def delta_net_gemms(job: PlannedJob) -> list[Gemm]:
+    """Projections of one layer's gated delta net on a rank."""
+    widths, tp, t, h = arch.delta_widths(job.model), job.layout.tensor, job.micro_tokens, job.model.hidden_size
+    return [Gemm(t, h, widths.projected / tp), Gemm(t, widths.value / tp, h)]
 
 
 def mlp_gemms(job: PlannedJob, width: float, rows: float, parts: int, count: float = 1.0) -> list[Gemm]:

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel import architecture as arch
+from parallel.architecture import LayerKind
 from parallel.flops import mean_context
 from parallel.memory import layer_cache
-from parallel.memory.activations import element_bytes
+from parallel.memory.activations import DELTA_CHUNK_TOKENS, element_bytes
 from parallel.memory.job import PlannedJob
 from tools.planner.dispatch import remote_copies
-from tools.planner.gemms import Gemm, attention_gemms, mlp_gemms, routed_rows
+from tools.planner.gemms import Gemm, attention_gemms, delta_net_gemms, mlp_gemms, routed_rows
 
 KINDS = (
     "gemm",  # dense products
@@ -119,6 +120,22 @@ def _attention(tally: _Tally, window: int | None, again: float) -> None:
     tally.add("scores", SCORE_BYTES * (1 + redo / 3) * elements / tally.byte_s)
 
 
+def _delta_net(tally: _Tally, again: float) -> None:
+    """Convolution, states and gated norm of one layer's gated delta net, by the chunked algorithm of arXiv 2412.06464.
+
+    A token meets the state of each value head in three products, and the c tokens of its chunk in three products of the width
+    of keys and two of the width of values. The elementwise work moves each of its tensors about as often as a norm does its own.
+    """
+    job, net, widths = tally.job, tally.job.model.delta_net, arch.delta_widths(tally.job.model)
+    states = 6.0 * net.key_head_dim * net.value_head_dim
+    chunk = DELTA_CHUNK_TOKENS * (6.0 * net.key_head_dim + 4.0 * net.value_head_dim)
+    flops = job.micro_tokens * net.num_value_heads / job.layout.tensor * (states + chunk)
+    tally.add("attention", flops * (1 + again + FLASH_BACKWARD) / tally.attention_flop_s)
+    moved = 6 * widths.mixed + 8 * widths.value
+    stored = net.num_value_heads * net.key_head_dim * net.value_head_dim / DELTA_CHUNK_TOKENS
+    tally.memory(element_bytes(job) * job.micro_tokens * (moved + 2 * stored) / job.layout.tensor * (3 + again))
+
+
 def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
     """Tensor and context parallel traffic of one layer."""
     job, layout, machine, model = tally.job, tally.job.layout, tally.job.machine, tally.job.model
@@ -169,29 +186,33 @@ def _experts(tally: _Tally, again: float) -> None:
         tally.add("tensor", rounds / (1e9 * job.machine.bandwidth_gb_s(layout.expert_tensor)))
 
 
-def layer_work(job: PlannedJob, is_moe: bool, window: int | None, recomputed: bool) -> Vector:
+def layer_work(job: PlannedJob, kind: LayerKind, window: int | None, recomputed: bool) -> Vector:
     """One micro-batch through one layer on a rank, forward and backward. `recomputed`: the whole layer once more."""
     model, layout, dropped = job.model, job.layout, job.recompute.dropped
     tally, again = _Tally(job), float(recomputed)
     size, t, h = element_bytes(job), job.micro_tokens, model.hidden_size
     redo_up = 0.5 if "mla_up_proj" in dropped else 0.0
-    tally.gemms("gemm", attention_gemms(job), 3 + again + redo_up)
-    _attention(tally, window, again)
-    _between_ranks(tally, is_moe, again)
+    if kind.delta:
+        tally.gemms("gemm", delta_net_gemms(job), 3 + again)
+        _delta_net(tally, again)
+    else:
+        tally.gemms("gemm", attention_gemms(job), 3 + again + redo_up)
+        _attention(tally, window, again)
+    _between_ranks(tally, kind.moe, again)
     split = layout.tensor if layout.sequence else 1
     # Two norms with their residual sums, forward (5 moves of h each) and backward (twice that); once more if made again.
     norms = 10 * h / split * (3 + again + 0.5 * ("layernorm" in dropped))
     rotation = 8 * (model.attention.num_heads + arch.num_query_groups(model)) * arch.query_dim(model) / layout.tensor
-    tally.memory(size * t * (norms + rotation))
+    tally.memory(size * t * (norms + (0.0 if kind.delta else rotation)))
     gate = 2 if arch.is_gated(model) else 1
-    width = (model.moe.shared_ffn_hidden_size or 0) if is_moe else arch.ffn(model)
+    width = (model.moe.shared_ffn_hidden_size or 0) if kind.moe else arch.ffn(model)
     if width:
-        redo = again or float(bool({"moe", "shared_experts"} & dropped) if is_moe else "mlp" in dropped)
+        redo = again or float(bool({"moe", "shared_experts"} & dropped) if kind.moe else "mlp" in dropped)
         tally.gemms("gemm", mlp_gemms(job, width, t, layout.tensor), 3 + redo)
         tally.memory(size * t * (3 * gate + 2 + (gate + 1) * redo) * width / layout.tensor)
-    if is_moe:
+    if kind.moe:
         _experts(tally, again)
-    tally.add("kernels", (KERNELS_MOE if is_moe else KERNELS_DENSE) * (1 + again / 3))
+    tally.add("kernels", (KERNELS_MOE if kind.moe else KERNELS_DENSE) * (1 + again / 3))
     return tally.vector
 
 
@@ -207,13 +228,13 @@ def head_work(job: PlannedJob) -> Vector:
 
 def stage_micro_work(job: PlannedJob) -> NDArray[np.float64]:
     """One micro-batch through all chunks of each stage, [stage, kind]."""
-    cache: dict[tuple[bool, int | None, bool], Vector] = {}
-    alike: list[Counter[tuple[bool, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
+    cache: dict[tuple[LayerKind, int | None, bool], Vector] = {}
+    alike: list[Counter[tuple[LayerKind, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
     stages = np.zeros((job.layout.pipeline, len(KINDS)))
     recompute, windows = job.recompute, layer_cache.windows(job.model)
 
-    def layer(is_moe: bool, window: int | None, recomputed: bool) -> Vector:
-        key = (is_moe, window, recomputed)
+    def layer(kind: LayerKind, window: int | None, recomputed: bool) -> Vector:
+        key = (kind, window, recomputed)
         if key not in cache:
             cache[key] = layer_work(job, *key)
         return cache[key]
@@ -221,17 +242,17 @@ def stage_micro_work(job: PlannedJob) -> NDArray[np.float64]:
     for chunk in job.chunks:
         for position, index in enumerate(chunk.layers):
             again = recompute.mode == "full" and (recompute.method == "uniform" or position < recompute.num_layers)
-            alike[chunk.stage][job.moe_layers[index], windows[index], again] += 1
+            alike[chunk.stage][job.layer_kinds[index], windows[index], again] += 1
         if chunk.head:
             stages[chunk.stage] += head_work(job)
         if chunk.mtp:
-            depth = layer(job.moe_layers[-1], None, recompute.mode == "full") + head_work(job)
+            depth = layer(arch.mtp_kind(job.model), None, recompute.mode == "full") + head_work(job)
             joint = _Tally(job)
             joint.gemms("gemm", [Gemm(job.micro_tokens, 2 * job.model.hidden_size, job.model.hidden_size / job.layout.tensor)], 3)
             stages[chunk.stage] += chunk.mtp * (depth + joint.vector)
     for stage, layers in enumerate(alike):
-        for kind, number in layers.items():
-            stages[stage] += number * layer(*kind)
+        for like, number in layers.items():
+            stages[stage] += number * layer(*like)
     if job.layout.pipeline > 1:
         size = job.micro_tokens * job.model.hidden_size * element_bytes(job)
         size /= job.layout.tensor if job.layout.sequence else 1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from configs.model_schema import Model
 from configs.optimizer_schema import Optimizer
+from parallel import architecture as arch
 from parallel.memory.job import PlannedJob
 from parallel.memory.weights import RankParameters, stage_held
 from parallel.muon import newton_schulz_flops, split_rows, updates_with_muon
@@ -49,8 +50,8 @@ def _add_muon(job: PlannedJob, stage: int, held: RankParameters, vector: Vector)
     kept = matrices.dense / job.shard(layout.data * layout.context) + matrices.routed / job.shard(layout.expert_data)
     vector[INDEX["optimizer"]] -= kept * 2 * job.states.moment / (gpu.memory_gb_s * 1e9)
     ranks = layout.tensor * layout.context * layout.data
-    kinds = [job.moe_layers[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers]
-    kinds += [job.moe_layers[-1]] * sum(chunk.mtp for chunk in job.stage_chunks[stage])
+    kinds = [job.layer_kinds[layer] for chunk in job.stage_chunks[stage] for layer in chunk.layers]
+    kinds += [arch.mtp_kind(job.model)] * sum(chunk.mtp for chunk in job.stage_chunks[stage])
     flops = sum(kinds.count(kind) * layer_muon_flops(job.model, kind, job.optimizer) for kind in set(kinds))
     vector[INDEX["gemm"]] += flops / ranks / (gpu.bf16_tflops * 1e12 * gpu.gemm_bf16)
     if ranks > 1:
@@ -58,10 +59,10 @@ def _add_muon(job: PlannedJob, stage: int, held: RankParameters, vector: Vector)
         vector[INDEX["data"]] += sent / (1e9 * group_bandwidth_gb_s(job, ranks, 1))
 
 
-def layer_muon_flops(model: Model, is_moe: bool, optimizer: Optimizer) -> float:
+def layer_muon_flops(model: Model, kind: arch.LayerKind, optimizer: Optimizer) -> float:
     """FLOPs of Newton-Schulz on the matrices of one layer, all its experts included."""
     total = 0.0
-    for name, shape in layer_shapes(model, is_moe):
+    for name, shape in layer_shapes(model, kind):
         if updates_with_muon(f".{name}", shape, optimizer):
             experts = shape[0] if len(shape) == 3 else 1
             for runs in split_rows(name, shape[-2], model, optimizer.muon):

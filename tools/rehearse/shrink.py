@@ -15,7 +15,7 @@ from math import lcm
 
 from configs.model_schema import Model
 from configs.schema import BatchRamp, Config, Precision
-from parallel.architecture import is_mla, num_query_groups
+from parallel.architecture import has_delta_net, is_mla, num_query_groups
 from parallel.layout import make_layout, world_size
 
 MAX_RANKS = 16
@@ -156,11 +156,13 @@ def shrink_model(model: Model, common: CommonDivisors) -> Model:
     small.max_position_tokens = None
     small.init_std, small.hidden_dropout = 0.1, 0.0
     _shrink_attention(small, model, tensor)
+    _shrink_delta_net(small, model, tensor)
     _shrink_experts(small, model, common)
     small.num_layers = max(common.chunks, 2, small.moe.first_dense_layers + 1)
     small.moe.layer_pattern = _first_of(model.moe.layer_pattern, small.num_layers)
     small.attention.window_pattern = _first_of(model.attention.window_pattern, small.num_layers)
     small.position.layer_pattern = _first_of(model.position.layer_pattern, small.num_layers)
+    small.delta_net.pattern = _first_of(model.delta_net.pattern, small.num_layers)
     small.mtp.num_layers = min(model.mtp.num_layers, 2)
     return small
 
@@ -169,7 +171,7 @@ def _first_of(pattern: list[int] | None, layers: int) -> list[int] | None:
     """The first layers of the pattern. Both kinds of layers stay where there were both."""
     if pattern is None:
         return None
-    kinds = pattern[:layers]
+    kinds = [pattern[layer % len(pattern)] for layer in range(layers)]
     missing = set(pattern) - set(kinds)
     return [*kinds[: layers - len(missing)], *missing]
 
@@ -190,6 +192,20 @@ def _shrink_attention(small: Model, model: Model, tensor: int) -> None:
         mla = small.mla
         mla.kv_lora_rank, mla.q_lora_rank = 16, (20 if mla.q_lora_rank else None)
         mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim = 12, 8, 10
+
+
+def _shrink_delta_net(small: Model, model: Model, tensor: int) -> None:
+    """As many value heads for each key head as before, up to three."""
+    net = small.delta_net
+    if not has_delta_net(model):
+        return
+    # A value head's output is normed, and is almost 0 while its state is small. With an epsilon of 1e-6 rounding grew: the norm
+    # of the gradient of one process differed by 3e-5 between engines.
+    small.norm_eps = 1e-3
+    ratio = min(model.delta_net.num_value_heads // model.delta_net.num_key_heads, 3)
+    net.num_key_heads = 2 * tensor
+    net.num_value_heads = ratio * net.num_key_heads
+    net.key_head_dim, net.value_head_dim = 14, 11
 
 
 def _shrink_experts(small: Model, model: Model, common: CommonDivisors) -> None:

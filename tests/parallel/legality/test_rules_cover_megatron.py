@@ -29,6 +29,11 @@ BASES = {
         "model.moe.router.group_top_k": 2, "model.moe.shared_ffn_hidden_size": 64, "model.moe.first_dense_layers": 1,
         "model.mtp.num_layers": 1,
     },
+    "hybrid": {
+        "model.delta_net.pattern": [1, 0], "model.delta_net.num_key_heads": 4, "model.delta_net.num_value_heads": 8,
+        "model.attention.output_gate": True, "model.norm": "zero_centered_rmsnorm", "model.moe.shared_ffn_hidden_size": 64,
+        "model.moe.shared_gate": True,
+    },
     "biases": {
         "model.mlp_bias": True, "model.attention.qkv_bias": True, "model.attention.output_bias": True,
         "model.moe.router.bias": True, "model.activation": "gpt_oss_glu",

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config
+from parallel.architecture import LayerKind
 from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.muon import split_rows, updates_with_muon
@@ -31,6 +32,7 @@ from pretrain.model.shards import Shard
 from pretrain.model.tensor_slice import TensorSlice
 from tests.pretrain.world import VOCAB, assemble, batches_of, largest_difference, small_config
 from tests.ranks import run_ranks
+from tools.convert.tensors.canonical_shapes import layer_shapes
 
 RATE, STEPS, NAME = 0.02, 3, "decoder.layers.0.mlp.linear_fc2.weight"
 
@@ -231,3 +233,24 @@ def test_the_weights_are_those_of_megatron_cores_own_muon() -> None:
     (adamw,) = run_ranks(1, weights_after, small_config(**changes), False)
     assert largest_difference(got, want)[0] < 2e-6
     assert largest_difference(got, adamw)[0] > 1e-2
+
+
+@pytest.mark.parametrize("split", ["none", "qkv", "head"])
+def test_the_matrices_of_a_hybrid_partition_its_rows(split: str) -> None:
+    net = {"pattern": [1, 0], "num_key_heads": 2, "num_value_heads": 6, "key_head_dim": 10, "value_head_dim": 7}
+    changes = {f"model__delta_net__{key}": value for key, value in net.items()}
+    config = small_config(
+        optimizer__kind="muon", optimizer__muon__split_heads=split, model__attention__output_gate=True, **changes
+    )
+    shapes = dict(layer_shapes(config.model, LayerKind(False, True))) | dict(layer_shapes(config.model, LayerKind(False)))
+    counts = {"self_attention.linear_in.weight": (1, 6, 18), "self_attention.linear_qkv.weight": (1, 4, 12)}
+    for name, expected in counts.items():
+        found = split_rows(name, shapes[name][0], config.model, config.optimizer.muon)
+        rows = sorted(row for runs in found for start, stop in runs for row in range(start, stop))
+        assert rows == list(range(shapes[name][0]))
+        assert len(found) == expected[("none", "qkv", "head").index(split)]
+    for name in counts:
+        assert updates_with_muon(name, shapes[name], config.optimizer)
+    for name in ("conv1d.weight", "out_norm.weight", "A_log"):
+        name = f"self_attention.{name}"
+        assert not updates_with_muon(name, shapes[name], config.optimizer)

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from parallel.architecture import LayerKind
 from pretrain.model.backend import Backend, DetectedMachine, check_backend, choose_backend
 from pretrain.model.specs import LatentAttention, layer_spec
 from tests.pretrain.world import small_config
@@ -16,6 +17,8 @@ from tests.pretrain.world import small_config
 CPU = DetectedMachine(cuda=False, transformer_engine=False, fused_wgrad=False)
 GPU = DetectedMachine(cuda=True, transformer_engine=True, fused_wgrad=True)
 FLEX = {"model__moe__dispatcher": "flex"}
+HYBRID = {"model__delta_net__pattern": [1, 0]}
+BF16 = {"precision__params": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,11 @@ FLEX = {"model__moe__dispatcher": "flex"}
         (DetectedMachine(True, True, True, ("hybridep", "deepep")), {}, Backend(True, True, True, None)),
         (DetectedMachine(True, True, True, ("hybridep", "deepep")), FLEX, Backend(True, True, True, None, "hybridep")),
         (DetectedMachine(True, True, True, ("deepep",)), FLEX, Backend(True, True, True, None, "deepep")),
+        (DetectedMachine(True, True, True, (), True), {}, Backend(True, True, True, None)),
+        (DetectedMachine(True, True, True, (), True), HYBRID | BF16, Backend(True, True, True, None, delta_kernel=True)),
+        (DetectedMachine(True, True, True, (), True), HYBRID, Backend(True, True, True, None)),
+        (GPU, HYBRID | BF16, Backend(True, True, True, None)),
+        (CPU, HYBRID, Backend(False, True, False, None)),
     ],
 )
 def test_choice(machine: DetectedMachine, changes: dict[str, Any], want: Backend) -> None:
@@ -65,5 +73,5 @@ def test_latent_attention_keeps_its_modules_under_transformer_engine(is_latent: 
     monkeypatch.setattr(gpt_layer_specs, "get_gpt_layer_with_transformer_engine_spec", local_spec)
     kind = MLATransformerConfig if is_latent else TransformerConfig
     config = kind(num_layers=1, hidden_size=8, num_attention_heads=2, multi_latent_attention=is_latent)
-    spec: Any = layer_spec(config, False, Backend(True, True, True, None))
+    spec: Any = layer_spec(config, LayerKind(False), Backend(True, True, True, None))
     assert spec.submodules.self_attention.module is (LatentAttention if is_latent else SelfAttention)

@@ -63,6 +63,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__activation": "gelu", "model__mlp_bias": True, "model__attention__qkv_bias": True,
         "model__attention__output_bias": True, "model__attention__qk_norm": False, "model__tie_embeddings": True,
     },
+    "hybrid": {
+        "model__delta_net__pattern": (1, 1, 1, 0), "model__delta_net__num_key_heads": 2,
+        "model__delta_net__num_value_heads": 6, "model__delta_net__key_head_dim": 10, "model__delta_net__value_head_dim": 7,
+        "model__attention__output_gate": True, "model__norm": "zero_centered_rmsnorm",
+        "model__position__rotary_fraction": 0.5, "model__moe__shared_ffn_hidden_size": 40, "model__moe__shared_gate": True,
+    },
     "documents": {"data__document_mask": True, "recompute__mode": "full"},
 }  # fmt: skip
 
@@ -111,7 +117,7 @@ def test_layout_changes_nothing(world: int, layout: dict[str, Any]) -> None:
 
 
 # The other kinds are rehearsed on these axes (tests/rehearse), and here on every layout by `make prove`.
-@pytest.mark.parametrize("name", ["qwen2_moe_tied", "gpt3", "documents"])
+@pytest.mark.parametrize("name", ["qwen2_moe_tied", "gpt3", "documents", "hybrid"])
 def test_every_kind_of_model_on_composed_axes(name: str) -> None:
     model = MODELS[name]
     experts = model.get("model__moe__num_experts", 8)
@@ -127,6 +133,8 @@ def test_every_kind_of_model_on_every_layout(world: int, layout: dict[str, Any],
     model = MODELS[name]
     if not model.get("model__moe__num_experts", 8):
         layout = {axis: size for axis, size in layout.items() if axis not in (EP, ETP)}
+    if model.get("model__delta_net__pattern") and layout.get(CP, 1) > 1:
+        pytest.skip("context parallelism with gated delta nets is refused")
     if model.get("model__mlp_bias") and layout.get(ETP, 1) > 1:
         pytest.skip("biases in experts split over tensor ranks are refused")
     check(world, layout, model)

@@ -75,6 +75,28 @@ def test_round_trip_and_logits(name: str, tmp_path: Path) -> None:
         assert torch.equal(again(ids).logits, original(ids).logits)
 
 
+def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
+    """Qwen3.5's published folders: other names, a vision tower, and a prediction depth that no library here computes."""
+    make("qwen3_5_moe", tmp_path / "hf")
+
+    def as_published(held: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in held if name.startswith("model.")]:
+            held["model.language_model." + name.removeprefix("model.")] = held.pop(name)
+        held["model.visual.pos_embed.weight"], held["mtp.fc.weight"] = torch.ones(4, 3), torch.ones(2, 2)
+
+    folder = change(tmp_path / "hf", tmp_path / "published", as_published)
+    text = read_config(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe", "text_config": text, "vision_config": {}}))
+    notes = other_notes(run_import(folder, tmp_path / "checkpoint"))
+    assert sorted(note.split(",")[0] for note in notes) == [
+        "left out: the layer of multi-token prediction",
+        "left out: the vision tower",
+    ]
+    assert any("mtp.fc.weight" in note for note in notes)
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+
+
 def test_a_slice_of_layers_is_verified_too(tmp_path: Path) -> None:
     make("qwen3_moe", tmp_path / "hf")
     run_import(tmp_path / "hf", tmp_path / "checkpoint")

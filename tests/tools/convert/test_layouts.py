@@ -78,6 +78,7 @@ RARE = (
     "ernie4_5_moe",
     "smollm3",
     "exaone_moe",
+    "qwen3_5",
 )
 
 

@@ -203,6 +203,9 @@ NEW = [
     "ernie4_5_moe",
     "smollm3",
     "exaone_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
 ]
 
 

@@ -146,6 +146,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+HYBRID = GQA | rope(7e4, partial_rotary_factor=0.5) | {
+    "num_hidden_layers": 5, "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention",
+                                            "full_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 10, "linear_value_head_dim": 7,
+    # Where a value head's output is almost 0, its norm makes 1e-4 of half a unit in the last place of the weights, within
+    # transformers too, unless epsilon is above it.
+    "linear_conv_kernel_dim": 3, "rms_norm_eps": 2e-2,
+}  # fmt: skip
+_GATED_MOE = {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 44, "num_experts": 6, "num_experts_per_tok": 3}
+MODELS |= {
+    "qwen3_next": ("qwen3_next", HYBRID | _GATED_MOE | {"intermediate_size": 72, "mlp_only_layers": [1]}),
+    "qwen3_5": ("qwen3_5_text", HYBRID | {"intermediate_size": 72, "tie_word_embeddings": True}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", HYBRID | _GATED_MOE),
+}
+
 
 def make(name: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     """Save the model `name` into `folder` (as save_pretrained does) and return it."""
@@ -165,7 +180,8 @@ def randomize(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.3 if parameter.dim() > 1 else noise * 0.2 + (1.0 if "norm" in name else 0.0))
+            # A norm's weight starts at what multiplies by 1: at 1, or at 0 where it is zero-centred.
+            parameter.copy_(noise * 0.3 if parameter.dim() > 1 else noise * 0.2 + (parameter if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if "e_score" in name:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)

@@ -28,7 +28,9 @@ from tools.convert.families.phi3 import PHI3
 from tools.convert.families.qwen2 import QWEN2
 from tools.convert.families.qwen2_moe import QWEN2_MOE
 from tools.convert.families.qwen3 import QWEN3
+from tools.convert.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from tools.convert.families.qwen3_moe import QWEN3_MOE
+from tools.convert.families.qwen3_next import QWEN3_NEXT
 from tools.convert.families.smollm3 import SMOLLM3
 from tools.convert.hf_config.family import Family
 from tools.convert.hf_config.model_differences import model_differences
@@ -37,6 +39,7 @@ FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
     BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE,
     HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
+    QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5,
 )  # fmt: skip
 
 UNSUPPORTED = {

@@ -204,8 +204,9 @@ class FixedValue:
 class TensorRule:
     """A canonical tensor, and the tensors of the files that hold its numbers. `{L}` is the layer, `{E}` the expert in names.
 
-    `canonical_name`: the name inside the scope (model, layer, dense, moe, expert, mtp). `forms`: the ways in which files hold
-    the tensor; an export writes the first one. `when`: whether a model has the tensor at all.
+    `scope`: the part of the model: model, layer, attention, delta, dense, moe, expert or mtp. `canonical_name`: the name inside
+    the scope. `forms`: the ways in which files hold the tensor; an export writes the first one. `when`: whether a model has the
+    tensor at all.
     """
 
     scope: str
@@ -239,6 +240,10 @@ class Family:
     """Tensors of the files that repeat another one: name -> name of the original. An import compares the two and keeps one."""
     planning_only: str | None = None
     ignored: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    """(start of names, what they are) of tensors that files may hold and an import leaves out with a note."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(start of names, start in its place) of tensors that a multimodal model's files hold under other names."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_model(self, hf_config: Mapping[str, Any]) -> tuple[Model, list[Problem]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from configs.model_schema import Model
+from configs.model_schema import DeltaNet, Model
 from parallel import architecture as arch
 from pretrain.checkpoint.allowed_changes import architecture
 
@@ -31,6 +31,10 @@ def resolved_model(model: Model) -> dict[str, Any]:
         model.position.layer_pattern = None
     if not model.attention.qk_norm:
         model.attention.qk_norm_span, model.attention.qk_norm_after_rotation = "head", False
+    if arch.has_delta_net(model):
+        model.delta_net.pattern = [int(flag) for flag in arch.delta_layers(model)]
+    else:
+        model.delta_net = DeltaNet()
     if model.position.kind != "learned":
         model.max_position_tokens = None
     if model.attention.window_size_tokens is not None:

@@ -41,7 +41,11 @@ class KeyValueHeads:
 
 
 def decoder(
-    eps: float, kv_heads: KeyValueHeads | None = None, tied: bool = False, ffn: str | None = "ffn_hidden_size"
+    eps: float,
+    kv_heads: KeyValueHeads | None = None,
+    tied: bool = False,
+    ffn: str | None = "ffn_hidden_size",
+    norm: str = "rmsnorm",
 ) -> tuple[Setting, ...]:
     """The keys that every decoder has.
 
@@ -56,7 +60,7 @@ def decoder(
         ConfigKey("tie_word_embeddings", "tie_embeddings", tied, bool),
         ConfigKey("max_position_embeddings", "max_position_tokens", None),
         ConfigKey("attention_dropout", "attention.dropout", 0.0, float),
-        FixedValue("norm", "rmsnorm"),
+        FixedValue("norm", norm),
         FixedValue("hidden_dropout", 0.0),
     ]
     settings += [kv_heads] if kv_heads else []
@@ -260,7 +264,7 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
         "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
         "attention.qk_norm_span": "head", "attention.qk_norm_after_rotation": False, "position.layer_pattern": None,
-        "mtp.num_layers": 0, "activation": "swiglu", **changed,
+        "mtp.num_layers": 0, "activation": "swiglu", "attention.output_gate": False, "delta_net.pattern": None, **changed,
     }  # fmt: skip
     return tuple(FixedValue(name, value) for name, value in values.items() if name not in decided)
 

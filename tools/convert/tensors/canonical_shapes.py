@@ -25,27 +25,30 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
     if model.position.kind == "learned":
         assert model.max_position_tokens, "learned positions state how many there are"
         shapes["embedding.position_embeddings.weight"] = (model.max_position_tokens, h)
-    for layer, is_moe in enumerate(arch.moe_layers(model)):
-        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in layer_shapes(model, is_moe)}
+    for layer, kind in enumerate(arch.layer_kinds(model)):
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in layer_shapes(model, kind)}
     shapes |= dict(_norm(model, "decoder.final_layernorm", h))
     for depth in range(model.mtp.num_layers):
         head = f"mtp.layers.{depth}."
         for norm in ("enorm", "hnorm", "final_layernorm"):
             shapes |= dict(_norm(model, head + norm, h))
         shapes[f"{head}eh_proj.weight"] = (h, 2 * h)
-        inner = layer_shapes(model, arch.mtp_is_moe(model))
+        inner = layer_shapes(model, arch.mtp_kind(model))
         shapes |= {f"{head}transformer_layer.{name}": shape for name, shape in inner}
     if not model.tie_embeddings:
         shapes["output_layer.weight"] = table
     return shapes
 
 
-def layer_shapes(model: Model, is_moe: bool) -> Iterator[tuple[str, Shape]]:
+def layer_shapes(model: Model, kind: arch.LayerKind) -> Iterator[tuple[str, Shape]]:
     """(name without its prefix, shape) of each tensor of one transformer layer."""
     yield from _norm(model, "input_layernorm", model.hidden_size)
-    yield from _latent(model) if arch.is_mla(model) else _attention(model)
+    if kind.delta:
+        yield from _delta_net(model)
+    else:
+        yield from _latent(model) if arch.is_mla(model) else _attention(model)
     yield from _norm(model, "pre_mlp_layernorm", model.hidden_size)
-    yield from _moe(model) if is_moe else _mlp(model, "mlp", arch.ffn(model), model.mlp_bias)
+    yield from _moe(model) if kind.moe else _mlp(model, "mlp", arch.ffn(model), model.mlp_bias)
 
 
 def _norm(model: Model, name: str, width: int) -> Iterator[tuple[str, Shape]]:
@@ -56,7 +59,7 @@ def _norm(model: Model, name: str, width: int) -> Iterator[tuple[str, Shape]]:
 
 def _attention(model: Model) -> Iterator[tuple[str, Shape]]:
     h, d, attention = model.hidden_size, arch.head_dim(model), model.attention
-    rows = (attention.num_heads + 2 * arch.num_query_groups(model)) * d
+    rows = arch.qkv_rows(model)
     yield "self_attention.linear_qkv.weight", (rows, h)
     if attention.qkv_bias:
         yield "self_attention.linear_qkv.bias", (rows,)
@@ -69,6 +72,16 @@ def _attention(model: Model) -> Iterator[tuple[str, Shape]]:
     yield "self_attention.linear_proj.weight", (h, attention.num_heads * d)
     if attention.output_bias:
         yield "self_attention.linear_proj.bias", (h,)
+
+
+def _delta_net(model: Model) -> Iterator[tuple[str, Shape]]:
+    h, widths, heads = model.hidden_size, arch.delta_widths(model), model.delta_net.num_value_heads
+    yield "self_attention.linear_in.weight", (widths.projected, h)
+    yield "self_attention.conv1d.weight", (widths.mixed, 1, model.delta_net.conv_size_tokens)
+    yield "self_attention.A_log", (heads,)
+    yield "self_attention.dt_bias", (heads,)
+    yield "self_attention.out_norm.weight", (model.delta_net.value_head_dim,)
+    yield "self_attention.linear_proj.weight", (h, widths.value)
 
 
 def _latent(model: Model) -> Iterator[tuple[str, Shape]]:

@@ -78,12 +78,21 @@ def gate_up(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names:
 
 
 def query_key_value(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
-    """For each query group its queries, its key and its value, from one tensor each."""
+    """For each query group its queries, its key and its value, from one tensor each.
+
+    With an output gate the gates of a group follow its queries. The files have each head's query and gate one after the other.
+    """
     groups, width = arch.num_query_groups(model), arch.head_dim(model)
-    queries = model.attention.num_heads // groups * width
+    heads, parts = model.attention.num_heads // groups, 2 if model.attention.output_gate else 1
+    queries = heads * parts * width
     for group in range(groups):
         first = group * (queries + 2 * width)
-        yield RowMapping(name, lead, first, queries, hf_names[0], hf_row=group * queries)
+        for part in range(parts) if parts > 1 else ():
+            for head in range(heads):
+                at = ((group * heads + head) * parts + part) * width
+                yield RowMapping(name, lead, first + (part * heads + head) * width, width, hf_names[0], hf_row=at)
+        if parts == 1:
+            yield RowMapping(name, lead, first, queries, hf_names[0], hf_row=group * queries)
         yield RowMapping(name, lead, first + queries, width, hf_names[1], hf_row=group * width)
         yield RowMapping(name, lead, first + queries + width, width, hf_names[2], hf_row=group * width)
 
@@ -97,6 +106,48 @@ def query_key_value_together(
     starts = {part: first * width for part, first in zip("qkv", (0, heads, heads + groups))}
     for mapping in query_key_value(model, name, lead, rows, list(starts)):
         yield replace(mapping, hf_name=hf_names[0], hf_row=starts[mapping.hf_name] + mapping.hf_row)
+
+
+def _by_key_head(
+    model: Model, name: str, lead: tuple[int, ...], sources: Sequence[tuple[str, Sequence[int]]]
+) -> Iterator[RowMapping]:
+    """For each key head its rows of each source, in order.
+
+    A source is (name in the files, rows of a head in each part). The file holds a part of all heads, then the next part.
+    """
+    heads, row = model.delta_net.num_key_heads, 0
+    for head in range(heads):
+        for hf_name, parts in sources:
+            start = 0
+            for part in parts:
+                yield RowMapping(name, lead, row, part, hf_name, hf_row=start + head * part)
+                row, start = row + part, start + heads * part
+
+
+def _delta_parts(model: Model) -> tuple[int, int, int]:
+    """Rows of one key head: of its query or key, of the values of its value heads, of one number for each of them."""
+    net = model.delta_net
+    ratio = net.num_value_heads // net.num_key_heads
+    return net.key_head_dim, ratio * net.value_head_dim, ratio
+
+
+def delta_columns(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The convolution of a gated delta net: [query; key; values] of each key head, from [queries; keys; values]."""
+    key, value, _ = _delta_parts(model)
+    return _by_key_head(model, name, lead, [(hf_names[0], (key, key, value))])
+
+
+def delta_grouped(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The input projection of a gated delta net from two tensors that have the rows of each key head together (Qwen3-Next)."""
+    key, value, ratio = _delta_parts(model)
+    return _by_key_head(model, name, lead, [(hf_names[0], (2 * key + 2 * value,)), (hf_names[1], (2 * ratio,))])
+
+
+def delta_separate(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:
+    """The input projection of a gated delta net from [queries; keys; values], gates, betas and steps (Qwen3.5)."""
+    key, value, ratio = _delta_parts(model)
+    parts = ((key, key, value), (value,), (ratio,), (ratio,))
+    return _by_key_head(model, name, lead, list(zip(hf_names, parts, strict=True)))
 
 
 def interleaved(model: Model, name: str, lead: tuple[int, ...], rows: int, hf_names: Sequence[str]) -> Iterator[RowMapping]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from configs.model_schema import Model
 from tools.convert.hf_config.family import TensorRule, tensor_rule
-from tools.convert.tensors.row_mappings import FusionRule, gate_up, query_key_value, same, stacked, vocab
+from tools.convert.tensors.row_mappings import FusionRule, delta_columns, gate_up, query_key_value, same, stacked, vocab
 
 EMBEDDING = (
     tensor_rule("model", "embedding.word_embeddings.weight", "model.embed_tokens.weight", join=vocab),
@@ -30,19 +30,36 @@ def attention(query_norm: str = _A + "q_norm.weight", key_norm: str = _A + "k_no
     """Grouped queries from one tensor each of queries, keys and values, with the norms around them."""
     return (
         *NORMS,
-        tensor_rule("layer", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
+        tensor_rule("attention", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
         tensor_rule(
-            "layer", "self_attention.linear_qkv.bias", *_qkv("bias"), join=query_key_value, when=lambda m: m.attention.qkv_bias
+            "attention",
+            "self_attention.linear_qkv.bias",
+            *_qkv("bias"),
+            join=query_key_value,
+            when=lambda m: m.attention.qkv_bias,
         ),
-        tensor_rule("layer", "self_attention.q_layernorm.weight", query_norm, when=lambda m: m.attention.qk_norm),
-        tensor_rule("layer", "self_attention.k_layernorm.weight", key_norm, when=lambda m: m.attention.qk_norm),
-        tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
-        tensor_rule("layer", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
-        tensor_rule("layer", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
+        tensor_rule("attention", "self_attention.q_layernorm.weight", query_norm, when=lambda m: m.attention.qk_norm),
+        tensor_rule("attention", "self_attention.k_layernorm.weight", key_norm, when=lambda m: m.attention.qk_norm),
+        tensor_rule("attention", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+        tensor_rule("attention", "self_attention.linear_proj.bias", _A + "o_proj.bias", when=lambda m: m.attention.output_bias),
+        tensor_rule("attention", "self_attention.core_attention.softmax_offset", _A + "sinks", when=lambda m: m.attention.sinks),
     )
 
 
 ATTENTION = attention()
+_D = _L + "linear_attn."
+
+
+def delta_net(projection: TensorRule) -> tuple[TensorRule, ...]:
+    """The tensors of a gated delta net. `projection`: the rule of its input projection."""
+    return (
+        projection,
+        tensor_rule("delta", "self_attention.conv1d.weight", _D + "conv1d.weight", join=delta_columns),
+        tensor_rule("delta", "self_attention.A_log", _D + "A_log"),
+        tensor_rule("delta", "self_attention.dt_bias", _D + "dt_bias"),
+        tensor_rule("delta", "self_attention.out_norm.weight", _D + "norm.weight"),
+        tensor_rule("delta", "self_attention.linear_proj.weight", _D + "out_proj.weight"),
+    )
 
 
 def _compressed(model: Model) -> bool:
@@ -51,14 +68,14 @@ def _compressed(model: Model) -> bool:
 
 LATENT = (
     *NORMS,
-    tensor_rule("layer", "self_attention.linear_q_proj.weight", _A + "q_proj.weight", when=lambda m: not _compressed(m)),
-    tensor_rule("layer", "self_attention.linear_q_down_proj.weight", _A + "q_a_proj.weight", when=_compressed),
-    tensor_rule("layer", "self_attention.q_layernorm.weight", _A + "q_a_layernorm.weight", when=_compressed),
-    tensor_rule("layer", "self_attention.linear_q_up_proj.weight", _A + "q_b_proj.weight", when=_compressed),
-    tensor_rule("layer", "self_attention.linear_kv_down_proj.weight", _A + "kv_a_proj_with_mqa.weight"),
-    tensor_rule("layer", "self_attention.kv_layernorm.weight", _A + "kv_a_layernorm.weight"),
-    tensor_rule("layer", "self_attention.linear_kv_up_proj.weight", _A + "kv_b_proj.weight"),
-    tensor_rule("layer", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
+    tensor_rule("attention", "self_attention.linear_q_proj.weight", _A + "q_proj.weight", when=lambda m: not _compressed(m)),
+    tensor_rule("attention", "self_attention.linear_q_down_proj.weight", _A + "q_a_proj.weight", when=_compressed),
+    tensor_rule("attention", "self_attention.q_layernorm.weight", _A + "q_a_layernorm.weight", when=_compressed),
+    tensor_rule("attention", "self_attention.linear_q_up_proj.weight", _A + "q_b_proj.weight", when=_compressed),
+    tensor_rule("attention", "self_attention.linear_kv_down_proj.weight", _A + "kv_a_proj_with_mqa.weight"),
+    tensor_rule("attention", "self_attention.kv_layernorm.weight", _A + "kv_a_layernorm.weight"),
+    tensor_rule("attention", "self_attention.linear_kv_up_proj.weight", _A + "kv_b_proj.weight"),
+    tensor_rule("attention", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
 )
 _M = _L + "mlp."
 DENSE_MLP = (

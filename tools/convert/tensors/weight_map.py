@@ -59,20 +59,24 @@ def _named(
     family: Family, model: Model, holds: Callable[[str], bool] | None
 ) -> Iterator[tuple[str, tuple[int, ...], list[str], FusionRule]]:
     """(canonical name, lead, names in the files, fusion rule) of every canonical tensor, or of each expert of it."""
-    kinds = arch.moe_layers(model)
     scopes: list[tuple[str, int, set[str]]] = [("", 0, {"model"})]
-    for layer, is_moe in enumerate(kinds):
-        scopes.append((f"decoder.layers.{layer}.", layer, {"layer", *(("moe", "expert") if is_moe else ("dense",))}))
+    for layer, kind in enumerate(arch.layer_kinds(model)):
+        scopes.append((f"decoder.layers.{layer}.", layer, _scopes(kind)))
     for depth in range(model.mtp.num_layers):
-        layer, inner = model.num_layers + depth, {"moe", "expert"} if arch.mtp_is_moe(model) else {"dense"}
+        layer = model.num_layers + depth
         scopes.append((f"mtp.layers.{depth}.", layer, {"mtp"}))
-        scopes.append((f"mtp.layers.{depth}.transformer_layer.", layer, {"layer", *inner}))
+        scopes.append((f"mtp.layers.{depth}.transformer_layer.", layer, _scopes(arch.mtp_kind(model))))
     for prefix, layer, wanted in scopes:
         for rule in family.tensors:
             if rule.scope not in wanted or not rule.when(model):
                 continue
             for lead in [(e,) for e in range(model.moe.num_experts)] if rule.scope == "expert" else [()]:
                 yield prefix + rule.canonical_name, lead, *_form(rule, layer, lead, holds)
+
+
+def _scopes(kind: arch.LayerKind) -> set[str]:
+    """The scopes of tensor rules that a layer of this kind has."""
+    return {"layer", "delta" if kind.delta else "attention", *(("moe", "expert") if kind.moe else ("dense",))}
 
 
 def _form(

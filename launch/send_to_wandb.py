@@ -20,7 +20,8 @@ from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.schema import Config
 from launch.status import require_run_folder
-from pretrain.metrics.wandb_copy import TOO_LONG, CopyJob
+from pretrain.metrics.copy_process import TOO_LONG
+from pretrain.metrics.wandb_copy import CopyJob
 from pretrain.metrics.wandb_sink import make_copy_job, start_copy, tell
 from pretrain.metrics.wandb_steps import CopyState, copy_lock, read_copy_state
 from pretrain.run.files import last_row, storage_problem

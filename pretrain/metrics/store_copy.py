@@ -1,25 +1,21 @@
 """The process that copies the record to TensorBoard's event files or to MLflow. In: a `StoreJob` as a JSON line on stdin.
 
-It follows the growing metrics.jsonl as the copy to W&B does (pretrain/metrics/wandb_copy.py), and ends by the same orders. A
-store says on opening which steps it has, so each step is there once, however many attempts a run has and whenever one is killed.
+It follows the growing metrics.jsonl in the frame of the copy to W&B (pretrain/metrics/copy_process.py). A store says on opening
+which steps it has, so each step is there once, however many attempts a run has and whenever one is killed.
 
 Torch-free.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from pretrain.metrics.copy_process import POLL_S, Orders, exit_code_of, run_copy
 from pretrain.metrics.mlflow_store import MlflowStore
 from pretrain.metrics.tensorboard_store import TensorboardStore
-from pretrain.metrics.wandb_copy import GAVE_UP, POLL_S, UNUSABLE, Orders, one_line, warn
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 
@@ -47,6 +43,10 @@ class StoreJob:
     @property
     def label(self) -> str:
         return self.LABELS[self.kind]
+
+    @property
+    def remedy(self) -> str:
+        return f"; pip install 'phalanx[{self.kind}]'"
 
 
 class Store(Protocol):
@@ -78,8 +78,8 @@ def default_uri(folder: RunFolder) -> str:
     return f"sqlite:///{folder.mlflow.resolve()}/mlflow.db"
 
 
-def copy(job: StoreJob, orders: Iterator[int | None]) -> None:
-    """Copy rows until an order to end comes, and then the rest."""
+def follow(job: StoreJob, orders: Orders) -> None:
+    """Copy rows until rank 0 sends a line or is gone, and then the rest."""
     store, rows = open_store(job), RecordFollower(RunFolder(Path(job.run_dir)).metrics)
 
     def send() -> None:
@@ -87,44 +87,22 @@ def copy(job: StoreJob, orders: Iterator[int | None]) -> None:
             store.write(row)
         store.flush()
 
-    for exit_code in orders:
-        send()
-        if exit_code is not None:
-            store.close(exit_code)
-            return
-
-
-def _orders(orders: Orders) -> Iterator[int | None]:
-    """None while the run lives, then its exit code."""
+    send()
     while (line := orders.next(POLL_S)) is None:
-        yield None
-    yield json.loads(line)["close"] if line else 1
+        send()
+    send()
+    store.close(exit_code_of(line))
+
+
+def lock_of(job: StoreJob) -> Path:
+    """The lock of the run's copies of this kind; the folder of their files is made."""
+    home = Path(job.run_dir) / job.kind
+    home.mkdir(exist_ok=True)
+    return home / "lock"
 
 
 def main() -> int:
-    # A stop signal reaches the whole process group. This process ends by its pipe, after the last row.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    pipe = open(0, "rb", buffering=0)  # noqa: SIM115  held until the process ends
-    first = pipe.readline()
-    if not first:
-        return 0
-    job = StoreJob(**json.loads(first))
-    orders = Orders(pipe, job.finish_timeout_s)
-    try:
-        home = Path(job.run_dir) / job.kind
-        home.mkdir(exist_ok=True)
-        with open(home / "lock", "w") as lock:
-            # The copy of the attempt before may still send its last rows.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            copy(job, _orders(orders))
-    except ImportError as error:
-        warn(f"there is no copy ({one_line(error)}); pip install 'phalanx[{job.kind}]'", job.label)
-        return UNUSABLE
-    except Exception as error:
-        warn(f"the copy ended ({type(error).__name__}: {one_line(error)})", job.label)
-        return GAVE_UP
-    return 0
+    return run_copy(StoreJob, lock_of, follow)
 
 
 if __name__ == "__main__":

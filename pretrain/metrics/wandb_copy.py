@@ -9,33 +9,25 @@ Torch-free.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import queue
-import select
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlparse
 
 from parallel.compat.wandb_files import SegmentReader
+from pretrain.metrics.copy_process import POLL_S, Orders, exit_code_of, one_line, run_copy, warn
 from pretrain.metrics.goodput import read_goodput
 from pretrain.metrics.wandb_steps import Cursor, copy_lock, mark_synced, steps_offline, to_spans
 from pretrain.run.evaluations import newest_scores
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 
-POLL_S = 0.5
 CURSOR_S = 5.0
-# In seconds. After rank 0's death, its last rows are sent within this time.
-ORPHAN_S = 5.0
 INIT_TIMEOUT_S = 30.0
 FLUSH_S = 2.0
 # In seconds. A server in the same building and one across the world answer within this time.
@@ -44,8 +36,6 @@ CONNECT_S = 3.0
 ASK_S, ASK_TIMES = 10, 4
 DEFAULT_SERVER = "https://api.wandb.ai"
 _PORTS = {"http": 80, "https": 443}
-# Exit codes of a copy that has printed a warning: it took longer than it may; it gave up; W&B can't be imported.
-TOO_LONG, GAVE_UP, UNUSABLE = 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -62,13 +52,21 @@ class CopyJob:
     name: str
     config: dict[str, Any]
     MODULE: ClassVar[str] = "pretrain.metrics.wandb_copy"
-    label: ClassVar[str] = "W&B"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     finish_timeout_s: float = 30.0
     rank_pid: int = 0
     falls_back: bool = True
+
+    @property
+    def label(self) -> str:
+        return "W&B"
+
+    @property
+    def remedy(self) -> str:
+        """Nothing: wandb is installed with Phalanx."""
+        return ""
 
     @property
     def later(self) -> str:
@@ -213,56 +211,13 @@ def _init(wandb: Any, job: CopyJob, mode: str) -> Any:
     return run
 
 
-def warn(text: str, label: str = "W&B") -> None:
-    print(f"phalanx: {label}: {text}; metrics.jsonl has every row", file=sys.stderr, flush=True)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _end_within(seconds: float) -> None:
-    """End this process with exit code TOO_LONG after `seconds`, even if W&B hangs."""
-    timer = threading.Timer(seconds, os._exit, args=(TOO_LONG,))
-    timer.daemon = True
-    timer.start()
-
-
-class Orders:
-    """Reads rank 0's lines in a thread, so that rank 0's death ends this process even while a call of W&B hangs."""
-
-    def __init__(self, pipe: BinaryIO, finish_timeout_s: float) -> None:
-        self._pipe = pipe
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        self._finish_timeout_s = finish_timeout_s
-        threading.Thread(target=self._read, name="orders", daemon=True).start()
-
-    def next(self, timeout_s: float) -> bytes | None:
-        """A line from rank 0, waiting at most `timeout_s`. Empty: rank 0 is gone. None: no line has come."""
-        try:
-            return self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-
-    def _read(self) -> None:
-        # A process that rank 0 forked may keep the pipe open after rank 0's death. A changed parent also shows the death.
-        parent = os.getppid()
-        line = b""
-        while os.getppid() == parent:
-            if select.select([self._pipe], [], [], POLL_S)[0]:
-                line = self._pipe.readline()
-                break
-        _end_within(self._finish_timeout_s if line else ORPHAN_S)
-        self._lines.put(line)
-
-
 def follow(job: CopyJob, orders: Orders) -> None:
     """Copy rows until rank 0 sends a line or is gone."""
     copy = Copy(job)
     copy.send()
     while (line := orders.next(POLL_S)) is None:
         copy.send()
-    exit_code = json.loads(line)["close"] if line else 1
+    exit_code = exit_code_of(line)
     lacking = copy.finish(exit_code)
     if line and not copy.is_online:
         lacking = _send_late(job, lacking, exit_code)
@@ -302,28 +257,7 @@ def _server_answers(environ: Mapping[str, str]) -> bool:
 
 
 def main() -> int:
-    # A stop signal reaches the whole process group. This process ignores it and ends by its pipe, after the last row.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    # The pipe is unbuffered, because select doesn't see bytes that a buffer has read.
-    pipe = open(0, "rb", buffering=0)  # noqa: SIM115  held until the process ends
-    first = pipe.readline()
-    if not first:
-        return 0
-    job = CopyJob(**json.loads(first))
-    orders = Orders(pipe, job.finish_timeout_s)
-    try:
-        with open(copy_lock(RunFolder(Path(job.run_dir))), "w") as lock:
-            # The copy of the previous attempt may still send its last rows. Two copies at a time would send them twice.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            follow(job, orders)
-    except ImportError as error:
-        warn(f"there is no copy ({one_line(error)})")
-        return UNUSABLE
-    except Exception as error:
-        warn(f"the copy ended ({type(error).__name__}: {one_line(error)})")
-        return GAVE_UP
-    return 0
+    return run_copy(CopyJob, lambda job: copy_lock(RunFolder(Path(job.run_dir))), follow)
 
 
 if __name__ == "__main__":

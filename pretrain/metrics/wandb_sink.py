@@ -23,9 +23,10 @@ from urllib.parse import urlparse
 from configs import own_packages
 from configs.fields import walk
 from configs.schema import Config
+from pretrain.metrics.copy_process import GAVE_UP, TOO_LONG, UNUSABLE, warn
 from pretrain.metrics.sinks import NullSink, Sink
 from pretrain.metrics.store_copy import StoreJob
-from pretrain.metrics.wandb_copy import DEFAULT_SERVER, GAVE_UP, TOO_LONG, UNUSABLE, CopyJob, warn
+from pretrain.metrics.wandb_copy import DEFAULT_SERVER, CopyJob
 from pretrain.run.folder import Outcome, RunFolder
 
 # The values of WANDB_MODE, also those of older versions of wandb, and their meaning.
@@ -126,13 +127,7 @@ def tell(process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
 def make_wandb_sink(config: Config, folder: RunFolder, wandb_id: str, environ: Mapping[str, str]) -> Sink:
     """The W&B sink of the config, or a null sink without one. Rank 0 calls it after the record was opened."""
     job = make_copy_job(config, folder, wandb_id, environ)
-    if job is None:
-        return NullSink()
-    try:
-        return CopySink(job, environ)
-    except OSError as error:
-        warn(f"the copying process can't start ({error})")
-        return NullSink()
+    return NullSink() if job is None else _open_sink(job, environ)
 
 
 def make_store_sink(kind: str, config: Config, folder: RunFolder, line: str, environ: Mapping[str, str]) -> Sink:
@@ -150,6 +145,11 @@ def make_store_sink(kind: str, config: Config, folder: RunFolder, line: str, env
         experiment=mlflow.experiment,
         finish_timeout_s=mlflow.finish_timeout_s,
     )
+    return _open_sink(job, environ)
+
+
+def _open_sink(job: CopyJob | StoreJob, environ: Mapping[str, str]) -> Sink:
+    """The sink of a job, or a null sink and a warning where its process can't start."""
     try:
         return CopySink(job, environ)
     except OSError as error:

@@ -45,4 +45,24 @@ def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
         yield Problem(f"{path}_alpha", muon.qk_clip_alpha, rule, "leave it out")
 
 
-RULES = (muon_keeps_state_in_memory, qk_clip_has_an_effect)
+@reads("model.mup", "model.hidden_size", "model.tie_embeddings", "model.attention", "model.mla", "optimizer")
+def width_transfer_has_its_conditions(config: Config) -> Iterator[Problem]:
+    """muP scales an output layer of its own, needs a fixed head width, and leaves Muon's matrices to Muon's spectral scale."""
+    model, base = config.model, config.model.mup.base_hidden_size
+    if base is None:
+        return
+    if model.tie_embeddings:
+        rule = "muP scales the embedding and the output layer differently, so they can't share weights"
+        fix = "set model.tie_embeddings=false, or leave model.mup.base_hidden_size out"
+        yield Problem("model.tie_embeddings", True, rule, fix)
+    if not arch.is_mla(model) and model.attention.head_dim is None and base != model.hidden_size:
+        rule = "under muP heads keep their width and grow in number: the scale of the scores is 1 / sqrt(head_dim) at every width"
+        fix = f"state model.attention.head_dim, such as {arch.head_dim(model)}"
+        yield Problem("model.attention.head_dim", None, rule, fix)
+    muon = config.optimizer
+    if muon.kind == "muon" and muon.muon.scale != "spectral":
+        rule = "Muon's update grows as muP needs it with the scale spectral only; match_rms is that of AdamW's standard updates"
+        yield Problem("optimizer.muon.scale", muon.muon.scale, rule, "set optimizer.muon.scale=spectral")
+
+
+RULES = (muon_keeps_state_in_memory, qk_clip_has_an_effect, width_transfer_has_its_conditions)

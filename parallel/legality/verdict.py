@@ -15,6 +15,7 @@ from configs.fields import check_keys
 from configs.schema import Config
 from parallel.layout import Layout, make_layout
 from parallel.legality import engine as rules_engine
+from parallel.legality import experts as rules_experts
 from parallel.legality import layout as rules_layout
 from parallel.legality import model as rules_model
 from parallel.legality import notices
@@ -26,6 +27,7 @@ from parallel.legality.rules import LegalityRule
 PROBLEM_RULES: tuple[LegalityRule[Problem], ...] = (
     *rules_layout.RULES,
     *rules_model.RULES,
+    *rules_experts.RULES,
     *rules_engine.RULES,
     *rules_optimizer.RULES,
     *rules_run.RULES,

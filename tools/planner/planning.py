@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from configs.schema import Config
 from parallel.flops import count_parameters, training_flops
 from parallel.legality.engine import expert_overlap_problems
-from parallel.legality.model import may_be_flex
+from parallel.legality.experts import may_be_flex
 from parallel.memory.hardware import HOST_NAME
 from parallel.memory.job import PlannedJob
 from parallel.memory.ledger import MemoryLedger, RankMemory, make_ledger

@@ -24,7 +24,7 @@ from parallel import architecture as arch
 from parallel.flops import training_flops
 from parallel.layout import world_size
 from parallel.legality.engine import expert_overlap_problems
-from parallel.legality.model import may_be_flex
+from parallel.legality.experts import may_be_flex
 from parallel.memory.hardware import GIB, PlannedMachine
 from parallel.memory.job import make_job, recomputation_of
 from parallel.memory.ledger import quick_peak_gib

@@ -16,7 +16,8 @@ import numpy as np
 from configs.errors import Problem
 from configs.model_schema import Model
 from configs.schema import Config
-from parallel.legality.model import RULES
+from parallel.legality import experts as rules_experts
+from parallel.legality import model as rules_model
 from tools.convert.tensors.dtypes import FLOATS, Array
 from tools.convert.tensors.weight_map import WeightMap
 
@@ -71,4 +72,5 @@ def check_model(model: Model, fix: str) -> list[Problem]:
     """
     config = Config(model=model)
     config.batch.seq_length_tokens = min(config.batch.seq_length_tokens, model.max_position_tokens or 1 << 30)
-    return [replace(problem, fix=fix) for rule in RULES for problem in rule.check(config)]
+    rules = (*rules_model.RULES, *rules_experts.RULES)
+    return [replace(problem, fix=fix) for rule in rules for problem in rule.check(config)]

@@ -22,7 +22,6 @@ from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batc
 from parallel.flops import count_parameters, training_flops
 from parallel.layout import Layout
 from parallel.stages import make_chunks
-from pretrain.preflight.data import source_plan
 from pretrain.preflight.verdict import Preflight, known_vocab_size, preflight
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
@@ -128,7 +127,6 @@ def main(argv: list[str]) -> int:
         config, found = None, Preflight(error.problems)
     else:
         found = preflight(config, not args.no_data)
-    sources = source_plan(config) if config and not args.no_data and not found.problems else None
     layout, problems, notices, resume = found.layout, found.problems, found.notices, found.resume
     if args.json:
         document = {
@@ -136,13 +134,13 @@ def main(argv: list[str]) -> int:
             "problems": [json_problem(problem) for problem in problems],
             "warnings": [notice.as_dict() for notice in notices],
             "layout": layout_json(config, layout) if config else None,
-            "data": sources,
+            "data": found.sources,
             "resume": resume.as_dict() if resume else None,
             "optimizer": _optimizer(config) if config and not problems else None,
         }
         print(json.dumps(document))
     else:
-        _print(args.config, config, layout, problems, notices, sources)
+        _print(args.config, config, layout, problems, notices, found.sources)
         if resume and not problems:
             print(f"resume   {resume.describe()}")
     if args.draw and config and layout:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,10 +232,10 @@ def source_plan(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def repetition_notices(config: Config) -> tuple[Notice, ...]:
-    """A notice for each source that the run repeats more than data.max_epochs times."""
+def repetition_notices(config: Config, sources: Sequence[dict[str, Any]]) -> tuple[Notice, ...]:
+    """A notice for each source that the run repeats more than data.max_epochs times. `sources`: those of `source_plan`."""
     limit, often = config.data.max_epochs, "is read {:,.1f} times by the end of the run, more than {:g}"
-    repeated = [row for row in source_plan(config) if row["epochs"] > limit]
+    repeated = [row for row in sources if row["epochs"] > limit]
     return tuple(Notice("data.max_epochs", f"{row['source']} {often.format(row['epochs'], limit)}") for row in repeated)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from configs.errors import ConfigError, Notice, Problem
 from configs.fields import check_keys
@@ -20,7 +21,7 @@ from parallel.layout import Layout
 from parallel.legality.verdict import check_config, derive_layout
 from pretrain.data.tokenizer import vocab_size
 from pretrain.model.backend import check_backend, detect_machine
-from pretrain.preflight.data import check_data, repetition_notices
+from pretrain.preflight.data import check_data, repetition_notices, source_plan
 from pretrain.preflight.disk_space import check_disk_space
 from pretrain.preflight.memory import memory_verdict
 from pretrain.preflight.nvme import check_nvme
@@ -34,32 +35,36 @@ READ_BY_DATA = ("data", "batch", "run", "model.vocab")
 
 @dataclass(frozen=True)
 class Preflight:
-    """The answer. `layout`: None when the degrees are illegal. `resume`: None when the run would start at step 0."""
+    """The answer. `layout`: None when the degrees are illegal. `resume`: None when the run would start at step 0.
+
+    `sources`: tokens and epochs of the training data (`source_plan`); None where its files were not looked at, or with problems.
+    """
 
     problems: list[Problem]
     notices: tuple[Notice, ...] = ()
     layout: Layout | None = None
     resume: ResumePoint | None = None
+    sources: list[dict[str, Any]] | None = None
 
 
 def preflight(config: Config, with_data: bool) -> Preflight:
     """Everything that is known before a start. `with_data`: this machine has the data's files and the run folder's disk."""
-    problems, notices = _examine(config, with_data)
+    problems, notices, sources = _examine(config, with_data)
     layout, resume = derive_layout(config), None
     if layout and not problems:
         resume, problems, damaged = find_resume_point(config, layout, known_vocab_size(config))
         notices = (*notices, *damaged)
-    return Preflight(problems, notices, layout, resume)
+    return Preflight(problems, notices, layout, resume, None if problems else sources)
 
 
-def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...]]:
-    """(problems, notices) of the config, its files and its memory."""
+def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Notice, ...], list[dict[str, Any]] | None]:
+    """(problems, notices, sources) of the config, its files and its memory."""
     verdict = check_config(config)
-    problems, repeated = [*verdict.problems, *engine_problems(config)], ()
+    problems, sources = [*verdict.problems, *engine_problems(config)], None
     # The check of the files uses lengths and weights of the config, so those must have the right types first.
     if with_data and not any(problem.path.startswith(READ_BY_DATA) for problem in check_keys(config)):
         problems += check_data(config)
-        repeated = () if problems else repetition_notices(config)
+        sources = None if problems else source_plan(config)
     tokens = known_vocab_size(config)
     if verdict.ok and computes_on_cpu(config, os.environ):
         problems += check_backend(config, detect_machine(cuda=False))
@@ -68,9 +73,9 @@ def _examine(config: Config, with_data: bool) -> tuple[list[Problem], tuple[Noti
         if with_data and tokens is not None:
             problems += check_disk_space(config, tokens, folder_of(config))
     if not verdict.ok:
-        return problems, verdict.notices
+        return problems, verdict.notices, sources
     too_large, tight = memory_verdict(config, tokens)
-    return problems + too_large, (*verdict.notices, *tight, *repeated)
+    return problems + too_large, (*verdict.notices, *tight, *repetition_notices(config, sources or ())), sources
 
 
 def known_vocab_size(config: Config) -> int | None:

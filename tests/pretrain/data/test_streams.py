@@ -290,7 +290,7 @@ def test_the_plan_counts_tokens_and_epochs_of_sources(config: schema.Config, tok
     for row, count, part in zip(plan, counts, stream.parts, strict=True):
         assert abs(row["tokens"] / 64 - count) <= 2
         assert row["epochs"] == pytest.approx(row["tokens"] / 64 / part.samples_per_epoch)
-    notices = repetition_notices(config)
+    notices = repetition_notices(config, plan)
     assert [Path(notice.text.split()[0]).name for notice in notices] == ["of_7", "of_9"]
 
 

@@ -19,13 +19,12 @@ import pytest
 from configs.load import to_yaml
 from configs.schema import BlendPart
 from launch.status import read_status
-from pretrain.main import main
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.beat import COMPUTING, RECORDING, SAVING
 from pretrain.run.folder import RunFolder, complete_checkpoints
 from pretrain.run.heartbeat import Heartbeat
 from tests.pretrain.test_train import PP2_EP2, losses, same_checkpoint
-from tests.pretrain.world import small_config
+from tests.pretrain.world import exit_code, small_config
 from tests.ranks import run_ranks
 
 STEPS = 12
@@ -104,11 +103,7 @@ def one_rank(words: list[str], faults: Faults) -> int:
             if os.environ["RANK"] == "0" and (fault := faults.pop((phase, self.step), None)):
                 fault()
 
-    try:
-        return main(words, StopSignals(beat=Fateful({})))
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
+    return exit_code(words, StopSignals(beat=Fateful({})))
 
 
 def fill(folder: Path) -> None:

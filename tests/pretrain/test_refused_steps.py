@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ import pretrain.training_data
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
 from pretrain.data.batches import MicroBatch
-from pretrain.main import main
-from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.files import iterate_lines, last_row
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
@@ -31,7 +28,7 @@ from tests.pretrain.deepspeed_world import Keys, name_of, zero
 from tests.pretrain.engine.test_deepspeed_state import fill, make, slices
 from tests.pretrain.model.test_parity import EP, PP, TP
 from tests.pretrain.test_train import events, outcome, rows, same_checkpoint
-from tests.pretrain.world import assemble, batches_of, small_config
+from tests.pretrain.world import assemble, batches_of, exit_code, small_config, spoiling
 from tests.ranks import RankFailed, run_ranks
 from tests.wandb_read import offline_rows
 
@@ -143,21 +140,7 @@ def one_rank(words: list[str], bad: tuple[int, ...], die_after: int) -> int:
         return rate(step, *args)
 
     pretrain.loop.learning_rate = dying
-    try:
-        return main(words, StopSignals())
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
-
-
-def spoiling(read: Callable[..., list[MicroBatch]], bad: tuple[int, ...]) -> Callable[..., list[MicroBatch]]:
-    def spoiled(stream: Any, first: int, size: int, *args: Any) -> list[MicroBatch]:
-        found = read(stream, first, size, *args)
-        if any(first <= number < first + size for number in bad):
-            found[0].loss_mask[0, 0] = 3e38
-        return found
-
-    return spoiled
+    return exit_code(words)
 
 
 def passing_over(config: Path, run: Path, step: int, samples: int, *words: str) -> Path:

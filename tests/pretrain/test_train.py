@@ -13,13 +13,12 @@ import pytest
 
 from configs.load import to_yaml
 from configs.schema import BlendPart
-from pretrain.main import main
 from pretrain.metrics.expert_counts import read_expert_counts
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.beat import COMPUTING
 from pretrain.run.files import iterate_lines
 from pretrain.run.heartbeat import Heartbeat
-from tests.pretrain.world import small_config
+from tests.pretrain.world import exit_code, small_config
 from tests.ranks import run_ranks
 
 PP2_EP2 = ("parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4")
@@ -56,11 +55,7 @@ def one_rank(words: list[str], request_at: int) -> int:
                 signals.requested, signals.signal_name = 1, "SIGINT"
 
     signals = StopSignals(beat=AskedAt({}))
-    try:
-        return main(words, signals)
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
+    return exit_code(words, signals)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.data.batches import MicroBatch
+from pretrain.main import main
 from pretrain.metrics.moe_metrics import MoeMetrics
+from pretrain.rank.stop_signals import StopSignals
 
 VOCAB = 300
 NUM_SOURCES = 3
@@ -46,6 +49,27 @@ def small_config(**changes: Any) -> Config:
         assert hasattr(section, key), f"no key {name}"
         setattr(section, key, value)
     return config
+
+
+def exit_code(words: list[str], signals: StopSignals | None = None) -> int:
+    """A rank's whole program on a forked rank: the exit code of pretrain/main.py."""
+    try:
+        return main(words, signals or StopSignals())
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+
+
+def spoiling(read: Callable[..., list[MicroBatch]], bad: tuple[int, ...]) -> Callable[..., list[MicroBatch]]:
+    """`micro_batches` that makes the loss of the samples `bad` no finite number."""
+
+    def spoiled(stream: Any, first: int, size: int, *args: Any) -> list[MicroBatch]:
+        found = read(stream, first, size, *args)
+        if any(first <= number < first + size for number in bad):
+            found[0].loss_mask[0, 0] = 3e38
+        return found
+
+    return spoiled
 
 
 @dataclass

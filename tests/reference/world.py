@@ -20,11 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
-from pretrain.main import main
-from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.files import iterate_lines
 from tests.pretrain.data.conftest import write_pair
-from tests.pretrain.world import small_config
+from tests.pretrain.world import exit_code, small_config
 from tests.ranks import run_ranks
 from tests.reference.data import read_pair
 from tests.reference.model import Reference
@@ -136,11 +134,7 @@ def attempt(config: Path, run_dir: Path, ranks: int, *overrides: str) -> None:
 
 
 def _one_rank(words: list[str]) -> int:
-    try:
-        return main(words, StopSignals())
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
+    return exit_code(words)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from configs.errors import ConfigError
 from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors, with_prediction_depth
-from tests.tools.convert.tiny import MODELS, YARN, make, randomize
+from tests.tools.convert.tiny import MODELS, YARN, logits_by_transformers, make, randomize
 from tools.convert.families import family_named
 from tools.convert.hf_config.preset import read_config
 from tools.convert.verify import verify
@@ -69,12 +69,7 @@ def test_odd_models_come_back_the_same(kind: str, tmp_path: Path) -> None:
     assert verdict["ok"] and verdict["max_abs_diff"] < 1e-4 and not verdict["notes"]
     run_export(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_bits(tmp_path / "hf", tmp_path / "out")
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        one, two = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")(ids).logits
-            for folder in ("hf", "out")
-        )
+    one, two = (logits_by_transformers(tmp_path / folder) for folder in ("hf", "out"))
     assert torch.allclose(one, two, atol=1e-5)
 
 

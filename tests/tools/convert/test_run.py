@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.errors import ConfigError
 from configs.load import to_yaml
 from configs.schema import BlendPart, Config
-from pretrain.main import main
-from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.evaluations import newest_scores, read_evaluations
 from pretrain.run.folder import RunFolder
-from tests.pretrain.world import small_config
+from tests.pretrain.world import exit_code, small_config
 from tests.ranks import run_ranks
 from tests.tools.convert.test_families import assert_same_bits, other_notes, run_export, run_import, tensors
 from tests.tools.convert.tiny import MODELS, make
@@ -35,11 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def one_rank(words: list[str]) -> int:
-    try:
-        return main(words, StopSignals())
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
+    return exit_code(words)
 
 
 def run(config: Config, path: Path, *overrides: str, world: int) -> None:

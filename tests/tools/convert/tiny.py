@@ -174,6 +174,14 @@ def make(name: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def logits_by_transformers(folder: Path) -> torch.Tensor:
+    """transformers' logits [1, 40, vocabulary] of the model in `folder`, on fixed tokens."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415  (3 s)
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(torch.arange(40)[None]).logits
+
+
 def randomize(model: Any, seed: int) -> None:
     """Weights large enough for differences to show; norms and biases that are neither 1 nor 0."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,12 +23,10 @@ from launch.status import read_status
 from pretrain.data.batches import MicroBatch
 from pretrain.data.history import RunHistory
 from pretrain.engine.megatron import MegatronEngine
-from pretrain.main import main
-from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.folder import RunFolder
 from tests.pretrain.data.conftest import write_pair
 from tests.pretrain.test_train import rows
-from tests.pretrain.world import small_config
+from tests.pretrain.world import exit_code, small_config, spoiling
 from tests.ranks import RankFailed, run_ranks
 from tools.cli import run as phalanx
 
@@ -63,21 +61,7 @@ def one_rank(words: list[str], kept: Path, bad: tuple[int, ...], die_after: int)
 
     pretrain.loop.learning_rate, MegatronEngine.step = at, step  # pyright: ignore
     pretrain.training_data.micro_batches = spoiling(pretrain.training_data.micro_batches, bad)
-    try:
-        return main(words, StopSignals())
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
-
-
-def spoiling(read: Any, bad: tuple[int, ...]) -> Any:
-    def spoiled(stream: Any, first: int, size: int, *args: Any) -> list[MicroBatch]:
-        found = read(stream, first, size, *args)
-        if any(first <= number < first + size for number in bad):
-            found[0].loss_mask[0, 0] = 3e38
-        return found
-
-    return spoiled
+    return exit_code(words)
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,17 @@ from configs.errors import ConfigError, Problem
 from configs.load import Loaded, load_config
 from configs.schema import Config
 from launch.cancel import cancel
-from launch.local.restarts import run_with_restarts
-from launch.local.run import LocalRunResult, report
+from launch.local.run import LocalRunResult
 from launch.logs import print_all_logs, print_rank_log
 from launch.plan import LaunchPlan, make_plan, manual_start_text, torchrun_line
 from launch.run_list import list_runs
 from launch.slurm.submit import as_json as submit_json
 from launch.slurm.submit import describe as describe_submitted
 from launch.slurm.submit import environment_notes, script_of, submit
-from launch.start import check_start, finished_at
+from launch.start import check_start, finished_at, start_here
 from launch.status import as_json, read_status, require_run_folder
 from launch.status_text import describe, table
 from launch.status_watch import terminal_columns, watch
-from parallel.batch import steps_of
 from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
 
 WATCH_S = 2.0
@@ -106,9 +104,7 @@ def _start_local(config: Config, source: str, overrides: Sequence[str], options:
         _print_plan(plan, options.json)
         return 0
     out = sys.stderr if options.json else sys.stdout
-    result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(config), config.launch.restart)
-    if text := report(result, plan.folder):
-        print(text, file=sys.stderr)
+    result = start_here(plan, config, out)
     if options.json:
         print(_result_json(result, plan.folder))
     return result.exit_code

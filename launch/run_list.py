@@ -13,7 +13,7 @@ from configs.errors import ConfigError, Problem
 from launch.slurm.lifecycle import OVER
 from launch.status import RunStatus, last_sign_s, read_status
 from pretrain.run.files import storage_problem
-from pretrain.run.folder import RunFolder, is_run_folder
+from pretrain.run.folder import RunFolder, has_begun
 
 
 def list_runs(parent: Path) -> list[RunStatus]:
@@ -39,7 +39,7 @@ def list_runs(parent: Path) -> list[RunStatus]:
 def _status_of(folder: RunFolder, slurm_answers: bool) -> RunStatus | None:
     """The status of a run. None: nothing of a run is there."""
     try:
-        if not folder.path.is_dir() or not (is_run_folder(folder) or folder.claimed_attempts()):
+        if not folder.path.is_dir() or not has_begun(folder):
             return None
         return read_status(folder, ask_slurm=lambda life: slurm_answers and life.phase != OVER)
     except OSError as error:

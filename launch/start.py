@@ -1,4 +1,4 @@
-"""What has to hold before a run is started, by `launch`, `resume`, or as a part of a ladder. In: a config. Out: the verdict.
+"""The start of a run, by `launch`, `resume`, or as part of a ladder. In: a config. Out: the verdict on it, or how the run ended.
 
 Torch-free.
 """
@@ -6,10 +6,14 @@ Torch-free.
 from __future__ import annotations
 
 import os
+import sys
+from typing import TextIO
 
 from configs.errors import ConfigError
 from configs.schema import Config
-from launch.plan import check_local
+from launch.local.restarts import run_with_restarts
+from launch.local.run import LocalRunResult, report
+from launch.plan import LaunchPlan, check_local
 from launch.slurm.submit import check_slurm
 from parallel.batch import steps_of
 from parallel.legality.verdict import check_config
@@ -25,6 +29,17 @@ def finished_at(config: Config) -> int | None:
     if done is None or check_config(config).problems or pending_step(folder, config.checkpoint.resume_step) is not None:
         return None
     return stop_step if done >= (stop_step := steps_of(config)) else None
+
+
+def start_here(plan: LaunchPlan, config: Config, out: TextIO) -> LocalRunResult:
+    """Run a plan of a config on this machine to its end, with the restarts that the config allows. How it broke goes to stderr.
+
+    `out`: the stream that shows the run while it trains. Raises ConfigError like run_local.
+    """
+    result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(config), config.launch.restart)
+    if text := report(result, plan.folder):
+        print(text, file=sys.stderr)
+    return result
 
 
 def check_start(config: Config, with_data: bool, dry_run: bool = False) -> Preflight:

@@ -30,7 +30,7 @@ from pretrain.metrics.wandb_steps import read_copy_state
 from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
-from pretrain.run.folder import RunFolder, is_run_folder, live_holder
+from pretrain.run.folder import RunFolder, has_begun, live_holder
 
 # A run in one of these states may still change.
 LIVE_STATES = ("queued", "starting", "running")
@@ -40,7 +40,7 @@ _ETA_STEPS = 20
 _MOST = 1e18
 _EVENTS = 5
 # Every checkpoint writes events of these kinds. They would push rarer events out of the few that are shown.
-_QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
+QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def require_run_folder(path: str) -> RunFolder:
     """The run folder at `path`. Raises ConfigError if no run has begun there."""
     folder = RunFolder(Path(path))
     try:
-        if is_run_folder(folder) or folder.claimed_attempts():
+        if has_begun(folder):
             return folder
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", path, error)) from error
@@ -183,7 +183,7 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         job=_job_dict(job, life, silence),
         nodes=list(life.nodes),
         interruptions=[found.as_dict() for found in interruptions(recent_events(folder))] if life.jobs else [],
-        events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in _QUIET][-_EVENTS:],
+        events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in QUIET][-_EVENTS:],
         damage=damage,
         goodput=goodput.as_dict() if goodput is not None else None,
         wandb=copied.as_dict() if copied is not None else None,

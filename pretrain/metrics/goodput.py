@@ -29,7 +29,7 @@ _STEP_TIME = re.compile(rb'"step_time_s": ?([0-9]{1,12}(?:\.[0-9]{1,20})?(?:e-[0
 # In bytes. A part of the record ends with a line; a row has some kilobytes.
 _PART_BYTES, _LINE_BYTES = 1 << 22, 1 << 24
 # Events that another process writes after the attempt that they name has ended.
-_AFTERWARDS = frozenset({EventKind.JOB_SUBMITTED, EventKind.JOB_REQUEUED, EventKind.JOB_OVER})
+AFTERWARDS = frozenset({EventKind.JOB_SUBMITTED, EventKind.JOB_REQUEUED, EventKind.JOB_OVER})
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class _Wait:
     until_s: float | None = None
 
 
+def attempt_seconds(goodput: Mapping[str, float]) -> float:
+    """The time of the attempts, without the queue's. `goodput`: as `Goodput.as_dict` gives it."""
+    return sum(value for name, value in goodput.items() if name.endswith("_s") and name != "queue_s")
+
+
 class TimeLedger:
     """Adds up a run's time from its events, given oldest first. Cheap: it keeps a few numbers of each attempt."""
 
@@ -95,7 +100,7 @@ class TimeLedger:
     def add(self, event: Mapping[str, Any]) -> None:
         kind, number, time_s = event["kind"], event["attempt"], event["time"]
         attempt = self._attempts.setdefault(number, _Attempt()) if number else None
-        if attempt is not None and kind not in _AFTERWARDS and not event.get("post_mortem"):
+        if attempt is not None and kind not in AFTERWARDS and not event.get("post_mortem"):
             attempt.last_s = max(attempt.last_s, time_s)
         if kind in (EventKind.JOB_SUBMITTED, EventKind.JOB_REQUEUED):
             self._begin_wait(event, attempt)

@@ -264,6 +264,11 @@ def is_run_folder(folder: RunFolder) -> bool:
     return folder.events.exists() or folder.config.exists()
 
 
+def has_begun(folder: RunFolder) -> bool:
+    """Whether an attempt has begun here, or was claimed: there is a run to look at. Raises OSError."""
+    return is_run_folder(folder) or bool(folder.claimed_attempts())
+
+
 def check_run_folder(folder: RunFolder) -> list[Problem]:
     """Problems that forbid a run in this folder. Allowed are a path that doesn't exist, an empty folder and a run folder."""
     path = folder.path

@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.data.history import PLANNED, TRAINED, RunHistory, Stretch
 from tools.data.traced_data import TracedData
+from tools.text_table import table
 
 
 def read_ledger(history: RunHistory) -> dict[str, Any]:
@@ -74,10 +75,4 @@ def render_ledger(found: dict[str, Any]) -> str:
     ]
     total = found["total"]
     last = ("total", f"{total['trained_tokens']:,}", f"{total['passed_tokens']:,}", "", f"{total['planned_tokens']:,}", "")
-    table = [head, *rows, last]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    lines = []
-    for source, *numbers in table:
-        cells = [source.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([f"after step {found['step']}:", *lines])
+    return f"after step {found['step']}:\n{table(head, [*rows, last])}"

@@ -20,7 +20,7 @@ from tools.planner.calibrate import calibrate
 from tools.planner.duration import Failures, RunEstimate, estimate_run
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Plan, make_plan, model_dict
-from tools.planner.report import table
+from tools.text_table import table
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,16 @@ Torch-free.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from configs.errors import ConfigError, Problem
 from configs.load import Loaded
-from launch.local.restarts import run_with_restarts
-from launch.local.run import report
 from launch.plan import make_plan
 from launch.slurm.lifecycle import read_lifecycle
 from launch.slurm.submit import submit
-from launch.start import check_start, finished_at
-from parallel.batch import steps_of
+from launch.start import check_start, finished_at, start_here
 from pretrain.run.folder import RunFolder
 from tools.ladder.ladder_file import Ladder, Point, merged, named
 from tools.ladder.state import PointState
@@ -107,9 +103,7 @@ def run_points(ladder: Ladder, wanted: Sequence[tuple[Point, Loaded]], out: Text
     for index, (point, run) in enumerate(wanted):
         print(f"{point.name}: run {index + 1} of {len(wanted)}", file=out, flush=True)
         plan = make_plan(run.config, ladder.base, ladder.words_of(point), os.environ)
-        result = run_with_restarts(plan, os.environ, out, sys.stderr, steps_of(run.config), run.config.launch.restart.max_local)
-        if text := report(result, plan.folder):
-            print(text, file=sys.stderr)
+        result = start_here(plan, run.config, out)
         code = code or result.exit_code
         if result.exit_code in _ENDS_ALL:
             return result.exit_code

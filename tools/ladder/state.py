@@ -14,7 +14,7 @@ from configs.errors import ConfigError
 from launch.status import RunStatus, read_status
 from launch.status_text import table
 from pretrain.run.files import storage_problem
-from pretrain.run.folder import RunFolder, is_run_folder
+from pretrain.run.folder import RunFolder, has_begun
 from tools.ladder.ladder_file import Ladder, Point
 
 NOT_STARTED = "not started"
@@ -39,7 +39,7 @@ def read_states(ladder: Ladder) -> list[PointState]:
 
 def _status(folder: RunFolder) -> RunStatus:
     try:
-        if is_run_folder(folder) or folder.claimed_attempts():
+        if has_begun(folder):
             return read_status(folder)
     except OSError as error:
         raise ConfigError(storage_problem("LADDER", folder.path, error)) from error

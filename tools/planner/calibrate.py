@@ -63,6 +63,11 @@ def read_config(folder: Path) -> Config:
     return from_yaml_text(text, str(path))
 
 
+def settled_step_s(rows: list[dict[str, Any]]) -> float:
+    """The median step time without the first steps, in seconds."""
+    return median(float(row["step_time_s"]) for row in rows[WARMUP_STEPS:] or rows)
+
+
 def measured_memory_gib(rows: list[dict[str, Any]]) -> float | None:
     """The fullest stage's peak over the record, None where it isn't there."""
     values = [float(value) for row in rows for name, value in row.items()
@@ -102,12 +107,11 @@ def _calibrate(folder: Path, planned: Config) -> Calibration:
     rows = read_rows(folder / "metrics.jsonl")
     job = make_job(config, vocab_size(config))
     plan = make_plan(job)
-    settled = rows[WARMUP_STEPS:] or rows
     # Without a GPU the record's memory is the whole process's, the interpreter and its libraries in it.
     memory = None if ran == HOST_NAME else measured_memory_gib(rows)
     predicted = max(rank.allocated_gib for rank in plan.ledger.ranks)
     return Calibration(
-        time_scale=median(float(row["step_time_s"]) for row in settled) / plan.timing.step_s,
+        time_scale=settled_step_s(rows) / plan.timing.step_s,
         memory_scale=memory / predicted if memory else 1.0,
         source=str(folder),
     )

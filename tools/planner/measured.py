@@ -8,17 +8,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from launch.status import RunStatus, read_status
 from parallel.memory.hardware import HOST_NAME
 from parallel.memory.job import make_job
 from pretrain.data.tokenizer import vocab_size
+from pretrain.metrics.goodput import attempt_seconds
 from pretrain.run.folder import RunFolder
-from tools.planner.calibrate import WARMUP_STEPS, machine_name, measured_memory_gib, read_config, read_rows
+from tools.planner.calibrate import machine_name, measured_memory_gib, read_config, read_rows, settled_step_s
 from tools.planner.planning import Plan, make_plan
-from tools.planner.report import table
+from tools.text_table import table
 
 _HOUR_S = 3600.0
 
@@ -50,13 +50,13 @@ def measure(run_dir: str) -> Measured:
     job = make_job(config, vocab_size(config))
     plan = make_plan(job)
     status = read_status(folder, time.time(), ask_slurm=lambda life: False, is_whole=True)
-    step_s = median(float(row["step_time_s"]) for row in rows[WARMUP_STEPS:] or rows)
+    step_s = settled_step_s(rows)
     world, price = job.layout.world_size, job.machine.price_per_gpu_hour_usd
     # The record of a CPU run has the memory of the whole process in it.
     memory = None if machine_name(config) == HOST_NAME else measured_memory_gib(rows)
     speed = plan.tokens_per_s_per_gpu * plan.timing.step_s / step_s
     hours = plan.timing.step_s * status.step / _HOUR_S * world
-    spent = None if status.goodput is None else _attempt_s(status.goodput) / _HOUR_S * world
+    spent = None if status.goodput is None else attempt_seconds(status.goodput) / _HOUR_S * world
     found: dict[str, tuple[float, float | None]] = {
         "step_s": (plan.timing.step_s, step_s),
         "tokens_per_s_per_gpu": (plan.tokens_per_s_per_gpu, speed),
@@ -67,10 +67,6 @@ def measure(run_dir: str) -> Measured:
     if price:
         found["cost_usd"] = (hours * price, None if spent is None else spent * price)
     return Measured(status, plan, found)
-
-
-def _attempt_s(goodput: dict[str, float]) -> float:
-    return sum(value for name, value in goodput.items() if name.endswith("_s") and name != "queue_s")
 
 
 def measured_text(found: Measured) -> str:

@@ -17,19 +17,10 @@ from tools.planner.planning import Plan
 from tools.planner.risk import risk_of
 from tools.planner.search import SearchResult
 from tools.planner.step_cost import WORDS
+from tools.text_table import table
 
 # Layouts of a search whose risk is told.
 RISKS = 5
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need, the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def memory_table(plan: Plan) -> str:

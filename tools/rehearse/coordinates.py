@@ -30,10 +30,10 @@ from parallel.legality.verdict import check_config
 from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
-from tools.planner.report import table
 from tools.rehearse.local_ranks import run_ranks
 from tools.rehearse.shrink import VOCAB_SIZE, CommonDivisors, shrink
 from tools.rehearse.train_rank import random_batches
+from tools.text_table import table
 
 # An exponent of the width above this is growth. In the standard parametrization the last steps have exponents near 0.5 and 1.
 FLAT = 0.2

@@ -16,6 +16,7 @@ from configs.errors import json_value
 from configs.schema import Config
 from launch.status import RunStatus, read_status
 from launch.status_text import TIMES
+from pretrain.metrics.goodput import attempt_seconds
 from pretrain.run.event_rows import scan_events
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
@@ -86,8 +87,6 @@ def _cost(config: Config | str, status: RunStatus) -> dict[str, float] | None:
     """GPU-hours so far by the ranks of the newest attempt, and their price where one is known. None: not known."""
     if isinstance(config, str) or status.goodput is None:
         return None
-    times = status.goodput
-    used_s = sum(value for name, value in times.items() if name.endswith("_s") and name != "queue_s")
     ranks = config.launch.nodes * config.launch.processes_per_node
-    hours, price = used_s / 3600 * ranks, config.cluster.price_per_gpu_hour_usd
+    hours, price = attempt_seconds(status.goodput) / 3600 * ranks, config.cluster.price_per_gpu_hour_usd
     return {"rank_hours": hours, "ranks": ranks} | ({"usd": hours * price} if price is not None else {})

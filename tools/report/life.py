@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from launch.event_words import sentence
+from launch.status import QUIET
+from pretrain.metrics.goodput import AFTERWARDS
 from pretrain.run.events import EventKind
 
 _MOST_ATTEMPTS, _MOST_EVENTS, _MOST_MARKS, _MOST_SAVES = 300, 300, 500, 300
-# Every checkpoint writes them: they would push rarer events out of the list.
-_QUIET = frozenset({EventKind.SAVED, EventKind.PRUNED})
-_AFTERWARDS = frozenset({EventKind.JOB_SUBMITTED, EventKind.JOB_REQUEUED, EventKind.JOB_OVER})
 _MARKED = {
     EventKind.SKIPPED_STEP: ("skip", "step"),
     EventKind.ROLLED_BACK: ("rollback", "to_step"),
@@ -66,7 +65,7 @@ class Life:
 
     def _add(self, event: Mapping[str, Any]) -> None:
         kind, number, time_s = event["kind"], event["attempt"], event["time"]
-        if kind not in _QUIET:
+        if kind not in QUIET:
             self._events.append({"time": time_s, "attempt": number, "kind": str(kind), "text": sentence(event)})
         if kind in (EventKind.JOB_SUBMITTED, EventKind.JOB_REQUEUED):
             self._waiting_s = time_s if self._waiting_s is None else self._waiting_s
@@ -76,7 +75,7 @@ class Life:
         attempt = self._attempts.setdefault(number, _new_attempt(number))
         if len(self._attempts) > _MOST_ATTEMPTS:
             del self._attempts[min(self._attempts)]
-        if kind not in _AFTERWARDS and not event.get("post_mortem"):
+        if kind not in AFTERWARDS and not event.get("post_mortem"):
             attempt["last_s"] = max(attempt["last_s"], time_s)
         self._add_to(attempt, event)
 

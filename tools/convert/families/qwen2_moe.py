@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
-from tools.convert.hf_config.family import ConfigKey, Family, tensor_rule
+from tools.convert.hf_config.family import ConfigKey, Family
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, unclear
 from tools.convert.tensors import shared_rules as tensors
@@ -39,6 +39,6 @@ QWEN2_MOE = Family(
         *tensors.DENSE_MLP,
         *tensors.experts(),
         *tensors.shared_experts("shared_expert"),
-        tensor_rule("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
+        tensors.SHARED_GATE,
     ),
 )

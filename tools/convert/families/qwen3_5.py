@@ -8,7 +8,7 @@ Torch-free.
 
 from __future__ import annotations
 
-from tools.convert.families.qwen3_next import HYBRID, LEFT_OUT, SHARED_GATE
+from tools.convert.families.qwen3_next import HYBRID, LEFT_OUT
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import ConfigKey, Family, FixedValue, tensor_rule
@@ -59,7 +59,7 @@ QWEN3_5_MOE = Family(
         AuxLossCoefficient(absent=0.001),
         *settings.softmax_router(**{"moe.shared_gate": True}),
     ),
-    tensors=(*_TENSORS, *tensors.experts(), *tensors.shared_experts("shared_expert"), SHARED_GATE),
+    tensors=(*_TENSORS, *tensors.experts(), *tensors.shared_experts("shared_expert"), tensors.SHARED_GATE),
     ignored=_IGNORED,
     left_out=_LEFT_OUT,
     renamed=_RENAMED,

@@ -27,7 +27,6 @@ HYBRID: tuple[Setting, ...] = (
         "delta_net.pattern", **{"attention.qk_norm": True, "attention.output_gate": True}
     ),
 )  # fmt: skip
-SHARED_GATE = tensor_rule("moe", "mlp.shared_experts.gate_weight", "model.layers.{L}.mlp.shared_expert_gate.weight")
 LEFT_OUT = (("mtp.", "the layer of multi-token prediction, whose outputs no library here computes"),)
 
 QWEN3_NEXT = Family(
@@ -61,7 +60,7 @@ QWEN3_NEXT = Family(
         *tensors.DENSE_MLP,
         *tensors.experts(),
         *tensors.shared_experts("shared_expert"),
-        SHARED_GATE,
+        tensors.SHARED_GATE,
     ),
     left_out=LEFT_OUT,
 )

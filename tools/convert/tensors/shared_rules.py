@@ -118,6 +118,9 @@ def shared_experts(name: str = "shared_experts") -> tuple[TensorRule, ...]:
     )  # fmt: skip
 
 
+SHARED_GATE = tensor_rule("moe", "mlp.shared_experts.gate_weight", _M + "shared_expert_gate.weight")
+
+
 def expert_bias(name: str = _M + "gate.e_score_correction_bias", join: FusionRule = same) -> tuple[TensorRule, ...]:
     """The selection bias of the router."""
     return (tensor_rule("moe", "mlp.router.expert_bias", name, join=join, when=lambda model: model.moe.router.expert_bias),)

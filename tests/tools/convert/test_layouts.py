@@ -20,7 +20,7 @@ from pretrain.build import make_model
 from pretrain.checkpoint.read import CheckpointReader
 from tests.ranks import run_ranks
 from tests.tools.convert.test_families import run_import
-from tests.tools.convert.tiny import MODELS, make
+from tests.tools.convert.tiny import MODELS, RARE, make
 from tools.convert.checkpoints import model_of, open_manifest
 from tools.convert.megatron_model import inference_config, weight_slices
 from tools.convert.transformers_model import transformers_logits
@@ -63,23 +63,6 @@ def parallel_logits(folder: Path) -> NDArray[np.float32] | None:
 
 def fixed_tokens(vocab: int) -> torch.Tensor:
     return torch.randint(0, vocab, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-# Their layers are those of other families, or differ only in names.
-RARE = (
-    "qwen2",
-    "phi3",
-    "dots1",
-    "glm4_moe_lite",
-    "hy_v3",
-    "hunyuan_v1_dense",
-    "hunyuan_v1_moe",
-    "olmoe",
-    "ernie4_5_moe",
-    "smollm3",
-    "exaone_moe",
-    "qwen3_5",
-)
 
 
 @pytest.mark.parametrize(

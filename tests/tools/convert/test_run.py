@@ -22,7 +22,7 @@ from pretrain.run.folder import RunFolder
 from tests.pretrain.world import exit_code, small_config
 from tests.ranks import run_ranks
 from tests.tools.convert.test_families import assert_same_bits, other_notes, run_export, run_import, tensors
-from tests.tools.convert.tiny import MODELS, make
+from tests.tools.convert.tiny import MODELS, RARE, make
 from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
 from tools.convert.verify import verify
 from tools.inference.evaluate import evaluate
@@ -184,23 +184,7 @@ def test_a_context_grows_from_phase_to_phase(
     assert verify(tmp_path / "work" / "run", tmp_path / "out", None, 2, 128, 1e-4)["ok"]
 
 
-NEW = [
-    "qwen2",
-    "phi3",
-    "dots1",
-    "glm4_moe_lite",
-    "hy_v3",
-    "hunyuan_v1_dense",
-    "hunyuan_v1_moe",
-    "minimax_m2",
-    "olmoe",
-    "ernie4_5_moe",
-    "smollm3",
-    "exaone_moe",
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_moe",
-]
+NEW = [*RARE, "minimax_m2", "qwen3_next", "qwen3_5_moe"]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,23 @@ MODELS |= {
 }
 
 
+# Their layers are those of other families, or differ only in names.
+RARE = (
+    "qwen2",
+    "phi3",
+    "dots1",
+    "glm4_moe_lite",
+    "hy_v3",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "olmoe",
+    "ernie4_5_moe",
+    "smollm3",
+    "exaone_moe",
+    "qwen3_5",
+)
+
+
 def make(name: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     """Save the model `name` into `folder` (as save_pretrained does) and return it."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: PLC0415  (3 s)

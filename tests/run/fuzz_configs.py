@@ -19,7 +19,7 @@ from pretrain.preflight.verdict import preflight
 BASE = (
     "model={num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, attention: {num_heads: 4, num_query_groups: 2, head_dim: 8}}",
     "model.moe={num_experts: 4, top_k: 2, ffn_hidden_size: 32}", "cluster.device=cpu", "precision.params=fp32",
-    "batch={global_batch_seqs: 8, micro_batch_seqs: 1, seq_length_tokens: 32}", "run={steps: 3, eval_batches: 1}",
+    "batch={global_batch_seqs: 8, micro_batch_seqs: 1, seq_length_tokens: 32}", "run={name: fuzzed, steps: 3, eval_batches: 1}",
     "schedule.warmup_steps=1", "metrics.sinks=[jsonl]", "launch.watch.probe_interval_steps=null", "optimizer.lr=1e-3",
     "parallel={pipeline: 1, expert: 1}", "checkpoint.interval_steps=2",
 )  # fmt: skip

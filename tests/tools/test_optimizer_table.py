@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,8 +52,8 @@ def test_the_ledger_keeps_one_moment_less() -> None:
     assert adamw != muons and muons == pytest.approx(adamw, rel=0.05)
 
 
-def test_check_prints_both_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["quickstart", "optimizer.kind=muon", "--no-data", "model.vocab_size=2048"]
+def test_check_prints_both_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quickstart", f"run.dir={tmp_path / 'run'}", "optimizer.kind=muon", "--no-data", "model.vocab_size=2048"]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "muon     2,555,904 parameters in 16 tensors, 112 matrices" in text and "adamw    " in text

@@ -36,7 +36,9 @@ def test_when_ranks_surely_compute_on_cpus(
     assert computes_on_cpu(load_config("quickstart", words).config, environ) is want
 
 
-def test_grouped_products_of_odd_widths_are_refused_for_cpus() -> None:
+def test_grouped_products_of_odd_widths_are_refused_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The working folder may have a run of this name.
+    monkeypatch.chdir(tmp_path)
     config = load_config("quickstart", [*ODD, "cluster.device=cpu"]).config
     (problem,) = preflight(config, with_data=False).problems
     assert problem.path == "model.moe.grouped_gemm" and "inner width 50 is no multiple of 4" in problem.rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -125,6 +126,29 @@ def test_a_launched_ladder_is_read_from_its_folder(ladder_file: Path) -> None:
     assert is_ladder(str(ladder.folder))
     again = read_ladder(str(ladder.folder))
     assert [loaded.config for _, loaded in again.load()] == [loaded.config for _, loaded in ladder.load()]
+
+
+@pytest.mark.prove
+def test_a_ladder_is_run_here_and_goes_on_with_what_is_missing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"{{tokenizer: {{path: {folder / 'tok.model'}}}, train: [{{path: {folder / 'embedded'}}}]}}"
+    (tmp_path / "base.yaml").write_text(
+        f"base: quickstart\nmodel: {{num_layers: 2, hidden_size: 32}}\ndata: {data}\nparallel: {{pipeline: 1, expert: 1}}\n"
+        "launch: {processes_per_node: 1}\nbatch: {global_batch_seqs: 4, micro_batch_seqs: 4, seq_length_tokens: 32}\n"
+        "schedule: {warmup_steps: 1}\nrun: {steps: 3, eval_batches: 0}\nmetrics: {sinks: [jsonl]}\n"
+    )
+    path = tmp_path / "rates.yaml"
+    path.write_text(f"ladder: {{base: base.yaml, dir: {tmp_path / 'runs'}, grid: {{optimizer.lr: [1e-3, 2e-3]}}}}")
+    assert run(["launch", str(path), "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["states"] == {"finished": 2}
+    shutil.rmtree(tmp_path / "runs" / "lr2e-3")
+    assert run(["launch", str(path), "--yes"]) == 0
+    assert "run 1 of 1" in capsys.readouterr().out
+    assert run(["launch", str(path), "--yes"]) == 0
+    assert "nothing to start" in capsys.readouterr().out
+    assert run(["plan", str(tmp_path / "runs" / "lr1e-3"), "--measured", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 3
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pretrain.checkpoint.restore import TrainingPosition, restore, set_random_state
+from pretrain.checkpoint.random_state import set_random_state
+from pretrain.checkpoint.restore import TrainingPosition, restore
 from pretrain.checkpoint.rollback import begin_rollback, read_policy
 from pretrain.divergence import DivergencePolicy, RefusedStep, StepDecision
 from pretrain.engine.base import Engine

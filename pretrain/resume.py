@@ -8,7 +8,8 @@ import torch
 
 from parallel.batch import horizon_steps
 from pretrain.checkpoint.going_back import go_back
-from pretrain.checkpoint.restore import TrainingPosition, random_state, restore, warm_start
+from pretrain.checkpoint.random_state import random_state
+from pretrain.checkpoint.restore import TrainingPosition, restore, warm_start
 from pretrain.engine.base import Engine
 from pretrain.rank.rank_zero import run_on_rank_0
 from pretrain.run.events import EventKind

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from pretrain.checkpoint.after_save import AfterSave
 from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
 from pretrain.checkpoint.going_back import check_target, finish_going_back
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_checkpoints, describe_error, warm_start_folder
+from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_checkpoints, warm_start_folder
 from pretrain.checkpoint.rollback import finish_rollback
 from pretrain.checkpoint.write import remove_leftovers
 from pretrain.data.streams import data_identity
@@ -138,7 +139,7 @@ class Session:
         if error is None:
             return
         try:
-            self.ending.write_failure(describe_error(error))
+            self.ending.write_failure(_one_line(error))
         except ConfigError as refused:
             # The error of the run goes on upwards.
             print(f"phalanx: the failure can't be recorded: {refused.problems[0].rule}", file=sys.stderr, flush=True)
@@ -204,3 +205,8 @@ def _resume_problems(context: RunContext, config_before: str | None) -> list[Pro
     if config_before is None or not any(context.folder.checkpoints.glob("step_*")):
         return missing
     return missing + check_changes(flatten(from_yaml_text(config_before)), context.config)
+
+
+def _one_line(error: BaseException) -> str:
+    """The error's type and text, at most 500 characters."""
+    return traceback.format_exception_only(error)[-1].strip()[:500]

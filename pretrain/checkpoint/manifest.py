@@ -129,6 +129,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def unfit_problem(folder: Path, why: object) -> Problem:
+    """The refusal of a whole checkpoint that this configuration or version can't use. `why`: an UnfitFile or its text."""
+    rule = f"holds a whole checkpoint that this config and version can't go on from: {why}"
+    return Problem("run.dir", str(folder), rule, "use the config and the version that wrote it, or another run.dir")
+
+
 def read_index(folder: Path) -> Iterator[StoredSlice]:
     """Every slice of a checkpoint. Raises DamagedFile."""
     value = read_json(folder / "index.json")

@@ -7,28 +7,24 @@ damage that each has found before any of them continues.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from configs.errors import ConfigError, Problem
 from configs.optimizer_schema import Optimizer
 from configs.schema import Checkpoint
-from parallel.groups import current_degrees
 from pretrain.checkpoint.allowed_changes import has_same_optimizer
-from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
+from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest, unfit_problem
+from pretrain.checkpoint.random_state import read_random_state, set_random_state
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
 from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
 from pretrain.engine.base import MOMENTS, WEIGHT, Engine, StateSlice
-from pretrain.model.tensor_slice import TensorSlice
 from pretrain.rank.rank_zero import raise_problems, run_on_rank_0
 from pretrain.run.events import EventKind
 from pretrain.run.folder import complete_checkpoints, step_folder
@@ -70,7 +66,7 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
         try:
             manifest = read_manifest(folder)
         except UnfitFile as unfit:
-            raise ConfigError(unfit_problem("run.dir", folder, unfit)) from unfit
+            raise ConfigError(unfit_problem(folder, unfit)) from unfit
         except DamagedFile as damage:
             pass_over(folder, damage, announce)
             continue
@@ -113,12 +109,6 @@ def _all_damaged(checkpoints: Path) -> Problem:
     return Problem("run.dir", str(checkpoints), rule, fix)
 
 
-def unfit_problem(key: str, folder: Path, why: object) -> Problem:
-    """The refusal of a whole checkpoint that this configuration or version can't use."""
-    rule = f"holds a whole checkpoint that this config and version can't go on from: {why}"
-    return Problem(key, str(folder), rule, "use the config and the version that wrote it, or another run.dir")
-
-
 def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
     """Announce that a checkpoint is damaged, and rename its folder so that no attempt loads it again. Rank 0."""
     aside = move_aside(folder, "damaged")
@@ -151,7 +141,7 @@ def restore(
                 run_on_rank_0(partial(announce, EventKind.OPTIMIZER_RESET, folder=folder.name, why=fresh))
             return TrainingPosition(manifest.step, manifest.consumed_samples, manifest.tokens), manifest
         if _is_unfit_anywhere(damage):
-            run_on_rank_0(partial(raise_problems, [unfit_problem("run.dir", folder, worst)]))
+            run_on_rank_0(partial(raise_problems, [unfit_problem(folder, worst)]))
         if asked_for:
             problem = Problem("checkpoint.resume_step", folder.name, f"must be whole: {worst}", "name another step")
             run_on_rank_0(partial(raise_problems, [problem]))
@@ -204,60 +194,3 @@ def _worst_damage(damage: DamagedFile | None) -> str | None:
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, str(damage) if damage else None)
     return next((text for text in texts if text), None)
-
-
-# The random state, with which dropout and jitter continue. A state belongs to a rank, so only the same layout can use it.
-
-
-def _tracker() -> Any:
-    """The named random generators of Megatron-Core, which tensor and expert ranks use."""
-    return get_cuda_rng_tracker()
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """Generator states of this rank by name, uint8."""
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    for name, state in _tracker().get_states().items():
-        states[f"tracker-{name}"] = state if isinstance(state, torch.Tensor) else state.get_state()
-    return states
-
-
-def random_state_slices(rank: int) -> list[StateSlice]:
-    """The random state as slices of a checkpoint."""
-    state_slices = []
-    for name, state in random_state().items():
-        slice_ = TensorSlice((0,), (state.numel(),))
-        state_slices.append(StateSlice("rng", f"rank_{rank:05d}/{name}", slice_.shape, slice_, 0, slice_.size, state))
-    return state_slices
-
-
-def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | None:
-    """This rank's generator states. None: another layout wrote them, and the generators keep their fresh seeds.
-
-    A layout with as many ranks can't use the states of another one either, because data ranks would then draw the numbers of
-    tensor ranks. Raises DamagedFile.
-    """
-    written = reader.manifest
-    if written.world_size != dist.get_world_size() or not reader.has("rng"):
-        return None
-    if any(written.layout.get(axis, degree) != degree for axis, degree in current_degrees().items()):
-        return None
-    state_slices = random_state_slices(dist.get_rank())
-    reader.fill(state_slices)
-    return {state_slice.name.split("/", 1)[1]: state_slice.data for state_slice in state_slices}
-
-
-def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
-    if states is None:
-        return
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-    _tracker().set_states({name[len("tracker-") :]: state for name, state in states.items() if "tracker-" in name})
-
-
-def describe_error(error: BaseException) -> str:
-    """The error as one line of at most 500 characters, for an outcome."""
-    return traceback.format_exception_only(error)[-1].strip()[:500]

@@ -18,7 +18,8 @@ from configs.schema import Config
 from parallel.layout import Layout
 from parallel.runtime import Runtime
 from pretrain.checkpoint.manifest import FORMAT, Manifest
-from pretrain.checkpoint.restore import Identity, TrainingPosition, random_state_slices
+from pretrain.checkpoint.random_state import random_state_slices
+from pretrain.checkpoint.restore import Identity, TrainingPosition
 from pretrain.checkpoint.rollback import drop_passed, step_of
 from pretrain.checkpoint.write import CheckpointWriter, prune
 from pretrain.engine.base import MOMENTS, MOMENTUM, WEIGHT, Engine, StateSlice, state_kinds

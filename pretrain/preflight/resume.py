@@ -26,7 +26,7 @@ from pretrain.checkpoint.allowed_changes import (
     rule_of,
 )
 from pretrain.checkpoint.going_back import check_target, newer_checkpoints
-from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest
+from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest, unfit_problem
 from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
 from pretrain.run.decision import pending_step
 from pretrain.run.files import read_json
@@ -82,9 +82,7 @@ def find_resume_point(
         try:
             manifest = read_manifest(path)
         except UnfitFile as unfit:
-            rule = f"holds a whole checkpoint that this version can't go on from: {unfit}"
-            fix = "use the version that wrote it, or another run.dir"
-            return None, [Problem("run.dir", str(path), rule, fix)], notices
+            return None, [unfit_problem(path, unfit)], notices
         except DamagedFile as damage:
             notices.append(Notice("run.dir", f"{path.name} is damaged and would be passed over: {damage}"))
             continue

@@ -15,7 +15,7 @@ from parallel.groups import current_degrees, make_groups
 from parallel.layout import make_layout
 from parallel.random_streams import stream_seed
 from parallel.runtime import start
-from pretrain.checkpoint.restore import random_state, read_random_state
+from pretrain.checkpoint.random_state import random_state, read_random_state
 from tests.pretrain.engine.test_deepspeed_state import make
 from tests.pretrain.model.test_parity import CP, PP, TP
 from tests.pretrain.world import batches_of, small_config

@@ -149,6 +149,6 @@ def test_damage_and_an_empty_folder(config: Config, tmp_path: Path) -> None:
     manifest.write_text(json.dumps({"format": 9}))
     point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
     assert point is None and not notices
-    assert "this version can't go on from" in problems[0].rule
+    assert "this config and version can't go on from" in problems[0].rule
     config.run.dir = str(tmp_path / "new")
     assert find_resume_point(config, make_layout(config), VOCAB) == (None, [], [])

@@ -22,7 +22,7 @@ from configs.load import from_yaml_text
 from launch.folder_files import check_files, disk_trouble
 from launch.live_process import launcher_is_gone, live_launcher
 from launch.slurm.interruptions import interruptions
-from launch.slurm.lifecycle import OVER, QUEUED, RESTARTING, RUNNING, RunLifecycle, advance
+from launch.slurm.lifecycle import CAUSES, OVER, QUEUED, RESTARTING, RUNNING, RunLifecycle, advance
 from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
 from parallel.batch import steps_of
 from pretrain.metrics.goodput import TimeLedger, record_seconds
@@ -30,7 +30,7 @@ from pretrain.metrics.wandb_steps import read_copy_state
 from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
-from pretrain.run.folder import RunFolder, has_begun, live_holder
+from pretrain.run.folder import Outcome, RunFolder, has_begun, live_holder
 
 # A run in one of these states may still change.
 LIVE_STATES = ("queued", "starting", "running")
@@ -140,7 +140,11 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
     life, ledger, damaged = _read_events(folder)
     job, silence = _job(life) if ask_slurm(life) else (None, "Slurm was not asked")
     held = holder is not None
-    state, why = _slurm_state(life, job, silence, row, held) if life.jobs else _state(folder, attempt, held, row)
+    outcome = None if held else folder.read_outcome()
+    if life.jobs:
+        state, why = _slurm_state(life, job, silence, outcome, row, held)
+    else:
+        state, why = _state(folder, attempt, outcome, held, row)
     total_steps, damage = _total_steps(folder)
     if damaged:
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
@@ -242,11 +246,17 @@ def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
     return (live or jobs[-1:] or [None])[0], f"{_FORGOTTEN} job {life.jobs[-1]}"
 
 
-def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: dict[str, Any], held: bool) -> tuple[str, str]:
+def _slurm_state(
+    life: RunLifecycle, job: SlurmJob | None, silence: str, outcome: Outcome | None, row: dict[str, Any], held: bool
+) -> tuple[str, str]:
     if life.phase == OVER:
         return life.state, life.why
+    # Written by the ranks, also where the batch step was killed before it could record the end.
+    ended = outcome if outcome is not None and outcome.attempt == life.attempt and life.phase != QUEUED else None
+    if ended is not None and CAUSES.get(ended.state) is not None:
+        return ended.state, ended.why
     if job is None and silence.startswith(_FORGOTTEN) and not held:
-        return "died", f"{silence}; its last event was {life.phase}"
+        return (ended.state, ended.why) if ended is not None else ("died", f"{silence}; its last event was {life.phase}")
     if job is None:
         return {RUNNING: "running", QUEUED: "queued", RESTARTING: "starting"}.get(life.phase, "died"), silence
     if job.state == "PENDING":
@@ -256,6 +266,8 @@ def _slurm_state(life: RunLifecycle, job: SlurmJob | None, silence: str, row: di
         return ("running" if life.phase == RUNNING and row else "starting"), ""
     if job.state == "CANCELLED":
         return "stopped", "cancelled while it waited" if life.phase == QUEUED else f"job {job.number} was cancelled"
+    if ended is not None:
+        return ended.state, f"{ended.why}; job {job.number} ended before its batch step could go on; phalanx resume goes on"
     if life.phase == QUEUED:
         return "died", f"job {job.number} ended ({job.state.lower()}) before its batch step began; phalanx logs shows its output"
     if job.state == "TIMEOUT":
@@ -271,13 +283,12 @@ def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[st
     return {"unknown": silence} if life.jobs else None
 
 
-def _state(folder: RunFolder, attempt: int, held: bool, row: dict[str, Any]) -> tuple[str, str]:
+def _state(folder: RunFolder, attempt: int, outcome: Outcome | None, held: bool, row: dict[str, Any]) -> tuple[str, str]:
     if held:
         return ("running" if row else "starting"), ""
     claimed = max(folder.claimed_attempts(), default=0)
     if claimed > attempt and live_launcher(folder) is not None:
         return "starting", f"attempt {claimed} has not begun to train yet"
-    outcome = folder.read_outcome()
     if outcome is not None and outcome.attempt == attempt:
         return outcome.state, outcome.why
     if attempt == 0 and launcher_is_gone(folder):

@@ -5,32 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from pretrain.run.files import write_json
 from tests.chaos.campaign import Lane, Row, make_data
 from tests.chaos.plan import LOCAL, SLURM, plan
+from tests.run.world import ROOT
 from tests.slurm.cluster import missing
 
 
 class Report:
-    """The rows of a campaign as JSON, one file for both lanes. A case that is in the file is not run again."""
+    """The rows of a campaign as JSON, one file for both lanes, each with the commit of the code that ran, if git knows it. A case
+    that is in the file is not run again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, Lock()
-        self.rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.exists() else []
+        words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        self.commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def has(self, where: str, seed: int) -> bool:
         return any((row["where"], row["seed"]) == (where, seed) for row in self.rows)
 
     def add(self, rows: list[Row]) -> None:
         with self._lock:
-            self.rows += [asdict(row) for row in rows]
+            self.rows += [asdict(row) | {"commit": self.commit} for row in rows]
             self.rows.sort(key=lambda row: (row["where"], row["seed"]))
             write_json(self.path, {"rows": self.rows})
         for row in rows:

@@ -12,6 +12,8 @@ import psutil
 
 from launch.slurm.lifecycle import OVER
 from launch.slurm.scheduler import find_jobs
+from launch.status import read_status
+from pretrain.run.folder import live_holder
 from tests.chaos.local_runs import WATCHFUL, Struck, empty, fill
 from tests.chaos.moments import caught
 from tests.chaos.plan import FULL_DISK, Blow, Case
@@ -90,8 +92,9 @@ class SlurmRun:
         return Struck(blow.way, beat.phase, beat.step, life.attempt, time.monotonic() - began_s)
 
     def finish(self) -> None:
-        life = self.run.wait_over(SETTLE_S)
-        assert life.state == "finished", self.run.story()
+        self.run.cluster.wait_for(self._is_over, f"the run's end: {self.run.hit}", SETTLE_S)
+        status = read_status(self.run.folder)
+        assert status.state == "finished", f"{status.state}, {status.why}: {self.run.story()}"
 
     def end(self) -> None:
         """What is left of it: the cluster's `restore` cancels all jobs."""
@@ -100,7 +103,8 @@ class SlurmRun:
         return next(iter(self.run.first_rank()), None)
 
     def _is_over(self) -> bool:
-        return self.run.life.phase == OVER
+        """A batch step that is killed after its ranks have finished records no end."""
+        return self.run.life.phase == OVER or (self.run.folder.done.exists() and live_holder(self.run.folder) is None)
 
     def _resume(self) -> None:
         job = self.run.job

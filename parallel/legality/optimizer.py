@@ -23,7 +23,7 @@ def muon_keeps_state_in_memory(config: Config) -> Iterator[Problem]:
         yield Problem("zero.offload_device", "nvme", rule, "set zero.offload_device=cpu, or optimizer.kind=adamw")
 
 
-@reads("optimizer", "model.attention", "model.mla")
+@reads("optimizer", "model.attention", "model.mla", "model.delta_net", "model.mtp")
 def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
     """QK-clip belongs to Muon, and scales projections whose scale reaches the logits."""
     muon, attention, mla = config.optimizer.muon, config.model.attention, arch.is_mla(config.model)
@@ -40,6 +40,9 @@ def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
     if attention.qk_norm and not mla:
         rule = "has no effect with model.attention.qk_norm: the norms of queries and keys undo every scale of their projections"
         yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null; the norms bound the logits")
+    elif all(arch.delta_layers(config.model)) and not config.model.mtp.num_layers:
+        rule = "has no effect: every layer is a gated delta net (model.delta_net.pattern), which has no attention logits"
+        yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null")
     elif not mla and arch.num_query_groups(config.model) < attention.num_heads and muon.qk_clip_alpha != Muon().qk_clip_alpha:
         rule = "has no effect with grouped keys: a key belongs to several heads, so the queries take the whole factor"
         yield Problem(f"{path}_alpha", muon.qk_clip_alpha, rule, "leave it out")

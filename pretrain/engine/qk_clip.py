@@ -8,6 +8,8 @@ In: the maxima of a step. Out: main weights, scaled in place after their update,
     latent attention: the parts that are not rotated as with one key a head, rotated queries gamma; the rotated key, which all
                       heads share, stays
 
+An output gate's rows lie among those of the queries and stay: a gate enters no logit. Gated delta nets have no logits.
+
 Factors belong to canonical rows, so they are the same under every layout. A bias is scaled like its weight, before AdamW's update
 of it.
 """
@@ -60,9 +62,10 @@ class QkClip:
             return _by_head((gamma**alpha, mla.qk_nope_head_dim), (gamma, mla.qk_rope_head_dim))
         groups, width = arch.num_query_groups(model), arch.head_dim(model)
         query, key = gamma.view(groups, -1), torch.ones(groups, 1)
+        gate = torch.ones_like(query) if model.attention.output_gate else query[:, :0]
         if groups == len(gamma):
             query, key = query**alpha, query ** (1 - alpha)
-        return torch.cat([query, key, torch.ones(groups, 1)], dim=1).flatten().repeat_interleave(width)
+        return torch.cat([query, gate, key, torch.ones(groups, 1)], dim=1).flatten().repeat_interleave(width)
 
 
 def make_qk_clip(config: Config, slots: Sequence[Slot], logits: AttentionLogits | None) -> QkClip | None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import Config
+from parallel.architecture import delta_layers
 from parallel.groups import make_groups
 from parallel.layout import make_layout
 from parallel.runtime import start
@@ -30,6 +31,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "a window, documents, a prediction depth": {
         "model__attention__window_size_tokens": 5, "data__document_mask": True, "model__mtp__num_layers": 1,
+    },
+    "gated delta nets and output gates": {
+        "model__delta_net__pattern": [1, 0], "model__delta_net__num_key_heads": 2, "model__delta_net__num_value_heads": 4,
+        "model__delta_net__key_head_dim": 10, "model__delta_net__value_head_dim": 7, "model__attention__output_gate": True,
+        "model__norm": "zero_centered_rmsnorm",
     },
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -77,11 +83,13 @@ CASES = [
     *((model, "one") for model in MODELS),
     ("latent attention", "tp2·pp2 megatron 1"),
     ("a window, documents, a prediction depth", "cp2·ep2 megatron 0"),
+    ("gated delta nets and output gates", "tp2·pp2 megatron 1"),
     *(
         pytest.param(model, layout, marks=pytest.mark.prove)
         for model, layout in (
             ("one key a head", "tp2·pp2 megatron 1"), ("grouped keys and biases", "tp2·pp2 megatron 1"),
             ("grouped keys and biases", "dp2 deepspeed 3"), ("latent attention", "dp2 deepspeed 3"),
+            ("gated delta nets and output gates", "dp2 deepspeed 3"),
         )
     ),
 ]  # fmt: skip
@@ -89,18 +97,42 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_no_logit_is_above_the_threshold_after_a_step(model: str, layout: str) -> None:
-    """The first layer sees the same inputs again, so its heads end at the threshold, or stay where they were below it."""
+    """The first attention sees the same inputs again, so its heads end at the threshold, or stay where they were below it."""
     ranks = run_ranks(LAYOUTS[layout][0], twice, clip_config(model, layout), False)
     (first, second), layers = ranks[0]
     assert (first[0] > TAU).any(), "some head is clipped"
     assert second[0] == pytest.approx(np.minimum(first[0], TAU), rel=1e-4)
     assert all(others == layers for _, others in ranks), "every rank reports the same"
-    assert len(layers[0][0]) == 4 and layers[0][0][0] == first[0].max()
+    with_attention = delta_layers(clip_config(model, layout).model).index(False)
+    assert len(layers[0][0]) == 4 and layers[0][0][with_attention] == first[0].max()
+    assert layers[0][0][:with_attention] == [float("-inf")] * with_attention
     assert (layers[0][1] > 0) == ("prediction" in model)
     if layout != "one":
         (_, alone), *_ = run_ranks(1, twice, clip_config(model, "one"), False)
         for got, want in zip(layers, alone, strict=True):
             assert got[0] == pytest.approx(want[0], rel=1e-4)
+
+
+def clipped_rows(config: Config) -> tuple[np.ndarray, int]:
+    """On one rank: the factor of each row of the first attention's products after a step, and how many heads were clipped."""
+    layout = make_layout(config)
+    runtime = start({"RANK": "0", "WORLD_SIZE": "1"})
+    groups = make_groups(layout, config.run.seed)
+    chunks = make_chunks(config.model, 1, 1, VOCAB, None)
+    engine = make_engine(config, make_model(config, VOCAB, layout, chunks, groups, runtime.device), groups, runtime.device)
+    weight = next(part.data for part in engine.local_state(False) if part.name.endswith("1.self_attention.linear_qkv.weight"))
+    before = weight.clone()
+    engine.step(batches_of(config, 0, 0, 1), 1e-12, lambda loss, norm: True)
+    assert engine.logits is not None
+    factors = (weight / before).view(-1, config.model.hidden_size).mean(dim=1)
+    return factors.numpy(), int((engine.logits.newest[0] > TAU).sum())
+
+
+def test_output_gates_keep_their_rows() -> None:
+    """The heads end at the threshold (above), and no other rows are scaled: those of gates, keys and values stay."""
+    config = clip_config("gated delta nets and output gates", "one")
+    (factors, clipped), *_ = run_ranks(1, clipped_rows, config)
+    assert clipped and (factors < 1 - 1e-4).sum() == clipped * config.model.attention.head_dim  # type: ignore[operator]
 
 
 def test_a_refused_step_clips_nothing() -> None:

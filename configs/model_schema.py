@@ -66,6 +66,20 @@ class LatentAttention:
 
 
 @dataclass
+class SparseAttention:
+    """DeepSeek sparse attention (DeepSeek-V3.2, arXiv 2512.02556): an indexer chooses the keys of each query. Off while top_k is
+    None.
+    """
+
+    top_k: Optional[int] = key(
+        None, "Keys that a query attends to: those of its largest index scores. null: every key. For planning only.", low=1
+    )
+    num_index_heads: int = key(64, "Query heads of the indexer. They share one key.", low=1, high=65536)
+    index_head_dim: int = key(128, "Width of a head of the indexer.", low=1)
+    index_dtype: str = key("fp8", "Number format in which a run computes the index scores.", choices=("fp8", "bf16"))
+
+
+@dataclass
 class DeltaNet:
     """Gated delta net (arXiv 2412.06464): layers with a recurrent state in the place of attention. Off while pattern is None."""
 
@@ -252,6 +266,7 @@ class Model:
     scale_init_by_depth: bool = key(True, "Output projections start with standard deviation init_std / sqrt(2 x num_layers).")
     attention: Attention = key(factory=Attention)
     mla: LatentAttention = key(factory=LatentAttention)
+    dsa: SparseAttention = key(factory=SparseAttention)
     delta_net: DeltaNet = key(factory=DeltaNet)
     position: Position = key(factory=Position)
     moe: MoE = key(factory=MoE)

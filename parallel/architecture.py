@@ -21,6 +21,11 @@ def is_mla(model: Model) -> bool:
     return model.mla.kv_lora_rank is not None
 
 
+def is_sparse(model: Model) -> bool:
+    """True with DeepSeek sparse attention: an indexer chooses the keys of each query."""
+    return model.dsa.top_k is not None
+
+
 def head_dim(model: Model) -> int:
     """Width of one ordinary attention head (query, key and value alike)."""
     return model.attention.head_dim or model.hidden_size // model.attention.num_heads
@@ -158,10 +163,11 @@ class Products:
     routed: int = 0
     shared: int = 0
     router: int = 0
+    indexer: int = 0
 
     @property
     def total(self) -> int:
-        return self.attention + self.dense + self.routed + self.shared + self.router
+        return self.attention + self.dense + self.routed + self.shared + self.router + self.indexer
 
 
 def attention_products(model: Model) -> int:
@@ -180,6 +186,15 @@ def attention_products(model: Model) -> int:
     return q + down + up + heads * mla.v_head_dim * h
 
 
+def indexer_products(model: Model) -> int:
+    """Weights of one layer's indexer: the queries of its heads, from the compressed query; one key; a weight for each head."""
+    dsa = model.dsa
+    if not is_sparse(model):
+        return 0
+    queries = (model.mla.q_lora_rank or model.hidden_size) * dsa.num_index_heads * dsa.index_head_dim
+    return queries + model.hidden_size * (dsa.index_head_dim + dsa.num_index_heads)
+
+
 def delta_products(model: Model) -> int:
     """Weights of one gated delta net's products, the convolution among them: each of its columns has one weight a token."""
     widths = delta_widths(model)
@@ -194,10 +209,11 @@ def mlp_products(model: Model, width: int) -> int:
 def layer_products(model: Model, kind: LayerKind) -> Products:
     """The products a token passes in one layer of the given kind. `attention` holds those of a gated delta net, too."""
     attention = delta_products(model) if kind.delta else attention_products(model)
+    indexer = 0 if kind.delta else indexer_products(model)
     if not kind.moe:
-        return Products(attention, dense=mlp_products(model, ffn(model)))
+        return Products(attention, dense=mlp_products(model, ffn(model)), indexer=indexer)
     moe = model.moe
     shared = mlp_products(model, moe.shared_ffn_hidden_size) if moe.shared_ffn_hidden_size else 0
     gate = model.hidden_size if moe.shared_gate else 0
     routed = moe.top_k * mlp_products(model, expert_ffn(model))
-    return Products(attention, routed=routed, shared=shared + gate, router=model.hidden_size * moe.num_experts)
+    return Products(attention, routed=routed, shared=shared + gate, router=model.hidden_size * moe.num_experts, indexer=indexer)

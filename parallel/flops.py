@@ -7,7 +7,8 @@ the output head; the embedding is a look-up), and for attention 2·heads·(d_qk 
 number of keys a query sees: causal, so half the sequence, s/2; with a window of w < s tokens w - w²/2s. With grouped
 queries every head still does its own products, so only the weights shrink. A gated delta net's state S [d_k, d_v] of each value
 head meets one token in three products, with 6·d_k·d_v FLOPs: S^T k, the outer product of k and the correction, S^T q
-(arXiv 2412.06464, eq. 10). Chunked kernels do more; that is not counted. Backward costs twice the forward; recomputed
+(arXiv 2412.06464, eq. 10). Chunked kernels do more; that is not counted. With sparse attention a query meets at most top_k
+keys, and the indexer has FLOPs of its own (`indexer_flops`). Backward costs twice the forward; recomputed
 activations are not counted (model FLOPs). Norms, activations, softmax and the router's top-k are left out. Each
 prediction depth (MTP) adds a layer, its 2h x h product and the head once more.
 
@@ -33,10 +34,11 @@ class LayerParameters:
     routed: int = 0
     shared: int = 0
     router: int = 0
+    indexer: int = 0
 
     @property
     def total(self) -> int:
-        return self.attention + self.norms + self.dense + self.routed + self.shared + self.router
+        return self.attention + self.norms + self.dense + self.routed + self.shared + self.router + self.indexer
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Parameters:
     routed: int
     shared: int
     router: int
+    indexer: int
     mtp: int
     routed_active: int
     tied: bool
@@ -61,7 +64,7 @@ class Parameters:
 
     @property
     def non_embedding(self) -> int:
-        return self.attention + self.norms + self.dense + self.routed + self.shared + self.router
+        return self.attention + self.norms + self.dense + self.routed + self.shared + self.router + self.indexer
 
     @property
     def active(self) -> dict[str, int]:
@@ -113,12 +116,15 @@ def layer_parameters(model: Model, kind: LayerKind) -> LayerParameters:
     attention, norms = _delta_net(model) if kind.delta else _attention(model)
     norms += 2 * _norm(model, model.hidden_size)
     moe, products = model.moe, arch.layer_products(model, kind)
+    # The key of an indexer has a LayerNorm, weight and bias.
+    norms += 2 * model.dsa.index_head_dim if products.indexer else 0
     if not kind.moe:
-        return LayerParameters(attention, norms, dense=products.dense + _mlp_biases(model, arch.ffn(model)))
+        dense = products.dense + _mlp_biases(model, arch.ffn(model))
+        return LayerParameters(attention, norms, dense=dense, indexer=products.indexer)
     width = arch.expert_ffn(model)
     routed = moe.num_experts * (arch.mlp_products(model, width) + _mlp_biases(model, width))
     router = products.router + (moe.num_experts if moe.router.bias else 0)
-    return LayerParameters(attention, norms, routed=routed, shared=products.shared, router=router)
+    return LayerParameters(attention, norms, routed=routed, shared=products.shared, router=router, indexer=products.indexer)
 
 
 def count_parameters(model: Model, vocab_size: int) -> Parameters:
@@ -136,6 +142,7 @@ def count_parameters(model: Model, vocab_size: int) -> Parameters:
         routed=sum(layer.routed for layer in layers),
         shared=sum(layer.shared for layer in layers),
         router=sum(layer.router for layer in layers),
+        indexer=sum(layer.indexer for layer in layers),
         mtp=model.mtp.num_layers * depth,
         routed_active=sum(layer.routed * model.moe.top_k // model.moe.num_experts for layer in layers if layer.routed),
         tied=model.tie_embeddings,
@@ -152,6 +159,7 @@ class Flops:
     routed: float
     shared: float
     router: float
+    indexer: float
     head: float
     mtp: float
 
@@ -168,8 +176,38 @@ def mean_context(seq_length_tokens: int, window_tokens: int | None) -> float:
 
 def _scores(model: Model, seq_length_tokens: int, layer: int) -> float:
     """Forward FLOPs of one attention layer's scores and their sum over values, one token."""
-    context = mean_context(seq_length_tokens, arch.window_of_layer(model, layer))
+    context = mean_context(seq_length_tokens, model.dsa.top_k or arch.window_of_layer(model, layer))
     return 2 * model.attention.num_heads * (arch.query_dim(model) + arch.value_dim(model)) * context
+
+
+def gathers_keys(model: Model, seq_length_tokens: int) -> bool:
+    """Whether sparse attention is computed on gathered keys, in the multi-query form of latent attention.
+
+    There the heads share keys as wide as the compressed ones, and values as wide as their part without positions, which is more
+    work for each pair (arXiv 2512.02556, appendix A). On short sequences it is less work to compute all keys and mask some.
+    """
+    if not arch.is_sparse(model) or not model.mla.kv_lora_rank:
+        return False
+    gathered = (2 * model.mla.kv_lora_rank + model.mla.qk_rope_head_dim) * mean_context(seq_length_tokens, model.dsa.top_k)
+    return gathered < (arch.query_dim(model) + arch.value_dim(model)) * mean_context(seq_length_tokens, None)
+
+
+def index_pair_flops(model: Model) -> float:
+    """Forward FLOPs of one index score, of one query and one key: a product of each head, and the weighted sum over heads."""
+    return 2.0 * model.dsa.num_index_heads * (model.dsa.index_head_dim + 1)
+
+
+def indexer_flops(model: Model, seq_length_tokens: int) -> float:
+    """Training FLOPs of one indexer, one token; 0 without one.
+
+    It scores every key that a query may see, forward. Its loss in sparse training is over the chosen keys (arXiv 2512.02556,
+    eq. 4), so the backward pass meets those only. Its input carries no gradient, so its own products cost twice the forward.
+    """
+    if not arch.is_sparse(model):
+        return 0.0
+    chosen = mean_context(seq_length_tokens, model.dsa.top_k)
+    scored = mean_context(seq_length_tokens, None) + 2 * chosen
+    return 4.0 * arch.indexer_products(model) + index_pair_flops(model) * scored
 
 
 def state_flops(model: Model) -> float:
@@ -185,8 +223,9 @@ def training_flops(model: Model, vocab_size: int, seq_length_tokens: int) -> Flo
     scores = (state_flops(model) if kind.delta else _scores(model, seq_length_tokens, i) for i, kind in enumerate(kinds))
     head = 6.0 * model.hidden_size * vocab_size
     last = model.num_layers - 1
-    depth = 6 * (arch.layer_products(model, arch.mtp_kind(model)).total + 2 * model.hidden_size**2)
-    depth_scores = 3 * _scores(model, seq_length_tokens, last)
+    indexer, inner = indexer_flops(model, seq_length_tokens), arch.layer_products(model, arch.mtp_kind(model))
+    depth = 6 * (inner.total - inner.indexer + 2 * model.hidden_size**2)
+    depth_scores = 3 * _scores(model, seq_length_tokens, last) + indexer
     return Flops(
         attention_weights=6.0 * sum(layer.attention for layer in layers),
         attention_scores=3 * sum(scores),
@@ -194,6 +233,7 @@ def training_flops(model: Model, vocab_size: int, seq_length_tokens: int) -> Flo
         routed=6.0 * sum(layer.routed for layer in layers),
         shared=6.0 * sum(layer.shared for layer in layers),
         router=6.0 * sum(layer.router for layer in layers),
+        indexer=indexer * sum(not kind.delta for kind in kinds),
         head=head,
         mtp=model.mtp.num_layers * (depth + depth_scores + head),
     )

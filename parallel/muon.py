@@ -108,7 +108,7 @@ def layer_matrices(model: Model, kind: arch.LayerKind, optimizer: Optimizer) -> 
     products, moe = arch.layer_products(model, kind), model.moe
     gate = model.hidden_size if kind.moe and moe.shared_gate else 0
     convolution = model.delta_net.conv_size_tokens * arch.delta_widths(model).mixed if kind.delta else 0
-    dense = products.attention + products.dense + products.shared - gate - convolution
+    dense = products.attention + products.indexer + products.dense + products.shared - gate - convolution
     dense += products.router if optimizer.muon.router == "muon" else 0
     return dense, moe.num_experts * arch.mlp_products(model, arch.expert_ffn(model)) if kind.moe else 0
 

@@ -21,6 +21,7 @@ from configs.sources import find_file
 from configs.units import count
 from parallel.architecture import padded_vocab
 from parallel.flops import count_parameters, training_flops
+from parallel.legality.sparse_attention import why_only_planned
 from pretrain.preflight.verdict import known_vocab_size
 from tools.convert.hf_config.family import UnsupportedModel
 from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
@@ -102,9 +103,10 @@ def describe(model: Model, seq_length_tokens: int, notes: list[str]) -> dict[str
         "flops_per_token": flops.per_token,
         "flops_by_component": dict(vars(flops)),
         "seq_length_tokens": seq_length_tokens,
+        "keys_of_a_query": model.dsa.top_k,
         # As a checkpoint holds them: vocabulary padded, prediction depths counted.
         "weights_gib": {"bf16": elements * 2 / 2**30, "fp32": elements * 4 / 2**30},
-        "planning_only": model.planning_only or None,
+        "planning_only": why_only_planned(model) or None,
         "notes": notes,
     }
     return document
@@ -123,6 +125,10 @@ def _table(document: dict[str, Any]) -> str:
             lines.append(f"  {name:<9}{value:>19,}  {value / (total + mtp):6.1%}")
     length = document["seq_length_tokens"]
     lines.append(f"  training {document['flops_per_token'] / 1e9:>19,.2f}  GFLOP a token, at {length} tokens of context")
+    if indexer := document["flops_by_component"]["indexer"]:
+        lines.append(
+            f"  indexer  {indexer / 1e9:>19,.2f}  GFLOP of them, to choose at most {document['keys_of_a_query']} keys of a query"
+        )
     gib = document["weights_gib"]
     lines.append(f"  weights  {gib['bf16']:>19,.2f}  GiB in bf16, {gib['fp32']:,.2f} GiB in fp32 (vocabulary padded)")
     if document["planning_only"]:

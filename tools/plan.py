@@ -72,7 +72,7 @@ def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> 
     """What the reader should know beside the numbers."""
     verdict = check_config(config)
     notes = [f"{notice.path}: {notice.text}" for notice in verdict.notices]
-    notes += [f"{problem.path}: {problem.rule}" for problem in verdict.problems if problem.path == ONLY_FOR_PLANS]
+    notes += [f"{problem.path}: {problem.rule}" for problem in verdict.problems if problem.path in ONLY_FOR_PLANS]
     if plan.job.machine.gpu.name == HOST_NAME:
         notes.append("cluster.gpu is not set: a process is taken for a slow GPU, good for an order of magnitude only")
     if calibration.source:

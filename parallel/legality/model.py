@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from configs.errors import Problem
 from configs.schema import Config
 from parallel import architecture as arch
-from parallel.legality import delta_net
+from parallel.legality import delta_net, sparse_attention
 from parallel.legality.rules import has_experts, near_divisors, near_multiples, on_gpu, reads
 
 
@@ -152,15 +152,6 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
-@reads("model.planning_only")
-def can_be_built(config: Config) -> Iterator[Problem]:
-    """The preset can be trained: it is not for planning only."""
-    model = config.model
-    if model.planning_only:
-        rule = f"this preset is for counting and planning only: {model.planning_only}"
-        yield Problem("model.planning_only", model.name, rule, "train another preset")
-
-
 @reads("model.attention", "model.norm")
 def norm_of_all_heads(config: Config) -> Iterator[Problem]:
     """model.attention.qk_norm_span = all_heads needs norms of queries and keys, which are RMSNorms."""
@@ -223,7 +214,7 @@ def latent_norm_epsilon(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    can_be_built,
+    *sparse_attention.RULES,
     latent_norm_epsilon,
     head_width,
     heads_in_groups,

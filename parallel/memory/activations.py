@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from parallel import architecture as arch
 from parallel.architecture import LayerKind
+from parallel.flops import gathers_keys
 from parallel.memory.job import PlannedJob
 from parallel.memory.layer_cache import kinds_among
 from parallel.stages import Chunk
@@ -50,9 +51,14 @@ def attention_bytes(job: PlannedJob) -> float:
     attention, mla, h, heads = model.attention, model.mla, model.hidden_size, model.attention.num_heads
     dropped = job.recompute.dropped
     norm = size * h / w.sp + (0.0 if "layernorm" in dropped else kept * h / w.sp)
+    latent_context = 0.0
     if mla.kv_lora_rank is not None:
         compressed = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
         up = heads * (2 * arch.query_dim(model) + arch.value_dim(model)) / w.tp
+        if gathers_keys(model, job.seq_length):
+            # Queries as they come and in the form of the compressed keys, which all heads share; so are the sums over values.
+            up = heads * (arch.query_dim(model) + mla.kv_lora_rank + mla.qk_rope_head_dim) / w.tp
+            latent_context = size * heads * mla.kv_lora_rank / w.tp
         qkv = size * (compressed + (0.0 if "mla_up_proj" in dropped else up))
     else:
         groups, width = arch.num_query_groups(model), arch.head_dim(model)
@@ -64,7 +70,23 @@ def attention_bytes(job: PlannedJob) -> float:
     if not job.flash and "core_attn" not in dropped:
         # The output of softmax; with dropout also the output of dropout and its mask.
         scores = heads / w.tp * job.seq_length / job.layout.context * (5.0 if attention.dropout else size)
-    return norm + qkv + context + scores + (h / w.sp if model.hidden_dropout else 0.0)
+    dropout = h / w.sp if model.hidden_dropout else 0.0
+    return norm + qkv + context + latent_context + scores + indexer_bytes(job) + dropout
+
+
+def indexer_bytes(job: PlannedJob) -> float:
+    """Bytes per token that one layer's indexer keeps on a rank, 0 without one. No tensor parallelism divides an indexer.
+
+    They are its queries, its key before and after the norm, the weights of its heads, and of each chosen key the index and the
+    loss's gradient of its score. Under sequence parallelism its products keep their gathered inputs. The scores of all keys are
+    made for a block of queries at a time, and none is kept.
+    """
+    model, dsa, w, size = job.model, job.model.dsa, _widths(job), element_bytes(job)
+    if dsa.top_k is None:
+        return 0.0
+    inputs = model.hidden_size + (model.mla.q_lora_rank or 0) if w.sp > 1 else 0
+    widths = (dsa.num_index_heads + 2) * dsa.index_head_dim + dsa.num_index_heads
+    return size * (inputs + widths) + (4.0 + 4.0) * min(dsa.top_k, job.seq_length)
 
 
 def delta_net_bytes(job: PlannedJob) -> float:

@@ -2,7 +2,7 @@
 
 In: a PlannedJob. Out: `RankParameters` per stage (numbers of parameters), and their bytes under its ZeRO stage and offload.
 Tensor parallelism divides dense parameters; expert x expert_tensor divides routed experts. Every rank holds norms, the
-router and the down projections of multi-head latent attention (MLA) whole.
+router, the down projections of multi-head latent attention (MLA) and the indexer of sparse attention whole.
 
 Torch-free.
 """
@@ -76,10 +76,10 @@ def layer_held(job: PlannedJob, kind: LayerKind) -> RankParameters:
     """Parameters of one layer on one rank."""
     model, layout = job.model, job.layout
     counts = layer_cache.layer_counts(model, kind)
-    whole = counts.norms + counts.router
+    whole = counts.norms + counts.router + counts.indexer
     divided = counts.attention + counts.dense + counts.shared
     matrices, expert_matrices = layer_matrices(model, kind, job.optimizer)
-    whole_matrices = counts.router if job.optimizer.muon.router == "muon" else 0
+    whole_matrices = counts.indexer + (counts.router if job.optimizer.muon.router == "muon" else 0)
     if model.mla.kv_lora_rank is not None and not kind.delta:
         down = model.hidden_size * (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim + (model.mla.q_lora_rank or 0))
         whole, divided, whole_matrices = whole + down, divided - down, whole_matrices + down

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from configs.model_schema import Attention, LatentAttention, Model, MoE, MultiToken, Position, Router
-from parallel.architecture import moe_layers
-from parallel.flops import count_parameters, mean_context, training_flops
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
+
+from configs.load import load_config
+from configs.model_schema import (
+    Attention,
+    LatentAttention,
+    Model,
+    MoE,
+    MultiToken,
+    Position,
+    Router,
+    SparseAttention,
+)
+from parallel.architecture import indexer_products, moe_layers
+from parallel.flops import count_parameters, gathers_keys, index_pair_flops, mean_context, training_flops
 
 
 def model(layers: int, hidden: int, heads: int, groups: int, head_dim: int | None, **values) -> Model:
@@ -167,6 +183,55 @@ def test_windows() -> None:
 def test_latent_attention_scores_use_its_own_widths() -> None:
     v3 = deepseek_v3(mtp=0)
     assert training_flops(v3, 129280, 4096).attention_scores == 3 * 61 * 2 * 128 * (192 + 128) * 2048
+
+
+SPARSE = SparseAttention(top_k=16, num_index_heads=3, index_head_dim=20)
+
+
+def sparse() -> Model:
+    """Widths that all differ."""
+    mla = LatentAttention(kv_lora_rank=24, q_lora_rank=28, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
+    return Model(
+        num_layers=2, hidden_size=64, ffn_hidden_size=96, attention=Attention(num_heads=4), mla=mla, dsa=SPARSE,
+        mtp=MultiToken(num_layers=1),
+    )  # fmt: skip
+
+
+def test_an_indexer_multiplies_as_transformers_does() -> None:
+    """Its forward pass counted by torch, which scores all pairs, those that no query may see too."""
+    tiny, tokens = sparse(), 40
+    config = DeepseekV32Config(
+        hidden_size=64, q_lora_rank=28, qk_rope_head_dim=8, index_topk=16, index_n_heads=3, index_head_dim=20, num_hidden_layers=1
+    )
+    indexer = DeepseekV32Indexer(config, 0)
+    hidden, rank = torch.randn(1, tokens, 64), torch.randn(1, tokens, 28)
+    turned = torch.randn(1, tokens, 8)
+    with FlopCounterMode(display=False) as counted:
+        chosen = indexer(hidden, rank, (turned, turned), torch.zeros(1, tokens, tokens), torch.arange(tokens)[None])
+    assert chosen.shape == (1, tokens, 16)
+    assert counted.get_total_flops() == tokens * (2 * indexer_products(tiny) + tokens * index_pair_flops(tiny))
+    assert sum(weight.numel() for weight in indexer.parameters()) == indexer_products(tiny) + 2 * 20
+
+
+def test_sparse_attention_by_hand() -> None:
+    tiny, tokens = sparse(), 64
+    chosen = 16 - 16**2 / 128
+    flops = training_flops(tiny, 100, tokens)
+    indexer = 4 * (28 * 60 + 64 * 20 + 64 * 3) + 2 * 3 * 21 * (32 + 2 * chosen)
+    scores = 3 * 2 * 4 * (20 + 10) * chosen
+    assert flops.indexer == 2 * indexer and flops.attention_scores == 2 * scores
+    dense = replace(tiny, dsa=SparseAttention())
+    weights = training_flops(dense, 100, tokens)
+    assert weights.indexer == 0 and weights.attention_weights == flops.attention_weights
+    assert flops.mtp - weights.mtp == pytest.approx(indexer + scores - 3 * 2 * 4 * (20 + 10) * 32)
+    assert count_parameters(tiny, 100).indexer == 2 * (28 * 60 + 64 * 20 + 64 * 3)
+
+
+def test_keys_are_gathered_on_long_sequences_only() -> None:
+    """The multi-query form of DeepSeek-V3.2 is 1088 wide for each pair of a query and a key, plain heads are 320 wide."""
+    v32 = load_config("model/deepseek_v3_2").config.model
+    assert not gathers_keys(v32, 4096) and not gathers_keys(v32, 12288) and gathers_keys(v32, 16384)
+    assert not gathers_keys(replace(v32, dsa=SparseAttention()), 131072)
 
 
 def test_learned_positions_are_embeddings() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configs.load import load_config
 from configs.model_schema import Model
@@ -16,6 +18,8 @@ from configs.sources import SHIPPED
 from parallel.flops import count_parameters
 from parallel.legality.verdict import check_config
 from tools.cli import run
+from tools.convert.hf_config.model_differences import model_differences
+from tools.convert.hf_config.preset import interpret_config
 from tools.convert.tensors.canonical_shapes import tensor_shapes
 
 # Totals: without prediction depths and buffers.
@@ -32,9 +36,11 @@ GOLDEN = {
     "ernie_4_5_21b_a3b": 21_825_436_160, "ernie_4_5_300b_a47b": 299_484_160_000, "hy3_preview": 295_033_528_320,
     "hunyuan_a13b": 80_393_183_232,
     "qwen3_next_80b_a3b": 79_674_391_296, "qwen3_5_397b_a17b": 396_346_350_336, "qwen3_5_35b_a3b": 34_660_610_688,
-    "qwen3_5_27b": 26_895_998_464,
+    "qwen3_5_27b": 26_895_998_464, "deepseek_v3_2": 671_877_929_216, "glm_5": 743_911_199_232,
 }  # fmt: skip
 PLANNING_ONLY = {"llama4_scout", "grok_1"}
+# Sparse attention: an indexer, which is counted and not built.
+SPARSE = {"deepseek_v3_2": "deepseek_v32", "glm_5": "glm_moe_dsa"}
 PRESETS = sorted(path.stem for path in (SHIPPED / "model").glob("*.yaml"))
 
 
@@ -66,6 +72,8 @@ def test_presets_name_their_source_and_are_legal_or_say_why_not(name: str) -> No
     problems = [problem for problem in check_config(config).problems if problem.path.startswith("model.")]
     if name in PLANNING_ONLY:
         assert model.planning_only and "planning" in problems[0].rule
+    elif name in SPARSE:
+        assert [problem.path for problem in problems] == ["model.dsa.top_k"] and not model.planning_only
     else:
         assert not problems and not model.planning_only
 
@@ -118,6 +126,41 @@ def test_what_cannot_be_converted_is_still_counted(tmp_path: Path, capsys: pytes
     (tmp_path / "config.json").write_text(json.dumps(values))
     document = described(capsys, str(tmp_path))
     assert document["params_total"] == GOLDEN["deepseek_v2"] and "knows no other" in document["planning_only"]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_transformers_builds_sparse_models_as_large(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers' class with its default config, the published model's; and `phalanx model` of that config is the preset."""
+    hf_config = CONFIG_MAPPING[SPARSE[name]]()
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(hf_config)
+    assert sum(weight.numel() for weight in built.parameters()) == GOLDEN[name]
+    values = hf_config.to_dict() | {"num_nextn_predict_layers": 1}
+    if name == "deepseek_v3_2":
+        values["rope_parameters"] = {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32,
+            "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        }  # fmt: skip
+    else:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    document = described(capsys, str(tmp_path))
+    assert document["params_total"] == GOLDEN[name] and "indexer" in document["planning_only"]
+    _, model, problems, _ = interpret_config(values)
+    assert not problems and model_differences(preset(name), model) == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"indexer_types": ["full", "shared"] * 39}, {"indexer_types": None, "index_topk_pattern": "FFS"},
+     {"indexer_types": None, "index_topk_freq": 4}],
+)  # fmt: skip
+def test_layers_that_share_an_indexer_are_refused(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING["glm_moe_dsa"]().to_dict() | keys))
+    assert run(["model", str(tmp_path)]) == 2
+    assert list(keys)[-1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ def attention_gemms(job: PlannedJob) -> list[Gemm]:
     return [Gemm(t / split, h, mla.q_lora_rank), Gemm(t, mla.q_lora_rank, query), down, up, out]
 
 
+def indexer_gemms(job: PlannedJob) -> list[Gemm]:
+    """Projections of one layer's indexer, which every tensor rank computes whole; none without one."""
+    model, dsa, t, h = job.model, job.model.dsa, job.micro_tokens, job.model.hidden_size
+    if not arch.is_sparse(model):
+        return []
+    queries = Gemm(t, model.mla.q_lora_rank or h, dsa.num_index_heads * dsa.index_head_dim)
+    return [queries, Gemm(t, h, dsa.index_head_dim), Gemm(t, h, dsa.num_index_heads)]
+
+
 def delta_net_gemms(job: PlannedJob) -> list[Gemm]:
     """Projections of one layer's gated delta net on a rank."""
     widths, tp, t, h = arch.delta_widths(job.model), job.layout.tensor, job.micro_tokens, job.model.hidden_size

@@ -1,4 +1,4 @@
-"""What the planner asks of a config: legal, except that a preset may be for planning only.
+"""What the planner asks of a config: legal, except that a model may be for planning only.
 
 In: a Config. Out: problems. The rules themselves stand in parallel/legality/verdict.py.
 
@@ -11,10 +11,10 @@ from configs.errors import Problem
 from configs.schema import Config
 from parallel.legality.verdict import check_config
 
-# The key by which a preset says that our engines can't train it: its sizes are right, so it can be planned.
-ONLY_FOR_PLANS = "model.planning_only"
+# The keys by which a model says that our engines can't train it: its sizes are right, so it can be planned.
+ONLY_FOR_PLANS = ("model.planning_only", "model.dsa.top_k")
 
 
 def plan_problems(config: Config) -> list[Problem]:
     """Why a config can't be planned; empty when it can."""
-    return [problem for problem in check_config(config).problems if problem.path != ONLY_FOR_PLANS]
+    return [problem for problem in check_config(config).problems if problem.path not in ONLY_FOR_PLANS]

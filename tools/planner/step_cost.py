@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from parallel import architecture as arch
 from parallel.architecture import LayerKind
-from parallel.flops import mean_context
+from parallel.flops import gathers_keys, index_pair_flops, mean_context
 from parallel.memory import layer_cache
 from parallel.memory.activations import DELTA_CHUNK_TOKENS, element_bytes
 from parallel.memory.job import PlannedJob
 from tools.planner.dispatch import remote_copies
-from tools.planner.gemms import Gemm, attention_gemms, delta_net_gemms, mlp_gemms, routed_rows
+from tools.planner.gemms import Gemm, attention_gemms, delta_net_gemms, indexer_gemms, mlp_gemms, routed_rows
 
 KINDS = (
     "gemm",  # dense products
@@ -105,7 +105,10 @@ class _Tally:
 def _attention(tally: _Tally, window: int | None, again: float) -> None:
     """Scores of one layer. `again`: forward passes made once more (recomputation)."""
     job, model = tally.job, tally.job.model
-    per_key = 2.0 * model.attention.num_heads / job.layout.tensor * (arch.query_dim(model) + arch.value_dim(model))
+    width = arch.query_dim(model) + arch.value_dim(model)
+    if gathers_keys(model, job.seq_length):
+        width, window = 2 * (model.mla.kv_lora_rank or 0) + model.mla.qk_rope_head_dim, model.dsa.top_k
+    per_key = 2.0 * model.attention.num_heads / job.layout.tensor * width
     if job.flash:
         flops = job.micro_tokens * per_key * mean_context(job.seq_length, window)
         tally.add("attention", flops * (1 + again + FLASH_BACKWARD) / tally.attention_flop_s)
@@ -118,6 +121,30 @@ def _attention(tally: _Tally, window: int | None, again: float) -> None:
     tally.add("attention", flops * (1 + redo + GEMM_BACKWARD) / tally.attention_flop_s)
     elements = job.micro_tokens * job.seq_length * model.attention.num_heads / job.layout.tensor
     tally.add("scores", SCORE_BYTES * (1 + redo / 3) * elements / tally.byte_s)
+
+
+def _indexer(tally: _Tally, again: float) -> None:
+    """The indexer of one layer's sparse attention and its loss. Every tensor rank computes all of it.
+
+    Forward it scores every key that a query may see, and the scores are written and read to choose among them. Its loss needs the
+    attention's own scores of the chosen keys once more, and its backward pass makes their index scores again.
+    """
+    job, model, dsa, gpu = tally.job, tally.job.model, tally.job.model.dsa, tally.job.machine.gpu
+    tally.gemms("gemm", indexer_gemms(job), 2 + again)
+    if not arch.is_sparse(model):
+        return
+    seen, chosen, t = mean_context(job.seq_length, None), mean_context(job.seq_length, dsa.top_k), job.micro_tokens
+    index_flop_s = gpu.peak_tflops(dsa.index_dtype) * 1e12 * gpu.largest_gemm(dsa.index_dtype)
+    tally.add("attention", (1 + again) * t * index_pair_flops(model) * seen / index_flop_s)
+    width = arch.query_dim(model)
+    if gathers_keys(model, job.seq_length):
+        width = (model.mla.kv_lora_rank or 0) + model.mla.qk_rope_head_dim
+    target = 2.0 * model.attention.num_heads / job.layout.tensor * width
+    tally.add("attention", t * chosen * (3 * index_pair_flops(model) + target) / tally.attention_flop_s)
+    tally.add("exponentials", t * chosen * model.attention.num_heads / job.layout.tensor / gpu.exponentials_s)
+    # fp32 scores; norm, rotation, Hadamard transform and cast of queries and key.
+    rotated = (dsa.num_index_heads + 1) * dsa.index_head_dim
+    tally.memory(t * ((1 + again) * 8.0 * seen + element_bytes(job) * 8 * rotated))
 
 
 def _delta_net(tally: _Tally, again: float) -> None:
@@ -150,6 +177,9 @@ def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
         width = 2 * arch.num_query_groups(model) * arch.head_dim(model) / layout.tensor
         if arch.is_mla(model):
             width = model.attention.num_heads * (arch.query_dim(model) + arch.value_dim(model)) / layout.tensor
+        if gathers_keys(model, job.seq_length):
+            width = (model.mla.kv_lora_rank or 0) + model.mla.qk_rope_head_dim
+        width += model.dsa.index_head_dim if arch.is_sparse(model) else 0
         num_bytes = (3 + again) * job.micro_tokens * width * size * (layout.context - 1)
         tally.add("context", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor * layout.context)))
 
@@ -198,6 +228,7 @@ def layer_work(job: PlannedJob, kind: LayerKind, window: int | None, recomputed:
     else:
         tally.gemms("gemm", attention_gemms(job), 3 + again + redo_up)
         _attention(tally, window, again)
+        _indexer(tally, again)
     _between_ranks(tally, kind.moe, again)
     split = layout.tensor if layout.sequence else 1
     # Two norms with their residual sums, forward (5 moves of h each) and backward (twice that); once more if made again.

@@ -19,6 +19,7 @@ from configs.load import load_config
 from configs.schema import BlendPart, Config
 from configs.sources import shipped_names
 from parallel.legality.rules import near_divisors, near_multiples
+from parallel.legality.sparse_attention import why_only_planned
 from parallel.legality.verdict import NOTICE_RULES, PROBLEM_RULES, check_config, derive_layout
 
 
@@ -134,8 +135,8 @@ def test_shipped_configs_are_legal(name: str) -> None:
     # Models and clusters (model/NAME) are no whole runs.
     words = ["run.steps=10", "batch.global_batch_seqs=16"] if "/" in name else []
     config = load_config(name, words).config
-    # Presets of models that can be counted and not built say so, and nothing else is wrong with them.
-    allowed = {"can_be_built"} if config.model.planning_only else set()
+    # Models that can be counted and not built say so, and nothing else is wrong with them.
+    allowed = {"can_be_built"} if why_only_planned(config.model) else set()
     found = {rule.name for rule in PROBLEM_RULES if list(rule.check(config))}
     assert found <= allowed and len(check_config(config).problems) == len(found)
 

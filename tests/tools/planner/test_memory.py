@@ -9,7 +9,7 @@ import pytest
 from configs.model_schema import Attention, Model
 from parallel.flops import count_parameters
 from parallel.layout import Layout
-from parallel.memory.activations import in_flight
+from parallel.memory.activations import attention_bytes, in_flight
 from parallel.memory.hardware import PlannedMachine, find_gpu
 from parallel.memory.job import BytesPerParameter, PlannedJob, Recomputation, ZeroSharding, make_job
 from parallel.memory.ledger import make_ledger
@@ -61,6 +61,20 @@ def test_ranks_hold_the_model_once(layout: Layout) -> None:
     held = sum(stage.total for stage in stage_held(job)) * layout.tensor
     parameters = count_parameters(MODEL, job.padded_vocab)
     assert held == parameters.total + (layout.tensor - 1) * parameters.norms
+
+
+def test_an_indexer_is_whole_on_every_tensor_rank() -> None:
+    """DeepSeek-V3.2 at tp8 against the same model without its indexer: weights, and activations by hand for one layer."""
+    words = ("launch.nodes=32", "parallel.tensor=8", "parallel.expert=32", "parallel.pipeline=4", "batch.global_batch_seqs=64",
+             "batch.seq_length_tokens=4096")  # fmt: skip
+    configs = [config_of("deepseek_v3_2", *words, word) for word in ("run.steps=1", "model.dsa.top_k=null")]
+    sparse, dense = (make_job(config, config.model.vocab_size) for config in configs)
+    layers = len(sparse.stage_chunks[1][0].layers)
+    assert sparse.stage_chunks == dense.stage_chunks
+    assert stage_held(sparse)[1].total - stage_held(dense)[1].total == layers * (1536 * 8192 + 7168 * (128 + 64) + 2 * 128)
+    # bf16: 64 queries of 128, a key twice, 64 weights, gathered inputs; an int32 and an fp32 for each of the 2048 chosen keys.
+    kept = 2 * (64 * 128 + 2 * 128 + 64 + 7168 + 1536) + 8 * 2048
+    assert attention_bytes(sparse) - attention_bytes(dense) == kept
 
 
 def test_deepspeed_estimates() -> None:

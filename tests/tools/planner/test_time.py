@@ -48,6 +48,36 @@ def test_products_are_the_models_flops() -> None:
     assert seconds * gpu.bf16_tflops * 1e12 * gpu.gemm_bf16 == pytest.approx(want, rel=1e-9)
 
 
+def sparse_job(length: int, *words: str) -> PlannedJob:
+    config = config_of("deepseek_v3_2", "launch.nodes=32", "parallel.expert=64", "parallel.pipeline=4",
+                       "batch.global_batch_seqs=64", f"batch.seq_length_tokens={length}", *words)  # fmt: skip
+    return make_job(config, config.model.vocab_size)
+
+
+def test_products_of_sparse_models_are_their_flops() -> None:
+    """The indexer's projections, which carry no gradient to their input, are in the products."""
+    job = sparse_job(4096, "model.mtp.num_layers=0")
+    gpu = job.machine.gpu
+    seconds = stage_micro_work(job)[:, [INDEX["gemm"], INDEX["experts"]]].sum()
+    flops = training_flops(job.model, job.padded_vocab, job.seq_length)
+    projections = 4 * 61 * (1536 * 64 * 128 + 7168 * (128 + 64))
+    want = flops.per_token - flops.attention_scores - flops.router - flops.indexer + projections
+    assert seconds * gpu.bf16_tflops * 1e12 * gpu.gemm_bf16 == pytest.approx(want * job.micro_tokens, rel=1e-9)
+
+
+def test_sparse_attention_saves_time_on_long_sequences_only() -> None:
+    """Below top_k an indexer only costs. At 128K it saves most of the scores; in bf16 its own cost more time than in fp8."""
+    short, long = (
+        [
+            time_step(sparse_job(length, word)).step_s
+            for word in ("model.dsa.top_k=null", "run.steps=1", "model.dsa.index_dtype=bf16")
+        ]
+        for length in (2048, 131072)
+    )
+    assert short[0] < short[1] < short[2]
+    assert long[1] < long[2] < long[0]
+
+
 @pytest.mark.parametrize(
     "words", [(), ("parallel.tensor=2", "parallel.pipeline=2"), ("parallel.pipeline=4", "parallel.virtual_pipeline=2")]
 )

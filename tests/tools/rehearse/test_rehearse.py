@@ -18,6 +18,7 @@ from parallel.architecture import has_delta_net
 from parallel.compat.index import is_needed
 from parallel.legality.verdict import check_config
 from pretrain.engine.muon import Muon
+from tools.planner.legal import ONLY_FOR_PLANS
 from tools.rehearse import cli
 from tools.rehearse.covering_layouts import covering_subset, legal_layouts, muon_variants
 from tools.rehearse.local_ranks import RankFailed
@@ -177,7 +178,8 @@ def test_shrinking_keeps_every_axis_and_the_kind_of_model(name: str, degrees: tu
     for axis in ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
         assert (getattr(fitted.parallel, axis) > 1) == (getattr(parallel, axis) > 1), axis
     small = shrink(fitted, common_divisors([fitted]))
-    problems = [problem for problem in check_config(small).problems if problem.path not in ("data.train", "model.planning_only")]
+    expected = ("data.train", *ONLY_FOR_PLANS)
+    problems = [problem for problem in check_config(small).problems if problem.path not in expected]
     assert not problems, problems
     assert (small.model.moe.num_experts > 0) == (config.model.moe.num_experts > 0)
     assert small.model.hidden_size < 100

@@ -11,11 +11,13 @@ from configs.model_schema import Model
 from tools.convert.families.bailing_moe_v2 import BAILING_MOE_V2
 from tools.convert.families.deepseek_v2 import DEEPSEEK_V2
 from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
+from tools.convert.families.deepseek_v32 import DEEPSEEK_V32
 from tools.convert.families.dots1 import DOTS1
 from tools.convert.families.ernie4_5_moe import ERNIE4_5_MOE
 from tools.convert.families.exaone_moe import EXAONE_MOE
 from tools.convert.families.glm4_moe import GLM4_MOE
 from tools.convert.families.glm4_moe_lite import GLM4_MOE_LITE
+from tools.convert.families.glm_moe_dsa import GLM_MOE_DSA
 from tools.convert.families.gpt_oss import GPT_OSS
 from tools.convert.families.hunyuan_v1 import HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE
 from tools.convert.families.hy_v3 import HY_V3
@@ -39,7 +41,7 @@ FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
     BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE,
     HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
-    QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5,
+    QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5, DEEPSEEK_V32, GLM_MOE_DSA,
 )  # fmt: skip
 
 UNSUPPORTED = {

@@ -16,8 +16,10 @@ from tools.convert.hf_config.family import AllowedValues, ConfigKey, Setting
 from tools.convert.hf_config.settings import plain_attention
 
 
-def latent_attention(q_lora_rank: int = 1536) -> tuple[Setting, ...]:
-    """The settings of multi-head latent attention. `q_lora_rank`: the value of an absent key."""
+def latent_attention(q_lora_rank: int = 1536, *decided: str) -> tuple[Setting, ...]:
+    """The settings of multi-head latent attention. `q_lora_rank`: the value of an absent key. `decided`: model keys that other
+    settings of the family set.
+    """
     return (
         ConfigKey("kv_lora_rank", "mla.kv_lora_rank"),
         ConfigKey("q_lora_rank", "mla.q_lora_rank", q_lora_rank),
@@ -27,7 +29,7 @@ def latent_attention(q_lora_rank: int = 1536) -> tuple[Setting, ...]:
         AllowedValues("attention_bias", (False, None), "megatron-core's latent attention has no biases"),
         LatentHeads(),
         LatentEps(),
-        *plain_attention("mla.kv_lora_rank", "mtp.num_layers"),
+        *plain_attention("mla.kv_lora_rank", "mtp.num_layers", *decided),
     )
 
 

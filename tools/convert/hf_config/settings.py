@@ -264,7 +264,8 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
         "mla.kv_lora_rank": None, "attention.window_size_tokens": None, "attention.sinks": False,
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
         "attention.qk_norm_span": "head", "attention.qk_norm_after_rotation": False, "position.layer_pattern": None,
-        "mtp.num_layers": 0, "activation": "swiglu", "attention.output_gate": False, "delta_net.pattern": None, **changed,
+        "mtp.num_layers": 0, "activation": "swiglu", "attention.output_gate": False, "delta_net.pattern": None,
+        "dsa.top_k": None, **changed,
     }  # fmt: skip
     return tuple(FixedValue(name, value) for name, value in values.items() if name not in decided)
 

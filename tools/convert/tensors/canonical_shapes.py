@@ -97,9 +97,22 @@ def _latent(model: Model) -> Iterator[tuple[str, Shape]]:
     yield "self_attention.linear_kv_down_proj.weight", (mla.kv_lora_rank + mla.qk_rope_head_dim, h)
     yield from _norm(model, "self_attention.kv_layernorm", mla.kv_lora_rank)
     yield "self_attention.linear_kv_up_proj.weight", (heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    if arch.is_sparse(model):
+        yield from _indexer(model)
     yield "self_attention.linear_proj.weight", (h, heads * mla.v_head_dim)
     if model.attention.output_bias:
         yield "self_attention.linear_proj.bias", (h,)
+
+
+def _indexer(model: Model) -> Iterator[tuple[str, Shape]]:
+    """The indexer of sparse attention, which is counted and not built. Names as Megatron-Core's module has them."""
+    dsa, name = model.dsa, "self_attention.core_attention.indexer"
+    rank = model.mla.q_lora_rank or model.hidden_size
+    yield f"{name}.linear_wq_b.weight", (dsa.num_index_heads * dsa.index_head_dim, rank)
+    yield f"{name}.linear_wk.weight", (dsa.index_head_dim, model.hidden_size)
+    yield f"{name}.k_norm.weight", (dsa.index_head_dim,)
+    yield f"{name}.k_norm.bias", (dsa.index_head_dim,)
+    yield f"{name}.linear_weights_proj.weight", (dsa.num_index_heads, model.hidden_size)
 
 
 def _mlp(model: Model, prefix: str, width: int, bias: bool, experts: Shape = ()) -> Iterator[tuple[str, Shape]]:

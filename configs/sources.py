@@ -7,11 +7,13 @@ Torch-free.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +71,12 @@ def _yaml_problem(error: Exception, path: str) -> Problem:
 
 def parse_yaml(text: str, name: str) -> tuple[dict[Any, Any], Any, list[Problem]]:
     """(tree, texts, problems) of a file's YAML mapping. An empty file is an empty mapping."""
+    return copy.deepcopy(_parse_once(text, name))
+
+
+# A process that loads configs on the same bases parses these once: parsing is most of a load.
+@lru_cache(maxsize=64)
+def _parse_once(text: str, name: str) -> tuple[dict[Any, Any], Any, list[Problem]]:
     try:
         loaded = OmegaConf.load(io.StringIO(text))
         texts = yaml.load(text, Loader=_TextLoader)

@@ -28,16 +28,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
-FIRST = ("slurm", "test_docs.py", "run")
+FIRST = ("tests/slurm/", "tests/test_docs.py", "tests/run/", "tests/reference/", "tests/launch/local/", "tests/tools/rehearse/")
 
 
 def first_part(nodeid: str) -> str:
-    """tests/PART/… → PART."""
-    return nodeid.split("::")[0].split("/")[1]
+    """The part of FIRST that a test belongs to; empty: none."""
+    return next((part for part in FIRST if nodeid.startswith(part)), "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    ranks = {part: rank for rank, part in enumerate(FIRST)}
     items.sort(key=lambda item: ranks.get(first_part(item.nodeid), len(FIRST)))
 
 
@@ -45,8 +45,7 @@ class ByFile(LoadScopeScheduling):
     """A file at a time for each test process, a folder of FIRST as a whole."""
 
     def _split_scope(self, nodeid: str) -> str:
-        part = first_part(nodeid)
-        return part if part in FIRST else nodeid.split("::")[0]
+        return first_part(nodeid) or nodeid.split("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)

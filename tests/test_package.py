@@ -81,24 +81,6 @@ def test_the_wheel_holds_every_file_of_data(wheel: Path) -> None:
     assert all(f"{name}/py.typed" in held for name in NAMES)
 
 
-def test_every_command_works_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
-    env = environment(installed)
-    where = shell("python -c 'import phalanx_command, tools.cli; print(tools.cli.__file__)'", tmp_path, env)
-    assert where.startswith(str(installed)), "the test must not find the checkout"
-    assert shell("phalanx --version", tmp_path, env).splitlines()[0].split() == ["phalanx", __version__]
-    shell("phalanx data tokenizer --corpus embedded --vocab-size 600 --max-mb 0.3 --out t.model", tmp_path, env)
-    shell("phalanx data tokenize --corpus embedded --max-mb 0.3 --tokenizer t.model --out train", tmp_path, env)
-    words = f"quickstart run.dir=run {SMALL}"
-    assert json.loads(shell(f"phalanx check {words} --json", tmp_path, env))["ok"]
-    shell("phalanx plan qwen3_30b_a3b", tmp_path, env)
-    shell("phalanx model deepseek_v3", tmp_path, env)
-    shell(f"phalanx launch {words}", tmp_path, env)
-    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["step"] == 3
-    shell("phalanx convert export run hf", tmp_path, env)
-    assert (tmp_path / "hf" / "config.json").exists()
-    assert "#SBATCH" in shell("phalanx launch qwen3_30b_a3b --dry-run --no-data", tmp_path, env)
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A user's project that has folders of our names, and of other common ones."""
@@ -109,16 +91,28 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folders_of_a_project_do_not_get_in_the_way(installed: Path, project: Path) -> None:
+def test_every_command_works_away_from_the_checkout_among_folders_of_our_names(
+    installed: Path, project: Path, tmp_path: Path
+) -> None:
     """`tools/` and the others of a user's project: on PYTHONPATH before ours, and in the working folder."""
+    where = shell("python -c 'import phalanx_command, tools.cli; print(tools.cli.__file__)'", tmp_path, environment(installed))
+    assert where.startswith(str(installed)), "the test must not find the checkout"
     env = environment(installed, project)
+    assert shell("phalanx --version", project, env).splitlines()[0].split() == ["phalanx", __version__]
     shell("phalanx data tokenizer --corpus embedded --vocab-size 600 --max-mb 0.3 --out t.model", project, env)
     shell("phalanx data tokenize --corpus embedded --max-mb 0.3 --workers 2 --tokenizer t.model --out train", project, env)
-    shell(f"phalanx launch quickstart run.dir=runs/mine {SMALL}", project, env)
+    words = f"quickstart run.dir=runs/mine {SMALL}"
+    assert json.loads(shell(f"phalanx check {words} --json", project, env))["ok"]
+    shell("phalanx plan qwen3_30b_a3b", project, env)
+    shell("phalanx model deepseek_v3", project, env)
+    shell(f"phalanx launch {words}", project, env)
     folder = project / "runs" / "mine"
     assert json.loads((folder / "outcome.json").read_text())["step"] == 3
     assert list((folder / "wandb").glob("offline-run-*")), "the copy to W&B started"
     shell("phalanx status runs/mine && phalanx logs runs/mine >/dev/null", project, env)
+    shell("phalanx convert export runs/mine hf", project, env)
+    assert (project / "hf" / "config.json").exists()
+    assert "#SBATCH" in shell("phalanx launch qwen3_30b_a3b --dry-run --no-data", project, env)
 
 
 @pytest.mark.prove

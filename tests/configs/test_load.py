@@ -237,7 +237,7 @@ AWKWARD = st.sampled_from(
 
 
 @given(text=AWKWARD | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])), number=st.floats(1e-9, 1e9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_round_trip_of_any_text_and_number(text: str, number: float) -> None:
     config = Config()
     config.model.source, config.optimizer.lr, config.data.train = text, number, [BlendPart(text, number)]
@@ -258,11 +258,9 @@ FLOATS = [key.path for key in all_keys().values() if key.type is float and key.k
 def test_no_float_is_infinite(value: str) -> None:
     """Each float key on the command line, and each weight of a blend."""
     assert len(FLOATS) > 30
-    for path in FLOATS:
-        problems = check_keys(load_config("quickstart", [f"{path}={value}"]).config)
-        assert any(problem.path == path and re.search(r"finite number|number, not NaN", problem.rule) for problem in problems), (
-            path
-        )
+    problems = check_keys(load_config("quickstart", [f"{path}={value}" for path in FLOATS]).config)
+    found = {problem.path for problem in problems if re.search(r"finite number|number, not NaN", problem.rule)}
+    assert found.issuperset(FLOATS)
     blend = load_config("quickstart", [f"data.train=[{{path: a, weight: {value}}}]"]).config
     assert [problem.path for problem in check_keys(blend)] == ["data.train[0].weight"]
 

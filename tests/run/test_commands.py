@@ -105,6 +105,7 @@ def test_a_finished_run_is_not_started_again(run_config: Path, undisturbed: Path
     assert RunFolder(undisturbed).last_attempt() == 1
 
 
+@pytest.mark.prove
 def test_two_agents_on_loopback_train_the_same(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Two machines of one rank by hand, as the README says."""
     run_dir = tmp_path / "agents"

@@ -1,4 +1,4 @@
-"""Ended on request, or started in another way, a run ends as if nothing had happened. test_kills.py has kills."""
+"""Ended on request, or started in another way, a run ends as if nothing had happened. test_kills.py has kills and SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def test_ranks_that_import_themselves_end_in_the_same_weights(run_config: Path, 
     check_equal(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.prove
 def test_ctrl_c_saves_and_going_on_leaves_no_trace(run_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     command = launch(run_config, stopped)

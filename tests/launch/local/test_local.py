@@ -120,6 +120,7 @@ def test_a_killed_rank_is_the_first_cause(start: Callable[..., Launch]) -> None:
     assert code == 1 and "rank 1 failed first:\nkilled by signal 9 (SIGKILL)" in err
 
 
+@pytest.mark.prove
 def test_restarts_end_where_they_change_nothing(start: Callable[..., Launch]) -> None:
     launch = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"steps": 100, "pause_s": 0.05, "raise": {"1": 2}})
     code, _, err = launch.end()
@@ -213,7 +214,11 @@ def test_a_signal_before_the_ranks_are_there(start: Callable[..., Launch]) -> No
     assert marked_pids(launch.mark()) == []
 
 
-@pytest.mark.parametrize("victim", ["launcher", "agent", FORK_SERVER, pytest.param("rank 0", marks=pytest.mark.prove), "rank 1"])
+# tests/run/test_kills.py kills the launcher, torchrun's agent and ranks of whole runs every day.
+@pytest.mark.parametrize(
+    "victim",
+    [FORK_SERVER, *(pytest.param(who, marks=pytest.mark.prove) for who in ("launcher", "agent", "rank 0", "rank 1"))],
+)
 def test_no_orphans_after_sigkill(start: Callable[..., Launch], victim: str) -> None:
     """Whoever is killed: no process stays, and the next launch begins at once as the next attempt."""
     launch = start(plan={"steps": 1000, "pause_s": 0.05})

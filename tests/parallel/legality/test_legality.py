@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from configs.data_schema import DataPhase, ValidSet
 from configs.errors import Problem
@@ -205,16 +205,18 @@ BAD_VALUES: dict[type, list[object]] = {
 }
 
 
+def set_key(config: Config, path: str, value: object) -> None:
+    *sections, name = path.split(".")
+    setattr(functools.reduce(getattr, sections, config), name, value)
+
+
 @pytest.mark.parametrize("key", LEAVES, ids=lambda key: key.path)
 def test_no_value_of_a_single_key_makes_a_crash(key: Key) -> None:
     values = BAD_VALUES[key.type]
     tries = [[], *([value] for value in values), values] if key.kind == "list" else values
     for bad in [*tries, None] if key.optional else tries:
-        owner = config = copy.deepcopy(QUICKSTART)
-        *sections, name = key.path.split(".")
-        for section in sections:
-            owner = getattr(owner, section)
-        setattr(owner, name, bad)
+        config = copy.deepcopy(QUICKSTART)
+        set_key(config, key.path, bad)
         verdict = check_config(config)
         assert all(isinstance(problem, Problem) for problem in verdict.problems)
         derive_layout(config)
@@ -233,11 +235,9 @@ FUZZED = [
 @given(values=st.lists(st.tuples(st.sampled_from(FUZZED), SMALL), max_size=8))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_combination_makes_a_crash_and_a_legal_one_lays_out(values: list[tuple[str, int]]) -> None:
-    typed = OmegaConf.structured(QUICKSTART)
+    config = copy.deepcopy(QUICKSTART)
     for path, value in values:
-        OmegaConf.update(typed, path, value)
-    config = OmegaConf.to_object(typed)
-    assert isinstance(config, Config)
+        set_key(config, path, value)
     verdict = check_config(config)
     if verdict.ok:
         layout = derive_layout(config)

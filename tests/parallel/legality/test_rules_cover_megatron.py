@@ -75,12 +75,13 @@ def choices() -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.parametrize("tries", [300, pytest.param(1500, marks=pytest.mark.prove)])
 @pytest.mark.parametrize("base", BASES)
-def test_what_is_legal_is_accepted(base: str) -> None:
+def test_what_is_legal_is_accepted(base: str, tries: int) -> None:
     draw, table, legal = random.Random(base), choices(), 0
     quickstart = load_config("quickstart").config
     backend = Backend(transformer_engine=False, grouped_experts=True, fused_wgrad=False, fp8=None)
-    for _ in range(1500):
+    for _ in range(tries):
         config = copy.deepcopy(quickstart)
         values = BASES[base] | {key: draw.choice(table[key]) for key in draw.sample(sorted(table), draw.randint(1, 6))}
         for key, value in values.items():
@@ -97,4 +98,4 @@ def test_what_is_legal_is_accepted(base: str) -> None:
                 make_transformer_config(config, layout, chunks, backend)
             except Exception as error:
                 raise AssertionError(f"legal, but megatron-core refuses {values}: {error}") from error
-    assert legal > 150
+    assert legal > tries / 10

@@ -89,6 +89,7 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
+@pytest.mark.prove
 def test_offline_kills_and_replays_give_each_step_once(tmp_path: Path) -> None:
     """kill -9 of rank 0 at random rows, resume from an earlier step, replay: each step once in W&B, after `wandb sync` too."""
     rng = random.Random(7)

@@ -53,7 +53,7 @@ FAMILIES = ("qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral")
 
 @pytest.fixture(scope="module")
 def passages() -> list[str]:
-    return [passage for _, text in list(documents())[:25] for passage in _passages([text.decode()])]
+    return [passage for _, text in list(documents())[:10] for passage in _passages([text.decode()])]
 
 
 def make(folder: Path, passages: list[str], options: dict[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,15 @@ def documents() -> Iterator[tuple[str, bytes]]:
 
 
 def _modules(library: Path) -> list[str]:
-    relative = [path.relative_to(library) for path in library.rglob("*.py")]
-    return [path.as_posix() for path in relative if not LEFT_OUT & set(path.parts) and not path.name.startswith("_sysconfigdata")]
+    found = []
+    for folder, folders, files in os.walk(library):
+        # Installed packages may be far more files than the library.
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        place = Path(folder).relative_to(library)
+        found += [
+            (place / name).as_posix() for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return found
 
 
 def _rank(name: str) -> str:

@@ -41,9 +41,7 @@ def _modules(library: Path) -> list[str]:
         # Installed packages may be far more files than the library.
         folders[:] = [name for name in folders if name not in LEFT_OUT]
         place = Path(folder).relative_to(library)
-        found += [
-            (place / name).as_posix() for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
-        ]
+        found += [(place / name).as_posix() for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
     return found
 
 

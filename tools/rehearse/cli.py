@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N",
         help="instead: train models so many times as wide, and say whether their activations grow with the width (model.mup)",
     )
-    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser (not with --against or --coordinates)")
+    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser (not with --against)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
     """Returns the exit code. 0: every layout agrees; 1: a layout differs. Raises ConfigError for bad input."""
     args = _parser().parse_intermixed_args(argv)
     if args.html:
-        if args.against or args.coordinates:
-            rule = "the page is that of layouts against one process"
-            raise ConfigError(Problem("--html", args.html, rule, "leave out --against and --coordinates, or --html"))
+        if args.against:
+            rule = "the page is that of layouts against one process, or of --coordinates"
+            raise ConfigError(Problem("--html", args.html, rule, "leave out --against, or --html"))
         # Before a rehearsal that takes minutes.
         plotly_script()
     if args.device == "cpu":

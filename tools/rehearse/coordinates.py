@@ -33,6 +33,7 @@ from pretrain.build import make_engine, make_model
 from tools.rehearse.local_ranks import run_ranks
 from tools.rehearse.shrink import VOCAB_SIZE, CommonDivisors, shrink
 from tools.rehearse.train_rank import random_batches
+from tools.report.plan_pages import write_coordinates_page
 from tools.text_table import table
 
 # An exponent of the width above this is growth. In the standard parametrization the last steps have exponents near 0.5 and 1.
@@ -51,11 +52,11 @@ def check_coordinates(args: argparse.Namespace) -> int:
     found = {width: run_ranks(1, measure, at_width(config, width), args.steps)[0] for width in widths}
     exponents = {kind: exponent(widths, [found[width][kind][-1] for width in widths]) for kind in found[widths[0]]}
     growing = sorted(kind for kind, value in exponents.items() if value > FLAT)
-    if args.json:
-        values = {kind: {str(width): found[width][kind] for width in widths} for kind in exponents}
-        print(json.dumps({"flat": not growing, "growing": growing, "exponents": exponents, "coordinates": values}))
-    else:
-        print(coordinates_text(config, widths, found, exponents, growing))
+    values = {kind: {str(width): found[width][kind] for width in widths} for kind in exponents}
+    document = {"flat": not growing, "growing": growing, "exponents": exponents, "coordinates": values}
+    if args.html:
+        write_coordinates_page(args.html, args.config, title_of(config), verdict_of(growing), document)
+    print(json.dumps(document) if args.json else coordinates_text(config, widths, found, exponents, growing))
     return 1 if growing else 0
 
 
@@ -146,15 +147,24 @@ def exponent(widths: Sequence[int], values: Sequence[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
+def title_of(config: Config) -> str:
+    """The model and its parametrization."""
+    base = config.model.mup.base_hidden_size
+    return f"{config.model.name}, {f'muP, base {base}' if base else 'standard parametrization'}"
+
+
+def verdict_of(growing: Sequence[str]) -> str:
+    """`growing`: the kinds whose outputs grow with the width."""
+    return f"NOT FLAT: {', '.join(growing)} grow faster than width^{FLAT}" if growing else "flat: nothing grows with the width"
+
+
 def coordinates_text(
     config: Config, widths: Sequence[int], found: dict[int, Coordinates], exponents: dict[str, float], growing: Sequence[str]
 ) -> str:
     """A table of each kind, then the verdict."""
     steps = len(next(iter(found[widths[0]].values())))
-    name = f"muP, base {config.model.mup.base_hidden_size}" if config.model.mup.base_hidden_size else "standard parametrization"
-    lines = [f"{config.model.name}, {name}: mean absolute outputs by width and step"]
+    lines = [f"{title_of(config)}: mean absolute outputs by width and step"]
     for kind, power in exponents.items():
         rows = [[f"x {width}", *(f"{value:.3g}" for value in found[width][kind])] for width in widths]
         lines += ["", table((kind, *(f"step {step}" for step in range(steps))), rows), f"grows as width^{power:.2f} at the end"]
-    verdict = f"NOT FLAT: {', '.join(growing)} grow faster than width^{FLAT}" if growing else "flat: nothing grows with the width"
-    return "\n".join([*lines, "", verdict])
+    return "\n".join([*lines, "", verdict_of(growing)])

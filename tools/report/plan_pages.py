@@ -1,4 +1,4 @@
-"""Plans, searches and rehearsals as pages (`--html FILE`). In: their values. Out: a self-contained HTML file.
+"""Plans, searches, rehearsals and coordinate checks as pages (`--html FILE`). In: their values. Out: a self-contained HTML file.
 
 Torch-free.
 """
@@ -90,6 +90,11 @@ def write_rehearsal_page(path: str, name: str, lines: Sequence[dict[str, Any]], 
     facts = [["layouts", str(len(lines))], ["agree with one process", str(sum(bool(line["ok"]) for line in lines))]]
     document = {"title": "Layouts against one process", "facts": facts, "layouts": list(lines), "notes": list(notes)}
     _write(path, "rehearsal", document, f"Rehearsal of {name}")
+
+
+def write_coordinates_page(path: str, name: str, title: str, verdict: str, found: dict[str, Any]) -> None:
+    """`found`: the document of `phalanx rehearse --coordinates --json`."""
+    _write(path, "coordinates", {"title": title, "verdict": verdict, **found}, f"Coordinate check of {name}")
 
 
 def _write(path: str, kind: str, document: dict[str, Any], title: str) -> None:

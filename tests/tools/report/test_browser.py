@@ -16,7 +16,7 @@ from tests.tools.report.test_report import HOSTILE, spoil
 from tests.tools.report.world import add_rows, make_run
 from tools import cli
 from tools.report.cli import RunReaders
-from tools.report.plan_pages import write_rehearsal_page
+from tools.report.plan_pages import write_coordinates_page, write_rehearsal_page
 from tools.report.serve import LiveDocument, PageServer
 
 
@@ -168,4 +168,18 @@ def test_plans_searches_and_rehearsals_are_drawn(browser: Browser, tmp_path: Pat
     assert browser.run("return document.querySelectorAll('.scatterlayer .point').length") == 4
     text = browser.run("return document.body.innerText")
     assert "1.0e-7" in text and "failed" in text and HOSTILE in text
+    quiet(browser)
+
+
+def test_a_coordinate_check_is_drawn(browser: Browser, tmp_path: Path) -> None:
+    found = {"logits": {"1": [1.0, 2.0], "2": [1.0, 3.0], "4": [1.0, 4.0]}}
+    found[HOSTILE] = {"1": [1.0, 1.0], "2": [0.7, 0.7], "4": [0.5, 0.6]}
+    document = {"flat": False, "growing": ["logits"], "exponents": {"logits": 0.5, HOSTILE: -0.5}, "coordinates": found}
+    write_coordinates_page(str(tmp_path / "page.html"), "quickstart", HOSTILE, "NOT FLAT: logits", document)
+    browser.open(tmp_path / "page.html")
+    # A chart for each kind, a line for each step, a point for each width.
+    assert browser.run("return document.querySelectorAll('.plot').length") == 2
+    assert browser.run("return document.querySelectorAll('.scatterlayer .point').length") == 2 * 2 * 3
+    text = browser.run("return document.body.innerText")
+    assert "NOT FLAT: logits" in text and "-0.50" in text and "step 1" in text and HOSTILE in text
     quiet(browser)

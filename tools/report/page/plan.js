@@ -1,4 +1,4 @@
-// What the planner says, alone or beside what was measured; a search; a rehearsal.
+// What the planner says, alone or beside what was measured; a search; a rehearsal; a coordinate check.
 
 const MEMORY = [["weights_gib", "weights"], ["gradients_gib", "gradients"], ["optimizer_gib", "optimizer"], ["activations_gib", "activations"], ["buffers_gib", "buffers"]];
 
@@ -73,4 +73,31 @@ function rehearsalSection(parent) {
   }
   if (found.notes.length) parent.append(card("Notes", el("ul", {}, found.notes.map((note) => el("li", {}, note)))));
   for (const line of found.layouts.filter((one) => one.error)) parent.append(card(line.layout, el("pre", { tabindex: 0 }, line.error)));
+}
+
+// At least a decade, so that what is flat looks flat.
+function decades(values) {
+  const logs = values.map(Math.log10), low = Math.min(...logs), high = Math.max(...logs), spare = Math.max(0.05 * (high - low), (1 - high + low) / 2);
+  const ticks = [];
+  for (let power = Math.floor(low) - 1; power <= high + 1; power++) for (const digit of [1, 2, 5]) ticks.push(digit * 10 ** power);
+  return { type: "log", range: [low - spare, high + spare], tickvals: ticks, ticktext: ticks.map((tick) => short(tick, 1)) };
+}
+
+function coordinatesSection(parent) {
+  const found = DATA.coordinates, grows = (kind) => found.growing.includes(kind);
+  parent.append(card(found.title, el("p", { class: found.flat ? "good" : "bad" }, found.verdict),
+    table(["output of", "grows as width to the power", "verdict"], Object.entries(found.exponents).map(([kind, power]) => [kind, power.toFixed(2),
+      el("span", { class: grows(kind) ? "bad" : "good" }, grows(kind) ? "grows" : "flat")]), [1])));
+  const grid = el("div", { class: "grid" });
+  parent.append(grid);
+  for (const [kind, byWidth] of Object.entries(found.coordinates)) {
+    const widths = Object.keys(byWidth).map(Number).sort((one, other) => one - other), steps = byWidth[widths[0]].length;
+    const figure = card(`Mean absolute output by width: ${kind}`), last = widths.map((width) => `${short(byWidth[width][steps - 1], 3)} at x ${width}`);
+    grid.append(figure);
+    chart(figure, `Mean absolute output of ${kind}, after step ${steps - 1}: ${last.join(", ")}.`, () => ({
+      traces: Array.from({ length: steps }, (_, step) => ({ type: "scatter", mode: "lines+markers", name: `step ${step}`, x: widths, y: widths.map((width) => byWidth[width][step]),
+        marker: { size: 7, color: colour(step) }, line: { color: colour(step), width: 1.6 }, hovertemplate: `x %{x}, step ${step}: %{y:.4~g}<extra></extra>` })),
+      layout: { showlegend: true, xaxis: { type: "log", tickvals: widths, ticktext: widths.map((width) => `x ${width}`), title: { text: "width", standoff: 4 } }, yaxis: decades(widths.flatMap((width) => byWidth[width])) },
+    }), true);
+  }
 }

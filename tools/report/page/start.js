@@ -8,6 +8,7 @@ const SECTIONS = {
     ["curves", "Curves", curvesSection], ["experts", "Experts", forRun(expertsSection)], ["life", "Life", forRun(lifeSection)],
     ["layout", "Layout", forRun(layoutSection)], ["config", "Config", forRun(configSection)]],
   plan: [["plan", "Plan", planSection]], search: [["search", "Search", searchSection]], rehearsal: [["rehearsal", "Rehearsal", rehearsalSection]],
+  coordinates: [["coordinates", "Coordinates", coordinatesSection]],
 };
 const OF_ONE_RUN = ["experts", "life", "layout", "config"];
 const shown = new Map();

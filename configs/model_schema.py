@@ -31,12 +31,22 @@ class Attention:
     qk_norm_after_rotation: bool = key(
         False, "That norm follows the rotation of queries and keys (Hunyuan), else it comes before."
     )
+    qk_l2_norm: bool = key(
+        False,
+        "Rotated layers divide queries and keys by their root mean square, after the rotation and without a weight (Llama 4).",
+    )
     qkv_bias: bool = key(False, "Bias of the query, key and value projections.")
     output_bias: bool = key(False, "Bias of the output projection.")
     window_size_tokens: Optional[int] = key(
         None,
         "Sliding window in tokens: a query attends to itself and to window - 1 tokens before it. null: full attention.",
         low=1,
+    )
+    window_kind: str = key(
+        "sliding",
+        "sliding: the window moves with the query. chunked: sequences are cut into chunks of that many tokens, and a query attends to "
+        "the tokens of its chunk up to itself (Llama 4).",
+        choices=("sliding", "chunked"),
     )
     window_layers: str = key(
         "all", "Layers that have the window. alternate: layers 0, 2, 4 and so on.", choices=("all", "alternate")
@@ -45,6 +55,13 @@ class Attention:
         None, "For each layer 1 (window) or 0 (full attention), instead of window_layers.", low=0, high=1
     )
     sinks: bool = key(False, "One learned logit per head takes part in the softmax (gpt-oss).")
+    temperature_growth: float = key(
+        0.0,
+        "In layers without positions (position.layer_pattern) the query at position p, from 0, is multiplied by 1 + growth x "
+        "ln(1 + floor((p + 1) / temperature_step_tokens)) (Llama 4: 0.1). 0: off.",
+        low=0,
+    )
+    temperature_step_tokens: int = key(8192, "Tokens between two steps of that factor.", low=1)
     output_gate: bool = key(
         False, "Sigmoid gate on the output of each head, computed from the layer's input with the queries (Qwen3-Next)."
     )
@@ -106,6 +123,11 @@ class RopeScaling:
         "none",
         "Method of scaling: linear (position interpolation), llama3 or yarn, as in Hugging Face configs.",
         choices=("none", "linear", "llama3", "yarn"),
+    )
+    layers: str = key(
+        "all",
+        "Layers whose frequencies are scaled. full_attention: those without a window only (OLMo-3).",
+        choices=("all", "full_attention"),
     )
     factor: float = key(1.0, "Factor by which the context length grows.", low=1)
     original_max_position: int = key(4096, "Context length before scaling, in tokens.", low=1)
@@ -185,6 +207,9 @@ class MoE:
     shared_ffn_hidden_size: Optional[int] = key(
         None, "Inner width of all shared experts together. null: no shared expert.", low=1
     )
+    weights_on_input: bool = key(
+        False, "The weight of the chosen expert multiplies its input, not its output (Llama 4). Needs top_k = 1."
+    )
     shared_gate: bool = key(False, "Sigmoid gate on the output of the shared expert (Qwen2-MoE).")
     shared_overlap: bool = key(
         False, "Compute the shared expert while tokens are sent to routed ones. Needs dispatcher = alltoall."
@@ -255,6 +280,11 @@ class Model:
         "rmsnorm",
         "Kind of normalisation. zero_centered_rmsnorm: RMSNorm whose weight w multiplies by 1 + w (Qwen3-Next).",
         choices=("rmsnorm", "layernorm", "zero_centered_rmsnorm"),
+    )
+    norm_position: str = key(
+        "before",
+        "A layer's norms stand before attention and MLP, on what they read, or after, on what they add (OLMo-2, EXAONE 4).",
+        choices=("before", "after"),
     )
     norm_eps: float = key(1e-5, "Epsilon of the norms.", above=0)
     tie_embeddings: bool = key(False, "The output layer shares the weights of the input embedding.")

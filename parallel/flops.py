@@ -4,9 +4,9 @@ In: configs' Model and the vocabulary (tokens, not padded: pads do no useful wor
 
 FLOPs of one token, forward: 2 for each weight of a matrix product it passes (k of E experts, the router, shared experts,
 the output head; the embedding is a look-up), and for attention 2·heads·(d_qk + d_v)·context, where context is the mean
-number of keys a query sees: causal, so half the sequence, s/2; with a window of w < s tokens w - w²/2s. With grouped
-queries every head still does its own products, so only the weights shrink. A gated delta net's state S [d_k, d_v] of each value
-head meets one token in three products, with 6·d_k·d_v FLOPs: S^T k, the outer product of k and the correction, S^T q
+number of keys a query sees: causal, so half the sequence, s/2; with a window of w < s tokens w - w²/2s; in chunks w/2. With
+grouped queries every head still does its own products, so only the weights shrink. A gated delta net's state S [d_k, d_v] of
+each value head meets one token in three products, with 6·d_k·d_v FLOPs: S^T k, the outer product of k and the correction, S^T q
 (arXiv 2412.06464, eq. 10). Chunked kernels do more; that is not counted. With sparse attention a query meets at most top_k
 keys, and the indexer has FLOPs of its own (`indexer_flops`). Backward costs twice the forward; recomputed
 activations are not counted (model FLOPs). Norms, activations, softmax and the router's top-k are left out. Each
@@ -168,15 +168,22 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def mean_context(seq_length_tokens: int, window_tokens: int | None) -> float:
-    """Mean number of keys of a causal query: s/2, with a window w < s: w - w²/2s."""
+def mean_context(seq_length_tokens: int, window_tokens: int | None, chunked: bool = False) -> float:
+    """Mean number of keys of a causal query: s/2, with a window w < s: w - w²/2s.
+
+    `chunked`: the window is a chunk of w tokens: w/2, less what the last chunk of s mod w tokens lacks.
+    """
     window = min(window_tokens or seq_length_tokens, seq_length_tokens)
+    if chunked:
+        whole, last = divmod(seq_length_tokens, window)
+        return (whole * window**2 + last**2) / (2 * seq_length_tokens)
     return window - window**2 / (2 * seq_length_tokens)
 
 
 def _scores(model: Model, seq_length_tokens: int, layer: int) -> float:
     """Forward FLOPs of one attention layer's scores and their sum over values, one token."""
-    context = mean_context(seq_length_tokens, model.dsa.top_k or arch.window_of_layer(model, layer))
+    window, chunked = model.dsa.top_k or arch.window_of_layer(model, layer), model.attention.window_kind == "chunked"
+    context = mean_context(seq_length_tokens, window, chunked)
     return 2 * model.attention.num_heads * (arch.query_dim(model) + arch.value_dim(model)) * context
 
 

@@ -91,6 +91,7 @@ def expert_overlap_problems(config: Config) -> Iterator[Problem]:
         (recompute.mode != "full", "layers that are not recomputed as a whole", "set recompute.mode=selective or none"),
         ("moe" not in dropped, "MoE layers that are not recomputed as a whole", "leave moe out of recompute.modules"),
         (model.moe.dispatcher != "allgather", "the alltoall or flex dispatcher", "set model.moe.dispatcher=alltoall"),
+        (model.norm_position == "before", "norms before attention and MLP: it runs MLPs in parts", "set model.norm_position"),
         (not model.moe.shared_overlap, "model.moe.shared_overlap = false", "set it"),
         (depths < 2, "at most one depth of multi-token prediction", "set model.mtp.num_layers=1"),
         (not depths or p.pipeline > 1, "stages for multi-token prediction", "set parallel.pipeline"),

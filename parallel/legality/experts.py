@@ -95,7 +95,7 @@ def router_groups(config: Config) -> Iterator[Problem]:
         yield Problem("model.moe.router.group_score_experts", scored, rule, f"set it to {width} or less")
 
 
-@reads("model.moe")
+@reads("model.moe", "model.mlp_bias", "model.activation")
 def router_weights(config: Config) -> Iterator[Problem]:
     """Normalisation of the chosen experts' weights and the selection bias suit top_k and the score function."""
     moe, router = config.model.moe, config.model.moe.router
@@ -108,6 +108,9 @@ def router_weights(config: Config) -> Iterator[Problem]:
     if moe.top_k > 1 and router.score == "sigmoid" and not router.normalize_top_k:
         rule = "must be on with sigmoid scores: megatron-core always normalises them"
         yield Problem(path, False, rule, f"set {path}=true, or model.moe.router.score=softmax")
+    if moe.weights_on_input and (moe.top_k > 1 or config.model.mlp_bias or config.model.activation == "gpt_oss_glu"):
+        rule = "needs model.moe.top_k = 1 and experts without biases: megatron-core adds up the weighted inputs of no others"
+        yield Problem("model.moe.weights_on_input", True, rule, "set model.moe.weights_on_input=false")
     if router.expert_bias and router.score == "softmax":
         # The weights are p / (sum of the chosen p), and the logits are those of sigmoids (pretrain/model/routers.py).
         path, fix = "model.moe.router.expert_bias", "set model.moe.router.score=sigmoid, or expert_bias=false"

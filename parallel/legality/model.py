@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from configs.errors import Problem
 from configs.schema import Config
 from parallel import architecture as arch
-from parallel.legality import delta_net, sparse_attention
+from parallel.legality import attention, delta_net, sparse_attention
 from parallel.legality.rules import has_experts, near_divisors, near_multiples, on_gpu, reads
 
 
@@ -61,6 +61,9 @@ def latent_attention(config: Config) -> Iterator[Problem]:
         ("attention.num_query_groups", attention.num_query_groups, (None, attention.num_heads), "every head has its own key"),
         ("attention.head_dim", attention.head_dim, (None,), "the widths of a head are model.mla's"),
         ("attention.qk_norm", attention.qk_norm, (False,), "its compressed queries and keys always have their own norms"),
+        ("attention.qk_l2_norm", attention.qk_l2_norm, (False,), "its compressed queries and keys always have their own norms"),
+        ("attention.temperature_growth", attention.temperature_growth, (0.0,), "all of its layers are rotated"),
+        ("attention.window_kind", attention.window_kind, ("sliding",), "chunks were never held to be right there"),
         ("attention.qkv_bias", attention.qkv_bias, (False,), "megatron-core has no bias there"),
         ("attention.sinks", attention.sinks, (False,), "megatron-core has no sinks there"),
         ("position.kind", position.kind, ("rope",), "a part of each key is rotated"),
@@ -74,7 +77,7 @@ def latent_attention(config: Config) -> Iterator[Problem]:
             yield Problem(f"model.{name}", got, rule, f"leave model.{name} out, or set model.mla.kv_lora_rank=null")
 
 
-@reads("model.position", "model.mla")
+@reads("model.position", "model.mla", "model.attention", "model.num_layers")
 def rope_scaling(config: Config) -> Iterator[Problem]:
     """Scaling of rotary positions needs rotary positions, and the values that megatron-core fixes for its kind."""
     position, scaling = config.model.position, config.model.position.scaling
@@ -83,21 +86,18 @@ def rope_scaling(config: Config) -> Iterator[Problem]:
             fix = "set model.position.scaling.kind to linear, llama3 or yarn, or factor=1"
             yield Problem("model.position.scaling.factor", scaling.factor, "has no effect while scaling.kind = none", fix)
         return
+    windows = {arch.window_of_layer(config.model, layer) is not None for layer in range(config.model.num_layers)}
+    if scaling.layers == "full_attention" and (windows != {True, False} or arch.is_mla(config.model)):
+        rule = "needs layers with and without a window (model.attention), and no latent attention"
+        yield Problem("model.position.scaling.layers", scaling.layers, rule, "set model.position.scaling.layers=all")
     if position.kind != "rope":
         rule = f"stretches rotary positions: model.position.kind = {position.kind}"
         yield Problem("model.position.scaling.kind", scaling.kind, rule, "set model.position.scaling.kind=none")
     if scaling.kind == "yarn" and position.interleaved:
         rule = "megatron-core's yarn rotates halves, not neighbouring pairs"
         yield Problem("model.position.interleaved", True, rule, "set model.position.interleaved=false")
-    if scaling.kind == "llama3":
-        fixed = (("original_max_position", 8192), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
-        for name, value in fixed:
-            got = getattr(scaling, name)
-            if got != value:
-                rule = f"megatron-core's llama3 scaling fixes it at {value:g}"
-                yield Problem(f"model.position.scaling.{name}", got, rule, f"set model.position.scaling.{name}={value:g}")
-    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
-        rule = f"must be less than high_freq_factor = {scaling.high_freq_factor:g}"
+    if scaling.kind == "llama3" and scaling.low_freq_factor > scaling.high_freq_factor:
+        rule = f"must be at most high_freq_factor = {scaling.high_freq_factor:g}"
         yield Problem("model.position.scaling.low_freq_factor", scaling.low_freq_factor, rule, "lower it")
 
 
@@ -125,24 +125,6 @@ def biases_go_together(config: Config) -> Iterator[Problem]:
         yield Problem("model.attention.qkv_bias", False, rule, "set model.attention.qkv_bias=true")
 
 
-@reads("model.attention", "model.num_layers", "model.mtp")
-def window_pattern_fits(config: Config) -> Iterator[Problem]:
-    """model.attention.window_pattern names every layer, needs a window size, and excludes multi-token prediction."""
-    attention, layers = config.model.attention, config.model.num_layers
-    path, pattern = "model.attention.window_pattern", attention.window_pattern
-    if pattern is None:
-        return
-    if len(pattern) != layers:
-        rule = f"must name each of the model.num_layers = {layers} layers, not {len(pattern)}"
-        yield Problem(path, pattern, rule, f"give {layers} numbers, 0 full attention and 1 window")
-    if attention.window_size_tokens is None:
-        rule = "has no effect while model.attention.window_size_tokens is not set"
-        yield Problem(path, pattern, rule, f"set model.attention.window_size_tokens, or {path}=null")
-    if config.model.mtp.num_layers:
-        rule = "names the layers only: megatron-core would look for model.mtp.num_layers more"
-        yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
-
-
 @reads("model.mtp", "model.position.kind")
 def prediction_depths(config: Config) -> Iterator[Problem]:
     """Multi-token prediction excludes learned positions."""
@@ -152,56 +134,13 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
-@reads("model.attention", "model.norm")
-def norm_of_all_heads(config: Config) -> Iterator[Problem]:
-    """model.attention.qk_norm_span = all_heads needs norms of queries and keys, which are RMSNorms."""
-    attention, path = config.model.attention, "model.attention.qk_norm_span"
-    if attention.qk_norm_span == "head":
-        return
-    if not attention.qk_norm:
-        rule = "has no effect while model.attention.qk_norm is off"
-        yield Problem(path, attention.qk_norm_span, rule, f"set model.attention.qk_norm=true, or {path}=head")
-    if config.model.norm != "rmsnorm":
-        rule = f"all_heads needs model.norm = rmsnorm, not {config.model.norm}"
-        yield Problem(path, attention.qk_norm_span, rule, f"set model.norm=rmsnorm, or {path}=head")
-
-
-@reads("model.attention", "model.norm", "model.mla")
-def norm_after_rotation(config: Config) -> Iterator[Problem]:
-    """model.attention.qk_norm_after_rotation needs norms of queries and keys, RMSNorms of each head."""
-    attention, path = config.model.attention, "model.attention.qk_norm_after_rotation"
-    if not attention.qk_norm_after_rotation:
-        return
-    fix = f"set {path}=false"
-    if not attention.qk_norm:
-        yield Problem(
-            path, True, "has no effect while model.attention.qk_norm is off", f"set model.attention.qk_norm=true, or {path}=false"
-        )
-    if attention.qk_norm_span != "head":
-        yield Problem(path, True, "needs model.attention.qk_norm_span = head", fix)
-    if config.model.norm != "rmsnorm":
-        yield Problem(path, True, f"needs model.norm = rmsnorm, not {config.model.norm}", fix)
-
-
-@reads("model.position", "model.num_layers", "model.mtp", "model.mla")
-def rotated_layers_fit(config: Config) -> Iterator[Problem]:
-    """model.position.layer_pattern names every layer, needs rotary positions, and excludes latent attention and MTP."""
-    model, path = config.model, "model.position.layer_pattern"
-    pattern, layers = model.position.layer_pattern, model.num_layers
-    if pattern is None:
-        return
-    if len(pattern) != layers:
-        rule = f"must name each of the model.num_layers = {layers} layers, not {len(pattern)}"
-        yield Problem(path, pattern, rule, f"give {layers} numbers, 0 no positions and 1 rotated")
-    if model.position.kind != "rope":
-        rule = f"has no effect while model.position.kind = {model.position.kind}"
-        yield Problem(path, pattern, rule, f"set {path}=null, or model.position.kind=rope")
-    if arch.is_mla(model):
-        rule = "excludes latent attention (model.mla.kv_lora_rank): megatron-core rotates all of its layers"
-        yield Problem(path, pattern, rule, f"set {path}=null")
-    if model.mtp.num_layers:
-        rule = "names the layers only: megatron-core would look for model.mtp.num_layers more"
-        yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
+@reads("model.norm_position", "model.mla", "model.delta_net")
+def post_norms_fit(config: Config) -> Iterator[Problem]:
+    """model.norm_position = after needs ordinary attention in every layer."""
+    path, model = "model.norm_position", config.model
+    if model.norm_position == "after" and (arch.is_mla(model) or arch.has_delta_net(model)):
+        rule = "after needs ordinary attention in every layer: others were never held to be right with it"
+        yield Problem(path, "after", rule, f"set {path}=before")
 
 
 @reads("model.mla", "model.norm_eps", "cluster")
@@ -223,10 +162,8 @@ RULES = (
     rope_scaling,
     positions_cover_sequence,
     biases_go_together,
-    window_pattern_fits,
-    norm_of_all_heads,
-    norm_after_rotation,
-    rotated_layers_fit,
     prediction_depths,
+    post_norms_fit,
+    *attention.RULES,
     *delta_net.RULES,
 )

@@ -37,8 +37,8 @@ def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
         yield Problem(
             path, muon.qk_clip, f"is Muon's: optimizer.kind = {config.optimizer.kind}", "set it to null, or optimizer.kind=muon"
         )
-    if attention.qk_norm and not mla:
-        rule = "has no effect with model.attention.qk_norm: the norms of queries and keys undo every scale of their projections"
+    if (attention.qk_norm or attention.qk_l2_norm) and not mla:
+        rule = "has no effect with norms of queries and keys (model.attention.qk_norm, qk_l2_norm): they undo every scale"
         yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null; the norms bound the logits")
     elif all(arch.delta_layers(config.model)) and not config.model.mtp.num_layers:
         rule = "has no effect: every layer is a gated delta net (model.delta_net.pattern), which has no attention logits"

@@ -1,14 +1,15 @@
 """Core attention for CPUs: torch's scaled_dot_product_attention behind Megatron-Core's interface.
 
 Shapes: s local tokens, S = s x cp all tokens, b micro-batch, n heads of this rank, g key/value heads, d width of a query or key
-head, v width of a value head. It covers GQA, MLA's unequal widths, sliding windows, learned sinks, document masks and context
-parallelism. Under context parallelism each rank gathers the keys and values of all ranks and puts them from zigzag into natural
-order. A rank then holds S keys and values, where Transformer Engine's ring holds s. The result is exact.
+head, v width of a value head. It covers GQA, MLA's unequal widths, sliding windows, chunks, learned sinks, document masks and
+context parallelism. Under context parallelism each rank gathers the keys and values of all ranks and puts them from zigzag into
+natural order. A rank then holds S keys and values, where Transformer Engine's ring holds s. The result is exact.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,26 @@ def zigzag(num_tokens: int, size: int, rank: int) -> torch.Tensor:
     """
     chunks = torch.arange(num_tokens).chunk(2 * size)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else torch.arange(num_tokens)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The keys that a layer's queries may look at, beside the causal mask. `chunked`: those of the query's chunk of `tokens`."""
+
+    tokens: int
+    chunked: bool
+
+    def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Positions of queries and of keys, broadcast against each other -> bool."""
+        return queries // self.tokens == keys // self.tokens if self.chunked else queries - keys < self.tokens
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> Window | None:
+    """The window of a layer, counted from 1; None: full attention."""
+    skip: Any = config.window_attn_skip_freq
+    if not config.window_size or not is_layer_window_attention(config.window_size, skip, layer_number):
+        return None
+    return Window(config.window_size[0] + 1, getattr(config, "window_is_chunk", False))
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -50,7 +71,7 @@ class _GatherSequence(torch.autograd.Function):
 class SDPAttention(MegatronModule):
     """Replaces DotProductAttention.
 
-    Attention is causal, within the sliding window if there is one. `attention_mask`: bool [b, 1, s, S], True where a query must
+    Attention is causal, within the window if there is one. `attention_mask`: bool [b, 1, s, S], True where a query must
     not look in addition.
     """
 
@@ -71,9 +92,7 @@ class SDPAttention(MegatronModule):
         assert pg_collection is not None, "groups are passed by hand"
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        skip: Any = config.window_attn_skip_freq
-        windowed = is_layer_window_attention(config.window_size, skip, layer_number)
-        self.window_tokens: int | None = config.window_size[0] + 1 if windowed and config.window_size else None
+        self.window = window_of(config, layer_number)
         self.cp_group: dist.ProcessGroup = pg_collection.cp
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // pg_collection.tp.size()
@@ -130,13 +149,13 @@ class SDPAttention(MegatronModule):
     def _visible(self, num_queries: int, num_keys: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """True where a query may look: [s, S] or [b, 1, s, S]. None: plain causal attention, which SDPA does without a mask."""
         sinks = self.softmax_offset is not None
-        if attention_mask is None and self.window_tokens is None and num_queries == num_keys and not sinks:
+        if attention_mask is None and self.window is None and num_queries == num_keys and not sinks:
             return None
         queries = zigzag(num_keys, self.cp_group.size(), self.cp_group.rank())[:, None]
         keys = torch.arange(num_keys)[None, :]
         visible = queries >= keys
-        if self.window_tokens is not None:
-            visible = visible & (queries - keys < self.window_tokens)
+        if self.window is not None:
+            visible = visible & self.window.sees(queries, keys)
         return visible if attention_mask is None else visible & ~attention_mask
 
     def _with_sink(

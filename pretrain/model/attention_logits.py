@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.utils import is_layer_window_attention
 
 from configs.schema import Config
-from pretrain.model.attention import zigzag
+from pretrain.model.attention import Window, window_of, zigzag
 from pretrain.model.shards import canonical_name, layer_of
 
 # Queries whose logits are in memory at once.
@@ -29,7 +28,7 @@ def largest_logits(
     key: torch.Tensor,
     scale: float,
     positions: torch.Tensor,
-    window_tokens: int | None,
+    window: Window | None,
     hidden: torch.Tensor | None,
 ) -> torch.Tensor:
     """The largest visible logit of each head: query [s, b, n, d], key [S, b, g, d] -> [n] fp32.
@@ -43,8 +42,8 @@ def largest_logits(
     for start in range(0, q.shape[2], _QUERIES):
         at = positions[start : start + _QUERIES, None]
         unseen = at < keys
-        if window_tokens is not None:
-            unseen = unseen | (at - keys >= window_tokens)
+        if window is not None:
+            unseen = unseen | ~window.sees(at, keys)
         if hidden is not None:
             unseen = unseen | hidden[:, :, start : start + _QUERIES]
         logits = (q[:, :, start : start + _QUERIES] @ k * scale).masked_fill_(unseen, float("-inf"))
@@ -81,9 +80,7 @@ class AttentionLogits:
 
     def _watch(self, index: int, attention: Any) -> None:
         core = attention.core_attention
-        skip: Any = core.config.window_attn_skip_freq
-        windowed = is_layer_window_attention(core.config.window_size, skip, attention.layer_number)
-        window_tokens = core.config.window_size[0] + 1 if windowed and core.config.window_size else None
+        window = window_of(core.config, attention.layer_number)
         scale = getattr(attention, "softmax_scale", None)
 
         @torch.no_grad()
@@ -94,7 +91,7 @@ class AttentionLogits:
             query, key = args[0].detach(), args[1].detach()
             mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
             positions, key = self._in_order(key)
-            found = largest_logits(query, key, scale or query.shape[-1] ** -0.5, positions, window_tokens, mask)
+            found = largest_logits(query, key, scale or query.shape[-1] ** -0.5, positions, window, mask)
             self.maxima[index] = torch.maximum(self.maxima[index], found)
 
         core.register_forward_pre_hook(watch, with_kwargs=True)

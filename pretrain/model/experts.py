@@ -49,6 +49,8 @@ class GroupedExperts(MegatronModule):
         The sum of the result over the expert-tensor ranks is the output of the experts.
         """
         ends = tokens_per_expert.cumsum(0).int()
+        if self.config.moe_apply_probs_on_input:
+            tokens, probs = (tokens * probs.unsqueeze(-1)).to(tokens.dtype), torch.ones_like(probs)
         inner = self.linear_fc1(tokens, ends)
         if self.config.gated_linear_unit:
             gate, up = inner.chunk(2, dim=-1)

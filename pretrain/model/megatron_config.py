@@ -51,6 +51,11 @@ def make_transformer_config(config: Config, layout: Layout, chunks: tuple[Chunk,
         # pretrain/model/specs.py reads it.
         result.qk_norm_all_heads = model.attention.qk_norm_span == "all_heads"  # type: ignore[attr-defined]
         result.qk_norm_after_rotation = model.attention.qk_norm_after_rotation  # type: ignore[attr-defined]
+        result.post_norms = model.norm_position == "after"  # type: ignore[attr-defined]
+        growth, step = model.attention.temperature_growth, model.attention.temperature_step_tokens
+        # pretrain/model/norms.py reads it; pretrain/model/attention.py the next.
+        result.temperature = (growth, step) if growth else None  # type: ignore[attr-defined]
+        result.window_is_chunk = model.attention.window_kind == "chunked"  # type: ignore[attr-defined]
         return result
     latent = MLATransformerConfig(**values, **_latent_attention(model))
     # The norms of pretrain/model/specs.py read it. The dataclass has one epsilon for all norms.
@@ -80,6 +85,7 @@ def _architecture(model: Model) -> dict[str, Any]:
         qk_layernorm=attention.qk_norm or model.mla.kv_lora_rank is not None,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=attention.dropout,
+        qk_l2_norm=attention.qk_l2_norm,
         rotary_interleaved=model.position.interleaved,
         softmax_type="learnable" if attention.sinks else "vanilla",
         init_method_std=model.init_std,
@@ -115,6 +121,7 @@ def _experts(model: Model, layout: Layout, backend: Backend) -> dict[str, Any]:
         moe_layer_freq=[int(is_moe) for is_moe in moe_layers(model)],
         moe_ffn_hidden_size=expert_ffn(model),
         moe_router_topk=moe.top_k,
+        moe_apply_probs_on_input=moe.weights_on_input,
         # Softmax scores with a selection bias enter as the logits of sigmoids (pretrain/model/routers.py).
         moe_router_score_function="sigmoid" if router.expert_bias else router.score,
         # A softmax over the chosen logits equals a softmax over all logits whose chosen values are renormalised.

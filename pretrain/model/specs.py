@@ -27,7 +27,7 @@ from pretrain.model.attention import SDPAttention
 from pretrain.model.backend import Backend
 from pretrain.model.delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from pretrain.model.experts import GroupedExperts
-from pretrain.model.qk_norms import AllHeadsAttention, LateNormAttention
+from pretrain.model.norms import AllHeadsAttention, LateNormAttention, Llama4Attention, PostNormLayer
 
 require_names(__name__)
 
@@ -108,29 +108,50 @@ def layer_spec(config: TransformerConfig, kind: LayerKind, backend: Backend) -> 
             # Its norm stands alone: Transformer Engine would fuse it with the projection of attention.
             spec.submodules.input_layernorm = fused.layer_norm(rms_norm=True)
             spec.submodules.self_attention = _delta_net_spec(fused, backend)
+        if _has_post_norms(config):
+            _move_norms(spec, kind)
         return spec
     provider = CpuSpecProvider()
     bias_dropout_add: Any = get_bias_dropout_add
     mlp = gpt_layer_specs.get_mlp_module_spec_for_backend(provider, num_experts=experts, moe_grouped_gemm=False)
     if experts and backend.grouped_experts:
         _submodules_of(mlp).experts = GroupedExperts
+    post: Any = _has_post_norms(config)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PostNormLayer if post else TransformerLayer,
+        params={"norm": Norm} if post else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=IdentityOp if post else Norm,
             self_attention=_delta_net_spec(provider, backend) if kind.delta else _attention_spec(config, provider),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=IdentityOp if post else Norm,
             mlp=mlp,
             mlp_bda=bias_dropout_add,
         ),
     )
 
 
+def _has_post_norms(config: TransformerConfig) -> bool:
+    """Whether pretrain/model/megatron_config.py asks for norms after attention and MLP; the dataclass has no key for them."""
+    return getattr(config, "post_norms", False)
+
+
+def _move_norms(spec: Any, kind: LayerKind) -> None:
+    """Move the norms of Transformer Engine's layer behind attention and MLP. Those before them are fused with projections."""
+    fused = gpt_layer_specs.TESpecProvider()
+    spec.module, spec.params = PostNormLayer, {"norm": fused.layer_norm(rms_norm=True)}
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
+    spec.submodules.self_attention.submodules.linear_qkv = fused.column_parallel_linear()
+    if not kind.moe:
+        _submodules_of(spec.submodules.mlp).linear_fc1 = fused.column_parallel_linear()
+
+
 def _self_attention(config: TransformerConfig) -> type[SelfAttention]:
     """The attention with the norms that pretrain/model/megatron_config.py asks for; the dataclass has no key for them."""
     if getattr(config, "qk_norm_all_heads", False):
         return AllHeadsAttention
+    if config.qk_l2_norm or getattr(config, "temperature", None):
+        return Llama4Attention
     return LateNormAttention if getattr(config, "qk_norm_after_rotation", False) else SelfAttention
 
 

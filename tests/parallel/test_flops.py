@@ -172,6 +172,10 @@ def test_windows() -> None:
     assert mean_context(100, None) == 50 == mean_context(100, 100) == mean_context(100, 400)
     exact = sum(min(position, 10) for position in range(1, 101)) / 100
     assert mean_context(100, 10) == pytest.approx(exact, abs=0.5)
+    for length in (20, 25):
+        in_chunks = sum(position % 10 + 1 for position in range(length)) / length
+        assert mean_context(length, 10, chunked=True) == pytest.approx(in_chunks, abs=0.5)
+    assert mean_context(8, 10, chunked=True) == mean_context(8, None)
     every, alternate = (
         model(4, 64, 8, 8, 8, attention={"window_size_tokens": 16, "window_layers": layers}) for layers in ("all", "alternate")
     )

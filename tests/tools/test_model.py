@@ -38,7 +38,7 @@ GOLDEN = {
     "qwen3_next_80b_a3b": 79_674_391_296, "qwen3_5_397b_a17b": 396_346_350_336, "qwen3_5_35b_a3b": 34_660_610_688,
     "qwen3_5_27b": 26_895_998_464, "deepseek_v3_2": 671_877_929_216, "glm_5": 743_911_199_232,
 }  # fmt: skip
-PLANNING_ONLY = {"llama4_scout", "grok_1"}
+PLANNING_ONLY = {"grok_1"}
 # Sparse attention: an indexer, which is counted and not built.
 SPARSE = {"deepseek_v3_2": "deepseek_v32", "glm_5": "glm_moe_dsa"}
 PRESETS = sorted(path.stem for path in (SHIPPED / "model").glob("*.yaml"))

@@ -110,9 +110,10 @@ def _attention(tally: _Tally, window: int | None, again: float) -> None:
         width, window = 2 * (model.mla.kv_lora_rank or 0) + model.mla.qk_rope_head_dim, model.dsa.top_k
     per_key = 2.0 * model.attention.num_heads / job.layout.tensor * width
     if job.flash:
-        flops = job.micro_tokens * per_key * mean_context(job.seq_length, window)
+        context = mean_context(job.seq_length, window, model.attention.window_kind == "chunked")
+        flops = job.micro_tokens * per_key * context
         tally.add("attention", flops * (1 + again + FLASH_BACKWARD) / tally.attention_flop_s)
-        scores = job.micro_tokens * model.attention.num_heads / job.layout.tensor * mean_context(job.seq_length, window)
+        scores = job.micro_tokens * model.attention.num_heads / job.layout.tensor * context
         tally.add("exponentials", scores * (2 + again) / job.machine.gpu.exponentials_s)
         return
     # Without flash attention the masked half is computed too.

@@ -188,6 +188,7 @@ def _shrink_attention(small: Model, model: Model, tensor: int) -> None:
     attention.head_dim = None if is_mla(model) else plain_head_dim
     if attention.window_size_tokens is not None:
         attention.window_size_tokens = 5
+    attention.temperature_step_tokens = min(attention.temperature_step_tokens, 3)
     if is_mla(model):
         mla = small.mla
         mla.kv_lora_rank, mla.q_lora_rank = 16, (20 if mla.q_lora_rank else None)

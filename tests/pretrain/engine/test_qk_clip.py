@@ -16,6 +16,7 @@ from parallel.layout import make_layout
 from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
+from pretrain.model.attention import Window
 from pretrain.model.attention_logits import largest_logits
 from tests.pretrain.world import VOCAB, batches_of, small_config
 from tests.ranks import run_ranks
@@ -149,4 +150,4 @@ def test_maxima_are_those_of_plain_attention() -> None:
     age = torch.arange(300)[:, None] - torch.arange(300)[None, :]
     seen = (age >= 0) & (age < 40) & ~hidden
     want = scores.masked_fill(~seen, float("-inf")).amax(dim=(0, 2, 3))
-    assert torch.allclose(largest_logits(query, key, 0.5, torch.arange(300), 40, hidden), want)
+    assert torch.allclose(largest_logits(query, key, 0.5, torch.arange(300), Window(40, False), hidden), want)

@@ -69,6 +69,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__attention__output_gate": True, "model__norm": "zero_centered_rmsnorm",
         "model__position__rotary_fraction": 0.5, "model__moe__shared_ffn_hidden_size": 40, "model__moe__shared_gate": True,
     },
+    "post_norms": {
+        "model__norm_position": "after", "model__attention__qk_norm": True, "model__attention__qk_norm_span": "all_heads",
+        "model__moe__layer_pattern": (0, 1, 0, 1), "recompute__mode": "selective", "recompute__modules": ("mlp", "layernorm"),
+    },
     "documents": {"data__document_mask": True, "recompute__mode": "full"},
 }  # fmt: skip
 

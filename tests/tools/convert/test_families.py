@@ -251,7 +251,7 @@ def test_config_json_both_ways(name: str, tmp_path: Path) -> None:
     assert family_for(model).name == {"phi3": "mistral", "hy_v3": "glm4_moe"}.get(family.name, family.name)
 
 
-@pytest.mark.parametrize("family", [f for f in IN_TRANSFORMERS if f.name != "llama4"], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", IN_TRANSFORMERS, ids=lambda family: family.name)
 def test_absent_keys_mean_what_transformers_takes(family: Any) -> None:
     """A config.json with nothing but its required keys reads like the config class with its defaults."""
     full = CONFIG_MAPPING[family.model_types[0]]().to_dict()
@@ -287,8 +287,11 @@ REFUSED = [
     ("deepseek_v3", {"rope_interleave": False}, "neighbouring pairs"),
     ("deepseek_v3", {"head_dim": 4}, "qk_rope_head_dim = 6"),
     ("glm4_moe", {"n_group": 0}, "at least 1"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}}, "fixes it at 8192"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 5.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}, "at most high"),
+    ("llama4", {"num_experts_per_tok": 2}, "weights the input of one expert"),
+    ("olmo3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "other bases"),
+    ("llama4", {"layer_types": ["chunked_attention"]}, "each of the 4 layers"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}}, "can build no other"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type"),
     ("mixtral", {"rope_scaling": {"rope_type": "default"}}, "rope_scaling too"),

@@ -28,6 +28,8 @@ CASES = {
     "minimax_m2": ({}, "mlp.gate.weight", "self_attn.k_norm.weight"),
     "ernie4_5_moe": ({}, "mlp.gate.weight", None),
     "hunyuan_v1_moe": ({}, "mlp.gate.wg.weight", "self_attn.key_layernorm.weight"),
+    "llama4": ({}, "feed_forward.router.weight", None),
+    "flex_olmo": ({}, "mlp.gate.weight", "self_attn.k_norm.weight"),
     "exaone_moe": ({}, "mlp.gate.weight", "self_attn.k_norm.weight"),
     "deepseek_v2": (
         {"topk_method": "group_limited_greedy", "n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},

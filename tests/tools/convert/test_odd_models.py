@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from configs.errors import ConfigError
 from tests.tools.convert.test_families import assert_same_bits, run_export, run_import, tensors, with_prediction_depth
-from tests.tools.convert.tiny import MODELS, YARN, logits_by_transformers, make, randomize
+from tests.tools.convert.tiny import LLAMA3, MODELS, YARN, logits_by_transformers, make, randomize
 from tools.convert.families import family_named
 from tools.convert.hf_config.preset import read_config
 from tools.convert.verify import verify
@@ -49,6 +49,15 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "a group scored by its best two": ("deepseek_v3", {"n_routed_experts": 12, "n_group": 4, "topk_group": 2,
                                                        "num_experts_per_tok": 3}),
+    "llama3 over another context": (
+        "llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 300, "low_freq_factor": 1.5}},
+    ),
+    "a Maverick": (
+        "llama4", {"use_qk_norm": False, "attn_temperature_tuning": False, "no_rope_layers": [], "moe_layers": [0, 3],
+                   "layer_types": ["chunked_attention", FULL] * 2},
+    ),
+    "one scale for all layers": ("olmo3", {"rope_parameters": None}),
+    "no windows, and all rotated": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 4}),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}),
 }  # fmt: skip
 

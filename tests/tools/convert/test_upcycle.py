@@ -21,6 +21,7 @@ from tools.convert.verify import verify
 # dense model, recipe, family of the result, experts and top-k of the result
 CASES = [
     ("llama", Recipe(4, 2), "mixtral", 4, 2),
+    ("olmo2", Recipe(3, 2), "flex_olmo", 3, 2),
     ("mistral", Recipe(3, 2, granularity=4), "mixtral", 12, 8),
     ("qwen2", Recipe(4, 2, shared_expert=True), "qwen2_moe", 4, 2),
     ("qwen3", Recipe(4, 1, granularity=2), "qwen3_moe", 8, 2),

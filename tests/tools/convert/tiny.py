@@ -138,6 +138,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                            "num_experts_per_tok": 3, "rms_norm_eps": 3e-5, "num_hidden_layers": 4, "sliding_window": 12,
                            "sliding_window_pattern": 2, "layer_types": None},
     ),
+    "llama4": (
+        "llama4_text",
+        GQA | {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0, "original_max_position_embeddings": 16},
+               "intermediate_size": 28, "intermediate_size_mlp": 72, "num_local_experts": 6, "num_experts_per_tok": 1,
+               "rms_norm_eps": 3e-5, "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 0, 0],
+               "attention_chunk_size": 11, "floor_scale": 5, "attn_scale": 0.4},
+    ),
+    "olmo2": ("olmo2", GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5}),
+    "flex_olmo": (
+        "flex_olmo",
+        GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 28, "num_experts": 6, "num_experts_per_tok": 3,
+                           "rms_norm_eps": 3e-5},
+    ),
+    "olmo3": (
+        "olmo3",
+        GQA | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5, "num_hidden_layers": 4, "sliding_window": 12,
+               "layer_types": ["sliding_attention", "full_attention"] * 2,
+               "rope_parameters": {"full_attention": YARN | {"rope_theta": 500000.0},
+                                   "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0}}},
+    ),
+    "exaone4": (
+        "exaone4",
+        GQA | rope(3e4) | {"hidden_size": 48, "intermediate_size": 72, "rms_norm_eps": 2e-5, "num_hidden_layers": 4,
+                           "sliding_window": 12, "sliding_window_pattern": 2},
+    ),
     "gpt_oss": (
         "gpt_oss",
         GQA | {"rope_parameters": YARN | {"truncate": False}, "intermediate_size": 28, "num_local_experts": 4,
@@ -175,6 +200,10 @@ RARE = (
     "ernie4_5_moe",
     "smollm3",
     "exaone_moe",
+    "exaone4",
+    "olmo2",
+    "olmo3",
+    "flex_olmo",
     "qwen3_5",
 )
 

@@ -14,6 +14,7 @@ from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
 from tools.convert.families.deepseek_v32 import DEEPSEEK_V32
 from tools.convert.families.dots1 import DOTS1
 from tools.convert.families.ernie4_5_moe import ERNIE4_5_MOE
+from tools.convert.families.exaone4 import EXAONE4
 from tools.convert.families.exaone_moe import EXAONE_MOE
 from tools.convert.families.glm4_moe import GLM4_MOE
 from tools.convert.families.glm4_moe_lite import GLM4_MOE_LITE
@@ -25,7 +26,8 @@ from tools.convert.families.llama import LLAMA, MISTRAL
 from tools.convert.families.llama4 import LLAMA4
 from tools.convert.families.minimax_m2 import MINIMAX_M2
 from tools.convert.families.mixtral import MIXTRAL
-from tools.convert.families.olmoe import OLMOE
+from tools.convert.families.olmo2 import OLMO2, OLMO3
+from tools.convert.families.olmoe import FLEX_OLMO, OLMOE
 from tools.convert.families.phi3 import PHI3
 from tools.convert.families.qwen2 import QWEN2
 from tools.convert.families.qwen2_moe import QWEN2_MOE
@@ -41,17 +43,14 @@ FAMILIES = (
     QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GLM4_MOE, GPT_OSS, QWEN3, LLAMA, MISTRAL, OLMOE, LLAMA4,
     BAILING_MOE_V2, DOTS1, ERNIE4_5_MOE, EXAONE_MOE, GLM4_MOE_LITE, HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE,
     HY_V3, MINIMAX_M2, QWEN2, PHI3, SMOLLM3,
-    QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5, DEEPSEEK_V32, GLM_MOE_DSA,
+    QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5, OLMO2, OLMO3, FLEX_OLMO, EXAONE4, DEEPSEEK_V32, GLM_MOE_DSA,
 )  # fmt: skip
 
 UNSUPPORTED = {
     "bailing_hybrid": "its linear attention (KDA) has no module in megatron-core",
-    "exaone4": "its norms follow attention and MLP, megatron-core's precede them",
     "longcat_flash": "it has two attentions a layer and experts that copy their input, megatron-core neither",
     "mimo_v2_flash": "its layers with a window have more key heads, sinks and another rotary base than the others",
     "olmo": "its norms have no weights",
-    "olmo2": "its norms follow attention and MLP, megatron-core's precede them",
-    "olmo3": "its norms follow attention and MLP, megatron-core's precede them",
     "phi": "its attention and MLP run side by side, and its output layer has a bias",
     "phimoe": "its router chooses experts one after the other (SparseMixer)",
 }

@@ -17,7 +17,7 @@ from tools.convert.hf_config.windows import Flags, Windows
 from tools.convert.tensors import shared_rules as tensors
 
 
-def _by_pattern(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
+def by_pattern(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     """A window in every layer but each sliding_window_pattern-th one. None: a word, which transformers can't read."""
     pattern = hf_config.get("sliding_window_pattern", 4)
     return [int((layer + 1) % pattern != 0) for layer in range(layers)] if type(pattern) is int and pattern > 0 else None
@@ -32,7 +32,7 @@ EXAONE_MOE = Family(
         settings.PLAIN_MLP,
         settings.HeadDim(),
         Rope(),
-        Windows(_by_pattern, switch=False),
+        Windows(by_pattern, switch=False),
         RotatedWindows(),
         *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
         ConfigKey("num_experts", "moe.num_experts", 64),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
-from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, FixedValue, RepeatedKey, tensor_rule
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, RepeatedKey, tensor_rule
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.windows import Windows, alternating
 from tools.convert.tensors import shared_rules as tensors
@@ -32,15 +32,10 @@ GPT_OSS = Family(
         AllowedValues("attention_bias", (True,), "the family has biases in all linear layers"),
         AllowedValues("swiglu_limit", (7.0,), "megatron-core's clamp is set to the family's"),
         AllowedValues("swiglu_alpha", (1.702,), "megatron-core's quick_gelu has this factor"),
-        FixedValue("mla.kv_lora_rank", None),
-        FixedValue("mtp.num_layers", 0),
-        FixedValue("activation", "gpt_oss_glu"),
-        FixedValue("mlp_bias", True),
-        FixedValue("attention.sinks", True),
-        FixedValue("attention.qkv_bias", True),
-        FixedValue("attention.output_bias", True),
-        FixedValue("attention.qk_norm", False),
-        FixedValue("position.layer_pattern", None),
+        *settings.plain_attention("attention.window_size_tokens", **{
+            "activation": "gpt_oss_glu", "mlp_bias": True, "attention.sinks": True, "attention.qkv_bias": True,
+            "attention.output_bias": True,
+        }),
         ConfigKey("num_local_experts", "moe.num_experts", 128),
         ConfigKey("num_experts_per_tok", "moe.top_k", 4),
         RepeatedKey("experts_per_token", "moe.top_k"),

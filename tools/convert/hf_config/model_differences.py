@@ -47,7 +47,8 @@ def resolved_model(model: Model) -> dict[str, Any]:
     if not has_experts:
         unused |= {key for key in values if key.startswith("moe.") and key != "moe.num_experts"}
     if model.attention.window_size_tokens is None:
-        unused |= {"attention.window_layers", "attention.window_pattern"}
+        values["position.scaling.layers"] = "all"
+        unused |= {"attention.window_layers", "attention.window_pattern", "attention.window_kind"}
     if model.moe.router.num_groups == model.moe.router.group_top_k:
         # A token may use every group.
         values["moe.router.num_groups"] = None
@@ -55,6 +56,8 @@ def resolved_model(model: Model) -> dict[str, Any]:
         unused |= {"moe.router.group_top_k", "moe.router.group_score_experts"}
     else:
         values["moe.router.group_score_experts"] = arch.group_score_experts(model)
+    if not model.attention.temperature_growth:
+        unused.add("attention.temperature_step_tokens")
     unused |= _unused_of_scaling(model)
     return {key: value for key, value in values.items() if key not in unused}
 
@@ -64,7 +67,7 @@ def _unused_of_scaling(model: Model) -> set[str]:
     yarn = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
     llama3 = {"low_freq_factor", "high_freq_factor"}
     names = {
-        "none": yarn | llama3 | {"factor", "original_max_position"},
+        "none": yarn | llama3 | {"factor", "original_max_position", "layers"},
         "linear": yarn | llama3 | {"original_max_position"},
         "llama3": yarn,
         "yarn": llama3,

@@ -17,22 +17,27 @@ from tools.convert.hf_config.family import wrong_value
 _LIST, _INTERVAL = "no_rope_layers", "no_rope_layer_interval"
 
 
-def _rotated(model: Model) -> list[int]:
+def rotated_layers(model: Model) -> list[int]:
+    """For each layer 1 (rotated) or 0 (no positions)."""
     return model.position.layer_pattern or [1] * model.num_layers
 
 
 @dataclass(frozen=True)
 class NoRopeLayers:
-    """no_rope_layers, whose 1 means a rotated layer. Absent: each no_rope_layer_interval-th layer has no positions."""
+    """no_rope_layers, whose 1 means a rotated layer. Absent: each no_rope_layer_interval-th layer has no positions.
+
+    `empty_is_absent`: so does an empty list (Llama 4).
+    """
 
     interval: int = 4
+    empty_is_absent: bool = False
 
     def names(self) -> tuple[str, ...]:
         return (_LIST, _INTERVAL)
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         flags, interval = hf_config.get(_LIST), hf_config.get(_INTERVAL, self.interval)
-        if flags is None:
+        if flags is None or (self.empty_is_absent and flags == []):
             if wrong := wrong_value(_INTERVAL, interval, "moe.layer_frequency"):
                 yield wrong
                 return
@@ -45,7 +50,7 @@ class NoRopeLayers:
         model.position.layer_pattern = None if all(flags) else flags
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
-        hf_config[_LIST] = _rotated(model)
+        hf_config[_LIST] = rotated_layers(model)
         return iter(())
 
 
@@ -64,10 +69,10 @@ class RotatedWindows:
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         flags = _windowed(model)
-        if not any(flags) and all(_rotated(model)):
+        if not any(flags) and all(rotated_layers(model)):
             hf_config["sliding_window"] = None
-        elif flags != _rotated(model):
-            yield f"it rotates the layers with a window, here {flags}, not {_rotated(model)}"
+        elif flags != rotated_layers(model):
+            yield f"it rotates the layers with a window, here {flags}, not {rotated_layers(model)}"
 
 
 def _windowed(model: Model) -> list[int]:

@@ -46,6 +46,7 @@ def decoder(
     tied: bool = False,
     ffn: str | None = "ffn_hidden_size",
     norm: str = "rmsnorm",
+    norm_position: str = "before",
 ) -> tuple[Setting, ...]:
     """The keys that every decoder has.
 
@@ -61,6 +62,7 @@ def decoder(
         ConfigKey("max_position_embeddings", "max_position_tokens", None),
         ConfigKey("attention_dropout", "attention.dropout", 0.0, float),
         FixedValue("norm", norm),
+        FixedValue("norm_position", norm_position),
         FixedValue("hidden_dropout", 0.0),
     ]
     settings += [kv_heads] if kv_heads else []
@@ -265,7 +267,8 @@ def plain_attention(*decided: str, **changed: Any) -> tuple[Setting, ...]:
         "attention.qkv_bias": False, "attention.output_bias": False, "attention.qk_norm": False, "mlp_bias": False,
         "attention.qk_norm_span": "head", "attention.qk_norm_after_rotation": False, "position.layer_pattern": None,
         "mtp.num_layers": 0, "activation": "swiglu", "attention.output_gate": False, "delta_net.pattern": None,
-        "dsa.top_k": None, **changed,
+        "attention.qk_l2_norm": False, "attention.temperature_growth": 0.0, "attention.window_kind": "sliding",
+        "position.scaling.layers": "all", "moe.weights_on_input": False, "dsa.top_k": None, **changed,
     }  # fmt: skip
     return tuple(FixedValue(name, value) for name, value in values.items() if name not in decided)
 

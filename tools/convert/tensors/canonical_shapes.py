@@ -42,12 +42,13 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
 
 def layer_shapes(model: Model, kind: arch.LayerKind) -> Iterator[tuple[str, Shape]]:
     """(name without its prefix, shape) of each tensor of one transformer layer."""
-    yield from _norm(model, "input_layernorm", model.hidden_size)
+    late = model.norm_position == "after"
+    yield from _norm(model, "post_attention_layernorm" if late else "input_layernorm", model.hidden_size)
     if kind.delta:
         yield from _delta_net(model)
     else:
         yield from _latent(model) if arch.is_mla(model) else _attention(model)
-    yield from _norm(model, "pre_mlp_layernorm", model.hidden_size)
+    yield from _norm(model, "post_mlp_layernorm" if late else "pre_mlp_layernorm", model.hidden_size)
     yield from _moe(model) if kind.moe else _mlp(model, "mlp", arch.ffn(model), model.mlp_bias)
 
 

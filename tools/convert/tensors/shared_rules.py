@@ -19,6 +19,10 @@ NORMS = (
     tensor_rule("layer", "input_layernorm.weight", _L + "input_layernorm.weight"),
     tensor_rule("layer", "pre_mlp_layernorm.weight", _L + "post_attention_layernorm.weight"),
 )
+POST_NORMS = (
+    tensor_rule("layer", "post_attention_layernorm.weight", _L + "post_attention_layernorm.weight"),
+    tensor_rule("layer", "post_mlp_layernorm.weight", _L + "post_feedforward_layernorm.weight"),
+)
 _A = _L + "self_attn."
 
 
@@ -26,10 +30,12 @@ def _qkv(kind: str) -> tuple[str, ...]:
     return tuple(f"{_A}{part}_proj.{kind}" for part in "qkv")
 
 
-def attention(query_norm: str = _A + "q_norm.weight", key_norm: str = _A + "k_norm.weight") -> tuple[TensorRule, ...]:
-    """Grouped queries from one tensor each of queries, keys and values, with the norms around them."""
+def attention(
+    query_norm: str = _A + "q_norm.weight", key_norm: str = _A + "k_norm.weight", norms: tuple[TensorRule, ...] = NORMS
+) -> tuple[TensorRule, ...]:
+    """Grouped queries from one tensor each of queries, keys and values, with the norms around them and the layer's `norms`."""
     return (
-        *NORMS,
+        *norms,
         tensor_rule("attention", "self_attention.linear_qkv.weight", *_qkv("weight"), join=query_key_value),
         tensor_rule(
             "attention",
@@ -78,14 +84,20 @@ LATENT = (
     tensor_rule("attention", "self_attention.linear_proj.weight", _A + "o_proj.weight"),
 )
 _M = _L + "mlp."
-DENSE_MLP = (
-    tensor_rule("dense", "mlp.linear_fc1.weight", _M + "gate_proj.weight", _M + "up_proj.weight", join=gate_up),
-    tensor_rule(
-        "dense", "mlp.linear_fc1.bias", _M + "gate_proj.bias", _M + "up_proj.bias", join=gate_up, when=lambda m: m.mlp_bias
-    ),
-    tensor_rule("dense", "mlp.linear_fc2.weight", _M + "down_proj.weight"),
-    tensor_rule("dense", "mlp.linear_fc2.bias", _M + "down_proj.bias", when=lambda m: m.mlp_bias),
-)
+
+
+def dense_mlp(head: str = _M) -> tuple[TensorRule, ...]:
+    """A gated MLP. `head`: the start of its tensors' names."""
+    gate, up, down = (f"{head}{part}_proj." for part in ("gate", "up", "down"))
+    return (
+        tensor_rule("dense", "mlp.linear_fc1.weight", gate + "weight", up + "weight", join=gate_up),
+        tensor_rule("dense", "mlp.linear_fc1.bias", gate + "bias", up + "bias", join=gate_up, when=lambda m: m.mlp_bias),
+        tensor_rule("dense", "mlp.linear_fc2.weight", down + "weight"),
+        tensor_rule("dense", "mlp.linear_fc2.bias", down + "bias", when=lambda m: m.mlp_bias),
+    )
+
+
+DENSE_MLP = dense_mlp()
 
 
 def experts(
@@ -106,9 +118,9 @@ def experts(
     )  # fmt: skip
 
 
-def shared_experts(name: str = "shared_experts") -> tuple[TensorRule, ...]:
-    """The shared experts as one MLP."""
-    head, has = f"{_M}{name}.", lambda model: bool(model.moe.shared_ffn_hidden_size)
+def shared_experts(name: str = "shared_experts", block: str = _M) -> tuple[TensorRule, ...]:
+    """The shared experts as one MLP. `block`: the start of the names of a layer's experts."""
+    head, has = f"{block}{name}.", lambda model: bool(model.moe.shared_ffn_hidden_size)
     return (
         tensor_rule(
             "moe", "mlp.shared_experts.linear_fc1.weight", head + "gate_proj.weight", head + "up_proj.weight",

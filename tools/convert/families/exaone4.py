@@ -1,0 +1,34 @@
+"""EXAONE 4 (arXiv 2507.11407): norms after attention and MLP, windows in most layers, and positions in those layers only.
+
+Source: transformers models/exaone4.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from tools.convert.families.exaone_moe import by_pattern
+from tools.convert.hf_config import settings
+from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.rope import Rope
+from tools.convert.hf_config.rotated_layers import RotatedWindows
+from tools.convert.hf_config.windows import Windows
+from tools.convert.tensors import shared_rules as tensors
+
+EXAONE4 = Family(
+    name="exaone4",
+    model_types=("exaone4",),
+    architecture="Exaone4ForCausalLM",
+    settings=(
+        *settings.decoder(1e-5, settings.KeyValueHeads(32), norm_position="after"),
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
+        Rope(),
+        Windows(by_pattern, switch=False),
+        RotatedWindows(),
+        *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
+        settings.NoExperts(),
+    ),
+    tensors=(*tensors.EMBEDDING, *tensors.attention(norms=tensors.POST_NORMS), *tensors.DENSE_MLP),
+    ignored=("sliding_window_pattern",),
+)

@@ -43,7 +43,14 @@ class ConfigError(Exception):
         super().__init__(report(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Problem]]]:
-        return (ConfigError, (self.problems,))
+        return (type(self), (self.problems,))
+
+
+class DiskError(ConfigError):
+    """What a disk refused to a run. No input is bad: once the disk has room or is repaired, the same start succeeds.
+
+    A rank exits with 1, so that the run is started again where the config allows it.
+    """
 
 
 def json_problem(problem: Problem) -> dict[str, Any]:

@@ -139,7 +139,9 @@ class Session:
         if error is None:
             return
         try:
-            self.ending.write_failure(_one_line(error))
+            cause = error.__cause__
+            # Where rank 0 refused for all ranks, the error is a SystemExit.
+            self.ending.write_failure(cause.problems[0].rule if isinstance(cause, ConfigError) else _one_line(error))
         except ConfigError as refused:
             # The error of the run goes on upwards.
             print(f"phalanx: the failure can't be recorded: {refused.problems[0].rule}", file=sys.stderr, flush=True)

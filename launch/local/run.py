@@ -35,7 +35,7 @@ from pretrain.metrics.screen import screen_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import storage_problem, write_atomically, write_json
+from pretrain.run.files import storage_error, write_atomically, write_json
 from pretrain.run.folder import (
     EXIT_BAD_INPUT,
     EXIT_BROKE,
@@ -179,7 +179,7 @@ def claim_attempt(folder: RunFolder, patience_s: float = PATIENCE_S) -> int:
                 continue
             return attempt
     except OSError as error:
-        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+        raise storage_error("run.dir", folder.path, error) from error
 
 
 def report(result: LocalRunResult, folder: RunFolder) -> str:
@@ -221,10 +221,11 @@ def _write_launch_files(plan: LaunchPlan, attempt: int, log_dir: Path, mark: str
     launcher = {"target": "local", "host": socket.gethostname(), "pid": pid, "start_ticks": process_start_ticks(pid)}
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        (log_dir / AGENT_LOG).touch()
         write_atomically(folder / "command.sh", line)
         write_json(folder / "launcher.json", {**launcher, "mark": mark, "time": time.time()})
     except OSError as error:
-        raise ConfigError(storage_problem("run.dir", plan.folder.path, error)) from error
+        raise storage_error("run.dir", plan.folder.path, error) from error
 
 
 def _start_agent(plan: LaunchPlan, env: Mapping[str, str], log_dir: Path, next_agent: NextAgent) -> subprocess.Popen[bytes]:
@@ -275,14 +276,14 @@ def _conclude(folder: RunFolder, claimed: int, log_dir: Path, asked: str) -> Loc
 def _conclude_hang(folder: RunFolder, claimed: int, log_dir: Path, triage: Triage) -> LocalRunResult | None:
     """Record the hang and return the result. None: rank 0 had recorded an outcome before the hang.
 
-    The launcher writes this outcome, because rank 0 hung with the other ranks. Raises ConfigError if it can't be written.
+    The launcher writes this outcome, because rank 0 hung with the other ranks.
     """
     attempt = _begun_attempt(folder, log_dir) or claimed
     try:
         if not record_hang(folder, attempt, triage):
             return None
     except OSError as error:
-        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+        print(f"phalanx: the hang can't be recorded: {error}", file=sys.stderr, flush=True)
     return LocalRunResult(attempt, "hung", EXIT_BROKE, log_dir, (), triage)
 
 

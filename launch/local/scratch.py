@@ -8,7 +8,6 @@ Torch-free.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
+from pretrain.run.files import check_room
 
 _MEMORY = Path("/dev/shm")
 _OWNER = "owner"
@@ -73,13 +73,7 @@ def _make(place: Path, prefix: str) -> tuple[Path, int]:
     _remove_left_behind(place, prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     try:
-        with open(folder / "room", "wb", buffering=0) as probe:
-            # The probe is written and synced, because file systems notice a full disk or quota at different moments.
-            written = probe.write(b"\0" * _NEEDED_BYTES)
-            if written < _NEEDED_BYTES:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
-            os.fsync(probe.fileno())
-        os.unlink(folder / "room")
+        check_room(folder, _NEEDED_BYTES)
         return folder, os.open(folder / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,7 +32,7 @@ class SignalForwarder:
 
     The first signal asks the ranks to save and end. Further signals are ignored for 5 s. The next signal after that time ends
     the ranks at once. One more signal kills every process that carries the launch's mark. `asked`: the end state that the first
-    signal asked for; empty: no signal came. `agent`: the pid of torchrun.
+    signal asked for; empty: no signal came. `agent`: the pid of torchrun; 0: none runs.
     """
 
     def __init__(self, mark: str, err: TextIO | ScreenWriter) -> None:
@@ -74,7 +74,8 @@ class SignalForwarder:
         if self._count == 1:
             self._first_s = time.monotonic()
             self.asked = state
-            self._print(f"{number.name}: the ranks finish their step and save; again after {REPEAT_S:g} s: at once")
+            follows = f"the ranks finish their step and save; again after {REPEAT_S:g} s: at once"
+            self._print(f"{number.name}: {follows if self.agent else 'no other attempt starts'}")
         elif self._count == 2:
             self._print(f"{number.name} again: the ranks end at once; once more: everything is killed")
         else:
@@ -84,8 +85,8 @@ class SignalForwarder:
         self._forward(passed)
 
     def _forward(self, number: signal.Signals) -> None:
-        """Send the signal to the ranks. Without any rank, send it to the agent."""
-        for pid in ranks_of(self.agent) or [self.agent]:
+        """Send the signal to the ranks. Without any rank, send it to the agent, if there is one."""
+        for pid in ranks_of(self.agent) or filter(None, [self.agent]):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launch.disk_wait import wait_for_disk
 from launch.slurm import node_states, scheduler
 from launch.slurm.clock import TimeLimitClock
 from launch.slurm.host_guard import HostGuard
@@ -33,8 +34,6 @@ from pretrain.run.files import last_row, write_atomically, write_json
 from pretrain.run.folder import Outcome, RunFolder
 
 POLL_S = 0.5
-# How long the batch step waits for a full or lost file system, in seconds. Someone may clear it meanwhile.
-RECORD_PATIENCE_S = 600.0
 # The names of an attempt's nodes, one a line, in the attempt's folder.
 NODE_FILE = "nodes.txt"
 # Interval between searches for stragglers.
@@ -68,21 +67,8 @@ class JobContext:
         print(f"phalanx: {text}", flush=True)
 
     def record(self, attempt: int, kind: EventKind, **fields: Any) -> None:
-        """Append an event on which decisions are built. While the file system takes none, it is tried again for
-        RECORD_PATIENCE_S. Raises OSError after that.
-        """
-        deadline, said = time.monotonic() + RECORD_PATIENCE_S, ""
-        while True:
-            try:
-                append_event(self.folder, attempt, kind, **fields)
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    self.log(f"the event {kind} waits until it can be recorded: {said}")
-            time.sleep(POLL_S)
+        """Append an event on which decisions are built. Waits for the disk. Raises OSError."""
+        wait_for_disk(lambda: append_event(self.folder, attempt, kind, **fields), f"the event {kind}", self.log)
 
     def query_slurm(self, ask: Callable[[], T], otherwise: T) -> T:
         """The answer of `ask`. While the controller does not answer: `otherwise`, and a line in the job's output."""

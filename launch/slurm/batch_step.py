@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DiskError
+from launch.disk_wait import wait_for_disk
 from launch.local.run import claim_attempt
 from launch.slurm import node_states, scheduler
 from launch.slurm.attempt import SIGNAL_REQUESTS, JobAttempt, JobContext
@@ -30,6 +31,7 @@ from launch.slurm.scheduler import SchedulerError
 from pretrain.rank.log_file import guard_logs
 from pretrain.run.decision import pending_step
 from pretrain.run.events import EventKind
+from pretrain.run.files import check_room
 from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, SILENCE_S, RunFolder, live_holder
 
 # The batch script sets this variable when SIGUSR1 comes before the batch step has begun.
@@ -71,6 +73,8 @@ def run(context: JobContext) -> int:
         return carry_out(context, NextAction("over", why, "bad_input"))
     try:
         return carry_out(context, _train(context, allocation, nodes))
+    except DiskError:
+        raise
     except ConfigError as error:
         return carry_out(context, NextAction("over", str(error), "gave_up"))
 
@@ -83,7 +87,7 @@ def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) 
     folder, again, given = context.folder, False, allocation.nodes
     while True:
         context.host_guard.watch_from(allocation.nodes)
-        attempt = JobAttempt(context, claim_attempt(folder, patience_s=HOLDER_PATIENCE_S), again)
+        attempt = JobAttempt(context, wait_for_disk(lambda: _claim(folder), "the next attempt", context.log), again)
         attempt.run(nodes)
         allocation = replace(allocation, nodes=_working(context, allocation.nodes, attempt.lost))
         may_restart = context.spec.in_place and not attempt.asked and not context.clock.is_near()
@@ -95,6 +99,12 @@ def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) 
         unused = [node for node in given if node not in nodes]
         context.record(life.attempt, EventKind.JOB_RESTARTED, why=decision.why, nodes=list(nodes), unused=unused)
         context.log(f"restart in place: {decision.why}")
+
+
+def _claim(folder: RunFolder) -> int:
+    """The number of the next attempt, once the disk has room for its first files. Raises OSError and ConfigError."""
+    check_room(folder.path)
+    return claim_attempt(folder, patience_s=HOLDER_PATIENCE_S)
 
 
 def _working(context: JobContext, nodes: tuple[str, ...], lost: Sequence[str]) -> tuple[str, ...]:
@@ -219,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
     context = JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock, guard)
     try:
         return run(context)
-    except OSError as error:
+    except (OSError, DiskError) as error:
         context.log(f"{spec.run_dir} can't be written: {error}; phalanx resume {spec.run_dir} goes on when it can")
         return EXIT_BROKE
 

@@ -161,8 +161,13 @@ def read_lifecycle(folder: RunFolder) -> RunLifecycle:
 
 
 def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
-    """The lifecycle after one more row. A submission begins a new lifecycle, so attempts are counted from there."""
+    """The lifecycle after one more row. A submission begins a new lifecycle, so attempts are counted from there.
+
+    An attempt outside of the run's jobs, such as one by the local launcher, ends the lifecycle: Slurm does not know of it.
+    """
     kind = row.get("kind", "")
+    if kind == EventKind.ATTEMPT and life.jobs and row.get("slurm_job") not in map(str, life.jobs):
+        return RunLifecycle()
     if kind not in TRANSITIONS or row.get("cause", "killed") not in CAUSES:
         # A cause that this version does not know was written by another one: the next batch step finds the end anew.
         return life

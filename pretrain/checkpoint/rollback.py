@@ -126,7 +126,7 @@ def step_of(folder: Path) -> int:
 
 
 def move_aside(folder: Path, suffix: str) -> Path:
-    """Rename a checkpoint's folder so that it is no longer taken for a checkpoint. Returns the new path."""
+    """Rename a checkpoint's folder so that it is no longer taken for a checkpoint. Returns the new path. Raises OSError."""
     aside = folder.with_name(f"{folder.name}.{suffix}")
     number = 1
     while aside.exists():

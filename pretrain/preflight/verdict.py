@@ -93,6 +93,10 @@ def machine_problems(config: Config, device_type: str) -> list[Problem]:
 
 
 def rank_problems(config: Config, lacking: Sequence[Problem], environ: Mapping[str, str] = os.environ) -> list[Problem]:
-    """Every problem that is known before the first process group is made. `lacking`: `machine_problems` of all machines."""
+    """Every problem that is known before the first process group is made. `lacking`: `machine_problems` of all machines.
+
+    A run that goes on trains also where no checkpoint fits on the disk: someone may make room before the next save.
+    """
     problems = [*check_world(environ, config), *lacking, *check_config(config).problems, *check_data(config)]
-    return problems or check_disk_space(config, vocab_size(config), folder_of(config))
+    folder = folder_of(config)
+    return problems or ([] if folder.last_attempt() else check_disk_space(config, vocab_size(config), folder))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DiskError
 from pretrain.metrics.screen import screen_of
 from pretrain.rank.log_file import guard_logs, is_file
 from pretrain.run.files import write_json
@@ -46,13 +46,13 @@ def prepare(environ: Mapping[str, str] = os.environ) -> None:
 def run_rank(body: Callable[[], int], environ: Mapping[str, str] = os.environ) -> int:
     """Run a rank's program after `prepare`. Returns the exit code.
 
-    A ConfigError prints its report without a traceback and gives exit code 2. Any other exception prints its traceback and
-    gives exit code 1. Both leave a failure file, whose time tells the launcher which rank failed first.
+    A ConfigError prints its report without a traceback and gives exit code 2, a DiskError 1. Any other exception prints its
+    traceback and gives exit code 1. All leave a failure file, whose time tells the launcher which rank failed first.
     """
     try:
         return body()
     except ConfigError as error:
-        return _report(error, environ)
+        return report_refusal(error, environ)
     except Exception:
         text = traceback.format_exc()
         record_failure(environ, "exception", text)
@@ -70,13 +70,19 @@ def refusing_bad_input(environ: Mapping[str, str] = os.environ) -> Iterator[None
     try:
         yield
     except ConfigError as error:
-        raise SystemExit(_report(error, environ)) from None
+        raise SystemExit(report_refusal(error, environ)) from None
 
 
-def _report(error: ConfigError, environ: Mapping[str, str]) -> int:
-    record_failure(environ, "bad_input", str(error))
+def report_refusal(error: ConfigError, environ: Mapping[str, str]) -> int:
+    """Write the failure file and print the report. Returns the exit code."""
+    record_failure(environ, "exception" if isinstance(error, DiskError) else "bad_input", str(error))
     print(error, file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+    return exit_code_of(error)
+
+
+def exit_code_of(error: ConfigError) -> int:
+    """Of a rank. What a disk refuses may succeed in the next attempt; bad input never does."""
+    return EXIT_BROKE if isinstance(error, DiskError) else EXIT_BAD_INPUT
 
 
 def redirect_output(environ: Mapping[str, str]) -> None:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from configs.errors import ConfigError, Problem, report
-from pretrain.rank.process_setup import record_failure
-from pretrain.run.folder import EXIT_BAD_INPUT
+from configs.errors import ConfigError, Problem
+from pretrain.rank.process_setup import exit_code_of, report_refusal
+from pretrain.run.files import is_of_the_disk, storage_error
 
 T = TypeVar("T")
 
@@ -59,7 +58,8 @@ def group_by_problem(found: Sequence[tuple[str, list[Problem]]]) -> list[Problem
 def run_on_rank_0(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its picklable result on all ranks. Collective.
 
-    A ConfigError becomes one report by rank 0 and SystemExit(2) on all ranks.
+    A ConfigError becomes one report by rank 0 and SystemExit(2) on all ranks. What a disk refuses, a DiskError or an OSError,
+    becomes SystemExit(1). The error is its cause.
     """
     rank = dist.get_rank()
     answer: list[Any] = [None]
@@ -67,14 +67,17 @@ def run_on_rank_0(work: Callable[[], T]) -> T:
         try:
             answer = [(work(), None)]
         except ConfigError as error:
-            answer = [(None, error.problems)]
+            answer = [(None, error)]
+        except OSError as error:
+            if not is_of_the_disk(error):
+                raise
+            answer = [(None, storage_error("file system", error.filename or "?", error))]
     dist.broadcast_object_list(answer, src=0)
-    value, problems = answer[0]
-    if problems is None:
+    value, refusal = answer[0]
+    if refusal is None:
         return value
     if rank == 0:
-        record_failure(os.environ, "bad_input", report(problems))
-        print(report(problems), file=sys.stderr, flush=True)
+        report_refusal(refusal, os.environ)
     # torchrun ends all ranks when one exits. The barrier lets rank 0 print its report first.
     dist.barrier()
-    raise SystemExit(EXIT_BAD_INPUT)
+    raise SystemExit(exit_code_of(refusal)) from refusal

@@ -20,7 +20,7 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from pretrain.run.event_log import append_event, mend_events, sync_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import read_json, storage_problem, write_atomically, write_json
+from pretrain.run.files import read_json, storage_error, write_atomically, write_json
 from pretrain.run.folder import Outcome, RunFolder, check_run_folder, process_age_s, read_holder
 from pretrain.run.lock import FolderLock, acquire
 
@@ -52,7 +52,7 @@ class Attempt:
         try:
             append_event(self.folder, self.number, kind, time_s, **fields)
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.folder.events, error)) from error
+            raise storage_error("run.dir", self.folder.events, error) from error
 
     def check_held(self) -> None:
         """Raises ConfigError when the lock file was removed or replaced, because another attempt may then write here.
@@ -75,7 +75,7 @@ class Attempt:
             if outcome.state == "finished":
                 write_json(self.folder.done, {"attempt": self.number, "step": outcome.step})
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
+            raise storage_error("run.dir", self.folder.path, error) from error
         self.event(EventKind.OUTCOME, state=outcome.state, why=outcome.why, step=outcome.step, **fields)
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Attempt:
             finally:
                 self._lock.release()
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.folder.path, error)) from error
+            raise storage_error("run.dir", self.folder.path, error) from error
 
     def __enter__(self) -> Attempt:
         return self
@@ -123,7 +123,7 @@ def open_attempt(
             lock.release()
             raise
     except OSError as error:
-        raise ConfigError(storage_problem("run.dir", folder.path, error)) from error
+        raise storage_error("run.dir", folder.path, error) from error
 
 
 def _open_held(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import Problem
+from configs.errors import ConfigError, DiskError, Problem
 
 _TAIL_BYTES = 1 << 16
 # A row has some kilobytes.
@@ -31,12 +31,40 @@ _RULES = {
     errno.ENOTDIR: ("every part of the path above must be a folder", "choose another folder"),
     errno.ENAMETOOLONG: ("the path must be short enough for the file system", "choose a shorter path"),
 }
+# What a disk says that is full, read-only, broken or away. Other errors are of the path, or our own.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 def storage_problem(key: str, path: str | Path, error: OSError) -> Problem:
     """The Problem that reports a failed write or read to the user. `key`: the config key that chose the path."""
     rule, fix = _RULES.get(error.errno or 0, ("the file system must accept the file", "choose another folder"))
     return Problem(key, str(path), f"{rule} ({error.strerror or error}: {error.filename or path})", fix)
+
+
+def storage_error(key: str, path: str | Path, error: OSError) -> ConfigError:
+    """`storage_problem` as an error to raise: a DiskError where the disk is at fault."""
+    problem = storage_problem(key, path, error)
+    return DiskError(problem) if is_of_the_disk(error) else ConfigError(problem)
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether a disk is full, read-only, broken or away."""
+    return error.errno in _OF_THE_DISK
+
+
+def check_room(folder: Path, num_bytes: int = 1 << 20) -> None:
+    """Write and sync so many bytes in a new file, and remove it. Raises OSError where the disk refuses them.
+
+    Written and synced, because file systems notice a full disk or quota at different moments.
+    """
+    path = folder / f".room.{os.getpid()}.tmp"
+    try:
+        with open(path, "wb", buffering=0) as probe:
+            if probe.write(b"\0" * num_bytes) < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            os.fsync(probe.fileno())
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

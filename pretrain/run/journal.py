@@ -16,7 +16,7 @@ from configs.errors import ConfigError
 from pretrain.run.attempt import Attempt
 from pretrain.run.event_log import sync_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import storage_problem
+from pretrain.run.files import storage_error
 from pretrain.run.record import encode_row
 
 
@@ -61,7 +61,7 @@ class Journal:
         try:
             sync_events(folder)
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", folder.events, error)) from error
+            raise storage_error("run.dir", folder.events, error) from error
 
     def _write_waiting(self, attempt: Attempt) -> None:
         """Append the waiting events in order, with the times at which they happened. Raises ConfigError."""

@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
 from pretrain.run.events import EventKind
-from pretrain.run.files import as_line, iterate_lines, mend_torn_line, storage_problem, sync_folder
+from pretrain.run.files import as_line, iterate_lines, mend_torn_line, storage_error, storage_problem, sync_folder
 
 REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
 
@@ -50,7 +49,7 @@ class Record:
         """Cut the record back to `restored_step` and open it. 0: nothing was restored.
 
         `write_event(kind, **fields)` reports repairs, cuts and gaps; rank 0 passes `Attempt.event`. The rows that are cut go to
-        the file `keep_cut_in`. The attempt computes those steps again, bit for bit on an unchanged layout. Raises ConfigError
+        the file `keep_cut_in`. The attempt computes those steps again, bit for bit on an unchanged layout. Raises DiskError
         when the disk refuses.
         """
         try:
@@ -61,7 +60,7 @@ class Record:
                 write_event(EventKind.RECORD_GAP, after_step=last_step, restored_step=restored_step)
             return cls(path, restored_step, write_event)
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", path, error)) from error
+            raise storage_error("run.dir", path, error) from error
 
     def append(self, row: dict[str, Any]) -> None:
         """Add the row of the next step. It waits in memory when the disk refuses it."""
@@ -95,7 +94,7 @@ class Record:
     def cut_back(self, step: int, keep_cut_in: Path) -> None:
         """After a rollback to `step`, move the later rows to `keep_cut_in`. The next row is that of `step` + 1.
 
-        Raises ConfigError when the disk refuses.
+        Raises DiskError when the disk refuses.
         """
         try:
             self._write_waiting()
@@ -103,16 +102,16 @@ class Record:
             os.close(self._descriptor)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+            raise storage_error("run.dir", self.path, error) from error
         self.last_step = step
 
     def sync(self) -> None:
-        """Force every row to the disk. Call it before a checkpoint is marked complete. Raises ConfigError when it refuses."""
+        """Force every row to the disk. Call it before a checkpoint is marked complete. Raises DiskError when it refuses."""
         try:
             self._write_waiting()
             os.fsync(self._descriptor)
         except OSError as error:
-            raise ConfigError(storage_problem("run.dir", self.path, error)) from error
+            raise storage_error("run.dir", self.path, error) from error
 
     def close(self) -> None:
         try:

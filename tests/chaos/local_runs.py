@@ -73,8 +73,6 @@ class LocalRun:
         self.excused = attempt
         if blow.way == FULL_DISK:
             empty(self.run_dir.parent)
-            # A restart in place was refused as long as the disk was full.
-            self.excused = self.command.folder.claimed_attempts()[-1]
         else:
             self.struck_attempt = attempt
             self._settle()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.training_data
 from configs.load import to_yaml
 from configs.schema import BlendPart
 from launch.status import read_status
@@ -24,7 +25,7 @@ from pretrain.run.beat import COMPUTING, RECORDING, SAVING
 from pretrain.run.folder import RunFolder, complete_checkpoints
 from pretrain.run.heartbeat import Heartbeat
 from tests.pretrain.test_train import PP2_EP2, losses, same_checkpoint
-from tests.pretrain.world import exit_code, small_config
+from tests.pretrain.world import exit_code, small_config, spoiling
 from tests.ranks import run_ranks
 
 STEPS = 12
@@ -91,12 +92,14 @@ def loop_device(tmp_path: Path) -> Iterator[str]:
 Faults = dict[tuple[str, int], Callable[[], None]]
 
 
-def attempt(config: Path, run_dir: Path, faults: Faults, *overrides: str) -> list[int]:
-    """Exit codes of the 4 ranks of one attempt."""
-    return run_ranks(4, one_rank, ["--config", str(config), f"run.dir={run_dir}", *PP2_EP2, *overrides], faults)
+def attempt(config: Path, run_dir: Path, faults: Faults, *overrides: str, bad: tuple[int, ...] = ()) -> list[int]:
+    """Exit codes of the 4 ranks of one attempt. The batches of the samples `bad` are spoiled."""
+    return run_ranks(4, one_rank, ["--config", str(config), f"run.dir={run_dir}", *PP2_EP2, *overrides], faults, bad)
 
 
-def one_rank(words: list[str], faults: Faults) -> int:
+def one_rank(words: list[str], faults: Faults, bad: tuple[int, ...]) -> int:
+    pretrain.training_data.micro_batches = spoiling(pretrain.training_data.micro_batches, bad)
+
     class Fateful(Heartbeat):
         def enter(self, phase: str, step: int | None = None) -> None:
             super().enter(phase, step)
@@ -184,6 +187,12 @@ def shut_down(folder: Path) -> None:
     os.close(descriptor)
 
 
+def repair(folder: Path, device: str) -> None:
+    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["fsck.ext4", "-p", device], capture_output=True, check=False)
+    subprocess.run(["mount", device, str(folder)], check=True)
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize(
     ("phase", "reason"),
@@ -214,9 +223,43 @@ def test_a_disk_that_breaks_fails_the_run_at_its_end_and_loses_no_whole_checkpoi
     assert told.count("phalanx: save failed: ") == 6, "steps 4, 6, 8, 10 and 12, and once more at the end"
     assert told.count("phalanx: record refused: ") == 1 and reason in told
     assert "the end of the attempt can't be recorded" in told
-    subprocess.run(["umount", str(disk)], check=True)
-    subprocess.run(["fsck.ext4", "-p", loop_device], capture_output=True, check=False)
-    subprocess.run(["mount", loop_device, str(disk)], check=True)
+    repair(disk, loop_device)
     assert whole_steps(run_dir) == [2]
     assert attempt(config, run_dir, {}) == [0] * 4
     assert losses(run_dir) == losses(whole) and same_checkpoint(run_dir, whole, STEPS)
+
+
+# Step 6 diverges, when no save is under way, and the run goes back to step 2.
+BAD = (41,)
+ROLLBACK = ("divergence.nonfinite=rollback", "divergence.rollback_checkpoints=2", "checkpoint.keep=3")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("reason", ["Input/output error", "Read-only file system"])
+def test_a_rollback_that_the_disk_refuses_is_done_by_the_next_attempt(
+    config: Path,
+    tmp_path: Path,
+    mounted: Callable[..., Path],
+    loop_device: str,
+    capfd: pytest.CaptureFixture[str],
+    reason: str,
+) -> None:
+    """EIO: the decision can't be recorded. Read-only checkpoints: it is, and the newer checkpoint can't be set aside."""
+    assert attempt(config, tmp_path / "sound", {}, *ROLLBACK, bad=BAD) == [0] * 4
+    run_dir = tmp_path / "disk" / "run"
+    is_all = reason == "Input/output error"
+    disk = mounted(run_dir.parent if is_all else run_dir / "checkpoints", loop_device)
+
+    def refuse() -> None:
+        shut_down(disk) if is_all else subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    assert attempt(config, run_dir, {(COMPUTING, 6): refuse}, *ROLLBACK, bad=BAD) == [1] * 4
+    told = capfd.readouterr().err
+    assert told.count("1 problem:") == 1 and told.count(reason) and "Traceback" not in told
+    repair(disk, loop_device)
+    assert kinds(run_dir).count("rolled_back") == (0 if is_all else 1) and whole_steps(run_dir) == [4, 2]
+    if not is_all:
+        assert json.loads((run_dir / "outcome.json").read_text())["why"].startswith("the file system must be writable")
+    assert attempt(config, run_dir, {}, *ROLLBACK, bad=BAD) == [0] * 4
+    assert kinds(run_dir).count("rolled_back") == 1
+    assert losses(run_dir) == losses(tmp_path / "sound") and same_checkpoint(run_dir, tmp_path / "sound", STEPS)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +334,49 @@ def _pid_of(victim: str, launch: Launch, mark: str) -> int:
         if name_of(pid) == victim or (victim == "agent" and any(name_of(child) == FORK_SERVER for child in children_of(pid))):
             return pid
     raise AssertionError(f"no process is {victim} among those with {MARK_NAME}={mark}")
+
+
+@pytest.fixture
+def full_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 4 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_and_crash(folder: Path) -> Launch:
+    """A run with restarts whose rank raises at step 9, on a disk that is full by then. Returns once the restart waits."""
+    plan = {"steps": 9, "pause_s": 0.2, "raise": {"0": 9}}
+    launch = Launch(folder, ["launch", "c.yaml", "launch.restart.max_local=1", "launch.restart.standby_after_s=null"], plan, 1)
+    launch.wait_for_step(2)
+    with open(folder / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(b"x" * 65536)
+    assert launch.process.stderr is not None
+    for line in launch.process.stderr:
+        if "the next attempt waits until the disk takes it, 10 minutes at most: " in line:
+            assert "No space left on device" in line
+            return launch
+    raise AssertionError("the launcher did not wait")
+
+
+def test_a_restart_waits_for_a_full_disk(full_folder: Path) -> None:
+    launch = fill_and_crash(full_folder)
+    assert launch.run.claimed_attempts() == [1]
+    (full_folder / "filler").unlink()
+    code, _, err = launch.end()
+    assert code == 1 and "restart 1 of at most 1" in err and launch.run.claimed_attempts() == [1, 2], err
+
+
+@pytest.mark.prove
+def test_a_launcher_that_waits_for_a_disk_can_be_ended(full_folder: Path) -> None:
+    launch = fill_and_crash(full_folder)
+    launch.process.send_signal(signal.SIGTERM)
+    code, _, err = launch.end()
+    assert code == 75 and "SIGTERM: no other attempt starts" in err and launch.run.claimed_attempts() == [1], err

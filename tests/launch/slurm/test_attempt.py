@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from configs.schema import Config
-from launch.slurm import attempt
+from launch import disk_wait
 from launch.slurm.attempt import JobContext
 from launch.slurm.job_file import make_job_file
 from pretrain.run.events import EventKind
@@ -21,7 +21,7 @@ from pretrain.run.folder import RunFolder
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobContext:
     """Of a run folder whose events go to a full device."""
-    monkeypatch.setattr(attempt, "POLL_S", 0.02)
+    monkeypatch.setattr(disk_wait, "POLL_S", 0.02)
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     nothing: Any = None
     return JobContext(tmp_path, make_job_file(Config(), tmp_path, 5, [1]), 7, 0, ["srun"], {}, [], nothing, nothing)
@@ -43,6 +43,6 @@ def test_an_event_waits_for_room(context: JobContext, capsys: pytest.CaptureFixt
 
 
 def test_the_patience_ends(context: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "RECORD_PATIENCE_S", 0.1)
+    monkeypatch.setattr(disk_wait, "PATIENCE_S", 0.1)
     with pytest.raises(OSError, match="No space left"):
         context.record(1, EventKind.JOB_OVER, state="finished", exit_code=0, why="so")

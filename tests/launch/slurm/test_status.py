@@ -16,6 +16,8 @@ SUBMITTED: dict[str, Any] = {"attempt": 0, "kind": "job_submitted", "jobs": [7]}
 BEGUN = {"attempt": 1, "kind": "job_attempt", "nodes": ["n1"], "step_before": 0, "job": 7, "restarts": 0, "logs": ""}
 ENDED = {"attempt": 1, "kind": "job_ended", "cause": "preempted", "why": "so", "node": "", "step_before": 0, "step_after": 5}
 REQUEUED = {"attempt": 1, "kind": "job_requeued", "why": "preempted", "exclude": []}
+OVER = {"attempt": 1, "kind": "job_over", "state": "preempted", "exit_code": 75, "why": "so"}
+LOCAL = {"attempt": 1, "kind": "attempt", "wandb_id": "x", "logs": None, "slurm_job": None, "resume_step": None, "began": 1.0}
 # What squeue answers instead of a state.
 FORGOTTEN, AWAY = "slurm_load_jobs error: Invalid job id specified", "Unable to contact slurm controller"
 
@@ -32,7 +34,8 @@ def slurm_says(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> No
 
 def make_run(path: Path, events: list[dict[str, Any]], outcome: Outcome | None) -> RunFolder:
     folder = RunFolder(path)
-    path.mkdir()
+    folder.launch_dir(1).mkdir(parents=True)
+    (folder.launch_dir(1) / "config.yaml").touch()
     folder.events.write_text("".join(json.dumps({"time": 1.0e9} | event) + "\n" for event in events))
     if outcome is not None:
         write_json(folder.outcome, outcome.as_dict())
@@ -61,6 +64,10 @@ def make_run(path: Path, events: list[dict[str, Any]], outcome: Outcome | None) 
         ("FAILED", "finished", [SUBMITTED, BEGUN | {"attempt": 2}], "died"),
         ("RUNNING", "finished", [SUBMITTED, BEGUN, SUBMITTED | {"jobs": [8]}], "starting"),
         ("FAILED", "", [SUBMITTED, BEGUN], "died"),
+        # Then the local launcher went on with it.
+        ("FAILED", "finished", [SUBMITTED, BEGUN | {"attempt": 0}, OVER, LOCAL], "finished"),
+        ("FAILED", "", [SUBMITTED, BEGUN | {"attempt": 0}, OVER, LOCAL], "died"),
+        ("FAILED", "", [SUBMITTED, BEGUN | {"attempt": 0}, OVER, LOCAL | {"slurm_job": "7"}], "preempted"),
     ],
 )
 def test_the_outcome_decides_where_the_batch_step_could_not(

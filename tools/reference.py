@@ -125,7 +125,10 @@ def kills() -> str:
     for way in sorted({row["way"] for row in rows}):
         table.append(f"| {way} | {' | '.join(str(came[way, *place] or '') for place in places)} | {lost[way]} |")
     runs = len({(row["where"], row["seed"]) for row in rows})
-    return f"{len(rows)} kills in {runs} runs, {lost.total()} lost.\n\n" + "\n".join(table)
+    commits = Counter(row["commit"] for row in rows)
+    code = ", ".join(f"{commit}: {number}" for commit, number in sorted(commits.items(), key=lambda pair: -pair[1]))
+    words = f"{len(rows)} kills in {runs} runs, {lost.total()} lost. Kills by the commit of the code: {code}."
+    return "\n".join([words, "", *table])
 
 
 GENERATORS: dict[str, Callable[[], str]] = {

@@ -166,7 +166,7 @@ def advance(life: RunLifecycle, row: Mapping[str, Any]) -> RunLifecycle:
     An attempt outside of the run's jobs, such as one by the local launcher, ends the lifecycle: Slurm does not know of it.
     """
     kind = row.get("kind", "")
-    if kind == EventKind.ATTEMPT and life.jobs and row.get("slurm_job") not in map(str, life.jobs):
+    if kind == EventKind.ATTEMPT and life.jobs and row.get("slurm_job") not in [str(job) for job in life.jobs]:
         return RunLifecycle()
     if kind not in TRANSITIONS or row.get("cause", "killed") not in CAUSES:
         # A cause that this version does not know was written by another one: the next batch step finds the end anew.

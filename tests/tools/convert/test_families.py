@@ -338,6 +338,7 @@ def test_the_docs_name_every_family() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for model_type in (model_type for family in FAMILIES for model_type in family.model_types):
         assert any(f"`{model_type}`" in row for row in rows), model_type
+    assert all(f"`{model_type}` | {why} |" in text for model_type, why in UNSUPPORTED.items())
     converted = sum(family.planning_only is None for family in FAMILIES)
     assert f"conversion of {converted} [families]" in (ROOT / "README.md").read_text()
 

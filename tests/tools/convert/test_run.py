@@ -184,7 +184,7 @@ def test_a_context_grows_from_phase_to_phase(
     assert verify(tmp_path / "work" / "run", tmp_path / "out", None, 2, 128, 1e-4)["ok"]
 
 
-NEW = [*RARE, "minimax_m2", "qwen3_next", "qwen3_5_moe"]
+NEW = [*RARE, "llama4", "minimax_m2", "qwen3_next", "qwen3_5_moe"]
 
 
 @pytest.mark.parametrize(

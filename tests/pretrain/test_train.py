@@ -122,6 +122,8 @@ def test_three_steps_and_three_are_six_bit_for_bit(config: Path, tmp_path: Path,
     assert rows(other)[-1]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)
 
 
+# tests/run/test_kills.py stops whole runs by SIGTERM every day.
+@pytest.mark.prove
 def test_a_stop_saves_and_going_on_equals_going_through(config: Path, tmp_path: Path, whole: Path) -> None:
     stopped = tmp_path / "stopped"
     assert attempt(config, stopped, request_at=2) == [130] * 4

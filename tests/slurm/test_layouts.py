@@ -15,13 +15,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STEPS = 4
 
 
+# Stages on two nodes: test_survival.py, every day.
+@pytest.mark.prove
 @pytest.mark.parametrize(
     "degrees",
-    [
-        {"pipeline": 2, "expert": 2},  # The quickstart's: stages on two nodes.
-        pytest.param({"tensor": 4, "pipeline": 1}, marks=pytest.mark.prove),
-        pytest.param({"expert": 4, "pipeline": 1}, marks=pytest.mark.prove),
-    ],
+    [{"pipeline": 2, "expert": 2}, {"tensor": 4, "pipeline": 1}, {"expert": 4, "pipeline": 1}],
     ids=lambda degrees: "-".join(f"{axis}{degree}" for axis, degree in degrees.items()),
 )
 def test_two_nodes_of_two_ranks_train_as_four_ranks_here(

@@ -379,10 +379,12 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.tex"]
 
 
+HERE = ("quickstart", "run.dir=here", "data.train=[]", "data.tokenizer.path=null", "launch.processes_per_node=2", "--quick")
+
+
 def test_this_machine_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["quickstart", "run.dir=here", "data.train=[]", "data.tokenizer.path=null", "launch.processes_per_node=2", "--quick"]
-    code, out, _ = run(capsys, *words, "--json")
+    code, out, _ = run(capsys, *HERE, "--json")
     document = json.loads(out)
     (node,) = document["nodes"]
     told = {finding["name"]: finding for finding in node["findings"]}
@@ -394,5 +396,12 @@ def test_this_machine_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: P
     folder = Path(document["folder"])
     assert folder == tmp_path / "here" / "doctor" / "0001" and json.loads((folder / "verdict.json").read_text()) == document
     assert check_run_folder(RunFolder(tmp_path / "here")) == [], "a run may begin there"
-    code, out, _ = run(capsys, *words, "cluster.interface=nosuch", "data.tokenizer.path=absent.model")
-    assert code == 1 and "FAIL  network interface on" in out and "absent.model" in out and "doctor/0002" in out
+
+
+@pytest.mark.prove
+def test_this_machine_without_its_interface(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, *HERE, "cluster.interface=nosuch", "data.tokenizer.path=absent.model")
+    assert code == 1 and "FAIL  network interface on" in out and "absent.model" in out and "doctor/0001" in out

@@ -15,6 +15,8 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pretrain.run.folder import RunFolder
 from tests.launch.local.test_local import CONFIG, LAUNCHER, PROGRAM, ROOT, wait_until
 
@@ -91,6 +93,7 @@ def test_a_terminal_without_cursor_movement_shows_plain_lines(tmp_path: Path) ->
     os.close(master)
 
 
+@pytest.mark.prove
 def test_a_paused_terminal_stops_nothing(tmp_path: Path) -> None:
     """Ctrl-S: nobody takes what is written, and the run finishes all the same; Ctrl-Q shows how it ended."""
     master, slave = pty.openpty()

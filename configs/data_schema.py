@@ -76,6 +76,11 @@ class Data:
         "`check` warns when a source is repeated more often than this in the run. Four is the limit of arXiv 2305.16264.",
         above=0,
     )
+    packing: str = key(
+        "concatenate",
+        "How documents fill sequences. concatenate: end to end, cut at each sequence's end. best_fit: no document that fits is cut.",
+        choices=("concatenate", "best_fit"),
+    )
     fim: Fim = key(factory=Fim)
     document_mask: bool = key(False, "A token attends only to tokens of its own document.")
     mask_eod_loss: bool = key(

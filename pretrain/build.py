@@ -35,6 +35,7 @@ from pretrain.rank.speed_probe import SpeedProbe
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.records import Records
 from pretrain.resume import Restored
+from pretrain.run.journal import say
 from pretrain.session import RunContext, Session
 from pretrain.training_data import TrainingData
 
@@ -84,7 +85,7 @@ def make_training_data(context: RunContext, groups: ProcessGroupCollection, rest
         dist.barrier()
 
     config = context.config
-    streams = build_streams(config, context.tokenizer, is_builder=context.runtime.rank == 0, barrier=barrier)
+    streams = build_streams(config, context.tokenizer, is_builder=context.runtime.rank == 0, barrier=barrier, say=say)
     return TrainingData(config, groups, streams, restored.position, context.stop_step)
 
 

@@ -107,14 +107,16 @@ def _train(run: TrainingRun) -> TrainingEnd:
         if decision.action == SKIP:
             row["skipped"] = True
             run.guard.announce_skip(RefusedStep.of(row, decision))
-        step_tokens, run.position = after.tokens - run.position.tokens, after
+        # Experts take the padding of packed samples too.
+        step_inputs = (after.consumed_samples - run.position.consumed_samples) * run.config.batch.seq_length_tokens
+        run.position = after
         agreed = agree(run)
         if _validation_due(run):
             run.signals.beat.enter(VALIDATING)
             row |= validate(run)
         run.signals.beat.enter(RECORDING)
         run.records.write(row | {f"memory_gib/stage_{i}": round(gib, 4) for i, gib in enumerate(agreed.memory_gib)})
-        run.records.write_expert_counts(step, step_tokens, run.measures.moe.expert_counts)
+        run.records.write_expert_counts(step, step_inputs, run.measures.moe.expert_counts)
         run.measures.profile.after(step)
         run.measures.probe.after(step)
         _save_if_due(run, agreed)
@@ -129,7 +131,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosit
     config, before = run.config, run.position
     started_s = time.perf_counter()
     run.signals.beat.enter(WAITING, before.step + 1)
-    global_batch_seqs, batches = run.data.next()
+    global_batch_seqs, tokens, batches = run.data.next()
     run.signals.beat.enter(COMPUTING)
     rate = learning_rate(before.step, config.optimizer, config.schedule, run.horizon_steps)
     decision = StepDecision(STOP, "the engine asked nobody")
@@ -142,7 +144,6 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], StepDecision, TrainingPosit
     result = run.engine.step(batches, rate, accept)
     assert result.applied == (decision.action == ACCEPT), f"the engine did not heed {decision}"
     moe = run.measures.moe.take(len(batches), config.metrics.expert_load_layers)
-    tokens = global_batch_seqs * config.batch.seq_length_tokens
     after = TrainingPosition(before.step + 1, before.consumed_samples + global_batch_seqs, before.tokens + tokens)
     row = run.measures.meter.row(after, result, rate, tokens, time.perf_counter() - started_s)
     if run.engine.logits is not None:

@@ -13,8 +13,8 @@ from pretrain.data.batches import MicroBatch, Prefetcher, micro_batches
 from pretrain.data.samples import SampleStream
 from pretrain.data.streams import Streams
 
-# (sequences of the global batch over all ranks, this rank's micro-batches)
-GlobalBatch = tuple[int, list[MicroBatch]]
+# (sequences, input tokens without padding: both of the global batch over all ranks; this rank's micro-batches)
+GlobalBatch = tuple[int, int, list[MicroBatch]]
 
 
 class TrainingData:
@@ -52,7 +52,7 @@ class TrainingData:
 
     def _read_from(self, start: TrainingPosition) -> Iterator[GlobalBatch]:
         for first, size in batch_positions(self._config, start, self._stop_step):
-            yield size, self._read(self._stream, first, size)
+            yield size, self._stream.tokens_of(range(first, first + size)), self._read(self._stream, first, size)
 
     def _read_validation(self, stream: SampleStream, batches: int) -> list[list[MicroBatch]]:
         size = self._config.batch.global_batch_seqs

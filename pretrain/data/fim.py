@@ -1,8 +1,8 @@
-"""Fill-in-the-middle: a document's middle is moved behind what surrounds it. In: the tokens of a sample. Out: as many tokens.
+"""Fill-in-the-middle: a document's middle is moved behind what surrounds it. In: tokens of a sample. Out: its tokens, and more.
 
 The transformation is that of arXiv 2207.14255, on tokens: with data.fim.rate, a document is cut at two uniform places into
 prefix, middle and suffix, and becomes PRE prefix SUF suffix MID middle, or with data.fim.spm_rate PRE SUF suffix MID prefix
-middle. Each such document grows by three tokens; what then exceeds the sample is cut off. The draw depends on the seed and the
+middle. Each such document grows by three tokens. The draw depends on the seed and the
 sample number alone, so it is the same under any layout and after any restart.
 
 Torch-free.
@@ -16,6 +16,8 @@ import numpy as np
 
 # A shorter document has no prefix, middle and suffix.
 _SHORTEST_TOKENS = 3
+GROWTH_TOKENS = 3
+"""By how much a document grows that is rearranged."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class FillInTheMiddle:
     eod_id: int
     seed: int
 
-    def transform(self, tokens: np.ndarray, sample_index: int) -> np.ndarray:
-        """int64 [s + 1] → int64 [s + 1]. End-of-document tokens stay behind their documents."""
-        random = np.random.default_rng([self.seed, sample_index])
+    def random_of(self, sample_index: int) -> np.random.Generator:
+        """The draws of a sample."""
+        return np.random.default_rng([self.seed, sample_index])
+
+    def transform(self, tokens: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """int64 [n] → int64 [n + 3 for each document that is rearranged]. End-of-document tokens stay behind their documents."""
         found = []
         for document in np.split(tokens, np.flatnonzero(tokens == self.eod_id) + 1):
             ends = bool(len(document)) and document[-1] == self.eod_id
@@ -43,7 +48,7 @@ class FillInTheMiddle:
             if chosen and len(text) >= _SHORTEST_TOKENS:
                 text = self._rearranged(text[:first], text[first:second], text[second:], bool(suffix_first))
             found += [text, rest]
-        return np.concatenate(found)[: len(tokens)]
+        return np.concatenate(found)
 
     def _rearranged(self, prefix: np.ndarray, middle: np.ndarray, suffix: np.ndarray, suffix_first: bool) -> np.ndarray:
         pre, mid, suf = np.array([[self.prefix_id], [self.middle_id], [self.suffix_id]], np.int64)

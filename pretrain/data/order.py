@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from parallel.compat.megatron_helpers import sample_starts
+from pretrain.data.order_cache import load_arrays, written_whole
 
-logger = logging.getLogger(__name__)
 FIELDS = ("sequences", "starts", "shuffle")
 
 
@@ -93,34 +91,14 @@ def order_key(**inputs: Any) -> str:
 
 
 def save_order(folder: Path, key: str, order: EpochOrder) -> None:
-    """Write the files of an order. Each is written under a temporary name, synced and renamed, so readers see whole files only.
-
-    Raises OSError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FIELDS:
-        final = folder / f"{key}.{name}.npy"
-        partial = folder / f"{key}.{name}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                np.save(file, getattr(order, name), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, final)
-        finally:
-            partial.unlink(missing_ok=True)
+    """Write the files of an order, so that readers see whole files only. Raises OSError."""
+    given = {name: getattr(order, name) for name in FIELDS}
+    with written_whole(folder, key, {name: (array.shape, array.dtype) for name, array in given.items()}) as arrays:
+        for name, array in given.items():
+            arrays[name][:] = array
 
 
 def load_order(folder: Path, key: str, samples: int) -> EpochOrder | None:
     """A cached order, memory-mapped. None: it doesn't exist, or it is damaged, which is logged as a warning."""
-    paths = [folder / f"{key}.{name}.npy" for name in FIELDS]
-    if not all(path.is_file() for path in paths):
-        return None
-    try:
-        sequences, starts, shuffle = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-        if starts.shape != (samples + 1, 2) or shuffle.shape != (samples,):
-            raise ValueError(f"it is not of {samples} samples")
-    except (ValueError, OSError, EOFError) as error:
-        logger.warning("the index cache %s/%s is damaged and is made again: %s", folder, key, error)
-        return None
-    return EpochOrder(sequences, starts, shuffle)
+    found = load_arrays(folder, key, {"sequences": None, "starts": (samples + 1, 2), "shuffle": (samples,)})
+    return EpochOrder(**found) if found else None

@@ -11,6 +11,8 @@ Torch-free.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,41 +40,72 @@ class Sample:
     document_ids: np.ndarray | None
 
 
-class PartStream:
-    """The samples of one part in one split, over an endless row of epochs."""
+class PartStream(ABC):
+    """The samples of one part in one split, over an endless row of epochs.
+
+    `samples_per_epoch`: 0 where the part has no sample. `tokens_per_epoch`: inputs of an epoch without padding.
+    """
+
+    samples_per_epoch: int
+    tokens_per_epoch: int
 
     def __init__(self, index: Index, sequences: range, seq_length_tokens: int, seed: int, cache: Path) -> None:
-        self.index, self.sequences, self.seq_length_tokens, self.seed, self.cache = (
-            index,
-            sequences,
-            seq_length_tokens,
-            seed,
-            cache,
-        )
-        self.samples_per_epoch = samples_in(index, sequences, seq_length_tokens)
-        assert self.samples_per_epoch, f"{index.prefix} has no sample of {seq_length_tokens} tokens; check_data reports this"
-        self.cached = needs_cache(len(sequences), self.samples_per_epoch)
+        self.index, self.sequences, self.seq_length_tokens = index, sequences, seq_length_tokens
+        self.seed, self.cache = seed, cache
         self._tokens = index.tokens()
-        self._orders: dict[int, EpochOrder] = {}
 
-    def tokens(self, number: int) -> np.ndarray:
-        """The tokens of the part's sample `number`, counted over all epochs: int64 [s + 1]."""
-        firsts = ((self.index.tokens_before(span.sequence) + span.offset, span.length) for span in self.spans(number))
-        return np.concatenate([self._tokens[first : first + length] for first, length in firsts], dtype=np.int64)
+    @abstractmethod
+    def pieces(self, number: int) -> list[np.ndarray]:
+        """The part's sample `number`, counted over all epochs, as rows of tokens: int64, s + 1 tokens at most in all."""
 
+    @abstractmethod
     def spans(self, number: int) -> list[Span]:
         """Where the tokens of the part's sample `number` lie in its file, in order."""
+
+    @abstractmethod
+    def numbers_of(self, sequence: int, epoch: int) -> list[int]:
+        """The part's samples of one epoch that hold tokens of a sequence, in the order of their tokens."""
+
+    @abstractmethod
+    def tokens_between(self, first: int, stop: int) -> int:
+        """Inputs of the part's samples `first` to below `stop`, without padding."""
+
+    @abstractmethod
+    def build_cache(self, num_samples: int, say: Callable[[str], None]) -> None:
+        """Write the missing files that the first `num_samples` samples need, and tell `say` how far it is. Raises OSError."""
+
+    def _read(self, span: Span) -> np.ndarray:
+        first = self.index.tokens_before(span.sequence) + span.offset
+        return self._tokens[first : first + span.length].astype(np.int64)
+
+
+class ConcatenatedPart(PartStream):
+    """Documents laid end to end and cut every s tokens. A sample is one row."""
+
+    def __init__(self, index: Index, sequences: range, seq_length_tokens: int, seed: int, cache: Path) -> None:
+        super().__init__(index, sequences, seq_length_tokens, seed, cache)
+        self.samples_per_epoch = samples_in(index, sequences, seq_length_tokens)
+        self.tokens_per_epoch = self.samples_per_epoch * seq_length_tokens
+        self.cached = needs_cache(len(sequences), self.samples_per_epoch)
+        self._orders: dict[int, EpochOrder] = {}
+
+    def pieces(self, number: int) -> list[np.ndarray]:
+        return [np.concatenate([self._read(span) for span in self.spans(number)])]
+
+    def spans(self, number: int) -> list[Span]:
         epoch, place = divmod(number, self.samples_per_epoch)
         return self._order(epoch).spans(place, self.index.lengths)
 
     def numbers_of(self, sequence: int, epoch: int) -> list[int]:
-        """The part's samples of one epoch that hold tokens of a sequence, in the order in which they are read."""
         return [epoch * self.samples_per_epoch + place for place in self._order(epoch).places_of(sequence)]
 
-    def build_cache(self, num_samples: int) -> None:
-        """Write the missing order files of the epochs that the first `num_samples` samples need. Raises OSError."""
+    def tokens_between(self, first: int, stop: int) -> int:
+        return (stop - first) * self.seq_length_tokens
+
+    def build_cache(self, num_samples: int, say: Callable[[str], None]) -> None:
         for epoch in range(-(-num_samples // self.samples_per_epoch) if self.cached else 0):
             if load_order(self.cache, self._key(epoch), self.samples_per_epoch) is None:
+                say(f"shuffling {self.index.prefix}, epoch {epoch}")
                 save_order(self.cache, self._key(epoch), self._build(epoch))
 
     def _order(self, epoch: int) -> EpochOrder:
@@ -101,18 +134,28 @@ class SampleMasks:
     mask_eod_loss: bool
     fim: FillInTheMiddle | None = None
 
-    def sample(self, tokens: np.ndarray, sample_index: int) -> Sample:
-        """The sample of these tokens, int64 [s + 1], with masks by Megatron's conventions.
+    def sample(self, pieces: list[np.ndarray], sample_index: int, seq_length_tokens: int) -> Sample:
+        """The sample of these rows of tokens, int64, with masks by Megatron's conventions.
 
         An end-of-document token belongs to the document that it ends. `mask_eod_loss` drops the loss at inputs that are such a
-        token, because their label is the first token of the next document.
+        token, because their label is the first token of the next document. Where there are several rows, each ends a document.
+        Rows of less than s + 1 tokens are padded with end-of-document tokens, which are a document and have no loss.
         """
         if self.fim is not None:
-            tokens = self.fim.transform(tokens, sample_index)
-        ends = tokens[:-1] == self.eod_id
-        loss_mask = np.ones(len(ends), np.float32)
+            random = self.fim.random_of(sample_index)
+            pieces = [self.fim.transform(piece, random) for piece in pieces]
+        tokens = np.concatenate(pieces)[: seq_length_tokens + 1]
+        filled = len(tokens)
+        ends = tokens == self.eod_id
+        if len(pieces) > 1 or filled <= seq_length_tokens:
+            ends[np.minimum(np.cumsum([len(piece) for piece in pieces]), filled) - 1] = True
+        tokens, ends = (np.pad(row, (0, seq_length_tokens + 1 - filled)) for row in (tokens, ends))
+        tokens[filled:] = self.eod_id
+        ends, loss_mask = ends[:-1], np.ones(seq_length_tokens, np.float32)
         if self.mask_eod_loss:
             loss_mask[ends] = 0.0
+        # The label of the last token would be padding.
+        loss_mask[filled - 1 :] = 0.0
         document_ids = None
         if self.document_mask:
             document_ids = np.cumsum(ends, dtype=np.int32) - ends
@@ -187,9 +230,14 @@ class SampleStream:
 
     def __getitem__(self, sample_index: int) -> Sample:
         part, number = self.locate(sample_index)
-        return self.masks.sample(self.parts[part].tokens(number), sample_index)
+        return self.masks.sample(self.parts[part].pieces(number), sample_index, self.parts[part].seq_length_tokens)
 
-    def build_cache(self, num_samples: int) -> None:
-        """Write the order files for the first `num_samples` samples and 1% more. Raises OSError."""
+    def tokens_of(self, samples: range) -> int:
+        """Inputs of these samples, without padding."""
+        before, after = self.counts_before(samples.start), self.counts_before(samples.stop)
+        return sum(part.tokens_between(low, high) for part, low, high in zip(self.parts, before, after, strict=True))
+
+    def build_cache(self, num_samples: int, say: Callable[[str], None]) -> None:
+        """Write the order files for the first `num_samples` samples and 1% more. `say` is told how far it is. Raises OSError."""
         for part, count in zip(self.parts, self.counts_before(int(num_samples * 1.01) + 1), strict=True):
-            part.build_cache(count)
+            part.build_cache(count, say)

@@ -1,7 +1,7 @@
 """The data of a run. In: config and tokenizer. Out: `Streams` of samples, and the identity of the data.
 
-The modules behind it: samples.py gives the tokens of a sample number, order.py shuffles, blend.py weighs the parts, and
-batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs first and reports bad files.
+The modules behind it: samples.py gives the tokens of a sample number, order.py shuffles, packing/ packs documents by best fit,
+blend.py weighs the parts, and batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs first and reports bad files.
 
 Torch-free.
 """
@@ -16,10 +16,11 @@ from typing import Any
 from configs.data_schema import BlendPart, Data
 from configs.errors import ConfigError, Problem
 from configs.schema import Config
-from pretrain.data.fim import FillInTheMiddle
-from pretrain.data.indexed import held_out, index_sha256, open_index, samples_in
+from pretrain.data.fim import GROWTH_TOKENS, FillInTheMiddle
+from pretrain.data.indexed import held_out, index_sha256, open_index
 from pretrain.data.order_cache import cache_folder
-from pretrain.data.samples import Mix, PartStream, SampleMasks, SampleStream
+from pretrain.data.packing.part import PackedPart
+from pretrain.data.samples import ConcatenatedPart, Mix, PartStream, SampleMasks, SampleStream
 from pretrain.data.tokenizer import TextTokenizer
 
 TRAIN, VALID, WHOLE = 0, 1, None
@@ -35,11 +36,18 @@ class Streams:
     valid: dict[str, tuple[SampleStream, int]]
 
 
-def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
+def build_streams(
+    config: Config,
+    tokenizer: TextTokenizer,
+    *,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    say: Callable[[str], None] = lambda text: None,
+) -> Streams:
     """Open all data. Expects data that `check_data` accepts. Raises ConfigError or OSError.
 
-    The builder first writes the order files of large data. It is one rank, or one rank a machine where the cache folder is
-    local. Every rank then calls `barrier` once.
+    The builder first writes the order files of large data, and tells `say` how far it is. It is one rank, or one rank a machine
+    where the cache folder is local. Every rank then calls `barrier` once.
     """
     data = config.data
     masks = SampleMasks(tokenizer.eod_id, data.document_mask, data.mask_eod_loss)
@@ -53,9 +61,9 @@ def build_streams(config: Config, tokenizer: TextTokenizer, *, is_builder: bool,
         if stream and batches:
             valid[f"val_loss/{one.name}"] = stream, batches
     if is_builder:
-        train.build_cache(planned_samples(config))
+        train.build_cache(planned_samples(config), say)
         for stream, batches in valid.values():
-            stream.build_cache(batches * config.batch.global_batch_seqs)
+            stream.build_cache(batches * config.batch.global_batch_seqs, say)
     barrier()
     return Streams(train, valid)
 
@@ -118,9 +126,12 @@ def _open_part(config: Config, path: str, split: int | None) -> PartStream | Non
     index = open_index(path)
     fraction = 0.0 if data.valid else data.valid_fraction
     sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
-    if not samples_in(index, sequences, seq):
-        return None
-    return PartStream(index, sequences, seq, config.run.seed, cache_folder(data, path))
+    cache, growth = cache_folder(data, path), GROWTH_TOKENS if data.fim.rate and split == TRAIN else 0
+    if data.packing == "best_fit":
+        part: PartStream = PackedPart(index, sequences, seq, config.run.seed, cache, growth)
+    else:
+        part = ConcatenatedPart(index, sequences, seq, config.run.seed, cache)
+    return part if part.samples_per_epoch else None
 
 
 def planned_samples(config: Config) -> int:

@@ -60,9 +60,16 @@ def _optimizer(config: Config) -> dict[str, Any] | None:
 
 def _source_lines(sources: list[dict[str, Any]] | None) -> list[str]:
     """A line for each source of the training data; none where its files are elsewhere."""
-    rows = [(row["source"], f"{row['tokens']:,} tokens, {row['epochs']:,.2f} epochs") for row in sources or []]
+    rows = [(row["source"], f"{row['tokens']:,} tokens, {row['epochs']:,.2f} epochs{_packed(row)}") for row in sources or []]
     width = max((len(source) for source, _ in rows), default=0)
     return [f"{'' if number else 'data':<9}{source:<{width}}  {numbers}" for number, (source, numbers) in enumerate(rows)]
+
+
+def _packed(source: dict[str, Any]) -> str:
+    if "padding" not in source:
+        return ""
+    shares = f"{source['padding']:.3%} padding, {source['cut_documents']:.2%} of the documents are cut"
+    return f" of {source['samples']:,} packed sequences; {shares}"
 
 
 def summary(config: Config, layout: Layout, sources: list[dict[str, Any]] | None) -> str:
@@ -76,7 +83,8 @@ def summary(config: Config, layout: Layout, sources: list[dict[str, Any]] | None
         f"ZeRO-{config.zero.stage}, {config.zero.engine}; experts' data {layout.expert_data}",
         f"batch    {batch.global_batch_seqs} sequences x {batch.seq_length_tokens} tokens = {tokens:,} tokens a step; "
         f"{micro} micro-batches of {batch.micro_batch_seqs} on each of {layout.data} data parallel ranks",
-        f"run      {steps:,} steps, {consumed_seqs_after(batch, steps) * batch.seq_length_tokens:,} tokens",
+        f"run      {steps:,} steps, {consumed_seqs_after(batch, steps) * batch.seq_length_tokens:,} tokens"
+        f"{', padding included' if config.data.packing == 'best_fit' else ''}",
     ]
     if len(deciding_batches(batch)) > 1:
         ramp = batch.ramp

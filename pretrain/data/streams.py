@@ -1,7 +1,8 @@
 """The data of a run. In: config and tokenizer. Out: `Streams` of samples, and the identity of the data.
 
 The modules behind it: samples.py gives the tokens of a sample number, order.py shuffles, packing/ packs documents by best fit,
-blend.py weighs the parts, and batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs first and reports bad files.
+blend.py weighs the parts, and batches.py prepares a rank's micro-batches ahead. `check_data` of pretrain/preflight/data.py runs
+first and reports bad files.
 
 Torch-free.
 """
@@ -126,12 +127,22 @@ def _open_part(config: Config, path: str, split: int | None) -> PartStream | Non
     index = open_index(path)
     fraction = 0.0 if data.valid else data.valid_fraction
     sequences = range(index.num_sequences) if split is None else held_out(index, fraction)[split]
-    cache, growth = cache_folder(data, path), GROWTH_TOKENS if data.fim.rate and split == TRAIN else 0
-    if data.packing == "best_fit":
+    cache, growth = cache_folder(data, path), fim_growth(data) if split == TRAIN else 0
+    if is_packed(data):
         part: PartStream = PackedPart(index, sequences, seq, config.run.seed, cache, growth)
     else:
         part = ConcatenatedPart(index, sequences, seq, config.run.seed, cache)
     return part if part.samples_per_epoch else None
+
+
+def is_packed(data: Data) -> bool:
+    """Whether documents are packed by best fit."""
+    return data.packing == "best_fit"
+
+
+def fim_growth(data: Data) -> int:
+    """Tokens by which a training document may grow."""
+    return GROWTH_TOKENS if data.fim.rate else 0
 
 
 def planned_samples(config: Config) -> int:

@@ -1,8 +1,8 @@
 """experts.jsonl: how many tokens of a step each expert took, layer by layer. In: counts of a step. Out: a bounded file.
 
 A row: {"step", "tokens": of the step over all ranks, padding included, "layers": numbers of the MoE layers, "counts": [[tokens of
-each expert] of each layer]}. Counts are taken before dropping, so that each layer adds up to tokens x experts a token. They are the
-same under any layout.
+each expert] of each layer]}. Counts are taken before dropping, so that each layer adds up to tokens x experts a token. They are
+the same under any layout.
 
 The file keeps at most `most_rows` rows. Steps that are multiples of the interval have a row. Where a step would be one row too
 many, the interval doubles and every other row goes. The interval follows from the step alone, so that a run with attempts and

@@ -21,9 +21,11 @@ from configs.data_schema import BlendPart, Data
 from configs.errors import ConfigError, Notice, Problem
 from configs.schema import Config
 from parallel.batch import consumed_seqs_after, steps_of
+from pretrain.data.fim import GROWTH_TOKENS
 from pretrain.data.indexed import Index, held_out, index_problems, meta_path, open_index, samples_in
 from pretrain.data.order_cache import cache_folder, needs_cache
-from pretrain.data.streams import make_fim, source_paths, train_phases
+from pretrain.data.packing.part import PackedPart
+from pretrain.data.streams import NO_MASKS, fim_growth, is_packed, make_fim, open_train, source_paths, train_phases
 from pretrain.data.tokenizer import TextTokenizer, load_tokenizer, vocab_size
 
 SAMPLED_BLOCKS = 16
@@ -48,6 +50,10 @@ def check_data(config: Config) -> list[Problem]:
         fix = "name data, e.g. data.train=[{path: data/train}], or make it: phalanx data tokenize"
         problems.append(Problem("data.train", [], "a run needs something to train on", fix))
     problems += _order_problems(config.data)
+    if is_packed(config.data) and config.batch.seq_length_tokens + 1 - fim_growth(config.data) < 2:
+        rule = f"a packed sample of a fill-in-the-middle document needs {GROWTH_TOKENS + 1} tokens"
+        fix = "raise batch.seq_length_tokens, or set data.fim.rate=0"
+        problems.append(Problem("batch.seq_length_tokens", config.batch.seq_length_tokens, rule, fix))
     opened: dict[str, list[Index]] = {}
     for blend in blends(config.data):
         problems += _share_problems(blend)
@@ -191,9 +197,10 @@ def _length_problems(config: Config, blend: NamedBlend, indices: list[Index]) ->
     for number, index in enumerate(indices):
         rest, part = held_out(index, fraction)[0], blend.parts[number]
         samples = samples_in(index, rest, seq)
-        if not samples:
+        if not _has_sample(config, index, rest):
             rest_text = f"{index.tokens_before(rest.stop)} to train on" if blend.is_train else f"{index.num_tokens}"
-            rule = f"one sample needs batch.seq_length_tokens + 1 = {seq + 1} tokens, the part has {rest_text}"
+            needed = "two" if is_packed(data) else f"batch.seq_length_tokens + 1 = {seq + 1}"
+            rule = f"one sample needs {needed} tokens, the part has {rest_text}"
             fix = "give more text, or lower batch.seq_length_tokens"
             problems.append(Problem(f"{blend.key}[{number}].path", part.path, rule, fix))
         elif blend.is_train and needs_cache(len(rest), samples):
@@ -201,12 +208,19 @@ def _length_problems(config: Config, blend: NamedBlend, indices: list[Index]) ->
     return problems
 
 
+def _has_sample(config: Config, index: Index, sequences: range) -> bool:
+    if not is_packed(config.data):
+        return samples_in(index, sequences, config.batch.seq_length_tokens) > 0
+    return bool(len(sequences)) and index.tokens_before(sequences.stop) - index.tokens_before(sequences.start) > 1
+
+
 def _held_out_problems(config: Config, train: list[Index]) -> list[Problem]:
     """The problem of a validation without data."""
     seq, fraction = config.batch.seq_length_tokens, config.data.valid_fraction
-    if not (config.run.eval_batches and fraction) or any(samples_in(index, held_out(index, fraction)[1], seq) for index in train):
+    if not (config.run.eval_batches and fraction) or any(_has_sample(config, one, held_out(one, fraction)[1]) for one in train):
         return []
-    rule = f"the documents held out must hold one sample of {seq + 1} tokens; no part's last {fraction:g} does"
+    rule = f"the documents held out must hold one sample of {2 if is_packed(config.data) else seq + 1} tokens; "
+    rule += f"no part's last {fraction:g} does"
     fix = "raise data.valid_fraction, name data.valid, or set run.eval_batches=0"
     return [Problem("data.valid_fraction", fraction, rule, fix)]
 
@@ -214,21 +228,24 @@ def _held_out_problems(config: Config, train: list[Index]) -> list[Problem]:
 def source_plan(config: Config) -> list[dict[str, Any]]:
     """Tokens and epochs of each source up to the end of the run: {"source", "tokens", "epochs"}.
 
-    The training data must be legal. An epoch of a source is each of its samples once.
+    The training data must be legal. An epoch of a source is each of its samples once, and padding is no token. Best-fit packing
+    adds {"samples": of an epoch, "padding": its share of them, "cut_documents": share of the documents}, and reads all lengths.
     """
-    seq, data = config.batch.seq_length_tokens, config.data
     end = consumed_seqs_after(config.batch, steps_of(config))
     phases = train_phases(config)
-    samples = dict.fromkeys(source_paths(data), 0.0)
+    samples = dict.fromkeys(source_paths(config.data), 0.0)
     for (first, parts), (after, _) in zip(phases, [*phases[1:], (end, [])], strict=True):
         total = sum(part.weight for part in parts)
         for part in parts:
             samples[part.path] += part.weight / total * max(min(after, end) - first, 0)
     found = []
-    for path, count in samples.items():
-        index = open_index(path)
-        epoch = samples_in(index, held_out(index, 0.0 if data.valid else data.valid_fraction)[0], seq)
-        found.append({"source": path, "tokens": round(count * seq), "epochs": count / epoch})
+    for (path, count), part in zip(samples.items(), open_train(config, NO_MASKS).parts, strict=True):
+        epochs = count / part.samples_per_epoch
+        row = {"source": path, "tokens": round(epochs * part.tokens_per_epoch), "epochs": epochs}
+        if isinstance(part, PackedPart):
+            padding = 1 - part.tokens_per_epoch / (part.samples_per_epoch * part.seq_length_tokens)
+            row |= {"samples": part.samples_per_epoch, "padding": padding, "cut_documents": part.cut_documents}
+        found.append(row)
     return found
 
 

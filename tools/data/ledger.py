@@ -15,7 +15,7 @@ from tools.text_table import table
 def read_ledger(history: RunHistory) -> dict[str, Any]:
     """Tokens and epochs of each source: trained on, consumed without being trained on, and at the end of the plan.
 
-    An epoch of a source is all of its samples once. Raises ConfigError.
+    An epoch of a source is all of its samples once. Padding is no token. Raises ConfigError.
     """
     data, sources = TracedData(history), {}
     newest, end_sample = None, 0
@@ -36,14 +36,13 @@ def _kind(stretch: Stretch) -> str:
 
 
 def _count(sources: dict[str, dict[str, int]], data: TracedData, stretch: Stretch, samples: range, kind: str) -> None:
-    """Add the samples of a range to the counts of their sources. `kind`: trained, passed or planned."""
+    """Add the tokens of a range of samples to the counts of their sources. `kind`: trained, passed or planned."""
     stream = data.stream(stretch.attempt)
-    seq_length_tokens = data.history.config_of(stretch.attempt).batch.seq_length_tokens
     before, after = (stream.counts_before(sample) for sample in (samples.start, samples.stop))
     for part, low, high in zip(stream.parts, before, after, strict=True):
         counts = sources.setdefault(part.index.prefix, {"trained": 0, "passed": 0, "planned": 0, "epoch_tokens": 0})
-        counts["epoch_tokens"] = part.samples_per_epoch * seq_length_tokens
-        counts[kind] += (high - low) * seq_length_tokens
+        counts["epoch_tokens"] = part.tokens_per_epoch
+        counts[kind] += part.tokens_between(low, high)
 
 
 def _ledger_row(source: str, counts: dict[str, int]) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def _samples_of(
             continue
         part, number = stream.locate(stretch.first_sample + place)
         source = stream.parts[part]
-        documents = [_document(source.index, span, tokenizer) for span in source.spans(number)]
+        spans = source.spans(number)
+        documents = [_document(source.index, span, tokenizer) for span in spans]
+        room = config.batch.seq_length_tokens + 1 - sum(span.length for span in spans)
         found.append(
             {
                 "sample": stretch.first_sample + place,
@@ -111,6 +113,7 @@ def _samples_of(
                 "part": part,
                 "epoch": number // source.samples_per_epoch,
                 "documents": documents,
+                "room_tokens": room,
             }
         )
     return found

@@ -28,6 +28,8 @@ def render_steps(found: dict[str, Any]) -> str:
                 lines.append(f"    document {document['document']:,}: {span}")
                 if "text" in document:
                     lines.append(f"      {json.dumps(document['text'][:_SHOWN_CHARS], ensure_ascii=False)}")
+            if sample["room_tokens"]:
+                lines.append(f"    {sample['room_tokens']:,} tokens of room")
     return "\n".join(lines)
 
 

@@ -119,6 +119,10 @@ def random_batches(config: Config, step: int, data_rank: int, data_size: int) ->
     total, seq = config.batch.global_batch_seqs, config.batch.seq_length_tokens
     tokens = torch.randint(0, VOCAB_SIZE, (total, seq + 1), generator=generator)
     mask = (torch.rand(total, seq, generator=generator) > 0.2).float()
+    if config.data.packing == "best_fit":
+        # Every fourth sequence is half padding, one is padding but for two tokens.
+        mask[::4, seq // 2 :] = 0.0
+        mask[1:2, 2:] = 0.0
     ends = (torch.rand(total, seq, generator=generator) > 0.85).int().cumsum(dim=1).int()
     micro = config.batch.micro_batch_seqs
     sources = torch.arange(total) % max(len(source_paths(config.data)), 1)

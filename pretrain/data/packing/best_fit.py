@@ -1,8 +1,8 @@
 """Best-fit decreasing: pieces of text into sequences. In: how many pieces there are of each size. Out: a `Packing`.
 
 The largest piece goes first, each into the sequence with the least room that holds it, or into an empty one ("Fewer Truncations
-Improve Language Modeling", arXiv 2404.10830). Pieces of one size are alike, so whole groups of alike sequences are filled at once:
-sequences with room r take floor(r / size) pieces each. A size leaves at most two groups more, and a filled group has less than
+Improve Language Modeling", arXiv 2404.10830). Pieces of one size are alike, so whole groups of alike sequences are filled at
+once: sequences with room r take floor(r / size) pieces each. A size leaves at most two groups more, and a filled group has less than
 half its room left. The cost therefore depends on the number of sizes and not on that of the pieces.
 
 Torch-free.
@@ -21,8 +21,8 @@ class Packing:
     """Groups of alike sequences. Sequences are numbered group by group, and the slots of one size in the order of sequences.
 
     ends: int64 [groups], the number of the sequence behind each group. fills: int64 [groups], the sizes in a sequence, summed.
-    pieces: int64 [groups], the pieces in a sequence. starts: int64 [groups + 1], the first entry of each group. An entry is a size
-    that a sequence holds `times` times: sizes, times, firsts: int64 [entries], `firsts` the group's first slot of that size.
+    pieces: int64 [groups], the pieces in a sequence. starts: int64 [groups + 1], the first entry of each group. An entry is a
+    size that a sequence holds `times` times: sizes, times, firsts: int64 [entries], `firsts` the group's first slot of that size.
     """
 
     ends: np.ndarray

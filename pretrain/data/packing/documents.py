@@ -49,12 +49,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pieces:
-    """How many pieces a part has. `rests`: int64 [capacity + 1], the rests by size, growth included. `tokens`: of the documents."""
+    """How many pieces a part has. `rests`: int64 [capacity + 1], the rests by size, growth included."""
 
     rests: np.ndarray
     num_full: int
     num_long: int
-    tokens: int
 
     @property
     def num_documents(self) -> int:
@@ -83,14 +82,14 @@ def document_lengths(index: Index, documents: range) -> np.ndarray:
 
 def count_pieces(index: Index, documents: range, cut: Cut) -> Pieces:
     """One pass over the lengths, of some 16 bytes a document."""
-    rests, full, long, tokens = np.zeros(cut.capacity + 1, np.int64), 0, 0, 0
+    rests, full, long = np.zeros(cut.capacity + 1, np.int64), 0, 0
     for chunk in _chunks(documents):
         lengths = document_lengths(index, chunk)
         lengths = lengths[lengths > 0]
         rests += np.bincount(cut.rest(lengths) + cut.growth, minlength=cut.capacity + 1)
         each = cut.num_full(lengths)
-        full, long, tokens = full + int(each.sum()), long + int(np.count_nonzero(each)), tokens + int(lengths.sum())
-    return Pieces(rests, full, long, tokens)
+        full, long = full + int(each.sum()), long + int(np.count_nonzero(each))
+    return Pieces(rests, full, long)
 
 
 def sort_documents(index: Index, documents: range, cut: Cut, pieces: Pieces) -> SortedDocuments:

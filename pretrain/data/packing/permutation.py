@@ -1,7 +1,7 @@
 """Shuffled orders without a table: item i of n goes to a place that a key decides, and back. In: numbers. Out: numbers.
 
-A Feistel network over pairs (left, right) with left below a = ceil(sqrt(n)) and right below ceil(n / a) adds to each half in turn a
-hash of the other (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Numbers that leave the range of n go through
+A Feistel network over pairs (left, right) with left below a = ceil(sqrt(n)) and right below ceil(n / a) adds to each half in turn
+a hash of the other (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Numbers that leave the range of n go through
 the network again until they are back in it; the pairs are fewer than n + a, so that is rare. The hash is that of SplitMix64.
 
 Torch-free.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-_ROUNDS = 8
+# With 8, orders of a dozen items are uneven by 6%.
+_ROUNDS = 12
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 

@@ -20,6 +20,11 @@ def fim(rate: float, spm_rate: float) -> FillInTheMiddle:
     return FillInTheMiddle(rate, spm_rate, PRE, MID, SUF, EOD, seed=3)
 
 
+def transformed(made: FillInTheMiddle, tokens: np.ndarray, sample: int) -> np.ndarray:
+    """The tokens of a sample, with what has grown beyond its length cut off."""
+    return made.transform(tokens, made.random_of(sample))[: len(tokens)]
+
+
 def restored(document: list[int]) -> tuple[list[int], str]:
     """(the document as it was, its form: plain, psm or spm) from the format of the paper."""
     if PRE not in document:
@@ -42,9 +47,9 @@ def test_parts_put_back_are_the_documents(spm_rate: float) -> None:
     for sample in range(300):
         lengths = random.integers(0, 40, 8)
         tokens = np.concatenate([np.append(random.integers(1, 800, length), EOD) for length in lengths])
-        got = fim(0.5, spm_rate).transform(tokens, sample)
+        got = transformed(fim(0.5, spm_rate), tokens, sample)
         assert len(got) == len(tokens)
-        assert np.array_equal(got, fim(0.5, spm_rate).transform(tokens, sample)), "the same at each reading"
+        assert np.array_equal(got, transformed(fim(0.5, spm_rate), tokens, sample)), "the same at each reading"
         # The last documents of a sample are cut off where others have grown.
         whole = documents_of(got)[:-1][:4]
         for document, want in zip(whole, documents_of(tokens), strict=False):
@@ -70,9 +75,8 @@ def test_only_training_data_are_rearranged_and_each_sample_alike(config: schema.
     raw = open_train(config, NO_MASKS)
     for sample in (0, 5, 17):
         tokens = streams.train[sample].tokens
-        assert np.array_equal(tokens, made.transform(raw[sample].tokens, sample)) and not np.array_equal(
-            tokens, raw[sample].tokens
-        )
+        assert np.array_equal(tokens, transformed(made, raw[sample].tokens, sample))
+        assert not np.array_equal(tokens, raw[sample].tokens)
     assert np.array_equal(streams.valid["val_loss"][0][3].tokens, plain.valid["val_loss"][0][3].tokens)
 
 

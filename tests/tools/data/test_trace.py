@@ -22,6 +22,7 @@ from configs.schema import BlendPart, DataPhase, ValidSet
 from launch.status import read_status
 from pretrain.data.batches import MicroBatch
 from pretrain.data.history import RunHistory
+from pretrain.data.tokenizer import load_tokenizer, section_for
 from pretrain.engine.megatron import MegatronEngine
 from pretrain.run.folder import RunFolder
 from tests.pretrain.data.conftest import write_pair
@@ -64,14 +65,15 @@ def one_rank(words: list[str], kept: Path, bad: tuple[int, ...], die_after: int)
     return exit_code(words)
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, list[Path]]:
+@pytest.fixture(scope="module", params=["concatenate", pytest.param("best_fit", marks=pytest.mark.prove)])
+def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, list[Path]]:
     """(run folder, the folders with the tokens of each attempt) of a run that was killed, rolled back, and changed its layout."""
     base = tmp_path_factory.mktemp("traced")
     random = np.random.default_rng(5)
     short = write_pair(base / "short", [random.integers(5, 200, random.integers(1, 90)).tolist() for _ in range(40)])
     made = small_config(model__vocab_size=None, schedule__horizon_steps=STOP, data__valid_fraction=0.1)
     made.data.tokenizer.path = str(folder / "tok.model")
+    made.data.packing, made.data.document_mask = request.param, request.param == "best_fit"
     made.data.train = [BlendPart(str(folder / "embedded"), 0.3), BlendPart(short, 0.7)]
     made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, SEQ
     made.batch.ramp.start_seqs, made.batch.ramp.increment_seqs, made.batch.ramp.samples = 4, 2, 16
@@ -107,9 +109,10 @@ def read(documents: list[dict[str, Any]], source: str) -> list[int]:
 
 
 def test_traced_documents_are_the_tokens_that_were_trained(
-    traced: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
+    traced: tuple[Path, list[Path]], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, kept = traced
+    eod = load_tokenizer(section_for(str(folder / "tok.model"))).eod_id
     traced_steps = asked(capsys, "trace", str(run_dir), "--step", f"1:{STOP}")["steps"]
     states = {(one["step"], one["state"]) for one in traced_steps}
     assert {(step, "trained") for step in range(1, STOP + 1) if step != 6} <= states, states
@@ -119,7 +122,8 @@ def test_traced_documents_are_the_tokens_that_were_trained(
         want = tokens_of(kept[one["attempt"] - 1], one)
         assert set(want) == {sample["data_rank"] for sample in one["samples"]}
         for rank, rows_of_rank in want.items():
-            got = [read(sample["documents"], sample["source"]) for sample in one["samples"] if sample["data_rank"] == rank]
+            own = [sample for sample in one["samples"] if sample["data_rank"] == rank]
+            got = [read(sample["documents"], sample["source"]) + [eod] * sample["room_tokens"] for sample in own]
             assert got == rows_of_rank.tolist()
         of_rank = asked(capsys, "trace", str(run_dir), "--step", str(one["step"]), "--rank", "0")["steps"]
         (same,) = [other for other in of_rank if other["first_sample"] == one["first_sample"]]
@@ -131,6 +135,11 @@ def tokens_of(kept: Path, step: dict[str, Any]) -> dict[int, np.ndarray]:
     calls = sorted({path.name.split(".")[1] for path in kept.glob(f"{step['step']}.*.npy")})
     call = calls[0 if step["state"] == "discarded" else -1]
     return {int(path.name.split(".")[2]): np.load(path) for path in kept.glob(f"{step['step']}.{call}.*.npy")}
+
+
+def tokens_in(sample: dict[str, Any]) -> int:
+    """The inputs of a sample without padding."""
+    return min(SEQ, SEQ + 1 - sample["room_tokens"])
 
 
 def test_rows_have_the_losses_of_sources_and_of_named_sets(traced: tuple[Path, list[Path]]) -> None:
@@ -169,13 +178,17 @@ def test_the_ledger_counts_what_the_steps_say(traced: tuple[Path, list[Path]], c
     for source in found["sources"]:
         counted = dict.fromkeys(("trained", "skipped", "discarded"), 0)
         for step in steps:
-            counted[step["state"]] += SEQ * sum(sample["source"] == source["source"] for sample in step["samples"])
+            own = [sample for sample in step["samples"] if sample["source"] == source["source"]]
+            counted[step["state"]] += sum(tokens_in(sample) for sample in own)
         assert source["trained_tokens"] == counted["trained"]
         assert source["passed_tokens"] == counted["skipped"] + counted["discarded"]
         assert source["epochs"] == pytest.approx(sum(counted.values()) / source["epoch_tokens"])
-    last = rows(run_dir)[-1]
-    assert found["total"]["trained_tokens"] + found["total"]["passed_tokens"] == last["samples"] * SEQ
-    assert found["total"]["planned_tokens"] == last["samples"] * SEQ, "the run is at its end"
+    total = sum(tokens_in(sample) for step in steps for sample in step["samples"])
+    assert found["total"]["trained_tokens"] + found["total"]["passed_tokens"] == total <= rows(run_dir)[-1]["samples"] * SEQ
+    assert found["total"]["planned_tokens"] == total, "the run is at its end"
+    for row, before in zip(rows(run_dir)[1:], rows(run_dir)):
+        of_step = [step for step in steps if step["step"] == row["step"] and step["state"] != "discarded"]
+        assert row["tokens"] - before["tokens"] == sum(tokens_in(sample) for step in of_step for sample in step["samples"])
     late = [sample for step in steps if step["step"] > 7 for sample in step["samples"]]
     assert sum(sample["source"].endswith("short") for sample in late) < len(late) / 2, "the second phase has begun"
 

@@ -2,7 +2,7 @@
 
 The largest piece goes first, each into the sequence with the least room that holds it, or into an empty one ("Fewer Truncations
 Improve Language Modeling", arXiv 2404.10830). Pieces of one size are alike, so whole groups of alike sequences are filled at
-once: sequences with room r take floor(r / size) pieces each. A size leaves at most two groups more, and a filled group has less than
+once: those with room r take floor(r / size) pieces each. A size leaves at most two groups more, and a filled group has less than
 half its room left. The cost therefore depends on the number of sizes and not on that of the pieces.
 
 Torch-free.

@@ -1,8 +1,8 @@
 """Shuffled orders without a table: item i of n goes to a place that a key decides, and back. In: numbers. Out: numbers.
 
 A Feistel network over pairs (left, right) with left below a = ceil(sqrt(n)) and right below ceil(n / a) adds to each half in turn
-a hash of the other (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Numbers that leave the range of n go through
-the network again until they are back in it; the pairs are fewer than n + a, so that is rare. The hash is that of SplitMix64.
+a hash of the other (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Numbers that leave the range of n go
+through the network again until they are back in it; the pairs are fewer than n + a, so that is rare. The hash is SplitMix64's.
 
 Torch-free.
 """

@@ -115,8 +115,8 @@ class Restart:
     )
     standby_after_s: Optional[float] = key(
         60.0,
-        "Local launcher: seconds after the start of an attempt, when a process begins to import the libraries for the next restart. "
-        "null: never.",
+        "Seconds after the start of an attempt, when a process on each machine begins to import the libraries for the next attempt "
+        "in place. null: never.",
         low=0,
     )
 

@@ -1,12 +1,12 @@
 """A torchrun that waits for its attempt with its libraries imported. In: torchrun's command. Out: the process, when it begins.
 
-The supervisor of an attempt, which is the local launcher or a node's agent, starts the standby of the next attempt while the
-ranks train. The standby is an ordinary torchrun (launch/torchrun.py), with WAITS in its environment. It imports what its ranks
-import, names itself "standby", and reads one line from its stdin: what only the beginning of its attempt tells. It then forks the
-fork server and goes on as any torchrun. It has neither threads nor a CUDA context before.
+The supervisor of an attempt, which is the local launcher or a node's agent under Slurm, starts the standby of the next attempt
+while the ranks train. The standby is an ordinary torchrun (launch/torchrun.py), with WAITS in its environment. It imports what
+its ranks import, names itself "standby", and reads one line from its stdin: what only the beginning of its attempt tells. It then
+forks the fork server and goes on as any torchrun. It has neither threads nor a CUDA context before.
 
 The standby of an attempt is no part of any other attempt. It dies with its supervisor. A standby that is gone, stopped or still
-importing is killed, and torchrun is started as without it.
+importing is killed, and torchrun is started as without it. Where memory runs out, the kernel kills the standby before any rank.
 
 Torch-free.
 """
@@ -25,11 +25,14 @@ from pathlib import Path
 from launch.fork_server import import_for_ranks
 from launch.local.parent_guard import MARK_NAME
 from launch.watch.processes import STANDBY, name_of, state_of
+from pretrain.rank.log_file import guard_logs
 from pretrain.run.process import die_with_parent, name_process
 
 WAITS = "PHALANX_STANDBY"
 # A standby that takes longer to read its line is stopped, or sleeps in the kernel.
 _PATIENCE_S = 5.0
+# How much the kernel likes to kill a process when memory runs out. Forked processes inherit the value.
+_OOM = Path("/proc/self/oom_score_adj")
 
 
 class Standby:
@@ -100,11 +103,15 @@ def wait_for_attempt(program: str, words: Sequence[str]) -> None:
     """
     del os.environ[WAITS]
     die_with_parent()
+    # 1000: the first to be killed.
+    liked = _OOM.read_text()
+    _OOM.write_text("1000")
     why_not, name = import_for_ranks(program, words), name_of(os.getpid())
     name_process(STANDBY)
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         os._exit(0)
+    _OOM.write_text(liked)
     name_process(name)
     begin = json.loads(line)
     os.environ.update(begin["environ"])
@@ -124,3 +131,4 @@ def _redirect_streams(log: str) -> None:
         for descriptor in descriptors:
             os.dup2(opened, descriptor)
         os.close(opened)
+    guard_logs()

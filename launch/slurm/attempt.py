@@ -24,6 +24,7 @@ from launch.slurm.job_step import kill_steps, step_words
 from launch.slurm.lifecycle import RunLifecycle
 from launch.slurm.rendezvous import Rendezvous, RendezvousError, choose_host, choose_port, resolves
 from launch.slurm.scheduler import SchedulerError
+from launch.slurm.standby_step import StandbyStep
 from launch.slurm.verdict import PREEMPT, STOP, TERMINATE, TIME_LIMIT, AttemptEvidence, fell_silent, is_abandoned, judge
 from launch.watch.failures import Failure, find_failures
 from launch.watch.heartbeats import MISSING, NodeReport, ReportReader, read_reports
@@ -57,6 +58,7 @@ class JobContext:
     waiting: list[int]
     clock: TimeLimitClock
     host_guard: HostGuard
+    standby: StandbyStep
 
     @property
     def folder(self) -> RunFolder:
@@ -130,8 +132,11 @@ class JobAttempt:
             "{port}": str(rendezvous.port),
         }
         context.log(f"attempt {self.number} on {', '.join(nodes)}; its agents meet at {rendezvous}")
-        env = {**context.environ, "PHALANX_ATTEMPT": str(self.number)}
-        return subprocess.Popen(step_words(context.command, filled, self.again), env=env)
+        own = {"PHALANX_ATTEMPT": str(self.number)}
+        if (step := context.standby.begin(nodes, filled, own)) is not None:
+            context.log("its nodes have imported the libraries")
+            return step
+        return subprocess.Popen(step_words(context.command, filled, self.again), env={**context.environ, **own})
 
     def slurm_requeues(self) -> bool:
         """Has Slurm requeued the job by itself?"""
@@ -162,6 +167,8 @@ class JobAttempt:
             if triage is None and now_s >= next_reports_s:
                 next_reports_s = now_s + self.context.spec.watch.report_interval_s
                 self.context.host_guard.keep()
+                if not self.asked:
+                    self.context.standby.look()
                 reports = reader.read()
                 if is_abandoned(reports, self.context.spec.watch):
                     # srun waits for the lost nodes, for as long as Slurm takes to notice.
@@ -200,7 +207,11 @@ class JobAttempt:
                 self.context.log(str(found))
 
     def _kill_step(self, step: subprocess.Popen[bytes]) -> None:
-        """Send SIGKILL to the tasks of the step, because hung ranks cannot save. Without a controller, terminate srun instead."""
+        """Send SIGKILL to the tasks of the step, because hung ranks cannot save. Without a controller, terminate srun instead.
+
+        The standby's step is killed too.
+        """
+        self.context.standby.drop()
         try:
             kill_steps(self.context.job)
         except SchedulerError as error:

@@ -28,6 +28,7 @@ from launch.slurm.host_guard import HostGuard
 from launch.slurm.job_file import SCRIPT_NAME, JobFile
 from launch.slurm.lifecycle import ENDED, OVER, Allocation, NextAction, RequeuePolicy, RunLifecycle, decide, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
+from launch.slurm.standby_step import StandbyStep
 from pretrain.rank.log_file import guard_logs
 from pretrain.run.decision import pending_step
 from pretrain.run.events import EventKind
@@ -40,6 +41,8 @@ EARLY_SIGNAL = "PHALANX_SIGNALLED"
 REQUEUE_PATIENCE_S = 600.0
 # The lock of a rank 0 that died with its node may be taken once its heartbeat has been silent long enough.
 HOLDER_PATIENCE_S = 2 * SILENCE_S
+# The standby's agents end within this time. Slurm may be about to kill this process.
+STANDBY_END_S = 2.0
 
 
 def run(context: JobContext) -> int:
@@ -72,11 +75,14 @@ def run(context: JobContext) -> int:
         why = f"Slurm gave {len(allocation.nodes)} nodes; layout and batch need one of {', '.join(map(str, spec.sizes))}"
         return carry_out(context, NextAction("over", why, "bad_input"))
     try:
-        return carry_out(context, _train(context, allocation, nodes))
+        decision = _train(context, allocation, nodes)
     except DiskError:
         raise
     except ConfigError as error:
-        return carry_out(context, NextAction("over", str(error), "gave_up"))
+        decision = NextAction("over", str(error), "gave_up")
+    # A step that still runs when the batch step ends is cancelled, and the job's output would say so.
+    context.standby.drop(STANDBY_END_S)
+    return carry_out(context, decision)
 
 
 def _train(context: JobContext, allocation: Allocation, nodes: tuple[str, ...]) -> NextAction:
@@ -226,7 +232,8 @@ def main(argv: Sequence[str]) -> int:
     job, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", 0))
     clock = TimeLimitClock(RunFolder(Path(spec.run_dir)), job, spec.stop_before_s, environ)
     guard = HostGuard(job, environ) if spec.in_place else HostGuard(job, {})
-    context = JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock, guard)
+    standby = StandbyStep(command, environ, spec.standby_after_s)
+    context = JobContext(found.job_dir, spec, job, restarts, command, environ, waiting, clock, guard, standby)
     try:
         return run(context)
     except (OSError, DiskError) as error:

@@ -37,7 +37,8 @@ class JobFile:
     """`sizes` are the numbers of nodes that the run may use, ascending; the last is launch.nodes.
 
     `stop_step` counts optimizer steps. `stop_before_s`, `master_port`, `resume_step` and `in_place` are
-    launch.slurm.stop_before_s, launch.master_port, checkpoint.resume_step and launch.restart.in_place.
+    launch.slurm.stop_before_s, launch.master_port, checkpoint.resume_step and launch.restart.in_place. `standby_after_s` is
+    launch.restart.standby_after_s; None too where no attempt could use a standby.
     """
 
     run_dir: str
@@ -49,6 +50,7 @@ class JobFile:
     resume_step: int | None = None
     master_port: int | None = None
     in_place: bool = False
+    standby_after_s: float | None = None
 
     def write(self, job_dir: Path) -> None:
         value: dict[str, Any] = {
@@ -61,6 +63,7 @@ class JobFile:
             "resume_step": self.resume_step,
             "master_port": self.master_port,
             "in_place": self.in_place,
+            "standby_after_s": self.standby_after_s,
         }
         write_json(job_dir / JOB_NAME, value)
 
@@ -80,6 +83,7 @@ class JobFile:
             value.get("resume_step"),
             value.get("master_port"),
             value.get("in_place", False),
+            value.get("standby_after_s"),
         )
 
 
@@ -89,4 +93,7 @@ def make_job_file(config: Config, run_dir: Path, stop_step: int, sizes: Sequence
     policy = RequeuePolicy(slurm.requeue, slurm.max_attempts, slurm.max_without_progress, slurm.exclude_after_failures)
     watch, resume_step, port = make_watch_policy(config), config.checkpoint.resume_step, config.launch.master_port
     in_place = config.launch.restart.in_place
-    return JobFile(str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step, port, in_place)
+    after_s = config.launch.restart.standby_after_s if in_place and config.launch.shared_imports else None
+    return JobFile(
+        str(run_dir), tuple(sizes), stop_step, slurm.stop_before_s, policy, watch, resume_step, port, in_place, after_s
+    )

@@ -13,7 +13,7 @@ from launch.slurm.host_guard import GUARD_NAME
 
 def step_words(command: Sequence[str], filled: Mapping[str, str], again: bool) -> list[str]:
     """The command with its placeholders replaced by the values of `filled`. `again`: not the first step of this allocation."""
-    words = [_fill(word, filled) for word in command]
+    words = fill(command, filled)
     if again:
         # The step before may still count as running, on a node that is lost. Its nodes would be busy.
         words.insert(1, "--overlap")
@@ -28,7 +28,8 @@ def kill_steps(job: int) -> None:
             scheduler.call(["scancel", "--signal=KILL", name])
 
 
-def _fill(word: str, filled: Mapping[str, str]) -> str:
+def fill(words: Sequence[str], filled: Mapping[str, str]) -> list[str]:
+    """The words with each placeholder of `filled` replaced by its value."""
     for name, value in filled.items():
-        word = word.replace(name, value)
-    return word
+        words = [word.replace(name, value) for word in words]
+    return list(words)

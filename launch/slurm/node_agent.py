@@ -33,6 +33,8 @@ from configs.errors import ConfigError
 from launch.local.parent_guard import LINGER_S, MARK_NAME, clear_up
 from launch.local.scratch import scratch_folder
 from launch.slurm.rendezvous import resolves
+from launch.slurm.standby_step import wait_for_attempt
+from launch.standby import WAITS, Standby
 from launch.watch.failures import AGENT_LOG, GATHERED, NO_RANK, Failure, find_failures
 from launch.watch.gathered_logs import GatheredLogs
 from launch.watch.hang import HangWatch
@@ -108,12 +110,15 @@ class NodeAgent:
         self._had_ranks = False
         self._refused = ""
 
-    def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Run torchrun to its end and return the exit code. Raises OSError if torchrun cannot be started."""
+    def run(self, command: Sequence[str], environ: Mapping[str, str], standby: Standby | None) -> int:
+        """Run torchrun to its end and return the exit code. Raises OSError if torchrun cannot be started.
+
+        `standby`: a torchrun that waits for `command`, or None.
+        """
         signals = RankSignals()
         signals.install()
-        mark = environ.get(MARK_NAME) or secrets.token_hex(8)
-        torchrun = self._start(command, {**environ, MARK_NAME: mark})
+        mark = standby.mark if standby is not None else environ.get(MARK_NAME) or secrets.token_hex(8)
+        torchrun = self._start(command, {**environ, MARK_NAME: mark}, standby)
         while (code := torchrun.poll()) is None:
             time.sleep(POLL_S)
             if signals.asked:
@@ -128,11 +133,13 @@ class NodeAgent:
             return 128 + (signals.asked or -code)
         return code
 
-    def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _start(self, command: Sequence[str], environ: Mapping[str, str], standby: Standby | None) -> subprocess.Popen[bytes]:
         for folder in (self._log_dir, self._attempt_dir / "nodes"):
             folder.mkdir(parents=True, exist_ok=True)
         env = {**environ, BEAT_DIR: str(self._beats), "PHALANX_LOG_DIR": str(self._logs)}
         with open(self._agent_log, "ab") as log:
+            if standby is not None and (torchrun := standby.begin(command, env, self._agent_log)) is not None:
+                return torchrun
             return subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_as_child
             )
@@ -234,9 +241,16 @@ def main(argv: Sequence[str]) -> int:
         "--policy", type=WatchPolicy.from_json, required=True, help="launch/watch/heartbeats.py's WatchPolicy as JSON"
     )
     parser.add_argument("command", nargs="+", help="torchrun's command, after --")
-    found = parser.parse_args(list(argv))
+    found, standby = parser.parse_args(list(argv)), None
+    if os.environ.pop(WAITS, ""):
+        standby = Standby(found.command, os.environ, preexec_fn=_as_child)
+        argv = wait_for_attempt(argv, standby)
+        if not argv:
+            standby.kill()
+            return 0
+        found = parser.parse_args(argv)
     try:
-        return _run_agent(found)
+        return _run_agent(found, standby)
     except ConfigError as error:
         return _refuse(found.log_dir, node_name(os.environ), str(error))
 
@@ -251,7 +265,7 @@ def cores_note(cores: int, ranks: int, node: str) -> str:
     )
 
 
-def _run_agent(found: argparse.Namespace) -> int:
+def _run_agent(found: argparse.Namespace, standby: Standby | None) -> int:
     note = cores_note(len(os.sched_getaffinity(0)), found.policy.processes_per_node, node_name(os.environ))
     if note and os.environ.get("SLURM_NODEID", "0") == "0":
         print(note, file=sys.stderr, flush=True)
@@ -259,7 +273,7 @@ def _run_agent(found: argparse.Namespace) -> int:
         beats = stack.enter_context(scratch_folder("beats", in_memory=True))
         own_logs = stack.enter_context(scratch_folder("logs")) if found.policy.gather else None
         agent = NodeAgent(found.attempt_dir, found.log_dir, found.policy, node_name(os.environ), beats, own_logs)
-        return agent.run(fill_command(found.command, os.environ), os.environ)
+        return agent.run(fill_command(found.command, os.environ), os.environ, standby)
 
 
 def _refuse(log_dir: Path, node: str, why: str) -> int:

@@ -69,7 +69,8 @@ class SlurmRun:
     """A submitted run; in place, with a spare node."""
 
     def __init__(self, case: Case, cluster: Cluster, config: Path, run_dir: Path, last: int, *words: str) -> None:
-        place = ["launch.slurm.spare_nodes=1"] if case.in_place else ["launch.restart.in_place=false"]
+        in_place = ["launch.slurm.spare_nodes=1", "launch.restart.standby_after_s=0"]
+        place = in_place if case.in_place else ["launch.restart.in_place=false"]
         self.last, self.run = last, submit(cluster, config, run_dir, *WORDS, *place, *words)
 
     def strike(self, blow: Blow) -> Struck:

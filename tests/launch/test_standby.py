@@ -26,7 +26,8 @@ if waited:
     wait_for_attempt(sys.argv[1], sys.argv[2:])
 streams = [os.readlink(f"/proc/self/fd/{number}") for number in (0, 1, 2)]
 name = open("/proc/self/comm").read().strip()
-print(json.dumps([waited, os.getpid(), sys.argv[1:], os.environ["EARLY"], os.environ["LATE"], streams, name]))
+liked = int(open("/proc/self/oom_score_adj").read())
+print(json.dumps([waited, os.getpid(), sys.argv[1:], os.environ["EARLY"], os.environ["LATE"], streams, liked, name]))
 time.sleep(0.3)
 """
 ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "EARLY": "1", "LATE": "no"}
@@ -34,6 +35,10 @@ ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "EARLY": "1", "LATE": "no"}
 
 def command(program: Path, word: str) -> list[str]:
     return [sys.executable, "-c", PROCESS, str(program), word]
+
+
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 @pytest.fixture
@@ -65,15 +70,17 @@ def test_it_becomes_the_process_of_its_attempt(make: Callable[[str], Standby], t
     standby, log = make(imports), tmp_path / "log"
     log.write_text("before\n")
     wait_until(lambda: standby.is_ready)
+    assert oom_score(marked_pids(standby.mark)[0]) == 1000
     late = {**ENVIRON, MARK_NAME: standby.mark, "LATE": "yes"}
     process = standby.begin(command(tmp_path / "program.py", "step 7"), late, log)
     assert process is not None and process.wait(30) == 0
     before, after = log.read_text().splitlines()
     streams, name = [os.devnull, str(log), str(log)], Path(sys.executable).resolve().name[:15]
     found = json.loads(after)
-    assert found[6] in (name, "python"), found
+    assert found.pop() in (name, "python"), found
     assert before == "before"
-    assert found[:6] == [not imports, process.pid, [str(tmp_path / "program.py"), "step 7"], "1", "yes", streams]
+    words = [str(tmp_path / "program.py"), "step 7"]
+    assert found == [not imports, process.pid, words, "1", "yes", streams, oom_score(os.getpid())]
 
 
 @pytest.mark.parametrize("what", ["killed", "stopped", "importing"])

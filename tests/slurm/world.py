@@ -17,7 +17,7 @@ import psutil
 
 from launch.slurm.lifecycle import OVER, RUNNING, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import find_jobs
-from launch.watch.processes import name_of
+from launch.watch.processes import STANDBY, name_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
 from tests.run.world import ROOT, attempt_of, beat_of
@@ -119,19 +119,23 @@ class Run:
         return "\n".join([f"hit: {self.hit}", self.folder.events.read_text(), *logs])
 
     def ranks(self) -> list[psutil.Process]:
-        """The live rank processes of the job, by rank; the virtual nodes' processes are this machine's."""
+        """The live rank processes of the job, by rank."""
+        # The processes that a rank forks have its name too.
+        found = self._processes(lambda process: is_rank(process.name()) and not is_rank(name_of(process.ppid())))
+        return [process for _, process in sorted(found, key=lambda pair: int(pair[0].removeprefix("rank ")))]
+
+    def standbys(self) -> list[psutil.Process]:
+        """The live processes of the job that have imported the libraries for the next attempt."""
+        return [process for _, process in self._processes(lambda process: process.name() == STANDBY)]
+
+    def _processes(self, belongs: Callable[[psutil.Process], bool]) -> list[tuple[str, psutil.Process]]:
+        """The job's live processes and their names; the virtual nodes' processes are this machine's."""
         found = []
         for process in psutil.process_iter():
-            try:
-                # The processes that a rank forks have its name too.
-                if not is_rank(process.name()) or is_rank(name_of(process.ppid())):
-                    continue
-                env = process.environ()
-            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                continue
-            if env.get("SLURM_JOB_ID") == str(self.job):
-                found.append((int(process.name().removeprefix("rank ")), process))
-        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                if belongs(process) and process.environ().get("SLURM_JOB_ID") == str(self.job):
+                    found.append((process.name(), process))
+        return found
 
 
 def is_rank(name: str) -> bool:
@@ -194,6 +198,12 @@ def near_the_limit(run: Run) -> str:
 def kill_a_rank(run: Run) -> str:
     run.ranks()[-1].kill()
     return "crashed"
+
+
+def kill_a_rank_beside_standbys(run: Run) -> str:
+    """The libraries are imported for the next attempt on all nodes of this one."""
+    run.wait(lambda: len(run.standbys()) == len(run.life.nodes), "the standbys of the next attempt")
+    return kill_a_rank(run)
 
 
 def kill_an_agent(run: Run) -> str:

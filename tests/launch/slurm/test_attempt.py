@@ -24,7 +24,8 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobContext:
     monkeypatch.setattr(disk_wait, "POLL_S", 0.02)
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     nothing: Any = None
-    return JobContext(tmp_path, make_job_file(Config(), tmp_path, 5, [1]), 7, 0, ["srun"], {}, [], nothing, nothing)
+    job = make_job_file(Config(), tmp_path, 5, [1])
+    return JobContext(tmp_path, job, 7, 0, ["srun"], {}, [], nothing, nothing, nothing)
 
 
 def test_an_event_waits_for_room(context: JobContext, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,10 +28,10 @@ def delta_net_pattern(config: Config) -> Iterator[Problem]:
         yield Problem(path, pattern, rule, f"set {path}=null, or model.mla.kv_lora_rank=null")
 
 
-@reads("model.delta_net", "parallel.tensor")
+@reads("model.delta_net", "parallel.tensor", "parallel.context")
 def delta_net_heads(config: Config) -> Iterator[Problem]:
-    """Key heads divide the value heads, and the tensor degree divides the key heads."""
-    net, tensor = config.model.delta_net, config.parallel.tensor
+    """Key heads divide the value heads, and the tensor degree times the context degree divides the key heads."""
+    net, tensor, context = config.model.delta_net, config.parallel.tensor, config.parallel.context
     if not arch.has_delta_net(config.model):
         return
     if net.num_value_heads % net.num_key_heads:
@@ -41,18 +41,17 @@ def delta_net_heads(config: Config) -> Iterator[Problem]:
     if net.num_key_heads % tensor:
         rule = f"must divide model.delta_net.num_key_heads = {net.num_key_heads}"
         yield Problem("parallel.tensor", tensor, rule, f"set parallel.tensor to {near_divisors(net.num_key_heads, tensor)}")
+    elif net.num_key_heads // tensor % context:
+        local = net.num_key_heads // tensor
+        rule = f"must divide model.delta_net.num_key_heads / parallel.tensor = {local}: context ranks share a rank's key heads"
+        yield Problem("parallel.context", context, rule, f"set parallel.context to {near_divisors(local, context)}")
 
 
-@reads("model.delta_net", "parallel.context", "data.document_mask")
-def delta_net_reads_whole_sequences(config: Config) -> Iterator[Problem]:
-    """A gated delta net excludes context parallelism and document masks: its state goes from each token to the next."""
-    if not arch.has_delta_net(config.model):
-        return
-    why = "the state of a gated delta net (model.delta_net.pattern) goes from each token to the next"
-    if config.parallel.context > 1:
-        rule = f"must be 1: {why}, so each rank needs the whole sequence"
-        yield Problem("parallel.context", config.parallel.context, rule, "set parallel.context=1, or raise parallel.tensor")
-    if config.data.document_mask:
+@reads("model.delta_net", "data.document_mask")
+def delta_net_has_no_documents(config: Config) -> Iterator[Problem]:
+    """A gated delta net excludes document masks: its state goes from each token to the next."""
+    if arch.has_delta_net(config.model) and config.data.document_mask:
+        why = "the state of a gated delta net (model.delta_net.pattern) goes from each token to the next"
         rule = f"must be off: {why}, across the border of documents too"
         yield Problem("data.document_mask", True, rule, "set data.document_mask=false")
 
@@ -97,7 +96,7 @@ def output_gate_fits(config: Config) -> Iterator[Problem]:
 RULES = (
     delta_net_pattern,
     delta_net_heads,
-    delta_net_reads_whole_sequences,
+    delta_net_has_no_documents,
     delta_net_has_no_width_transfer,
     zero_centered_norms,
     output_gate_fits,

@@ -4,6 +4,10 @@ Megatron-Core's own module needs flash-linear-attention to be built at all, also
 can run it. This one runs anywhere, on flash-linear-attention's kernel where the spec says so. Its input projection has the rows
 of each key head together, so that a tensor rank's rows are consecutive.
 
+Under context parallelism the recurrence needs whole sequences, and heads don't need one another: before it an all-to-all gives
+each context rank all tokens of its part of the tensor rank's key heads, after it another one gives the tokens back. Weights of
+the heads are whole on every context rank, which uses its part; gradients are summed over context ranks as all others are.
+
 Shapes: s tokens of a whole sequence, b micro-batch, n value heads and g key heads of this rank, r = n / g, k and v the widths of
 their heads, c tokens of a chunk.
 """
@@ -17,10 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all, copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pretrain.model.attention import zigzag
 
 CHUNK_TOKENS = 64
 # Added to the squared length of queries and keys, as in flash-linear-attention and transformers.
@@ -86,6 +92,39 @@ def fused_delta_rule() -> DeltaRule:
     return rule
 
 
+class TokensForHeads:
+    """The all-to-alls of context parallelism. Without it both ways return their input.
+
+    A context rank has the tokens of `zigzag`, and is given those of all ranks in natural order.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.size = group, group.size()
+
+    def _order(self, num_tokens: int) -> torch.Tensor:
+        """The positions of all ranks' tokens, rank by rank."""
+        return torch.cat([zigzag(num_tokens, self.size, rank) for rank in range(self.size)])
+
+    def whole_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[s / cp, b, columns] -> [s, b, columns / cp]."""
+        if self.size == 1:
+            return tokens
+        parts = torch.stack(tokens.chunk(self.size, dim=-1))
+        received = all_to_all(self.group, parts).flatten(0, 1)
+        return received[torch.argsort(self._order(len(received))).to(tokens.device)]
+
+    def own_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[s, b, columns / cp] -> [s / cp, b, columns]."""
+        if self.size == 1:
+            return tokens
+        parts = torch.stack(tokens[self._order(len(tokens)).to(tokens.device)].chunk(self.size))
+        return torch.cat(tuple(all_to_all(self.group, parts)), dim=-1)
+
+    def own_heads(self, weight: torch.Tensor) -> torch.Tensor:
+        """The part of a weight of the tensor rank's heads that belongs to this context rank's."""
+        return weight.chunk(self.size)[self.group.rank()]
+
+
 class CausalConvolution(torch.nn.Module):
     """A convolution over the tokens of each column, each seeing itself and the tokens before it; then SiLU."""
 
@@ -93,10 +132,10 @@ class CausalConvolution(torch.nn.Module):
         super().__init__()
         self.weight = _split(torch.empty(columns, 1, size_tokens, dtype=config.params_dtype))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[b, s, columns] -> [b, s, columns]."""
-        padded = F.pad(tokens.transpose(1, 2), (self.weight.shape[-1] - 1, 0))
-        return F.silu(F.conv1d(padded, self.weight, groups=len(self.weight))).transpose(1, 2)
+    def forward(self, tokens: torch.Tensor, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """[b, s, columns] -> [b, s, columns], of the columns to which `part` of the weight belongs."""
+        padded, weight = F.pad(tokens.transpose(1, 2), (self.weight.shape[-1] - 1, 0)), part(self.weight)
+        return F.silu(F.conv1d(padded, weight, groups=len(weight))).transpose(1, 2)
 
 
 class GatedNorm(torch.nn.Module):
@@ -145,7 +184,7 @@ class GatedDeltaNet(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "parallel.legality refuses context parallelism"
+        self.exchange = TokensForHeads(pg_collection.cp)
         group, keys, values = pg_collection.tp, config.linear_num_key_heads, config.linear_num_value_heads
         assert keys and values and config.linear_key_head_dim and config.linear_value_head_dim, "megatron_config sets them"
         self.key_dim, self.value_dim, self.ratio = config.linear_key_head_dim, config.linear_value_head_dim, values // keys
@@ -170,18 +209,22 @@ class GatedDeltaNet(MegatronModule):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, h] -> ([s, b, h], None). With sequence parallelism both are the tensor rank's part of s."""
+        """[s, b, h] -> ([s, b, h], None), of the context rank's tokens. With sequence parallelism, of the tensor rank's part of
+        them.
+        """
         assert attention_mask is None, "parallel.legality refuses document masks"
-        projected = self.linear_in(hidden_states)[0].transpose(0, 1)
+        own = self.exchange.own_heads
+        projected = self.exchange.whole_sequence(self.linear_in(hidden_states)[0]).transpose(0, 1)
         mixed, gate, beta, step = projected.unflatten(-1, (-1, sum(self.parts))).split(self.parts, dim=-1)
-        mixed = self.conv1d(mixed.flatten(2)).unflatten(-1, (-1, self.parts[0]))
+        mixed = self.conv1d(mixed.flatten(2), own).unflatten(-1, (-1, self.parts[0]))
         query, key, value = mixed.split([self.key_dim, self.key_dim, self.parts[1]], dim=-1)
         value, gate = (self._by_head(tensor.flatten(2)) for tensor in (value, gate))
         query, key = (tensor.repeat_interleave(self.ratio, dim=2) for tensor in (query, key))
         # The decay in fp32: in bf16 exp(-exp(A) x) loses the difference between slow heads.
-        log_decay = -self.A_log.float().exp() * F.softplus(step.flatten(2).float() + self.dt_bias.float())
+        log_decay = -own(self.A_log).float().exp() * F.softplus(step.flatten(2).float() + own(self.dt_bias).float())
         out = self.rule(query, key, value, log_decay, beta.flatten(2).sigmoid())
-        return self.linear_proj(self.out_norm(out, gate).flatten(2).transpose(0, 1).contiguous())
+        out = self.exchange.own_tokens(self.out_norm(out, gate).flatten(2).transpose(0, 1).contiguous())
+        return self.linear_proj(out)
 
     def _by_head(self, tensor: torch.Tensor) -> torch.Tensor:
         """[b, s, n v] -> [b, s, n, v]."""

@@ -32,6 +32,7 @@ from pretrain.run.folder import COMPLETE
 from tools.convert.families import text_part
 from tools.convert.file_plan import PlannedTensor, WriteUnit, cut_rows, plan_files
 from tools.convert.hf_config.family import Family
+from tools.convert.hf_config.hybrid import DEPTH_KEYS
 from tools.convert.hf_config.preset import interpret_config, preset_yaml, read_config
 from tools.convert.hf_files import HfFiles, check_quantization, first_of
 from tools.convert.megatron_lm.open_checkpoint import is_megatron, open_megatron
@@ -63,6 +64,8 @@ def open_huggingface(folder: Path) -> ImportSource:
     files = HfFiles(folder, whole_config, part, family.renamed)
     if files.num_left_out:
         notes.append(f"{files.num_left_out} tensors outside of the language model are left out, and no export has them")
+    if family.depth_prefix and not set(DEPTH_KEYS) & set(text_part(config)):
+        model.mtp.num_layers = int(any(name.startswith(family.depth_prefix) for name in files.tensors))
     if model.mtp.num_layers and not any(_is_mtp(name, model) for name in files.tensors):
         notes.append(
             f"config.json names {model.mtp.num_layers} MTP layers, the files hold none: the model was imported without MTP"
@@ -71,7 +74,7 @@ def open_huggingface(folder: Path) -> ImportSource:
     model.name, model.source = folder.resolve().name, f"imported from a Hugging Face folder of type {family.name}"
     weight_map = make_weight_map(family, model, files.tensors.__contains__)
     for start, what in family.left_out:
-        names = [name for name in files.tensors if name.startswith(start)]
+        names = [name for name in files.tensors if name.startswith(start) and name not in weight_map.hf_shapes]
         if names:
             shown = ", ".join(names[:_SHOWN]) + (" and so on" if len(names) > _SHOWN else "")
             notes.append(f"left out: {what}, {len(names)} tensors of the files: {shown}")
@@ -103,7 +106,9 @@ def open_source(folder: Path, preset: str | None = None) -> ImportSource:
 
 def _is_mtp(name: str, model: Model) -> bool:
     parts = name.split(".")
-    return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= model.num_layers
+    return parts[0] == "mtp" or (
+        len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= model.num_layers
+    )
 
 
 def _hold_against(weight_map: WeightMap, files: HfFiles, family: Family, model: Model) -> list[Problem]:

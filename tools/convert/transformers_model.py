@@ -117,7 +117,7 @@ def depths_obstacle(config: dict[str, Any], theirs: Model, layers: int) -> str:
     if not hasattr(transformers.modeling_layers, "MtpModel"):
         return f"transformers {transformers.__version__} has no model of them"
     if theirs.mtp.num_layers == 0:
-        return "the folder holds none"
+        return "its config.json names none"
     if layers < theirs.num_layers:
         return "they follow the last layer, and --layers leaves it out"
     if isinstance(config.get("quantization_config"), dict):
@@ -133,6 +133,8 @@ def _depth_logits(model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depths
     last = model.config.num_hidden_layers
     # transformers finds the tensors of depths by patterns that name the layers of published models only.
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in range(last, last + depths)]
+    if hasattr(model.config, "linear_num_key_heads"):
+        _teach_qwen_depth(model)
     depth_model = modeling_layers.MtpModel.from_pretrained(model).eval()  # type: ignore[attr-defined]
     found = []
     for depth in range(depths):
@@ -146,3 +148,17 @@ def _depth_logits(model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depths
         )
         found.append(depth_model._project_to_logits(hidden).float())
     return found
+
+
+def _teach_qwen_depth(model: Any) -> None:
+    """Qwen3-Next's and Qwen3.5's depth, which transformers' own model of depths computes once it knows the names and the kind."""
+    from transformers.core_model_loading import WeightRenaming  # noqa: PLC0415  (3 s)
+
+    model.config.num_mtp_layers, model.config.mtp_layer_types = 1, ["full_attention"]
+    model._keys_to_ignore_on_load_unexpected = [r"^mtp\."]
+    names = {
+        "mtp.layers.0.": "layers.0.mtp_block.", "mtp.pre_fc_norm_embedding.": "layers.0.enorm.",
+        "mtp.pre_fc_norm_hidden.": "layers.0.hnorm.", "mtp.fc.": "layers.0.eh_proj.", "mtp.norm.": "layers.0.post_norm.",
+    }  # fmt: skip
+    renames = [WeightRenaming(source_patterns=f"^{re.escape(one)}", target_patterns=other) for one, other in names.items()]
+    model._weight_conversions = [*renames, *(getattr(model, "_weight_conversions", None) or [])]

@@ -164,12 +164,12 @@ def _delta_net(tally: _Tally, again: float) -> None:
     tally.memory(element_bytes(job) * job.micro_tokens * (moved + 2 * stored) / job.layout.tensor * (3 + again))
 
 
-def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
+def _between_ranks(tally: _Tally, kind: LayerKind, again: float) -> None:
     """Tensor and context parallel traffic of one layer."""
     job, layout, machine, model = tally.job, tally.job.layout, tally.job.machine, tally.job.model
     size = element_bytes(job)
     if layout.tensor > 1:
-        blocks = 1 if is_moe and not model.moe.shared_ffn_hidden_size else 2
+        blocks = 1 if kind.moe and not model.moe.shared_ffn_hidden_size else 2
         # Forward one gather and one scatter a block; backward the same and the input gathered again.
         rounds = blocks * ((5 if layout.sequence else 4) + 2 * again)
         num_bytes = rounds * job.micro_tokens * model.hidden_size * size * (layout.tensor - 1) / layout.tensor
@@ -182,6 +182,11 @@ def _between_ranks(tally: _Tally, is_moe: bool, again: float) -> None:
             width = (model.mla.kv_lora_rank or 0) + model.mla.qk_rope_head_dim
         width += model.dsa.index_head_dim if arch.is_sparse(model) else 0
         num_bytes = (3 + again) * job.micro_tokens * width * size * (layout.context - 1)
+        if kind.delta:
+            # All-to-alls of what its input projection made and of its output, which turn tokens into heads and back.
+            widths = arch.delta_widths(model)
+            exchanged = (widths.projected + widths.value) / layout.tensor * (layout.context - 1) / layout.context
+            num_bytes = (2 + again) * job.micro_tokens * exchanged * size
         tally.add("context", num_bytes / (1e9 * machine.bandwidth_gb_s(layout.tensor * layout.context)))
 
 
@@ -230,7 +235,7 @@ def layer_work(job: PlannedJob, kind: LayerKind, window: int | None, recomputed:
         tally.gemms("gemm", attention_gemms(job), 3 + again + redo_up)
         _attention(tally, window, again)
         _indexer(tally, again)
-    _between_ranks(tally, kind.moe, again)
+    _between_ranks(tally, kind, again)
     split = layout.tensor if layout.sequence else 1
     # Two norms with their residual sums, forward (5 moves of h each) and backward (twice that); once more if made again.
     norms = 10 * h / split * (3 + again + 0.5 * ("layernorm" in dropped))

@@ -179,7 +179,7 @@ def with_prediction_depth(folder: Path, name: str) -> None:
     """Give a tiny model the layer that transformers drops: its decoder layer and what stands around it."""
     config = read_config(folder)
     layer, hidden = config["num_hidden_layers"], config["hidden_size"]
-    config["num_nextn_predict_layers"] = 1
+    config["mtp_num_hidden_layers" if name.startswith("qwen3_5") else "num_nextn_predict_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     held = tensors(folder)
     last = f"model.layers.{layer - 1}."
@@ -189,11 +189,19 @@ def with_prediction_depth(folder: Path, name: str) -> None:
     extra |= {head + f"{norm}.weight": torch.rand(hidden, generator=generator) for norm in ("enorm", "hnorm", "shared_head.norm")}
     extra[head + "eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator)
     extra[head + "embed_tokens.weight"] = held["model.embed_tokens.weight"].clone()
-    extra[head + "shared_head.head.weight"] = held["lm_head.weight"].clone()
+    extra[head + "shared_head.head.weight"] = held.get("lm_head.weight", held["model.embed_tokens.weight"]).clone()
+    if name.startswith("qwen3"):
+        named = {
+            f"{head}enorm.": "mtp.pre_fc_norm_embedding.", f"{head}hnorm.": "mtp.pre_fc_norm_hidden.",
+            f"{head}eh_proj.": "mtp.fc.", f"{head}shared_head.norm.": "mtp.norm.", head: "mtp.layers.0.",
+        }  # fmt: skip
+        extra = {n: t for n, t in extra.items() if not n.endswith(("embed_tokens.weight", "shared_head.head.weight"))}
+        for old, new in named.items():
+            extra = {n.replace(old, new): t for n, t in extra.items()}
     save_file(held | extra, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5"])
 def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
     make(name, tmp_path / "hf")
     with_prediction_depth(tmp_path / "hf", name)
@@ -205,6 +213,19 @@ def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
     assert verdict["mtp_max_abs_diff"] < 1e-4
     (note,) = verify(tmp_path / "checkpoint", tmp_path / "hf", 1, 1, 24, 1e-4)["notes"]
     assert "not compared: the 1 prediction depths" in note and "--layers" in note
+
+
+def test_the_files_say_that_there_is_a_depth_where_config_json_has_no_key(tmp_path: Path) -> None:
+    """Qwen3-Next's published config.json."""
+    make("qwen3_next", tmp_path / "hf")
+    with_prediction_depth(tmp_path / "hf", "qwen3_next")
+    config = read_config(tmp_path / "hf")
+    del config["num_nextn_predict_layers"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert not other_notes(run_import(tmp_path / "hf", tmp_path / "checkpoint"))
+    run_export(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_bits(tmp_path / "hf", tmp_path / "out")
+    assert read_config(tmp_path / "out")["num_nextn_predict_layers"] == 1
 
 
 def test_a_fault_in_a_prediction_depth_is_found(tmp_path: Path) -> None:

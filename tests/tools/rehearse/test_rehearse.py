@@ -14,7 +14,6 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import Config
 from configs.sources import shipped_names
-from parallel.architecture import has_delta_net
 from parallel.compat.index import is_needed
 from parallel.legality.verdict import check_config
 from pretrain.engine.muon import Muon
@@ -167,8 +166,6 @@ def test_shrinking_keeps_every_axis_and_the_kind_of_model(name: str, degrees: tu
         expert = expert_tensor = 1
     if config.model.mlp_bias or config.model.activation == "gpt_oss_glu":
         expert_tensor = 1
-    if has_delta_net(config.model):
-        context = 1
     parallel = config.parallel
     parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline = tensor, context, pipeline, virtual
     parallel.expert, parallel.expert_tensor = expert, expert_tensor

@@ -8,10 +8,11 @@ Torch-free.
 
 from __future__ import annotations
 
-from tools.convert.families.qwen3_next import HYBRID, LEFT_OUT
+from tools.convert.families.qwen3_next import DEPTH, HYBRID, LEFT_OUT
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import ConfigKey, Family, FixedValue, tensor_rule
+from tools.convert.hf_config.hybrid import OneDepth
 from tools.convert.tensors import shared_rules as tensors
 from tools.convert.tensors.row_mappings import delta_separate
 
@@ -22,11 +23,10 @@ _PROJECTION = tensor_rule(
     *(f"{_D}in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")),
     join=delta_separate,
 )
-_TENSORS = (*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.delta_net(_PROJECTION))
+_TENSORS = (*tensors.EMBEDDING, *tensors.ATTENTION, *tensors.delta_net(_PROJECTION), *tensors.QWEN_MTP)
 _LEFT_OUT = (*LEFT_OUT, ("model.visual.", "the vision tower"))
 _RENAMED = (("model.language_model.", "model."),)
-# How many prediction depths there are, and what the files say of them: they are left out.
-_IGNORED = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype", "attn_output_gate")
+_IGNORED = ("mamba_ssm_dtype", "attn_output_gate")
 
 QWEN3_5 = Family(
     name="qwen3_5",
@@ -35,11 +35,13 @@ QWEN3_5 = Family(
     settings=(
         *settings.decoder(1e-6, settings.KeyValueHeads(4), norm="zero_centered_rmsnorm"),
         *HYBRID,
+        OneDepth("mtp_num_hidden_layers"),
         settings.NoExperts(),
     ),
     tensors=(*_TENSORS, *tensors.DENSE_MLP),
     ignored=_IGNORED,
     left_out=_LEFT_OUT,
+    depth_prefix=DEPTH,
     renamed=_RENAMED,
 )
 
@@ -50,6 +52,7 @@ QWEN3_5_MOE = Family(
     settings=(
         *settings.decoder(1e-6, settings.KeyValueHeads(2), ffn=None, norm="zero_centered_rmsnorm"),
         *HYBRID,
+        OneDepth("mtp_num_hidden_layers"),
         ConfigKey("num_experts", "moe.num_experts", 256),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 512),
@@ -62,5 +65,6 @@ QWEN3_5_MOE = Family(
     tensors=(*_TENSORS, *tensors.experts(), *tensors.shared_experts("shared_expert"), tensors.SHARED_GATE),
     ignored=_IGNORED,
     left_out=_LEFT_OUT,
+    depth_prefix=DEPTH,
     renamed=_RENAMED,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import AuxLossCoefficient
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, Setting, tensor_rule
-from tools.convert.hf_config.hybrid import DELTA_NET
+from tools.convert.hf_config.hybrid import DELTA_NET, OneDepth
 from tools.convert.hf_config.rope import Rope
 from tools.convert.tensors import shared_rules as tensors
 from tools.convert.tensors.row_mappings import delta_grouped
@@ -24,10 +24,11 @@ HYBRID: tuple[Setting, ...] = (
     AllowedValues("attention_bias", (False,), "megatron-core has one switch for the biases of all linear layers"),
     *DELTA_NET,
     *settings.plain_attention(
-        "delta_net.pattern", **{"attention.qk_norm": True, "attention.output_gate": True}
+        "delta_net.pattern", "mtp.num_layers", **{"attention.qk_norm": True, "attention.output_gate": True}
     ),
 )  # fmt: skip
-LEFT_OUT = (("mtp.", "the layer of multi-token prediction, whose outputs no library here computes"),)
+DEPTH = "mtp.layers.0."
+LEFT_OUT = (("mtp.", "the layer of multi-token prediction: config.json names none that shares the model's tables"),)
 
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -36,6 +37,7 @@ QWEN3_NEXT = Family(
     settings=(
         *settings.decoder(1e-6, settings.KeyValueHeads(2), norm="zero_centered_rmsnorm"),
         *HYBRID,
+        OneDepth("num_nextn_predict_layers"),
         ConfigKey("num_experts", "moe.num_experts", 512),
         ConfigKey("num_experts_per_tok", "moe.top_k", 10),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 512),
@@ -61,6 +63,8 @@ QWEN3_NEXT = Family(
         *tensors.experts(),
         *tensors.shared_experts("shared_expert"),
         tensors.SHARED_GATE,
+        *tensors.QWEN_MTP,
     ),
     left_out=LEFT_OUT,
+    depth_prefix=DEPTH,
 )

@@ -242,6 +242,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
     """(start of names, what they are) of tensors that files may hold and an import leaves out with a note."""
+    depth_prefix: str | None = None
+    """Start of the names of a prediction depth's layer, of which there is one. None: depths count on after the last layer."""
     renamed: tuple[tuple[str, str], ...] = ()
     """(start of names, start in its place) of tensors that a multimodal model's files hold under other names."""
     extra: Mapping[str, Any] = field(default_factory=dict)

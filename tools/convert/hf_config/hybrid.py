@@ -55,6 +55,37 @@ class DeltaLayers:
             yield "some of its layers have gated delta nets"
 
 
+# Keys for the number of prediction depths. Qwen3-Next's published config.json has neither.
+DEPTH_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+_OWN_TABLES = "mtp_use_dedicated_embeddings"
+
+
+@dataclass(frozen=True)
+class OneDepth:
+    """The number of prediction depths under `hf_key`: several would share one projection and its norms, megatron-core's don't.
+
+    A depth with tables of its own is none that megatron-core builds. It is left out.
+    """
+
+    hf_key: str
+
+    def names(self) -> tuple[str, ...]:
+        return (self.hf_key, _OWN_TABLES)
+
+    def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        value = 0 if hf_config.get(_OWN_TABLES) else hf_config.get(self.hf_key) or 0
+        if value not in (0, 1):
+            rule = "must be 0 or 1: several prediction depths would share one projection, megatron-core's have one each"
+            yield UnsupportedModel(f"config.json: {self.hf_key}", value, rule, "convert a model with one depth")
+            return
+        model.mtp.num_layers = int(value)
+
+    def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
+        hf_config[self.hf_key] = model.mtp.num_layers
+        if model.mtp.num_layers > 1:
+            yield f"it has one prediction depth at most, not {model.mtp.num_layers}"
+
+
 def _shortest(flags: list[int]) -> list[int]:
     """The shortest list that gives `flags` when it repeats."""
     sizes = range(1, len(flags) + 1)

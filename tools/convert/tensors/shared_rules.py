@@ -147,6 +147,15 @@ MTP = (
 )
 
 
+# Qwen's one prediction depth has names of its own, and takes the model's embedding and head.
+QWEN_MTP = (
+    tensor_rule("mtp", "enorm.weight", "mtp.pre_fc_norm_embedding.weight"),
+    tensor_rule("mtp", "hnorm.weight", "mtp.pre_fc_norm_hidden.weight"),
+    tensor_rule("mtp", "eh_proj.weight", "mtp.fc.weight"),
+    tensor_rule("mtp", "final_layernorm.weight", "mtp.norm.weight"),
+)
+
+
 def mtp_copies(model: Model) -> dict[str, str]:
     """The tables that each MTP layer's files repeat: name -> name of the original."""
     copies = {}

@@ -59,19 +59,20 @@ def _named(
     family: Family, model: Model, holds: Callable[[str], bool] | None
 ) -> Iterator[tuple[str, tuple[int, ...], list[str], FusionRule]]:
     """(canonical name, lead, names in the files, fusion rule) of every canonical tensor, or of each expert of it."""
-    scopes: list[tuple[str, int, set[str]]] = [("", 0, {"model"})]
+    head = "model.layers.{L}."
+    scopes: list[tuple[str, str, set[str]]] = [("", head, {"model"})]
     for layer, kind in enumerate(arch.layer_kinds(model)):
-        scopes.append((f"decoder.layers.{layer}.", layer, _scopes(kind)))
+        scopes.append((f"decoder.layers.{layer}.", head.replace("{L}", str(layer)), _scopes(kind)))
     for depth in range(model.mtp.num_layers):
-        layer = model.num_layers + depth
-        scopes.append((f"mtp.layers.{depth}.", layer, {"mtp"}))
-        scopes.append((f"mtp.layers.{depth}.transformer_layer.", layer, _scopes(arch.mtp_kind(model))))
-    for prefix, layer, wanted in scopes:
+        hf_head = family.depth_prefix or head.replace("{L}", str(model.num_layers + depth))
+        scopes.append((f"mtp.layers.{depth}.", hf_head, {"mtp"}))
+        scopes.append((f"mtp.layers.{depth}.transformer_layer.", hf_head, _scopes(arch.mtp_kind(model))))
+    for prefix, hf_head, wanted in scopes:
         for rule in family.tensors:
             if rule.scope not in wanted or not rule.when(model):
                 continue
             for lead in [(e,) for e in range(model.moe.num_experts)] if rule.scope == "expert" else [()]:
-                yield prefix + rule.canonical_name, lead, *_form(rule, layer, lead, holds)
+                yield prefix + rule.canonical_name, lead, *_form(rule, (head, hf_head), lead, holds)
 
 
 def _scopes(kind: arch.LayerKind) -> set[str]:
@@ -80,11 +81,12 @@ def _scopes(kind: arch.LayerKind) -> set[str]:
 
 
 def _form(
-    rule: TensorRule, layer: int, lead: tuple[int, ...], holds: Callable[[str], bool] | None
+    rule: TensorRule, head: tuple[str, str], lead: tuple[int, ...], holds: Callable[[str], bool] | None
 ) -> tuple[list[str], FusionRule]:
+    """`head`: the start of a layer's names in the rules, and what stands for it in the files."""
     options = []
     for names, join in rule.forms:
-        filled = [name.replace("{L}", str(layer)).replace("{E}", str(lead[0]) if lead else "") for name in names]
+        filled = [name.replace(*head).replace("{E}", str(lead[0]) if lead else "") for name in names]
         options.append((filled, join))
     if holds is not None:
         for names, join in options:

@@ -84,13 +84,12 @@ CASES = [
     *((model, "one") for model in MODELS),
     ("latent attention", "tp2·pp2 megatron 1"),
     ("a window, documents, a prediction depth", "cp2·ep2 megatron 0"),
-    ("gated delta nets and output gates", "tp2·pp2 megatron 1"),
     *(
         pytest.param(model, layout, marks=pytest.mark.prove)
         for model, layout in (
             ("one key a head", "tp2·pp2 megatron 1"), ("grouped keys and biases", "tp2·pp2 megatron 1"),
             ("grouped keys and biases", "dp2 deepspeed 3"), ("latent attention", "dp2 deepspeed 3"),
-            ("gated delta nets and output gates", "dp2 deepspeed 3"),
+            ("gated delta nets and output gates", "tp2·pp2 megatron 1"), ("gated delta nets and output gates", "dp2 deepspeed 3"),
         )
     ),
 ]  # fmt: skip

@@ -69,7 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {
         "model__delta_net__pattern": (1, 1, 1, 0), "model__delta_net__num_key_heads": 4,
         "model__delta_net__num_value_heads": 12, "model__delta_net__key_head_dim": 10, "model__delta_net__value_head_dim": 7,
-        "model__attention__output_gate": True, "model__norm": "zero_centered_rmsnorm", "model__norm_eps": 1e-4,
+        "model__attention__output_gate": True, "model__norm": "zero_centered_rmsnorm", "model__norm_eps": 1e-3,
         "model__position__rotary_fraction": 0.5, "model__moe__shared_ffn_hidden_size": 40, "model__moe__shared_gate": True,
     },
     "post_norms": {

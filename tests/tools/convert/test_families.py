@@ -76,7 +76,7 @@ def test_round_trip_and_logits(name: str, tmp_path: Path) -> None:
 
 
 def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
-    """Qwen3.5's published folders: other names, a vision tower, and a prediction depth that no library here computes."""
+    """Qwen3.5's published folders: other names, a vision tower, and a part of a prediction depth."""
     make("qwen3_5_moe", tmp_path / "hf")
 
     def as_published(held: dict[str, torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from parallel.architecture import LayerKind
 from parallel.flops import training_flops
 from parallel.memory.hardware import find_gpu, make_machine
 from parallel.memory.job import PlannedJob, Recomputation, make_job
@@ -14,7 +15,7 @@ from tests.tools.planner.conftest import config_of
 from tools.planner.dispatch import remote_copies
 from tools.planner.duration import Failures, estimate_run, goodput, interval_s
 from tools.planner.planning import Calibration, expert_overlap_note, make_plan, tuned_note
-from tools.planner.step_cost import INDEX, KINDS, stage_micro_work
+from tools.planner.step_cost import INDEX, KINDS, layer_work, stage_micro_work
 from tools.planner.timing import fitted, step_vector, time_step
 from tools.planner.update_cost import data_bytes, step_work
 
@@ -46,6 +47,15 @@ def test_products_are_the_models_flops() -> None:
     flops = training_flops(job.model, job.padded_vocab, job.seq_length)
     want = (flops.per_token - flops.attention_scores) * job.micro_tokens
     assert seconds * gpu.bf16_tflops * 1e12 * gpu.gemm_bf16 == pytest.approx(want, rel=1e-9)
+
+
+def test_context_ranks_exchange_the_heads_of_delta_nets() -> None:
+    """Half of what the input projection made of a token, and of its output, leaves a rank of two: forward and back."""
+    config = config_of("qwen3_next_80b_a3b", "launch.nodes=1", "parallel.context=2", "batch.global_batch_seqs=16")
+    job = make_job(config, config.model.vocab_size)
+    sent = layer_work(job, LayerKind(True, True), None, False)[INDEX["context"]] * job.machine.bandwidth_gb_s(2) * 1e9
+    projected = 2 * 16 * 128 + 2 * 32 * 128 + 2 * 32
+    assert sent == pytest.approx(2 * 2 * job.micro_tokens * (projected + 32 * 128) / 2)
 
 
 def sparse_job(length: int, *words: str) -> PlannedJob:

@@ -28,7 +28,7 @@ HYBRID: tuple[Setting, ...] = (
     ),
 )  # fmt: skip
 DEPTH = "mtp.layers.0."
-LEFT_OUT = (("mtp.", "the layer of multi-token prediction: config.json names none that shares the model's tables"),)
+LEFT_OUT = (("mtp.", "the layer of multi-token prediction, which config.json doesn't name, or which has tables of its own"),)
 
 QWEN3_NEXT = Family(
     name="qwen3_next",

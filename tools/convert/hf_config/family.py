@@ -202,7 +202,8 @@ class FixedValue:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A canonical tensor, and the tensors of the files that hold its numbers. `{L}` is the layer, `{E}` the expert in names.
+    """A canonical tensor, and the tensors of the files that hold its numbers. In names `{E}` is the expert; those of a layer
+    begin with `model.layers.{L}.`.
 
     `scope`: the part of the model: model, layer, attention, delta, dense, moe, expert or mtp. `canonical_name`: the name inside
     the scope. `forms`: the ways in which files hold the tensor; an export writes the first one. `when`: whether a model has the

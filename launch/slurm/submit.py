@@ -217,6 +217,7 @@ def describe(submitted: Submitted, folder: RunFolder) -> str:
         f"script   {submitted.script}",
         f"status   phalanx status {folder.path} --watch",
         f"logs     phalanx logs {folder.path} -f",
+        f"report   phalanx report {folder.path}",
         f"cancel   phalanx cancel {folder.path}",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ Torch-free.
 from __future__ import annotations
 
 import os
+from math import isfinite
 from typing import Any
 
 from pretrain.run.files import append_line, iterate_lines, mend_torn_line
@@ -39,3 +40,22 @@ def newest_scores(folder: RunFolder) -> dict[str, float]:
     for row in read_evaluations(folder):
         found |= {name: value for name, value in row["scores"].items() if isinstance(value, (int, float))}
     return found
+
+
+def score_curves(folder: RunFolder) -> list[dict[str, Any]]:
+    """{"name": TASK/METRIC, "steps", "scores", "stderr": of the newest step} for each metric; of one step the last row counts."""
+    found: dict[str, dict[int, tuple[float, Any]]] = {}
+    for row in read_evaluations(folder):
+        errors = row["stderr"] if isinstance(row.get("stderr"), dict) else {}
+        for name, value in row["scores"].items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+                found.setdefault(name, {})[row["step"]] = (float(value), errors.get(name))
+    return [
+        {
+            "name": name,
+            "steps": list(by_step),
+            "scores": [score for score, _ in by_step.values()],
+            "stderr": [*by_step.values()][-1][1],
+        }
+        for name, by_step in found.items()
+    ]

@@ -13,8 +13,8 @@ from configs.errors import ConfigError, Problem, json_value
 from launch.status_watch import terminal_columns, watch
 from tools.ladder.bill import bill_text, price, total
 from tools.ladder.ladder_file import Ladder, read_ladder
-from tools.ladder.observe import observe
-from tools.ladder.scaling import ScalingLaw, fit
+from tools.ladder.observe import law_of
+from tools.ladder.scaling import ScalingLaw, law_text
 from tools.ladder.start import check_points, run_points, submit_points
 from tools.ladder.state import PointState, read_states, states_json, states_text
 
@@ -70,7 +70,7 @@ def _launch(words: list[str]) -> int:
         ladder.write()
         on_slurm = wanted[0][1].config.launch.target == "slurm"
         code = submit_points(ladder, wanted, states, out) if on_slurm else run_points(ladder, wanted, out)
-        print(f"status   phalanx status {ladder.folder}", file=out)
+        print(f"status   phalanx status {ladder.folder}\nreport   phalanx report {ladder.folder}", file=out)
     if args.json:
         print(json.dumps(json_value(states_json(ladder, read_states(ladder)))))
     return code
@@ -92,11 +92,11 @@ def _status(words: list[str]) -> int:
     def look(columns: int | None) -> tuple[str, bool]:
         """(the text, whether it may still change)."""
         states = read_states(ladder)
-        law = _law(ladder, states)
+        law, _ = law_of(ladder, states)
         if args.json:
             scaling = law.as_dict() if isinstance(law, ScalingLaw) else {"form": None, "why": law}
             return json.dumps(json_value(states_json(ladder, states) | {"scaling": scaling})), _live(states)
-        return "\n".join([states_text(ladder, states, columns), _law_text(law)]), _live(states)
+        return "\n".join([states_text(ladder, states, columns), law_text(law)]), _live(states)
 
     if args.watch:
         watch(look, WATCH_S, sys.stdout, redraw=not args.json)
@@ -107,22 +107,3 @@ def _status(words: list[str]) -> int:
 
 def _live(states: list[PointState]) -> bool:
     return any(state.status.live for state in states)
-
-
-def _law(ladder: Ladder, states: list[PointState]) -> ScalingLaw | str:
-    """The law once no point is missing, or why there is none."""
-    missing = [state.point.name for state in states if not state.finished]
-    if missing:
-        return f"after {len(missing)} more points: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-    return fit(observe(ladder))
-
-
-def _law_text(law: ScalingLaw | str) -> str:
-    if isinstance(law, str):
-        return f"scaling law: {law}"
-    forms = {"chinchilla": "L = E + A / N^alpha + B / D^beta", "compute": "L = E + A / C^alpha with C = 6 N D"}
-    lines = [f"scaling law: {forms[law.form]}, off by {law.error:.2%} at most"]
-    for name, value in law.values.items():
-        low, high = law.intervals[name]
-        lines.append(f"  {name:<18}  {value:.4g}  ({low:.4g} to {high:.4g} in 80% of resampled runs)")
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The scaling law of a finished ladder. In: parameters, tokens and final loss of each run. Out: the fit with its intervals.
 
 L(N, D) = E + A / N^alpha + B / D^beta, fitted as Hoffmann et al. (arXiv 2203.15556, section 3.3 and appendix D.3): the Huber
-loss (delta 1e-3) of log L, by L-BFGS from a grid of starts. Where all runs have the same tokens per parameter, N and D can't be
+loss (delta 1e-3) of log L, from a grid of starts. Where all runs have the same tokens per parameter, N and D can't be
 told apart: there L(C) = E + A / C^alpha with C = 6 N D.
 
 Intervals are the 10th and 90th percentile over resampled runs. Torch-free.
@@ -15,12 +15,14 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import huber, logsumexp
+from scipy.optimize import OptimizeResult, least_squares
+from scipy.special import logsumexp
 
 HUBER_DELTA = 1e-3
 RESAMPLES = 100
 PERCENTILES = (10, 90)
+FORMS = {"chinchilla": "L = E + A / N^alpha + B / D^beta", "compute": "L = E + A / C^alpha with C = 6 N D"}
+_LARGEST_EXPONENT = 5.0
 # A fit has that many more runs than unknowns at least.
 _SPARE_RUNS = 1
 # Tokens per parameter that differ by less than this factor are the same.
@@ -41,24 +43,41 @@ class Observation:
 class ScalingLaw:
     """`form` is chinchilla or compute. `values` holds E and, for each term, its factor and exponent; `intervals` their ranges.
 
-    `error`: the largest relative difference between a run's loss and the fit.
+    `error`: the largest relative difference between a run's loss and the fit. `drawn`: the values fitted to resampled runs.
     """
 
     form: str
     values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    drawn: tuple[dict[str, float], ...]
     error: float
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 10th and 90th percentile of each value over the resampled runs."""
+        return {name: _percentiles([found[name] for found in self.drawn]) for name in self.values}
 
     def loss(self, parameters: float, tokens: float) -> float:
         """The predicted loss, in nats a token."""
-        found = self.values
-        if self.form == "chinchilla":
-            return found["E"] + found["A"] / parameters ** found["alpha"] + found["B"] / tokens ** found["beta"]
-        return found["E"] + found["A"] / (6 * parameters * tokens) ** found["alpha"]
+        return _loss(self.values, self.form, parameters, tokens)
+
+    def interval(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """The 10th and 90th percentile of the predicted loss over the resampled runs."""
+        return _percentiles([_loss(found, self.form, parameters, tokens) for found in self.drawn])
 
     def as_dict(self) -> dict[str, Any]:
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         return {"form": self.form, "values": self.values, "intervals_p10_p90": intervals, "largest_rel_error": self.error}
+
+
+def _loss(values: dict[str, float], form: str, parameters: float, tokens: float) -> float:
+    if form == "chinchilla":
+        return values["E"] + values["A"] / parameters ** values["alpha"] + values["B"] / tokens ** values["beta"]
+    return values["E"] + values["A"] / (6 * parameters * tokens) ** values["alpha"]
+
+
+def _percentiles(found: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(found, PERCENTILES)
+    return float(low), float(high)
 
 
 def best_of_each(observations: Sequence[Observation]) -> list[Observation]:
@@ -90,7 +109,7 @@ def fit(observations: Sequence[Observation], seed: int = 0) -> ScalingLaw | str:
     values = _named_values(solution, form)
     predicted = _predict(solution, features)
     error = float(np.max(np.abs(np.expm1(predicted - target))))
-    return ScalingLaw(form, values, _intervals(features, target, solution, form, seed), error)
+    return ScalingLaw(form, values, _resampled(features, target, solution, form, seed), error)
 
 
 def _features(runs: Sequence[Observation], form: str) -> np.ndarray:
@@ -111,19 +130,15 @@ def _log_of_sum(terms: np.ndarray) -> np.ndarray:
     return np.asarray(logsumexp(terms, axis=1))
 
 
-def _objective(solution: np.ndarray, features: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """The Huber loss and its gradient."""
+def _slopes(solution: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The derivative of log L by each unknown, [runs, unknowns]."""
     terms = np.column_stack([np.full(len(features), solution[0]), solution[1::2] - solution[2::2] * features])
-    predicted = _log_of_sum(terms)
-    shares = np.exp(terms - predicted[:, None])
-    residual = predicted - target
-    slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
-    gradient = np.empty_like(solution)
-    gradient[0] = slope @ shares[:, 0]
-    gradient[1::2] = slope @ shares[:, 1:]
-    gradient[2::2] = -(slope[:, None] * shares[:, 1:] * features).sum(axis=0)
-    # In units of delta squared, so that the solver's tolerances mean something.
-    return float(huber(HUBER_DELTA, residual).sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
+    shares = np.exp(terms - _log_of_sum(terms)[:, None])
+    slopes = np.empty((len(features), len(solution)))
+    slopes[:, 0] = shares[:, 0]
+    slopes[:, 1::2] = shares[:, 1:]
+    slopes[:, 2::2] = -shares[:, 1:] * features
+    return slopes
 
 
 def _starts(features: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
@@ -138,13 +153,28 @@ def _starts(features: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
 
 
 def _solve(features: np.ndarray, target: np.ndarray, starts: Sequence[np.ndarray]) -> np.ndarray:
-    bounds = [(None, None)] + [(None, None), (0.0, 5.0)] * features.shape[1]
-    options = {"maxiter": 5000, "ftol": 1e-13, "gtol": 1e-9}
-    results = [
-        minimize(_objective, start, (features, target), method="L-BFGS-B", jac=True, bounds=bounds, options=options)
-        for start in starts
-    ]
-    return min(results, key=lambda result: result.fun).x
+    unknowns = 1 + 2 * features.shape[1]
+    low, high = np.full(unknowns, -np.inf), np.full(unknowns, np.inf)
+    low[2::2], high[2::2] = 0.0, _LARGEST_EXPONENT
+
+    # scipy's annotations know the names of methods for `jac` only.
+    solver: Any = least_squares
+
+    def solve(start: np.ndarray) -> OptimizeResult:
+        return solver(
+            lambda solution: _predict(solution, features) - target,
+            start,
+            lambda solution: _slopes(solution, features),
+            (low, high),
+            loss="huber",
+            f_scale=HUBER_DELTA,
+            x_scale="jac",
+            ftol=1e-8,
+            xtol=1e-8,
+            gtol=1e-14,
+        )
+
+    return min((solve(start) for start in starts), key=lambda result: result.cost).x
 
 
 def _named_values(solution: np.ndarray, form: str) -> dict[str, float]:
@@ -156,9 +186,10 @@ def _named_values(solution: np.ndarray, form: str) -> dict[str, float]:
     return found
 
 
-def _intervals(
+def _resampled(
     features: np.ndarray, target: np.ndarray, solution: np.ndarray, form: str, seed: int
-) -> dict[str, tuple[float, float]]:
+) -> tuple[dict[str, float], ...]:
+    """The values fitted to each of RESAMPLES draws of the runs, with replacement."""
     random = np.random.default_rng(seed)
     drawn: list[dict[str, float]] = []
     while len(drawn) < RESAMPLES:
@@ -167,5 +198,16 @@ def _intervals(
         if min(len(np.unique(features[chosen, column])) for column in range(features.shape[1])) < 3:
             continue
         drawn.append(_named_values(_solve(features[chosen], target[chosen], [solution]), form))
-    bounds = {name: np.percentile([found[name] for found in drawn], PERCENTILES) for name in drawn[0]}
-    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+    return tuple(drawn)
+
+
+def law_text(law: ScalingLaw | str) -> str:
+    """The law in lines, or the line that says why there is none."""
+    if isinstance(law, str):
+        return f"scaling law: {law}"
+    lines = [f"scaling law: {FORMS[law.form]}, off by {law.error:.2%} at most"]
+    intervals = law.intervals
+    for name, value in law.values.items():
+        low, high = intervals[name]
+        lines.append(f"  {name:<18}  {value:.4g}  ({low:.4g} to {high:.4g} in 80% of resampled runs)")
+    return "\n".join(lines)

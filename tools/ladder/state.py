@@ -28,6 +28,10 @@ class PointState:
     status: RunStatus
 
     @property
+    def begun(self) -> bool:
+        return self.status.state != NOT_STARTED
+
+    @property
     def finished(self) -> bool:
         return self.status.state == "finished"
 

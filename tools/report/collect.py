@@ -17,6 +17,7 @@ from configs.schema import Config
 from launch.status import RunStatus, read_status
 from launch.status_text import TIMES
 from pretrain.metrics.goodput import attempt_seconds
+from pretrain.run.evaluations import score_curves
 from pretrain.run.event_rows import scan_events
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
@@ -72,6 +73,7 @@ class RunReader:
             "marks": marks,
             "life": life.as_dict(now_s if status.live else None),
             "experts": expert_loads(folder.experts),
+            "tasks": score_curves(folder),
             "layout": layout_and_plan(config),
             "settings": found,
         }

@@ -21,7 +21,7 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 
 _HERE = Path(__file__).resolve().parent / "page"
-_SCRIPTS = ("base.js", "curves.js", "run.js", "compare.js", "plan.js", "start.js")
+_SCRIPTS = ("base.js", "curves.js", "run.js", "tasks.js", "compare.js", "ladder.js", "plan.js", "start.js")
 _POLICY = (
     "default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src {connect}; "
     "base-uri 'none'; form-action 'none'"

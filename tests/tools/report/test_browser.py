@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.run.evaluations import append_evaluation
+from pretrain.run.folder import RunFolder
 from tests.tools.report.browser import Browser, missing
+from tests.tools.report.ladder_world import make_ladder
 from tests.tools.report.test_report import HOSTILE, spoil
 from tests.tools.report.world import add_rows, make_run
 from tools import cli
-from tools.report.cli import RunReaders
+from tools.ladder import scaling
+from tools.report.cli import LadderReaders, RunReaders
 from tools.report.plan_pages import write_coordinates_page, write_rehearsal_page
 from tools.report.serve import LiveDocument, PageServer
 
@@ -43,6 +47,7 @@ def quiet(browser: Browser, *hosts: str) -> None:
     assert browser.hosts <= {"", *hosts}, browser.hosts
 
 
+SECTIONS = "return [...document.querySelectorAll('nav a')].map((one) => one.textContent)"
 TITLES = "return [...document.querySelectorAll('#curves h3')].map((one) => one.textContent)"
 RANGES = "return [...document.querySelectorAll('#curves .plot')].map((box) => box.layout.xaxis.range.map(Math.round))"
 
@@ -183,3 +188,36 @@ def test_a_coordinate_check_is_drawn(browser: Browser, tmp_path: Path) -> None:
     text = browser.run("return document.body.innerText")
     assert "NOT FLAT: logits" in text and "-0.50" in text and "step 1" in text and HOSTILE in text
     quiet(browser)
+
+
+def test_a_ladder_is_drawn_with_its_law_and_scores(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "RESAMPLES", 8)
+    ladder = make_ladder(tmp_path)
+    append_evaluation(RunFolder(ladder.run_dir(ladder.points[0])), {"step": 10, "scores": {HOSTILE: 0.5}})
+    browser.open(page_of(tmp_path / "page.html", ladder.folder))
+    assert browser.run("return document.querySelectorAll('#ladder tbody tr').length") == 12 + 6
+    law = "document.querySelectorAll('#ladder .plot')[0]"
+    assert browser.run(f"return {law}.querySelectorAll('.point').length") == 12
+    assert browser.run(f"return {law}.querySelectorAll('.js-line').length") >= 1
+    assert browser.run("return document.querySelectorAll('#tasks .point').length") == 1
+    assert HOSTILE in browser.run("return document.getElementById('tasks').innerText")
+    assert browser.run("return [...document.querySelectorAll('nav a')].map((one) => one.textContent)")[:3] == [
+        "Ladder",
+        "Curves",
+        "Tasks",
+    ]
+    quiet(browser)
+
+
+def test_a_ladder_is_followed_from_before_its_first_run(browser: Browser, tmp_path: Path) -> None:
+    ladder = make_ladder(tmp_path, points=0)
+    readers = LadderReaders(ladder)
+    with PageServer(LiveDocument(readers.read), readers.title, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(server.url)
+        assert browser.run(SECTIONS) == ["Ladder"]
+        make_ladder(tmp_path, points=1)
+        browser.wait("return document.querySelectorAll('#curves .plot .js-line, #curves .plot .point').length")
+        assert "finished" in browser.run("return document.getElementById('ladder').innerText")
+        quiet(browser, server.url.split("/")[2])
+        server.shutdown()

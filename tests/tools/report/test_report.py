@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
+from pretrain.run.evaluations import append_evaluation
 from pretrain.run.folder import RunFolder
+from tests.tools.report.ladder_world import make_ladder, true_loss
 from tests.tools.report.world import add_rows, make_run, row
 from tools import cli
+from tools.ladder import scaling
 from tools.report import page
 from tools.report.collect import RunReader
 from tools.report.curves import Curves
+from tools.report.ladder import LadderReader
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 
@@ -169,3 +173,42 @@ def test_damage_is_told_and_the_rest_stays(tmp_path: Path) -> None:
     folder.experts.mkdir()
     with pytest.raises((ConfigError, OSError)):
         RunReader(folder).read(1000)
+
+
+def test_scores_are_curves_and_rows_of_any_kind_are_harmless(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for step, score in ((20, 0.25), (10, 0.5), (20, 0.75)):
+        append_evaluation(folder, {"step": step, "scores": {"t/acc": score}, "stderr": {"t/acc": score / 10}})
+    with open(folder.evaluations, "a") as file:
+        file.write('{"step": 30, "scores": {"t/acc": NaN, "t/other": true}}\n{"step": 40, "scores": 3}\nno JSON\n')
+    found = RunReader(folder).read(1000)["tasks"]
+    assert found == [{"name": "t/acc", "steps": [10, 20], "scores": [0.5, 0.75], "stderr": 0.075}]
+
+
+def test_a_ladder_has_its_points_and_its_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "RESAMPLES", 8)
+    ladder = make_ladder(tmp_path)
+    found = LadderReader(ladder).read()
+    assert len(found["points"]) == 12 and {one["state"] for one in found["points"]} == {"finished"}
+    # The validation loss that each run ended with, which 300 longer rows follow.
+    assert all(
+        one["loss"] == pytest.approx(true_loss(one["parameters"], one["tokens"]), rel=2e-3) for one in found["law"]["runs"]
+    )
+    curve = found["law"]["curve"]
+    ratio = curve["tokens_per_parameter"]
+    for compute, loss, low, high in zip(curve["compute"], curve["loss"], curve["low"], curve["high"], strict=True):
+        size = (compute / 6 / ratio) ** 0.5
+        assert low <= high
+        if compute <= curve["largest"]:
+            assert loss == pytest.approx(true_loss(size, ratio * size), rel=1e-2)
+
+
+def test_a_ladder_that_is_not_done_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = make_ladder(tmp_path, points=1)
+    reader = LadderReader(ladder)
+    found = reader.read()
+    assert found["law"]["why"].startswith("after 11 more points") and [point.name for point in reader.begun()] == [
+        "hidden_size64-steps200"
+    ]
+    assert cli.run(["report", str(ladder.folder), str(ladder.folder)]) == 2
+    assert "a ladder has a page of its own" in capsys.readouterr().err

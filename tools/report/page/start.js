@@ -3,10 +3,12 @@
 let chosen = 0;
 
 const forRun = (section) => (parent) => section(parent, DATA.runs[chosen]);
+const hasRuns = () => DATA.runs.length > 0;
 const SECTIONS = {
-  runs: [["run", "Run", (parent) => parent.append(...DATA.runs.map(runCard))], ["compare", "Compare", compareSection, () => DATA.runs.length > 1],
-    ["curves", "Curves", curvesSection], ["experts", "Experts", forRun(expertsSection)], ["life", "Life", forRun(lifeSection)],
-    ["layout", "Layout", forRun(layoutSection)], ["config", "Config", forRun(configSection)]],
+  runs: [["ladder", "Ladder", ladderSection, () => DATA.ladder], ["run", "Run", (parent) => parent.append(...DATA.runs.map(runCard)), () => !DATA.ladder],
+    ["compare", "Compare", compareSection, () => DATA.runs.length > 1 && !DATA.ladder], ["curves", "Curves", curvesSection, hasRuns],
+    ["tasks", "Tasks", tasksSection, () => DATA.runs.some((run) => run.tasks.length)], ["experts", "Experts", forRun(expertsSection), hasRuns], ["life", "Life", forRun(lifeSection), hasRuns],
+    ["layout", "Layout", forRun(layoutSection), hasRuns], ["config", "Config", forRun(configSection), hasRuns]],
   plan: [["plan", "Plan", planSection]], search: [["search", "Search", searchSection]], rehearsal: [["rehearsal", "Rehearsal", rehearsalSection]],
   coordinates: [["coordinates", "Coordinates", coordinatesSection]],
 };
@@ -32,12 +34,16 @@ function fill(id) {
   section(place);
 }
 
+const wantedSections = () => SECTIONS[DATA.kind].filter(([, , , wanted]) => !wanted || wanted());
+
 function build() {
   if (DATA.kind === "runs") labels();
   document.getElementById("title").textContent = document.title;
   const main = document.getElementById("main"), nav = document.getElementById("nav");
-  for (const [id, title, , wanted] of SECTIONS[DATA.kind]) {
-    if (wanted && !wanted()) continue;
+  main.replaceChildren();
+  nav.replaceChildren();
+  shown.clear();
+  for (const [id, title] of wantedSections()) {
     nav.append(el("a", { href: `#${id}` }, title));
     const place = el("section", { id, "aria-labelledby": `${id}-title` });
     main.append(place);
@@ -58,6 +64,7 @@ const partOf = {
   run: (document) => document.runs.map((run) => [run.status, run.cost, run.next, run.curves.newest]),
   compare: (document) => document.runs.map((run) => [run.status, run.curves.newest, run.settings]),
   experts: (document) => document.runs[chosen].experts, life: (document) => document.runs[chosen].life,
+  ladder: (document) => document.ladder, tasks: (document) => document.runs.map((run) => run.tasks),
   layout: (document) => [document.runs[chosen].layout, document.runs[chosen].curves.newest], config: (document) => document.runs[chosen].settings,
 };
 
@@ -65,6 +72,11 @@ function update(next) {
   const before = DATA, hadPanels = [...panelBoxes.keys()].join();
   DATA = next;
   labels();
+  if (wantedSections().map(([id]) => id).join() !== [...shown.keys()].join()) {
+    build();
+    redraw();
+    return;
+  }
   for (const id of shown.keys()) {
     if (id === "curves") {
       if (panelsOf(DATA.runs).map((panel) => panel.key).join() !== hadPanels) fill(id);

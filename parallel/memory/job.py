@@ -88,8 +88,13 @@ class PlannedJob:
     overlap with them. `expert_overlap`: tokens are sent to their experts while another micro-batch computes; None: a published
     run, which overlaps where its schedule allows. `dispatcher`: how tokens reach their experts. alltoall sends a token once for
     each of its experts; flex (DeepEP, HybridEP) once to each rank that has some of them, and once over the NIC to each scale-up
-    domain that has; allgather to every rank of the group. `eager`: PyTorch's own kernels instead of Transformer Engine's.
+    domain that has; allgather to every rank of the group. `eager`: PyTorch's own elementwise
+    kernels, neither compiled nor Transformer Engine's. `early_flash`: the first flash attention that ran on the GPU: version 1 on
+    A100, version 2 on Hopper.
     `grouped_launch`: one kernel computes the products of all local experts, in place of one for each expert.
+    `casts_apart`: an operand is cast for each of its products by itself, as torchao does with scales by row or block.
+    `experts_only`: only the routed experts' products are in `compute`, others in bf16. `wide_layers`: so many of the last layers
+    have all their products in bf16.
     """
 
     model: Model
@@ -108,7 +113,11 @@ class PlannedJob:
     expert_overlap: bool | None = None
     dispatcher: str = "alltoall"
     eager: bool = False
+    early_flash: bool = False
     grouped_launch: bool = False
+    casts_apart: bool = False
+    experts_only: bool = False
+    wide_layers: int = 0
     split: tuple[int, ...] | None = None
     logit_bytes: float = LOGIT_BYTES
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -20,7 +20,8 @@ PYTORCH_STATES = BytesPerParameter(4, 4, 8)
 def as_engine(job: PlannedJob, engine: str) -> PlannedJob:
     """The job under an engine of FOREIGN_ENGINES: weights, gradients and optimizer state divided over data parallel ranks.
 
-    fsdp2 computes with PyTorch's kernels, waits for tensor parallel traffic and gathers the logits of tensor parallel ranks. It
+    fsdp2 computes with PyTorch's kernels, uncompiled, and the attention of its present releases. It waits for tensor parallel
+    traffic and gathers the logits of tensor parallel ranks. It
     keeps the gradients of accumulated micro-batches whole in fp32 and reduces them after the last one. megatron_fsdp has
     Megatron-Core's kernels and number formats, and reduces after every micro-batch.
     """

@@ -36,7 +36,11 @@ def nic_kinds(job: PlannedJob) -> set[str]:
     over |= {"context"} if layout.tensor * layout.context > domain else set()
     over |= {"pipeline"} if layout.pipeline > 1 and layout.world_size // layout.pipeline >= domain else set()
     groups = ((layout.data * layout.context, layout.tensor), (layout.expert_data, layout.expert * layout.expert_tensor))
-    return over | ({"data", "shards"} if any(members > 1 and members * stride > domain for members, stride in groups) else set())
+    return over | (
+        {"data", "data_beside", "shards"}
+        if any(members > 1 and members * stride > domain for members, stride in groups)
+        else set()
+    )
 
 
 def risk_of(plan: Plan) -> Risk:

@@ -25,8 +25,11 @@ from tools.planner.dispatch import remote_copies
 from tools.planner.gemms import Gemm, attention_gemms, delta_net_gemms, indexer_gemms, mlp_gemms, routed_rows
 
 KINDS = (
-    "gemm",  # dense products
-    "experts",  # products of the routed experts
+    "gemm",  # dense products in bf16 or fp32
+    "gemm_fp8",  # the same in fp8
+    "experts",  # products of the routed experts in bf16 or fp32
+    "experts_fp8",  # the same in fp8
+    "products_fp4",  # both in fp4
     "attention",  # scores and their sum over values
     "exponentials",  # of the softmax, by the special function units
     "memory",  # norms, activations, rotations, permutation, casts, loss
@@ -40,21 +43,24 @@ KINDS = (
     "pipeline",  # activations to the next stage
     "passes",  # one micro-batch through one chunk and on to the next stage and back, a count: latency, and the schedule's host
     "data",  # gradients reduced and weights gathered once a step
+    "data_beside",  # the same beside the work of other chunks
     "shards",  # weights gathered and gradients reduced for every pass (ZeRO-3)
     "optimizer",  # the update, at memory speed
+    "gaps",  # between one kernel and the next on the GPU, a count
     "kernels",  # kernel launches, a count
     "expert_kernels",  # products, casts and permutations launched expert by expert: local experts, a count
     "steps",  # 1: what a step costs whatever its size
 )
 # What they are called, for people.
 WORDS = {
-    "gemm": "dense products", "experts": "expert products", "attention": "attention scores",
+    "gemm": "dense products", "gemm_fp8": "dense products, fp8", "experts": "expert products",
+    "experts_fp8": "expert products, fp8", "products_fp4": "products, fp4", "attention": "attention scores",
     "exponentials": "softmax exponentials", "memory": "memory traffic", "operands": "products' traffic",
     "casts": "casts to fp8", "scores": "score matrix", "tensor": "tensor parallel", "expert_near": "tokens to experts, near",
     "expert_far": "tokens to experts, NIC", "context": "context ring", "pipeline": "stage to stage", "passes": "chunk passes",
-    "data": "gradients, weights",
-    "shards": "ZeRO-3 shards", "optimizer": "optimizer", "kernels": "kernel launches", "expert_kernels": "experts' launches",
-    "steps": "per step", "bubble": "pipeline bubble",
+    "data": "gradients, weights", "data_beside": "gradients, weights, beside",
+    "shards": "ZeRO-3 shards", "optimizer": "optimizer", "gaps": "gaps between kernels",
+    "kernels": "kernel launches", "expert_kernels": "experts' launches", "steps": "per step", "bubble": "pipeline bubble",
 }  # fmt: skip
 INDEX = {name: position for position, name in enumerate(KINDS)}
 Vector = NDArray[np.float64]
@@ -79,7 +85,6 @@ class _Tally:
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.vector = job, np.zeros(len(KINDS))
         gpu = job.machine.gpu
-        self.flop_s = gpu.peak_tflops(job.compute) * 1e12 * gpu.largest_gemm(job.compute) * gpu.clock
         self.attention_flop_s = gpu.bf16_tflops * 1e12 * gpu.gemm_bf16
         self.byte_s = gpu.memory_gb_s * 1e9
 
@@ -88,14 +93,19 @@ class _Tally:
 
     def gemms(self, kind: str, gemms: list[Gemm], passes: float) -> None:
         """`passes`: 3 without recomputation (forward, input's and weight's gradient)."""
-        job = self.job
+        job, gpu = self.job, self.job.machine.gpu
+        compute = "bf16" if job.experts_only and kind == "gemm" else job.compute
+        narrow = compute in ("fp8", "fp4")
+        if narrow:
+            kind = "products_fp4" if compute == "fp4" else f"{kind}_fp8"
+        flop_s = gpu.peak_tflops(compute) * 1e12 * gpu.largest_gemm(compute) * gpu.clock
         for gemm in gemms:
-            self.add(kind, passes * gemm.flops / self.flop_s)
+            self.add(kind, passes * gemm.flops / flop_s)
             # The weight's gradient is added to what other micro-batches left.
             gradient = 2.0 * job.states.gradients * gemm.inner * gemm.columns * gemm.count
-            if job.compute in ("fp8", "fp4"):
+            if narrow:
                 self.add("casts", cast_bytes(job) * gemm.count * gemm.rows * (gemm.inner + gemm.columns) / self.byte_s)
-            read = passes * gemm.traffic(1.0 if job.compute in ("fp8", "fp4") else element_bytes(job))
+            read = passes * gemm.traffic(1.0 if narrow else element_bytes(job))
             self.add("operands", (read + gradient) / self.byte_s)
 
     def memory(self, num_bytes: float) -> None:
@@ -249,7 +259,8 @@ def layer_work(job: PlannedJob, kind: LayerKind, window: int | None, recomputed:
         tally.memory(size * t * (3 * gate + 2 + (gate + 1) * redo) * width / layout.tensor)
     if kind.moe:
         _experts(tally, again)
-    tally.add("kernels", (KERNELS_MOE if kind.moe else KERNELS_DENSE) * (1 + again / 3))
+    for count in ("gaps", "kernels"):
+        tally.add(count, (KERNELS_MOE if kind.moe else KERNELS_DENSE) * (1 + again / 3))
     return tally.vector
 
 
@@ -265,25 +276,27 @@ def head_work(job: PlannedJob) -> Vector:
 
 def stage_micro_work(job: PlannedJob) -> NDArray[np.float64]:
     """One micro-batch through all chunks of each stage, [stage, kind]."""
-    cache: dict[tuple[LayerKind, int | None, bool], Vector] = {}
-    alike: list[Counter[tuple[LayerKind, int | None, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
+    cache: dict[tuple[LayerKind, int | None, bool, bool], Vector] = {}
+    alike: list[Counter[tuple[LayerKind, int | None, bool, bool]]] = [Counter() for _ in range(job.layout.pipeline)]
     stages = np.zeros((job.layout.pipeline, len(KINDS)))
     recompute, windows = job.recompute, layer_cache.windows(job.model)
 
-    def layer(kind: LayerKind, window: int | None, recomputed: bool) -> Vector:
-        key = (kind, window, recomputed)
+    wide_job, first_wide = replace(job, compute="bf16") if job.wide_layers else job, job.model.num_layers - job.wide_layers
+
+    def layer(kind: LayerKind, window: int | None, recomputed: bool, wide: bool) -> Vector:
+        key = (kind, window, recomputed, wide)
         if key not in cache:
-            cache[key] = layer_work(job, *key)
+            cache[key] = layer_work(wide_job if wide else job, kind, window, recomputed)
         return cache[key]
 
     for chunk in job.chunks:
         for position, index in enumerate(chunk.layers):
             again = recompute.mode == "full" and (recompute.method == "uniform" or position < recompute.num_layers)
-            alike[chunk.stage][job.layer_kinds[index], windows[index], again] += 1
+            alike[chunk.stage][job.layer_kinds[index], windows[index], again, index >= first_wide] += 1
         if chunk.head:
             stages[chunk.stage] += head_work(job)
         if chunk.mtp:
-            depth = layer(arch.mtp_kind(job.model), None, recompute.mode == "full") + head_work(job)
+            depth = layer(arch.mtp_kind(job.model), None, recompute.mode == "full", False) + head_work(job)
             joint = _Tally(job)
             joint.gemms("gemm", [Gemm(job.micro_tokens, 2 * job.model.hidden_size, job.model.hidden_size / job.layout.tensor)], 3)
             stages[chunk.stage] += chunk.mtp * (depth + joint.vector)

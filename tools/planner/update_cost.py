@@ -82,15 +82,21 @@ def step_work(job: PlannedJob) -> NDArray[np.float64]:
                 bandwidth = 1e9 * group_bandwidth_gb_s(job, members, stride)
                 part = (members - 1) / members
                 if job.shards_weights:
-                    # Gathered forward and backward for every micro-batch; gradients scattered as often, or once a step.
+                    # bf16 weights gathered forward and backward for every micro-batch; gradients scattered as often, or once a
+                    # step: FSDP2's in fp32, as torchtitan sets it.
                     scattered = 1.0 if job.whole_gradients else job.num_micro_batches
-                    passes = 2 * job.num_micro_batches + scattered
-                    stages[stage, INDEX["shards"]] += passes * 2 * number * part / bandwidth
+                    num_bytes = 2 * 2 * job.num_micro_batches + scattered * (4 if job.zero.engine == "fsdp2" else 2)
+                    stages[stage, INDEX["shards"]] += num_bytes * number * part / bandwidth
                 else:
                     stages[stage, INDEX["data"]] += number * part * data_bytes(job) / bandwidth
         kept = held.dense / job.shard(layout.data * layout.context) + held.routed / job.shard(layout.expert_data)
         stages[stage, INDEX["optimizer"]] = kept * 2 * (states.optimizer + states.gradients) / (job.machine.gpu.memory_gb_s * 1e9)
         if job.optimizer.kind == "muon":
             _add_muon(job, stage, held, stages[stage])
+    # With a pipeline the ranks' gradients and weights travel chunk by chunk beside the other chunks: one chunk's stays in sight
+    # (Megatron-Bridge's docs/training/communication-overlap.md).
+    if job.zero.overlap and not job.zero.each_pass and layout.pipeline > 1:
+        stages[:, INDEX["data_beside"]] = stages[:, INDEX["data"]] * (1 - 1 / layout.virtual_pipeline)
+        stages[:, INDEX["data"]] /= layout.virtual_pipeline
     stages[:, INDEX["steps"]] = 1.0
     return stages

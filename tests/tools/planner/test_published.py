@@ -47,8 +47,8 @@ def test_shipped_factors_are_the_fit_of_the_shipped_rows() -> None:
 def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
     """A guard against regressions; the figures themselves are printed by plan-validate."""
     speed, memory = document["tokens_per_s"], document["memory"]
-    assert speed["median_abs_rel_err"] <= 0.08 and speed["dense"]["median_abs_rel_err"] <= 0.07
-    assert speed["moe"]["median_abs_rel_err"] <= 0.12 and speed["p90_abs_rel_err"] <= 0.24
+    assert speed["median_abs_rel_err"] <= 0.07 and speed["dense"]["median_abs_rel_err"] <= 0.06
+    assert speed["moe"]["median_abs_rel_err"] <= 0.12 and speed["p90_abs_rel_err"] <= 0.22
     assert document["tokens_per_s_calibrated"]["median_abs_rel_err"] <= 0.08
     assert speed["median_abs_rel_err"] < 0.5 * document["tokens_per_s_constant_mfu"]["median_abs_rel_err"]
     assert memory["median_abs_rel_err"] <= 0.05 and memory["p90_abs_rel_err"] <= 0.22
@@ -161,6 +161,49 @@ def test_zero_by_many_words(words: object, engine: str, stage: int) -> None:
 )  # fmt: skip
 def test_dispatchers_by_many_words(words: dict[str, Any], dispatcher: str) -> None:
     assert job(**({"model": "Qwen3-30B-A3B"} | words)).dispatcher == dispatcher
+
+
+def test_sources_of_2026_are_predicted_without_themselves() -> None:
+    """Whole sources left out of the fit: median errors of tokens/s."""
+    sources = ("KempnerInstitute", "NVIDIA-NeMo/Automodel", "OLMo-core", "torchtitan fork")
+    runs = [run for run in shipped_runs() if any(words in run.source for words in sources) or run.id.startswith("titan-nvfp4")]
+    errors = np.abs(np.exp(-unseen_errors(runs, lambda run: run.source)) - 1)
+    moe = np.array([run.is_moe for run in runs])
+    assert (len(runs), int(moe.sum())) == (61, 42)
+    assert np.median(errors[moe]) <= 0.1 and np.median(errors[~moe]) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "experts_only", "wide_layers", "casts_apart"),
+    [({"precision": "mxfp8"}, False, 0, False), ({"precision": "mxfp8", "zero": "FSDP2"}, False, 0, True),
+     ({"precision": "mxfp8 (experts), rest bf16", "zero": "FSDP2", "notes": "TE"}, True, 0, False),
+     ({"precision": "nvfp4 (layers 0-26), bf16 (27-31, head)", "zero": "FSDP2"}, False, 5, True),
+     ({"precision": "float8 tensorwise", "zero": "FSDP2"}, False, 0, False),
+     ({"precision": "float8 rowwise", "zero": "FSDP2"}, False, 0, True)],
+)  # fmt: skip
+def test_number_formats_by_many_words(words: dict[str, Any], experts_only: bool, wide_layers: int, casts_apart: bool) -> None:
+    found = job(gpu="B200", **words)
+    assert (found.experts_only, found.wide_layers, found.casts_apart) == (experts_only, wide_layers, casts_apart)
+
+
+@pytest.mark.parametrize(
+    ("words", "eager", "early_flash"),
+    [({}, True, True), ({"notes": "2026-06-30"}, True, False), ({"gpu": "B200"}, True, False), ({"notes": "TE"}, False, False),
+     ({"notes": "FSDP+compile"}, False, True), ({"notes": "torch.compile off"}, True, True),
+     ({"notes": "torch.compile(MLA)"}, True, True), ({"precision": "float8"}, False, True)],
+)  # fmt: skip
+def test_pytorchs_kernels_by_many_words(words: dict[str, Any], eager: bool, early_flash: bool) -> None:
+    found = job(zero="FSDP2", **words)
+    assert (found.eager, found.early_flash) == (eager, early_flash)
+
+
+@pytest.mark.parametrize(
+    ("words", "waits"),
+    [({}, False), ({"gpu": "GB200", "tp": 4}, False), ({"gpu": "GB200"}, True), ({"precision": "nvfp4"}, True),
+     ({"zero": "FSDP2"}, True), ({"zero": "FSDP2", "notes": "async TP"}, False), ({"tp": 1, "precision": "nvfp4"}, False)],
+)  # fmt: skip
+def test_tensor_parallel_traffic_that_waits(words: dict[str, Any], waits: bool) -> None:
+    assert job(**({"tp": 8} | words)).tensor_waits == waits
 
 
 @pytest.mark.parametrize(

@@ -279,3 +279,23 @@ def test_chunks_cost_passes() -> None:
     with_typed_values, interleaved = llama("parallel.pipeline=4"), llama("parallel.pipeline=4", "parallel.virtual_pipeline=2")
     passes = [stage_micro_work(job)[0][INDEX["passes"]] for job in (llama(), with_typed_values, interleaved)]
     assert passes == [0, 1, 2]
+
+
+def test_with_a_pipeline_one_chunks_gradients_stay_in_sight() -> None:
+    """Beside the other chunks travels the rest: with pp2 a half less for two chunks, nothing beside for one; without a pipeline
+    nothing."""
+    for words, share in ((), 0.0), (("parallel.pipeline=2",), 0.0), (("parallel.pipeline=2", "parallel.virtual_pipeline=2"), 0.5):
+        work = step_work(llama("zero.overlap_grad_reduce=true", *words))[0]
+        data, beside = work[INDEX["data"]], work[INDEX["data_beside"]]
+        assert data > 0 and beside / (data + beside) == pytest.approx(share)
+
+
+def test_layers_and_experts_in_other_formats() -> None:
+    """fp4 but for the last 8 of 32 layers: three quarters of the layers' products. fp8 in experts alone: the rest in bf16."""
+    job = replace(llama(), compute="fp4")
+    full, part = (stage_micro_work(each)[0] for each in (job, replace(job, wide_layers=8)))
+    assert part[INDEX["products_fp4"]] == pytest.approx(0.75 * full[INDEX["products_fp4"]])
+    assert part[INDEX["gemm"]] > full[INDEX["gemm"]] > 0
+    config = config_of("qwen3_30b_a3b", "batch.global_batch_seqs=128")
+    moe = stage_micro_work(replace(make_job(config, config.model.vocab_size), compute="fp8", experts_only=True))[0]
+    assert moe[INDEX["gemm_fp8"]] == 0 < moe[INDEX["gemm"]] and moe[INDEX["experts"]] == 0 < moe[INDEX["experts_fp8"]]

@@ -61,6 +61,12 @@ def zero_stage(text: str) -> int | None:
     return 1 if found[1] == "2" and "style" in text else int(found[1])
 
 
+def wide_layers(precision: str) -> int:
+    """How many of the last layers stay in bf16: of words as "nvfp4 (layers 0-26), bf16 (27-31, head)"."""
+    found = re.search(r"bf16 \((\d+)-(\d+)", precision)
+    return int(found[2]) - int(found[1]) + 1 if found else 0
+
+
 def recompute_of(text: str | None, model: Model, pipeline: int) -> Recomputation | None:
     """What the words say, None when they say nothing that we know."""
     if text is None or any(words in text for words in UNSAID):

@@ -22,8 +22,17 @@ from parallel.memory.job import BytesPerParameter, PlannedJob, Recomputation, Ze
 from parallel.memory.ledger import make_ledger
 from tools.planner.foreign import PYTORCH_STATES
 from tools.planner.published.model import UnusableRow, model_of
-from tools.planner.published.parse_words import recompute_of, zero_stage
-from tools.planner.published.stack import EAGER_ENGINES, dispatcher_of, has_grouped_launch, is_eager, logit_bytes
+from tools.planner.published.parse_words import recompute_of, wide_layers, zero_stage
+from tools.planner.published.stack import (
+    EAGER_ENGINES,
+    dispatcher_of,
+    has_casts_apart,
+    has_early_flash,
+    has_grouped_launch,
+    is_compiled,
+    is_pytorch,
+    logit_bytes,
+)
 
 # Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
 OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
@@ -230,18 +239,25 @@ def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
     if layout.pipeline > model.num_layers:
         raise UnusableRow("layout does not fill the GPUs")
     zero, states = zero_of(row, old)
+    precision, compute = str(row.get("precision") or ""), compute_of(row.get("precision"))
     args = (row.get("model") or {}).get("args") or {}
     stated, notes = recompute_of(row.get("recompute"), model, layout.pipeline), str(row.get("notes") or "")
+    machine = machine_of(str(row.get("gpu") or ""), notes)
+    grouped, pytorch = has_grouped_launch(zero, notes), is_pytorch(zero, notes)
     # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
-    waits = layout.tensor > 1 and (old or (zero.engine in EAGER_ENGINES and "async" not in notes.lower()))
-    grouped = has_grouped_launch(zero, notes)
+    waits = old or (zero.engine in EAGER_ENGINES and "async" not in notes.lower())
+    # Userbuffers reach the GPUs of one operating system, four in an NVL72; Megatron-Bridge's recipes leave them off in nvfp4.
+    waits = waits or compute == "fp4" or (machine.domain > 8 and layout.tensor > 4)
     job = PlannedJob(
-        model=model, vocab=vocab, layout=layout, machine=machine_of(str(row.get("gpu") or ""), notes), seq_length=int(seq),
+        model=model, vocab=vocab, layout=layout, machine=machine, seq_length=int(seq),
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
-        zero=zero, recompute=stated or Recomputation(), compute=compute_of(row.get("precision")),
+        zero=zero, recompute=stated or Recomputation(), compute=compute,
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
-        tensor_waits=waits, expert_overlap=True if "EP overlap" in notes else None, dispatcher=dispatcher_of(row, grouped),
-        eager=is_eager(zero, notes), grouped_launch=grouped, logit_bytes=logit_bytes(row, zero, layout.tensor),
+        tensor_waits=waits and layout.tensor > 1, expert_overlap=True if "EP overlap" in notes else None,
+        dispatcher=dispatcher_of(row, grouped), eager=pytorch and not is_compiled(row),
+        early_flash=pytorch and has_early_flash(machine.gpu, notes), grouped_launch=grouped,
+        casts_apart=pytorch and has_casts_apart(precision), experts_only="(experts" in precision,
+        wide_layers=wide_layers(precision), logit_bytes=logit_bytes(row, zero, layout.tensor),
     )  # fmt: skip
     if stated is not None:
         return job, assumed

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from parallel.memory.hardware import Gpu
 from parallel.memory.job import COMPILED_LOGIT_BYTES, EAGER_LOGIT_BYTES, GATHERED_LOGIT_BYTES, LOGIT_BYTES, ZeroSharding
 
 EAGER_ENGINES = ("fsdp", "fsdp2")
@@ -35,9 +36,26 @@ def dispatcher_of(row: dict[str, Any], has_grouped: bool) -> str:
     return "alltoall" if known else "flex"
 
 
-def is_eager(zero: ZeroSharding, notes: str) -> bool:
+def is_pytorch(zero: ZeroSharding, notes: str) -> bool:
     """PyTorch's kernels: PyTorch's own FSDP, unless the row names Transformer Engine."""
     return zero.engine in EAGER_ENGINES and not re.search(r"\bTE\b|Transformer Engine", notes)
+
+
+def is_compiled(row: dict[str, Any]) -> bool:
+    """torch.compile of the whole model, which its async TP and float8 need."""
+    words = str(row.get("notes") or "")
+    return bool(re.search(r"compile(?! off|\()|async ?TP", words, re.I)) or str(row.get("precision")).startswith("float8")
+
+
+def has_casts_apart(precision: str) -> bool:
+    """Whether PyTorch's products in this format have a scale for each row or block."""
+    return bool(re.search(r"rowwise|mxfp|nvfp", precision.lower()))
+
+
+def has_early_flash(gpu: Gpu, notes: str) -> bool:
+    """PyTorch's attention is flash attention 1 on A100 and 2 on Hopper, until cuDNN's became the first choice on Hopper and
+    Blackwell (its sdp_utils.cpp): runs of 2026."""
+    return gpu.fp4_tflops <= gpu.fp8_tflops and "2026-" not in notes
 
 
 def has_grouped_launch(zero: ZeroSharding, notes: str) -> bool:

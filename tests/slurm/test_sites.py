@@ -73,7 +73,7 @@ def test_what_a_hidden_partition_hides_is_not_lost(cluster: Cluster, tmp_path: P
             assert node_states.lost_nodes(["of-another-cluster"]) == [], "unknown is not lost"
 
 
-def test_a_draining_node_is_not_lost_and_one_without_power_is(cluster: Cluster) -> None:
+def test_a_draining_node_is_not_lost(cluster: Cluster) -> None:
     job = subprocess.run(
         ["sbatch", "--parsable", "--nodelist=node1", "--output=/dev/null", "--wrap=sleep 60"],
         check=True, capture_output=True, text=True,
@@ -84,6 +84,11 @@ def test_a_draining_node_is_not_lost_and_one_without_power_is(cluster: Cluster) 
         states = subprocess.run(["sinfo", "-h", "-N", "-n", "node[1-2]", "-o", "%T"], check=True, capture_output=True, text=True)
         assert {"draining", "drained"} <= set(states.stdout.split())
         assert node_states.lost_nodes(["node1", "node2"]) == []
+
+
+@pytest.mark.prove
+def test_a_node_without_power_is_lost(cluster: Cluster) -> None:
+    """A run that loses nodes: test_restart.py, every day."""
     cluster.power_off("node3")
     cluster.wait_for(lambda: node_states.lost_nodes(cluster.nodes) == ["node3"], "node3 to be lost", 120)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,6 +84,10 @@ class Index:
         if sequence < self.num_sequences:
             return int(self.pointers[sequence]) // self.dtype.itemsize
         return 0 if not sequence else int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
+    def document_of(self, sequence: int) -> int:
+        """The document that holds a sequence. A file's arrays lie unaligned, and np.searchsorted would copy them whole."""
+        return bisect_right(self.documents, sequence) - 1
 
     def tokens(self) -> np.ndarray:
         """All tokens, memory-mapped: [num_tokens]."""

@@ -12,8 +12,6 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from configs.errors import ConfigError, Problem
 from configs.schema import Config
 from parallel.layout import make_layout
@@ -120,7 +118,7 @@ def _samples_of(
 
 
 def _document(index: Index, span: Span, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    document = int(np.searchsorted(index.documents, span.sequence, side="right")) - 1
+    document = index.document_of(span.sequence)
     begin, end = (index.tokens_before(int(index.documents[document + k])) for k in (0, 1))
     first = index.tokens_before(span.sequence) + span.offset
     found = {"document": document, "offset_tokens": first - begin, "tokens": span.length, "document_tokens": end - begin}

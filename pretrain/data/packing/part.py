@@ -12,6 +12,7 @@ Torch-free.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class PackedPart(PartStream):
     def __init__(self, index: Index, sequences: range, seq_length_tokens: int, seed: int, cache: Path, growth: int) -> None:
         super().__init__(index, sequences, seq_length_tokens, seed, cache)
         self.cut = Cut(seq_length_tokens + 1, growth)
-        self.documents = range(*np.searchsorted(index.documents, [sequences.start, sequences.stop]).tolist())
+        self.documents = range(*(bisect_left(index.documents, border) for border in (sequences.start, sequences.stop)))
         self.pieces_in_epoch = count_pieces(index, self.documents, self.cut)
         self.packing = pack(self.pieces_in_epoch.rests, self.cut.capacity)
         self.samples_per_epoch = self.pieces_in_epoch.num_full + self.packing.num_sequences
@@ -91,7 +92,7 @@ class PackedPart(PartStream):
 
     def numbers_of(self, sequence: int, epoch: int) -> list[int]:
         """None for a sequence that is not the first of its document: `spans` name the first."""
-        document = int(np.searchsorted(self.index.documents, sequence, side="right")) - 1
+        document = self.index.document_of(sequence)
         length = self._length(document)
         if int(self.index.documents[document]) != sequence or not length:
             return []
@@ -99,7 +100,7 @@ class PackedPart(PartStream):
         sequences = list(self._full_pieces(document, found))
         size = int(self.cut.rest(np.array(length))) + self.cut.growth
         first = int(self._first_of_size[size])
-        place = np.searchsorted(found.rests[first : first + int(rests[size])], document)
+        place = bisect_left(found.rests[first : first + int(rests[size])], document)
         slot = unpermuted(np.array([place]), int(rests[size]), make_key(self.seed, epoch, _DOCUMENTS, size))
         sequences.append(self.pieces_in_epoch.num_full + self.packing.sequence_of(size, int(slot[0])))
         places = unpermuted(np.array(sequences), self.samples_per_epoch, make_key(self.seed, epoch, _SAMPLES))
@@ -135,7 +136,7 @@ class PackedPart(PartStream):
         return Span(int(self.index.documents[document]), offset, tokens)
 
     def _full_pieces(self, document: int, found: SortedDocuments) -> range:
-        which = int(np.searchsorted(found.long, document))
+        which = bisect_left(found.long, document)
         if which == len(found.long) or found.long[which] != document:
             return range(0)
         return range(int(found.long_ends[which - 1]) if which else 0, int(found.long_ends[which]))

@@ -83,9 +83,9 @@ def rotated_layers_fit(config: Config) -> Iterator[Problem]:
         yield Problem(path, pattern, rule, f"set {path}=null, or model.mtp.num_layers=0")
 
 
-@reads("model.attention", "model.position.layer_pattern", "model.delta_net")
+@reads("model.attention", "model.position", "model.delta_net")
 def llama4_attention(config: Config) -> Iterator[Problem]:
-    """model.attention.qk_l2_norm excludes other norms, and model.attention.temperature_growth needs layers without positions."""
+    """model.attention.qk_l2_norm needs rotated layers, .temperature_growth layers without positions; both exclude qk_norm."""
     attention, pattern = config.model.attention, config.model.position.layer_pattern
     for name, value in (("qk_l2_norm", attention.qk_l2_norm), ("temperature_growth", attention.temperature_growth)):
         path, fix = f"model.attention.{name}", f"leave model.attention.{name} out"
@@ -93,6 +93,9 @@ def llama4_attention(config: Config) -> Iterator[Problem]:
             yield Problem(path, value, "excludes model.attention.qk_norm: one kind of attention has one of them", fix)
         if value and arch.has_delta_net(config.model):
             yield Problem(path, value, "excludes gated delta nets (model.delta_net.pattern)", fix)
+    if attention.qk_l2_norm and config.model.position.kind != "rope":
+        rule = f"is the norm of rotated layers: model.position.kind = {config.model.position.kind}"
+        yield Problem("model.attention.qk_l2_norm", True, rule, "leave it out, or set model.position.kind=rope")
     if attention.temperature_growth and (pattern is None or all(pattern)):
         rule = "has no effect: every layer has positions"
         fix = "set model.position.layer_pattern, or model.attention.temperature_growth=0"

@@ -29,7 +29,7 @@ from tests.reference.model import Reference
 from tests.reference.trainer import Judged, train
 from tools.cli import run
 
-STEPS = 6
+STEPS = 4
 
 
 def write_short_documents(folder: Path) -> None:

@@ -261,7 +261,8 @@ SHARDED = ["parallel.tensor=2", "parallel.expert_tensor=2", "parallel.pipeline=1
 @pytest.mark.parametrize(
     "words",
     [
-        [*COMPOSED, "launch.processes_per_node=8"],
+        [*SHARDED, "zero.stage=1"],
+        pytest.param([*COMPOSED, "launch.processes_per_node=8"], marks=pytest.mark.prove),
         [*SHARDED, "zero={engine: deepspeed, stage: 3, offload: optimizer}"],
         pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 1, offload: optimizer}"], marks=pytest.mark.prove),
         pytest.param([*SHARDED, "zero={engine: deepspeed, stage: 2}"], marks=pytest.mark.prove),

@@ -56,7 +56,7 @@ setup(
         "evaluate": ["lm-eval>=0.4.9"],
         "tensorboard": ["tensorboard>=2.18"],
         "mlflow": ["mlflow-skinny>=3.1", "sqlalchemy>=2.0", "alembic>=1.13"],
-        "report": ["plotly>=5"],
+        "report": ["plotly>=5", "pillow"],
         "dev": [
             *("lm-eval>=0.4.9", "tensorboard", "mlflow-skinny", "sqlalchemy", "alembic", "plotly>=5", "selenium"),
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "peft"),

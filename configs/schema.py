@@ -228,6 +228,12 @@ class Wandb:
     group: Optional[str] = key(None, "W&B group of the run.")
     tags: List[str] = key(factory=list, doc="W&B tags of the run.")
     finish_timeout_s: float = key(30.0, "Longest time that the end of a run waits for the W&B server, in seconds.", above=0)
+    expert_picture: bool = key(
+        False, "At the end of each attempt, show the load of the experts by layer and step as a picture. Needs phalanx[report]."
+    )
+    report: bool = key(
+        False, "At the end of each attempt, add the page of `phalanx report` as an artifact. Needs phalanx[report]."
+    )
 
 
 @dataclass

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 from parallel.compat.wandb_files import SegmentReader
 from pretrain.metrics.copy_process import POLL_S, Orders, exit_code_of, one_line, run_copy, warn
 from pretrain.metrics.goodput import read_goodput
+from pretrain.metrics.wandb_extras import add_expert_picture, add_report
 from pretrain.metrics.wandb_steps import Cursor, copy_lock, mark_synced, steps_offline, to_spans
 from pretrain.run.evaluations import newest_scores
 from pretrain.run.folder import RunFolder
@@ -43,6 +44,7 @@ class CopyJob:
     """The task of the copying process. The API key stays in the environment or in netrc.
 
     `mode`: online or offline. `falls_back`: write offline when the server refuses; otherwise the copy gives up.
+    `expert_picture`, `report`: at the end, add the load of the experts as a picture, and the page of the run as an artifact.
     """
 
     run_dir: str
@@ -58,6 +60,8 @@ class CopyJob:
     finish_timeout_s: float = 30.0
     rank_pid: int = 0
     falls_back: bool = True
+    expert_picture: bool = False
+    report: bool = False
 
     @property
     def label(self) -> str:
@@ -114,6 +118,10 @@ class Copy:
             self._run.summary.update({"goodput": goodput.as_dict()})
         if scores := newest_scores(self._folder):
             self._run.summary.update({"evaluation": scores})
+        if self._job.expert_picture:
+            add_expert_picture(self._wandb, self._run, self._folder)
+        if self._job.report:
+            add_report(self._wandb, self._run, self._folder, self._job.finish_timeout_s / 2)
         self._run.finish(exit_code=exit_code)
         # Offline, finish returns before wandb-core has written the file. teardown waits for wandb-core.
         self._wandb.teardown()

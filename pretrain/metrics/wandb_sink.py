@@ -175,6 +175,8 @@ def make_copy_job(config: Config, folder: RunFolder, wandb_id: str, environ: Map
         tags=list(wandb.tags),
         finish_timeout_s=wandb.finish_timeout_s,
         rank_pid=os.getpid(),
+        expert_picture=wandb.expert_picture,
+        report=wandb.report,
     )
 
 

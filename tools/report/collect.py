@@ -16,13 +16,13 @@ from configs.errors import json_value
 from configs.schema import Config
 from launch.status import RunStatus, read_status
 from launch.status_text import TIMES
+from pretrain.metrics.expert_loads import expert_loads
 from pretrain.metrics.goodput import attempt_seconds
 from pretrain.run.evaluations import score_curves
 from pretrain.run.event_rows import scan_events
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 from tools.report.curves import Curves
-from tools.report.experts import expert_loads
 from tools.report.life import Life
 from tools.report.settings import changed_layouts, layout_and_plan, read_config, settings
 

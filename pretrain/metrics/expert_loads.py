@@ -1,4 +1,4 @@
-"""The load of the experts for the page. In: experts.jsonl. Out: numbers by layer and step, by layer and expert.
+"""The load of the experts, in few numbers. In: experts.jsonl. Out: numbers by layer and step, by layer and expert.
 
 Torch-free.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from pretrain.metrics.expert_counts import read_expert_counts
 
-# Rows of a file that another tool made may be many, and numbers of the page have to stay few.
+# Rows of a file that another tool made may be many, and the numbers have to stay few.
 _MOST_ROWS = 512
 _MOST_NUMBERS = 40_000
 _SNAPSHOTS = 6

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import Any, TypeGuard
 
 from configs.errors import ConfigError, Problem
@@ -20,12 +21,13 @@ from configs.schema import Batch, Config
 from parallel.batch import global_batch_at, num_increments, steps_of
 from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
-from pretrain.run.files import iterate_lines
+from pretrain.run.files import iterate_lines, iterate_parts, lines_from_end, parse_line
 from pretrain.run.folder import RunFolder
-from pretrain.run.record import read_rows
 
 # More samples than any run reads, and few enough for int64.
 _MOST = 1 << 48
+# A search for a step ends so near to its row.
+_NEAR_BYTES = 1 << 16
 TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 
 
@@ -92,14 +94,24 @@ class RunHistory:
 
     def attempt_of(self, step: int) -> int:
         """The attempt that trained a step of the record; 0: the events don't say."""
-        place = bisect_right([first for first, _ in self._owners], step) - 1
-        return self._owners[place][1] if place >= 0 else 0
+        return _attempt_at(self._owners, step)
 
-    def stretches(self) -> Iterator[Stretch]:
-        """The record's steps, ascending. Rows without step and samples are left out."""
+    def stretches(self, first: int = 1, last: int = _MOST) -> Iterator[Stretch]:
+        """The record's steps `first` to `last`, ascending, and some beside them: the file is read near these steps only.
+
+        Rows without step and samples are left out.
+        """
         if not self.folder.metrics.exists():
             return iter(())
-        return self._joined(read_rows(self.folder.metrics), self._owners, discarded=False)
+        parts = iterate_parts(self.folder.metrics, self._place_before(first))
+        found = (stretch for lines in parts for stretch in self._of_lines(lines))
+        near = takewhile(lambda stretch: stretch.first_step <= last, found)
+        return _joined(near)
+
+    def newest(self) -> Stretch | None:
+        """The last step of the record. None: it has none."""
+        lines = lines_from_end(self.folder.metrics) if self.folder.metrics.exists() else ()
+        return next((one for line in lines if (one := self._of_row(parse_line(line), self._owners))), None)
 
     def discarded(self) -> Iterator[Stretch]:
         """Steps that were trained and then replaced, oldest first, from the metrics_cut.jsonl of each attempt."""
@@ -108,8 +120,7 @@ class RunHistory:
             path = self.folder.launch_dir(attempt) / "metrics_cut.jsonl"
             if attempt not in lines:
                 lines[attempt] = (row for _, row in iterate_lines(path)) if path.exists() else iter(())
-            rows = (row for _, row in zip(range(count), lines[attempt]))
-            yield from self._joined((row for row in rows if row is not None), owners, discarded=True)
+            yield from _joined(self._of_row(row, owners, discarded=True) for row in islice(lines[attempt], count))
 
     def planned(self, after: Stretch | None) -> Iterator[Stretch]:
         """The steps from the record's last stretch to the end of the run, by the newest config."""
@@ -139,33 +150,78 @@ class RunHistory:
                 self._cuts.append((attempt, event["rows"], left or self._owners))
                 left = None
 
-    def _joined(self, rows: Iterable[dict[str, Any]], owners: list[tuple[int, int]], discarded: bool) -> Iterator[Stretch]:
-        """One stretch for each group of rows that continue each other."""
-        starts, last = [step for step, _ in owners], None
-        for row in rows:
-            step, samples = row.get("step"), row.get("samples")
-            if not (_is_count(step) and _is_count(samples)):
-                continue
-            if not discarded and step > self._went_back_to and samples <= self._passed_samples:
-                # A kill came between a rollback and the cut of the record: the row belongs to the steps that were left.
-                continue
-            place = bisect_right(starts, step) - 1
-            attempt = owners[place][1] if place >= 0 else 0
-            size = _batch_that_ended_at(self.config_of(attempt).batch, samples)
-            one = Stretch(step, 1, samples - size, size, attempt, _state(row), discarded)
-            if last is not None and _continues(last, one):
-                last = replace(last, num_steps=last.num_steps + 1)
-                continue
-            if last is not None:
-                yield last
-            last = one
+    def _place_before(self, step: int) -> int:
+        """A place in the record, in bytes, from which on all rows of this step and of later ones can be read."""
+        low, high = 0, self.folder.metrics.stat().st_size
+        while step > 1 and high - low > _NEAR_BYTES:
+            middle = (low + high) // 2
+            rows = (self._of_row(row, self._owners) for _, row in iterate_lines(self.folder.metrics, middle))
+            one = next((row for row in rows if row), None)
+            low, high = (middle, high) if one and one.first_step < step else (low, middle)
+        return low
+
+    def _of_lines(self, lines: bytes) -> Iterator[Stretch]:
+        """The stretches of complete lines of the record. Most lines are counted and searched, not parsed.
+
+        Lines that look like rows of trained steps are one stretch if step and samples grow from the first line to the last one
+        as they do without a gap. Other lines are halved.
+        """
+        count = lines.count(b"\n")
+        first = self._of_row(parse_line(lines[: lines.index(b"\n")]), self._owners)
+        if count == 1:
+            yield from (first,) if first else ()
+            return
+        last = self._of_row(parse_line(lines[lines.rindex(b"\n", 0, -1) :]), self._owners)
+        if first and last and _continues(whole := replace(first, num_steps=count - 1), last) and _are_trained(whole, lines):
+            yield replace(first, num_steps=count)
+            return
+        half = lines.find(b"\n", len(lines) // 2, -1) + 1 or lines.rindex(b"\n", 0, len(lines) // 2) + 1
+        yield from self._of_lines(lines[:half])
+        yield from self._of_lines(lines[half:])
+
+    def _of_row(self, row: dict[str, Any] | None, owners: list[tuple[int, int]], discarded: bool = False) -> Stretch | None:
+        """The step of a row. None: the row has no step and samples, or it belongs to steps that were left."""
+        step, samples = (row.get("step"), row.get("samples")) if row else (None, None)
+        if not (row and _is_count(step) and _is_count(samples)):
+            return None
+        if not discarded and step > self._went_back_to and samples <= self._passed_samples:
+            # A kill came between a rollback and the cut of the record.
+            return None
+        attempt = _attempt_at(owners, step)
+        size = _batch_that_ended_at(self.config_of(attempt).batch, samples)
+        return Stretch(step, 1, samples - size, size, attempt, _state(row), discarded)
+
+
+def _joined(stretches: Iterable[Stretch | None]) -> Iterator[Stretch]:
+    """One stretch for each group of stretches that continue each other."""
+    last = None
+    for one in stretches:
+        if one is None:
+            continue
+        if last is not None and _continues(last, one):
+            last = replace(last, num_steps=last.num_steps + one.num_steps)
+            continue
         if last is not None:
             yield last
+        last = one
+    if last is not None:
+        yield last
+
+
+def _are_trained(whole: Stretch, lines: bytes) -> bool:
+    """Does each line look like a row of a step that was trained? `whole`: the lines but the last."""
+    is_like_rows = lines.count(b'\n{"step": ') == lines.count(b"}\n") - 1 == whole.num_steps and b"\0" not in lines
+    return is_like_rows and whole.state == TRAINED and b'"skipped"' not in lines and b'"applied"' not in lines
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
     """Is the value a count of steps or samples that a run can reach? A damaged or foreign record has others."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
+
+
+def _attempt_at(owners: list[tuple[int, int]], step: int) -> int:
+    place = bisect_right(owners, step, key=lambda owner: owner[0]) - 1
+    return owners[place][1] if place >= 0 else 0
 
 
 def _pushed(owners: list[tuple[int, int]], step: int, attempt: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from configs.errors import ConfigError, DiskError, Problem
 _TAIL_BYTES = 1 << 16
 # A row has some kilobytes.
 _LINE_BYTES = 1 << 24
+# Of files that are read in parts.
+_PART_BYTES = 1 << 22
 
 _RULES = {
     errno.ENOSPC: ("the disk must have room", "free some space, or choose another folder"),
@@ -121,13 +124,14 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each complete line with its newline, and the line's JSON object, or None where it has none.
+def iterate_lines(path: str | Path, start: int = 0) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each complete line with its newline from byte `start` on, and the line's JSON object, or None where it has none.
 
     An incomplete last line is left out. A line of more than _LINE_BYTES has no object and comes in pieces, so that a damaged
     file of gigabytes takes little memory. Raises OSError.
     """
     with open(path, "rb") as file:
+        file.seek(start)
         is_rest = False
         while line := file.readline(_LINE_BYTES):
             is_whole = line.endswith(b"\n")
@@ -135,6 +139,44 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | No
                 return
             yield line, parse_line(line) if is_whole and not is_rest else None
             is_rest = not is_whole
+
+
+def iterate_parts(path: str | Path, start: int = 0) -> Iterator[bytes]:
+    """The complete lines of a file from byte `start` on, some megabytes of them at a time.
+
+    A line of more than _LINE_BYTES may be left out. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        while part := file.read(_PART_BYTES) + file.readline(_LINE_BYTES):
+            if not part.endswith(b"\n"):
+                part = part[: part.rfind(b"\n") + 1]
+                while (rest := file.readline(_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+            if part:
+                yield part
+
+
+def lines_from_end(path: str | Path) -> Iterator[bytes]:
+    """The complete lines of a file without their newlines, the last one first. Only what is taken is read. Raises OSError.
+
+    A line of more than _LINE_BYTES may come cut.
+    """
+    # The first piece stands behind the last newline.
+    return islice(_pieces_from_end(path), 1, None)
+
+
+def _pieces_from_end(path: str | Path) -> Iterator[bytes]:
+    """What stands between the newlines of a file, the last piece first."""
+    with open(path, "rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start > 0:
+            end, start = start, max(0, start - _PART_BYTES)
+            file.seek(start)
+            first, *pieces = (file.read(end - start) + rest).split(b"\n")
+            yield from reversed(pieces)
+            rest = first if len(first) <= _LINE_BYTES else b""
+        yield rest
 
 
 def as_line(row: dict[str, Any]) -> bytes:

@@ -59,10 +59,9 @@ def trace_steps(history: RunHistory, first: int, last: int, rank: int | None, wi
 def _stretches_of(history: RunHistory, first: int, last: int) -> list[Stretch]:
     """One stretch a step, by step; the one that counts first. Raises ConfigError where a step is none of the run's."""
     found: dict[int, list[Stretch]] = {}
-    newest = None
-    for stretch in history.stretches():
-        newest = stretch
+    for stretch in history.stretches(first, last):
         _add(found, stretch, first, last)
+    newest = history.newest()
     end = newest.end_step - 1 if newest else 0
     for stretch in history.planned(newest):
         _add(found, stretch, first, last)

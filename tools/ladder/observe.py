@@ -5,17 +5,17 @@ Torch-free.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from configs.errors import ConfigError, Problem
 from configs.load import Loaded
 from parallel.flops import count_parameters
 from pretrain.data.tokenizer import vocab_size
+from pretrain.run.files import lines_from_end, parse_line
 from pretrain.run.folder import RunFolder
-from pretrain.run.follow import RecordFollower
 from tools.ladder.ladder_file import Ladder, Point
 from tools.ladder.scaling import Observation, ScalingLaw, fit
 from tools.ladder.state import PointState
@@ -26,11 +26,10 @@ LAST_ROWS = 20
 
 @dataclass(frozen=True)
 class _FinalNumbers:
-    """Of a whole record. `val_loss`: the last one, wherever it stands."""
+    """Each as (tokens that the run had trained on, loss), or None where the record has none. `validation`: the last one."""
 
-    tokens: float | None
-    loss: float | None
-    val_loss: float | None
+    training: tuple[float, float] | None
+    validation: tuple[float, float] | None
 
 
 def observe(ladder: Ladder) -> list[Observation]:
@@ -39,7 +38,7 @@ def observe(ladder: Ladder) -> list[Observation]:
     Raises ConfigError if a record has no loss.
     """
     found = [(point, loaded, _final_numbers(RunFolder(ladder.run_dir(point)).metrics)) for point, loaded in ladder.load()]
-    validated = all(numbers.val_loss is not None for _, _, numbers in found)
+    validated = all(numbers.validation is not None for _, _, numbers in found)
     return [_observation(point, loaded, numbers, validated) for point, loaded, numbers in found]
 
 
@@ -53,26 +52,35 @@ def law_of(ladder: Ladder, states: Sequence[PointState]) -> tuple[ScalingLaw | s
 
 
 def _observation(point: Point, loaded: Loaded, numbers: _FinalNumbers, validated: bool) -> Observation:
-    loss = numbers.val_loss if validated else numbers.loss
-    if loss is None or numbers.tokens is None:
+    final = numbers.validation if validated else numbers.training
+    if final is None:
         fix = "launch the ladder again"
         raise ConfigError(Problem(f"{point.name}: metrics.jsonl", "neither", "the rows hold loss and tokens", fix))
     size = count_parameters(loaded.config.model, vocab_size(loaded.config)).active["all"]
-    return Observation(point.name, float(size), numbers.tokens, loss)
+    return Observation(point.name, float(size), *final)
 
 
 def _final_numbers(record: Path) -> _FinalNumbers:
-    """Reads the whole record, some megabytes at a time."""
-    losses: deque[float] = deque(maxlen=LAST_ROWS)
-    newest: dict[str, float] = {}
-    for rows in RecordFollower(record).parts():
-        for row in rows:
-            numbers = {key: row[key] for key in ("loss", "val_loss", "tokens") if _is_number(row.get(key))}
-            newest |= numbers
-            if "loss" in numbers:
-                losses.append(numbers["loss"])
-    return _FinalNumbers(newest.get("tokens"), sum(losses) / len(losses) if losses else None, newest.get("val_loss"))
+    """Reads the record from its end back to the last validation loss. Lines before the last rows are searched, not parsed."""
+    training: list[tuple[float, float]] = []
+    validation = None
+    for line in lines_from_end(record) if record.exists() else ():
+        if len(training) == LAST_ROWS:
+            if validation:
+                break
+            if b'"val_loss"' not in line:
+                continue
+        row = parse_line(line) or {}
+        tokens, loss, val_loss = (row.get(key) for key in ("tokens", "loss", "val_loss"))
+        if not _is_number(tokens):
+            continue
+        if _is_number(loss) and len(training) < LAST_ROWS:
+            training.append((tokens, loss))
+        if _is_number(val_loss) and not validation:
+            validation = tokens, val_loss
+    mean = sum(loss for _, loss in reversed(training)) / len(training) if training else None
+    return _FinalNumbers((training[0][0], mean) if mean is not None else None, validation)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,9 +13,18 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, Problem
+from pretrain.run import files
 from pretrain.run import folder as run_folder
 from pretrain.run.attempt import Attempt, open_attempt
-from pretrain.run.files import append_line, iterate_lines, last_row, mend_torn_line, write_atomically
+from pretrain.run.files import (
+    append_line,
+    iterate_lines,
+    iterate_parts,
+    last_row,
+    lines_from_end,
+    mend_torn_line,
+    write_atomically,
+)
 from pretrain.run.folder import NAMES, LockHolder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
 from pretrain.run.lock import acquire
 from pretrain.run.provenance import make_provenance
@@ -219,6 +228,22 @@ def test_mending_keeps_a_whole_object_without_its_newline(tmp_path: Path) -> Non
     path.write_bytes(b"torn")
     assert mend_torn_line(path) == 4 and path.read_bytes() == b""
     assert mend_torn_line(tmp_path / "absent") == 0
+
+
+def test_files_are_read_in_parts_and_from_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines"
+    for size in (1, 2, 5, 8, 64):
+        monkeypatch.setattr(files, "_PART_BYTES", size)
+        for text in (b"", b"\n", b"a", b"a\n", b"\na", b"first\n\nthird line\n", b"first\nsecond\nto", b"\n\n\n"):
+            path.write_bytes(text)
+            lines = text.split(b"\n")[:-1]
+            assert list(lines_from_end(path)) == lines[::-1], (size, text)
+            assert b"".join(iterate_parts(path)) == b"".join(line + b"\n" for line in lines), (size, text)
+    monkeypatch.setattr(files, "_LINE_BYTES", 10)
+    path.write_bytes(b"first\n" + b"x" * 1000 + b"\nlast\n")
+    monkeypatch.setattr(files, "_PART_BYTES", 4)
+    assert list(iterate_parts(path)) == [b"first\n", b"last\n"]
+    assert next(lines_from_end(path)) == b"last" and max(map(len, lines_from_end(path))) < 20
 
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ from random import Random
 import pytest
 
 from configs.errors import ConfigError
+from pretrain.run.folder import RunFolder
+from tests.tools.report.ladder_world import make_ladder
 from tools.cli import run
 from tools.ladder.bill import price, total
 from tools.ladder.ladder_file import read_ladder
 from tools.ladder.names import is_ladder
+from tools.ladder.observe import LAST_ROWS, observe
 from tools.ladder.scaling import Observation, ScalingLaw, fit
 from tools.ladder.start import Lanes
 
@@ -203,3 +206,17 @@ def test_a_law_is_refused_where_runs_do_not_tell_it() -> None:
     assert isinstance(few, str) and "at least 4 sizes; finished are 2" in few
     flat = fit([Observation("", n, d, published_loss(n, d)) for n in (1e8, 1e9) for d in (1e9, 1e10, 1e11, 1e12)])
     assert isinstance(flat, str) and "at least 3 values of N" in flat
+
+
+def test_without_validation_the_last_training_losses_count(tmp_path: Path) -> None:
+    ladder = make_ladder(tmp_path)
+    validated = observe(ladder)
+    rows = [{"step": step, "loss": float(step), "tokens": 100 * step} for step in range(1, 51)]
+    broken = [{"step": 51, "loss": None, "nonfinite": {"loss": "nan"}, "tokens": 5100}]
+    RunFolder(ladder.run_dir(ladder.points[0])).metrics.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows + broken) + '{"s'
+    )
+    found = observe(ladder)
+    assert (found[0].tokens, found[0].loss) == (5000, 50 - (LAST_ROWS - 1) / 2)
+    for with_loss, without in zip(validated[1:], found[1:], strict=True):
+        assert without.tokens == 3 * with_loss.tokens and without.loss == pytest.approx(with_loss.loss + 1)

@@ -26,7 +26,7 @@ from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
 from tools.planner.candidates import robust_first
 from tools.planner.duration import GPU_MTBF_HOURS, RESTART_S, Failures, estimate_run
-from tools.planner.foreign import FOREIGN_ENGINES, as_engine, foreign_note
+from tools.planner.foreign import FOREIGN_ENGINES, as_engine, foreign_config, foreign_mark, foreign_note
 from tools.planner.legal import ONLY_FOR_PLANS, plan_problems
 from tools.planner.measured import measure, measured_text
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, model_dict, savings
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
     words = "scale by this measured run of the same kind of machine, or by the median of the runs in this folder"
     parser.add_argument("--robust", action="store_true", help="list ties first by how little they lean on what is known least")
-    parser.add_argument("--engine", choices=FOREIGN_ENGINES, help="plan this layout as this engine of others would run it")
+    parser.add_argument(
+        "--engine", choices=FOREIGN_ENGINES, help="plan the layout, or all of a search, as this engine of others would"
+    )
     parser.add_argument("--calibrate", metavar="RUN_DIR", help=words)
     parser.add_argument("--measured", action="store_true", help="CONFIG is a run folder: the plan beside what was measured")
     parser.add_argument(
@@ -104,6 +106,7 @@ def _without_layout(config: Config) -> None:
 
 
 def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration: Calibration) -> None:
+    config = foreign_config(config, args.engine) if args.engine else config
     _legal(config)
     job = make_job(config, vocab)
     if args.engine:
@@ -113,10 +116,9 @@ def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration:
     run = estimate_run(config, job, plan.timing.step_s, failures)
     notes = [foreign_note(args.engine)] if args.engine else _notes(config, plan, vocab, calibration)
     if args.html:
-        write_plan_page(args.html, args.config, plan, run, notes)
+        write_plan_page(args.html, args.config, plan, run, notes, args.engine)
     if args.json:
-        engine = {"engine": args.engine, "runnable": False} if args.engine else {}
-        print(json.dumps({"model": model} | engine | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
+        print(json.dumps({"model": model} | foreign_mark(args.engine) | plan.as_dict() | {"run": run.as_dict(), "notes": notes}))
     else:
         print(report.plan_text(args.config, plan, run, model, notes))
 
@@ -124,7 +126,7 @@ def _plan_one(args: argparse.Namespace, config: Config, vocab: int, calibration:
 def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibration: Calibration) -> None:
     config, free_dispatcher = loaded.config, loaded.origin["model.moe.dispatcher"] == "default"
     _without_layout(config)
-    result = search(config, vocab, make_machine(config), calibration, free_dispatcher)
+    result = search(config, vocab, make_machine(config), calibration, free_dispatcher, args.engine)
     if args.robust:
         result = replace(result, candidates=robust_first(result.candidates))
     reasons = explain(result)
@@ -139,10 +141,16 @@ def _plan_search(args: argparse.Namespace, loaded: Loaded, vocab: int, calibrati
         run = estimate_run(candidate.config, candidate.plan.job, candidate.plan.timing.step_s, failures)
         words = {"settings": candidate.words, "pareto": candidate.pareto, "tie": candidate.tie, "run": run.as_dict(), "notes": []}
         words |= {"risk": risk_of(candidate.plan).as_dict()} if number < report.RISKS else {}
-        candidates.append({"model": model_dict(candidate.plan.job)} | candidate.plan.as_dict() | words)
+        model = {"model": model_dict(candidate.plan.job)} | foreign_mark(args.engine)
+        candidates.append(model | candidate.plan.as_dict() | words)
     refused = [{"rule": rule, "layouts": number} for rule, number in result.refused.items()]
     refused += [{"rule": "memory", "layouts": len(result.too_large)}] if result.too_large else []
-    document = {"candidates": candidates, "tried": result.tried, "fitting": len(result.candidates), "refused": refused}
+    document = foreign_mark(args.engine) | {
+        "candidates": candidates,
+        "tried": result.tried,
+        "fitting": len(result.candidates),
+        "refused": refused,
+    }
     print(json.dumps(document | {"notes": reasons}))
 
 
@@ -163,9 +171,6 @@ def _plan(argv: list[str]) -> int:
     loaded = load_config(args.config, args.overrides)
     vocab = vocab_size(loaded.config)
     calibration = calibrate(args.calibrate, loaded.config) if args.calibrate else UNCALIBRATED
-    if args.search and args.engine:
-        rule = "plans one layout: the search knows the engines that run here"
-        raise ConfigError(Problem("--engine", args.engine, rule, "leave --search or --engine out"))
     if args.search:
         _plan_search(args, loaded, vocab, calibration)
     else:

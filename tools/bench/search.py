@@ -15,6 +15,7 @@ from typing import Any
 from configs.load import load_config
 from parallel.memory.hardware import make_machine
 from pretrain.data.tokenizer import vocab_size
+from tools.planner.foreign import FOREIGN_ENGINES
 from tools.planner.search import search
 
 # GPUs, and CPU seconds that a search for them may take.
@@ -22,12 +23,12 @@ LIMITS_S = {16_384: 5.0, 100_352: 30.0}
 MODELS = ("deepseek_v3", "llama3_405b")
 
 
-def measure(model: str, num_gpus: int) -> dict[str, Any]:
-    """One row of the result: a search for H100s, two sequences a GPU and step."""
+def measure(model: str, num_gpus: int, engine: str | None = None) -> dict[str, Any]:
+    """One row of the result: a search for H100s, two sequences a GPU and step, planned as an engine of others if one is named."""
     words = [f"launch.nodes={num_gpus // 8}", "cluster.gpu=H100", f"batch.global_batch_seqs={2 * num_gpus}", "run.steps=1000"]
     config = load_config(f"model/{model}", [*words, "launch.processes_per_node=8", "batch.seq_length_tokens=4096"]).config
     start_s = time.process_time()
-    result = search(config, vocab_size(config) or 0, make_machine(config))
+    result = search(config, vocab_size(config) or 0, make_machine(config), engine=engine)
     cpu_s, limit_s = time.process_time() - start_s, LIMITS_S[num_gpus]
     return {
         "model": model,
@@ -44,9 +45,10 @@ def main(argv: list[str]) -> int:
     """Print the table, or with --json one JSON document. Exit 1 when a search takes longer than its limit."""
     parser = argparse.ArgumentParser(prog="phalanx bench search", description="CPU time of a search for layouts, on one core.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="shipped models (default: %(default)s)")
+    parser.add_argument("--engine", choices=FOREIGN_ENGINES, help="search as this engine of others would run the layouts")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args(argv)
-    rows = [measure(model, num_gpus) for model in args.models for num_gpus in LIMITS_S]
+    rows = [measure(model, num_gpus, args.engine) for model in args.models for num_gpus in LIMITS_S]
     if args.json:
         print(json.dumps({"rows": rows}))
     else:

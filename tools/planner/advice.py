@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from configs.schema import Config, Recompute
 from parallel.memory.job import make_job
 from tools.planner.candidates import TIE, LayoutCandidate
+from tools.planner.foreign import foreign_note
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
 from tools.planner.search import SearchResult, recomputations
@@ -96,10 +97,12 @@ POPULAR = (
 
 def explain(result: SearchResult) -> list[str]:
     """Why the winner wins and why popular alternatives lose, in words."""
+    marks = [foreign_note(result.engine)] if result.engine else []
     if not result.candidates:
-        return ["no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
+        return [*marks, "no layout fits: more GPUs, a larger GPU or a smaller batch are needed"]
     winner = result.candidates[0]
     lines = [
+        *marks,
         _why(winner),
         f"layouts marked = are within {TIE:.0%} of the fastest: the model can't tell them apart; --robust lists among them first "
         "those with least tensor and context parallelism, then those whose tokens reach their experts without the NIC",
@@ -122,7 +125,7 @@ def explain(result: SearchResult) -> list[str]:
             )
     if winner.plan.job.sends_once:
         lines.append("model.moe.dispatcher=flex needs DeepEP or HybridEP on the GPUs; name alltoall to search without")
-    tuned = tuned_note(winner.plan)
+    tuned = None if result.engine else tuned_note(winner.plan)
     return lines + ([tuned] if tuned else [])
 
 

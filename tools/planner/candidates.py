@@ -36,27 +36,34 @@ class Degrees:
 
 @dataclass(frozen=True)
 class LayoutCandidate:
-    """A legal layout with its plan. `pareto`: no other is faster and needs less memory. `tie`: within TIE of the fastest."""
+    """A legal layout with its plan. `pareto`: no other is faster and needs less memory. `tie`: within TIE of the fastest.
+    `engine`: the engine of others that it is planned as, None for ours."""
 
     config: Config
     plan: Plan
     pareto: bool = False
     tie: bool = False
+    engine: str | None = None
 
     @property
     def words(self) -> list[str]:
-        """The settings as key=value words."""
+        """The settings as key=value words. An engine of others has none of the `zero` section."""
         p, r, config = self.config.parallel, self.config.recompute, self.config
         words = [f"parallel.{name}={getattr(p, name)}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
         words += [
             f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}",
             f"batch.micro_batch_seqs={config.batch.micro_batch_seqs}",
         ]
-        words += ["parallel.overlap_expert_comm=true"] * p.overlap_expert_comm
-        words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"] * (config.model.moe.num_experts > 0)
+        if config.model.moe.num_experts:
+            words += [f"parallel.overlap_expert_comm={str(p.overlap_expert_comm).lower()}"]
+            words += [f"model.moe.dispatcher={config.model.moe.dispatcher}"]
         words += [f"recompute.mode={r.mode}"]
         if r.mode == "selective":
             words += [f"recompute.modules=[{','.join(r.modules)}]"]
+        if r.mode == "full":
+            words += [f"recompute.method={r.method}", f"recompute.num_layers={r.num_layers}"]
+        if self.engine:
+            return words
         words += [f"zero.engine={config.zero.engine}", f"zero.stage={config.zero.stage}"]
         return words + [f"zero.{name}={str(getattr(config.zero, name)).lower()}" for name in OVERLAPS]
 
@@ -73,8 +80,13 @@ class LayoutCandidate:
 
     def describe(self) -> str:
         text, zero = f"{self.plan.job.layout.describe()} mb{self.config.batch.micro_batch_seqs}", self.config.zero
-        text += f" {zero.engine} ZeRO-{zero.stage}" if zero.engine != "megatron" else ""
-        return text + ("" if self.config.recompute.mode == "none" else f" recompute {self.config.recompute.mode}")
+        ours = f" {zero.engine} ZeRO-{zero.stage}" if zero.engine != "megatron" else ""
+        text += f" {self.engine}" if self.engine else ours
+        recompute = self.config.recompute
+        if recompute.mode == "none":
+            return text
+        first = f" of {recompute.num_layers} layers a chunk" if recompute.mode == "full" and recompute.method == "block" else ""
+        return f"{text} recompute {recompute.mode}{first}"
 
 
 def fastest_first(candidates: Sequence[LayoutCandidate]) -> tuple[LayoutCandidate, ...]:

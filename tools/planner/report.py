@@ -94,12 +94,14 @@ def search_text(result: SearchResult, top: int, reasons: Sequence[str]) -> str:
         for rank, candidate in enumerate(result.candidates[:top], start=1)
     ]  # fmt: skip
     head = f"{result.tried:,} layouts tried: {len(result.candidates)} legal ones fit, {len(result.too_large)} are too large"
+    head += f"\nas {result.engine} would run them: NOT RUNNABLE by Phalanx" if result.engine else ""
     lines = [head, table(("layout", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB", "pareto"), rows)]
     if result.candidates:
         lines += ["", risk_table(result.candidates[: min(top, RISKS)])]
     lines += ["", *reasons]
     if result.candidates:
-        lines += ["", "settings of the best: " + " ".join(result.candidates[0].words)]
+        words = [*result.candidates[0].words, *([f"--engine {result.engine}"] if result.engine else [])]
+        lines += ["", "settings of the best: " + " ".join(words)]
     return "\n".join(lines + [f"refused {number}: {rule}" for rule, number in result.refused.items()])
 
 

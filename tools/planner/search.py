@@ -3,7 +3,8 @@
 In: a config (its model, batch, cluster and world; its degrees, micro-batch, recomputation, ZeRO and, unless it is pinned, its
 dispatcher are what is searched).
 Out: a `SearchResult`: candidates, fastest first, and why others are refused. `parallel.legality.verdict` says what is legal, for
-every candidate that fits. Deterministic: the same config gives the same list.
+every candidate that fits. Deterministic: the same config gives the same list. With `engine`, all layouts are planned as that
+engine of others would run them.
 
 Cheap first: degrees that can't divide are never made; layouts whose states alone fill the GPU are dropped; the others are
 timed once as they stand, and the best REFINED of them are tried with every micro-batch, number of chunks and
@@ -26,10 +27,11 @@ from parallel.layout import world_size
 from parallel.legality.engine import expert_overlap_problems
 from parallel.legality.experts import may_be_flex
 from parallel.memory.hardware import GIB, PlannedMachine
-from parallel.memory.job import make_job, recomputation_of
+from parallel.memory.job import PlannedJob, make_job, recomputation_of
 from parallel.memory.ledger import quick_peak_gib
 from parallel.memory.weights import stage_held, state_bytes
 from tools.planner.candidates import Degrees, LayoutCandidate, fastest_first
+from tools.planner.foreign import FSDP2, as_engine, foreign_config, pytorch_recomputations
 from tools.planner.legal import plan_problems
 from tools.planner.planning import UNCALIBRATED, Calibration, make_plan
 from tools.planner.timing import time_step
@@ -45,12 +47,14 @@ REFINED = 160
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`candidates` fastest first; `too_large` by what they would need, GiB; `refused`: rule → layouts."""
+    """`candidates` fastest first; `too_large` by what they would need, GiB; `refused`: rule → layouts; `engine`: as which engine
+    of others they are planned, None for ours."""
 
     candidates: tuple[LayoutCandidate, ...]
     too_large: dict[Degrees, float]
     refused: dict[str, int]
     tried: int
+    engine: str | None = None
 
 
 def divisors(number: int, limit: int) -> list[int]:
@@ -151,18 +155,26 @@ class Searcher:
     """Goes through the degrees once and keeps what it learns."""
 
     def __init__(
-        self, config: Config, vocab_size: int, machine: PlannedMachine, calibration: Calibration, free_dispatcher: bool
+        self,
+        config: Config,
+        vocab_size: int,
+        machine: PlannedMachine,
+        calibration: Calibration,
+        free_dispatcher: bool,
+        engine: str | None,
     ) -> None:
+        self.engine = engine
+        config = foreign_config(config, engine) if engine else config
         self.config, self.vocab_size, self.machine, self.calibration = config, vocab_size, machine, calibration
-        # Of layouts whose tokens travel.
-        self.travelling = flex_model(config) if free_dispatcher else config.model
+        # Of layouts whose tokens travel: stacks of PyTorch send them by all-to-all.
+        self.travelling = flex_model(config) if free_dispatcher and engine != FSDP2 else config.model
         # Of layouts whose tokens don't: flex is not for them.
         stays = config.model.moe.dispatcher == "flex"
         self.staying = replace(config.model, moe=replace(config.model.moe, dispatcher="alltoall")) if stays else config.model
         self.flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
         self.steps = recomputations(config)
-        self.zeros = zero_choices(config)
-        self.reluctant = config.model.moe.num_experts > 0
+        self.zeros = [config.zero] if engine else zero_choices(config)
+        self.reluctant = config.model.moe.num_experts > 0 and not engine
         self.found: list[LayoutCandidate] = []
         self.too_large: dict[Degrees, float] = {}
         self.refused: Counter[str] = Counter()
@@ -174,13 +186,29 @@ class Searcher:
         config = list(variants(self.base(degrees), degrees, MICRO[:1]))[-1]
         need = 0.0
         for zero in self.zeros_of(degrees):
-            job = make_job(with_expert_overlap(replace(config, zero=zero)), self.vocab_size, self.machine)
+            job = self.job_of(self.overlapped(replace(config, zero=zero)))
             need = max(state_bytes(job, held).total for held in stage_held(job)) / GIB
             self.tried += 1
             if need <= self.capacity:
                 return time_step(job).step_s
         self._note_large(degrees, need)
         return None
+
+    def job_of(self, config: Config) -> PlannedJob:
+        job = make_job(config, self.vocab_size, self.machine)
+        return as_engine(job, self.engine) if self.engine else job
+
+    def overlapped(self, config: Config) -> Config:
+        """With expert traffic beside another micro-batch where Megatron-Core's schedule allows it: FSDP2 has no such schedule."""
+        return config if self.engine == FSDP2 else with_expert_overlap(config)
+
+    def steps_of(self, config: Config) -> list[Recompute]:
+        return pytorch_recomputations(config) if self.engine == FSDP2 else self.steps
+
+    def degrees(self) -> Iterator[Degrees]:
+        """No experts cut by tensor parallelism under FSDP2: published runs of that were far slower than the model says."""
+        found = degrees_of(self.config, self.machine)
+        return (degrees for degrees in found if degrees.expert_tensor == 1 or self.engine != FSDP2)
 
     def base(self, degrees: Degrees) -> Config:
         """What the variants of the degrees have in common."""
@@ -194,7 +222,7 @@ class Searcher:
 
     def run(self) -> None:
         """The best degrees by a first look, each in full; again with all of ZeRO where that finds nothing."""
-        looks = [(self.first_look(degrees), degrees) for degrees in degrees_of(self.config, self.machine)]
+        looks = [(self.first_look(degrees), degrees) for degrees in self.degrees()]
         timed = sorted(((seconds, degrees) for seconds, degrees in looks if seconds is not None), key=lambda look: look[0])
         for _, degrees in timed[:REFINED]:
             self.visit(degrees)
@@ -211,13 +239,13 @@ class Searcher:
     def visit_zero(self, degrees: Degrees, base: Config) -> bool:
         fitting: list[tuple[float, int, Config]] = []
         for config in variants(base, degrees):
-            first = make_job(config, self.vocab_size, self.machine)
-            for step in self.steps:
+            first = self.job_of(config)
+            for step in self.steps_of(config):
                 self.tried += 1
                 job = replace(first, recompute=recomputation_of(step))
                 peak = quick_peak_gib(job) * self.calibration.memory_scale
                 if peak <= self.capacity:
-                    chosen = with_expert_overlap(replace(config, recompute=step))
+                    chosen = self.overlapped(replace(config, recompute=step))
                     job = replace(job, expert_overlap=chosen.parallel.overlap_expert_comm)
                     fitting.append((time_step(job).step_s, len(fitting), chosen))
                     break
@@ -232,8 +260,8 @@ class Searcher:
         if problems:
             self.refused[f"{problems[0].path}: {problems[0].rule}"] += 1
             return False
-        plan = make_plan(make_job(config, self.vocab_size, self.machine), self.calibration, self.flops)
-        self.found.append(LayoutCandidate(config, plan))
+        plan = make_plan(self.job_of(config), self.calibration, self.flops)
+        self.found.append(LayoutCandidate(config, plan, engine=self.engine))
         return True
 
 
@@ -243,12 +271,14 @@ def search(
     machine: PlannedMachine,
     calibration: Calibration = UNCALIBRATED,
     free_dispatcher: bool = True,
+    engine: str | None = None,
 ) -> SearchResult:
     """Every layout for the config's world, one entry a layout with its best micro-batch, chunks and recomputation.
 
-    `free_dispatcher`: tokens may travel by the flex dispatcher whatever the config says."""
-    searcher = Searcher(config, vocab_size, machine, calibration, free_dispatcher)
+    `free_dispatcher`: tokens may travel by the flex dispatcher whatever the config says. `engine`: one of FOREIGN_ENGINES."""
+    searcher = Searcher(config, vocab_size, machine, calibration, free_dispatcher, engine)
     searcher.run()
     best = {candidate.degrees for candidate in searcher.found}
     too_large = {degrees: need for degrees, need in searcher.too_large.items() if degrees not in best}
-    return SearchResult(fastest_first(searcher.found), too_large, dict(searcher.refused.most_common()), searcher.tried)
+    refused = dict(searcher.refused.most_common())
+    return SearchResult(fastest_first(searcher.found), too_large, refused, searcher.tried, engine)

@@ -17,6 +17,7 @@ from pretrain.run.files import storage_problem, write_atomically
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
 from tools.planner.duration import RunEstimate
+from tools.planner.foreign import foreign_facts
 from tools.planner.planning import Plan
 from tools.planner.search import SearchResult
 from tools.report.page import make_page
@@ -36,10 +37,11 @@ def write_page(path: str | Path, document: dict[str, Any], title: str) -> int:
     return len(page)
 
 
-def write_plan_page(path: str, name: str, plan: Plan, run: RunEstimate, notes: Sequence[str]) -> None:
+def write_plan_page(path: str, name: str, plan: Plan, run: RunEstimate, notes: Sequence[str], engine: str | None = None) -> None:
+    """`engine`: the engine of others that the plan is for."""
     job = plan.job
     layout = job.layout
-    facts = [
+    facts = foreign_facts(engine) + [
         ["step", f"{plan.timing.step_s:.3f} s"],
         ["tokens/s a GPU", f"{plan.tokens_per_s_per_gpu:,.0f}"],
         ["MFU", f"{plan.mfu:.1%}"],
@@ -75,7 +77,7 @@ def write_search_page(path: str, name: str, result: SearchResult, top: int, reas
         }
         for one in shown
     ]
-    facts = [
+    facts = foreign_facts(result.engine) + [
         ["tried", f"{result.tried:,}"],
         ["legal and fit", str(len(result.candidates))],
         ["too large", str(len(result.too_large))],

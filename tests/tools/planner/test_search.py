@@ -247,8 +247,39 @@ def test_engines_of_others_are_planned_and_marked(capsys: pytest.CaptureFixture[
     assert gradients["fsdp2", 16] == pytest.approx(4 * params, rel=0.01)
     assert gradients["fsdp2", 8] < 4 * params / 8 * 1.01
     assert gradients["megatron_fsdp", 16] == pytest.approx(4 * params / 8, rel=0.01)
-    code, out, err = run(capsys, *words, "batch.global_batch_seqs=16", "--engine", "fsdp2", "--search")
-    assert code == 2 and not out and "--engine" in err
+
+
+@pytest.mark.parametrize(("engine", "recompute"), [("fsdp2", {"none", "full"}), ("megatron_fsdp", {"none", "selective", "full"})])
+def test_a_search_as_an_engine_of_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: str, recompute: set[str]
+) -> None:
+    """Fastest first, each as `plan --engine` has it whatever the config says of zero, and marked in text, JSON and page."""
+    page = tmp_path / "page.html"
+    words = ["plan", "model/qwen3_30b_a3b", *WORDS, "launch.nodes=2", "batch.global_batch_seqs=128", "zero.engine=deepspeed"]
+    words += ["--engine", engine, "parallel.overlap_expert_comm=true"]
+    code, out, _ = run(capsys, *words, "--search", "--top", "100", "--json", "--html", str(page))
+    document = json.loads(out)
+    candidates = document["candidates"]
+    assert code == 0 and len(candidates) > 20 and "not runnable here" in page.read_text(encoding="utf-8")
+    for marked in (document, *candidates):
+        assert marked["engine"] == engine and marked["runnable"] is False
+    assert "no such engine" in document["notes"][0]
+    times = [candidate["time"]["step_s"] for candidate in candidates]
+    assert times == sorted(times) and all(candidate["fits"] for candidate in candidates)
+    settings = [dict(word.split("=", 1) for word in candidate["settings"]) for candidate in candidates]
+    assert not any(name.startswith("zero") for each in settings for name in each)
+    assert {each["recompute.mode"] for each in settings} <= recompute
+    for name, value in (("parallel.overlap_expert_comm", "true"), ("model.moe.dispatcher", "flex")):
+        assert (value in {each[name] for each in settings}) == (engine == "megatron_fsdp")
+    recomputed = next(candidate for candidate in candidates if "recompute.mode=full" in candidate["settings"])
+    for chosen in (candidates[0], recomputed):
+        code, out, _ = run(capsys, *words, *chosen["settings"], "--json", "--html", str(page))
+        again = json.loads(out)
+        assert code == 0 and again["time"] == chosen["time"] and again["memory"] == chosen["memory"]
+        assert again["layout"] == chosen["layout"] and again["runnable"] is False
+        assert "not runnable here" in page.read_text(encoding="utf-8")
+    code, out, _ = run(capsys, *words, "--search")
+    assert code == 0 and "NOT RUNNABLE" in out and f"--engine {engine}" in out.split("settings of the best: ")[1]
 
 
 def test_presets_for_planning_only_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:

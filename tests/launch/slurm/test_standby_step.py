@@ -60,10 +60,17 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """The agent and its standby."""
-        return [process for process in psutil.Process().children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in psutil.Process().children(recursive=True) if is_alive(process)]
 
     def wait_until_ready(self) -> None:
         assert self.standby._all_say(READY, 30.0)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -84,7 +91,8 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
     yield make
     for job in made:
         for process in job.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_the_next_attempt_takes_it(start: Callable[[str], Job]) -> None:

@@ -18,7 +18,7 @@ from pretrain.data import order_cache
 from pretrain.data.blend import PERIOD, Blend
 from pretrain.data.indexed import held_out, open_index
 from pretrain.data.order import FIELDS, build_order
-from pretrain.data.samples import SampleStream
+from pretrain.data.samples import ConcatenatedPart, SampleStream
 from pretrain.data.sources import ShownSources, shown_sources
 from pretrain.data.streams import Streams, build_streams, data_identity
 from pretrain.data.tokenizer import TextTokenizer
@@ -80,6 +80,7 @@ def test_later_epochs_hold_each_sample_once_in_another_order(config: schema.Conf
     config.data.train = [schema.BlendPart(config.data.train[0].path)]
     stream = build(config, tokenizer).train
     part, size = stream.parts[0], len(stream)
+    assert isinstance(part, ConcatenatedPart)
     shuffles = [tuple(part._order(epoch).shuffle.tolist()) for epoch in range(3)]
     assert len(set(shuffles)) == 3
     for epoch in range(3):
@@ -204,7 +205,8 @@ def test_shared_index_files(
     build(config, tokenizer)
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2 * len(FIELDS) and all(file.suffix == ".npy" for file in files)
-    assert isinstance(build(config, tokenizer, is_builder=False).train.parts[0]._order(0).starts, np.memmap)
+    part = build(config, tokenizer, is_builder=False).train.parts[0]
+    assert isinstance(part, ConcatenatedPart) and isinstance(part._order(0).starts, np.memmap)
     for file in files:
         file.write_bytes(file.read_bytes()[:-50])
     assert rows(build(config, tokenizer, is_builder=False).train, range(30)) == wanted

@@ -135,6 +135,8 @@ def unscale_windows(gpt: PaddedVocabGPT, position: Position, groups: ProcessGrou
     for layer in layers:
         if window_of(config, layer.layer_number):
             layer.self_attention.config = plain
+            # Megatron-Core 0.19 has read the temperature from the first configuration when the layer was made.
+            layer.self_attention._yarn_concentration_factor = 1.0
             layer.self_attention.register_forward_pre_hook(unscaled, with_kwargs=True)
 
 

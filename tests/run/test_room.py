@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from launch.status_text import describe
 from pretrain.preflight.disk_space import check_disk_space, free_bytes
 from pretrain.run.folder import RunFolder
 from tests.run.world import last_step, launch
+from tests.tmpfs import mounted_tmpfs
 
 
 def test_a_model_larger_than_the_disk_is_refused_with_figures(tmp_path: Path) -> None:
@@ -29,16 +28,8 @@ def test_a_model_larger_than_the_disk_is_refused_with_figures(tmp_path: Path) ->
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.5 MB; a checkpoint of the small run takes 1.7."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)], check=True)
-    try:
+    with mounted_tmpfs(tmp_path / "small", "1536k") as folder:
         yield folder
-    finally:
-        # Lazily: a run that a failing test leaves behind still holds it.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_disk_that_is_too_small_is_one_report_before_the_first_step(run_config: Path, small_disk: Path) -> None:

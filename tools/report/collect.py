@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from configs.errors import json_value
+from configs.launch_schema import Launch
 from configs.schema import Config
 from launch.status import RunStatus, read_status
 from launch.status_text import TIMES
@@ -85,10 +86,17 @@ def _complete(status: RunStatus, curves: Curves) -> RunStatus:
     return replace(status, val_loss=curves.newest.get("val_loss", status.val_loss))
 
 
+def rank_hours(launch: Launch, status: RunStatus) -> float | None:
+    """Time of all attempts times the ranks of the newest one. None: nothing is known of its time."""
+    if status.goodput is None:
+        return None
+    return attempt_seconds(status.goodput) / 3600 * launch.nodes * launch.processes_per_node
+
+
 def _cost(config: Config | str, status: RunStatus) -> dict[str, float] | None:
     """GPU-hours so far by the ranks of the newest attempt, and their price where one is known. None: not known."""
-    if isinstance(config, str) or status.goodput is None:
+    hours = None if isinstance(config, str) else rank_hours(config.launch, status)
+    if isinstance(config, str) or hours is None:
         return None
-    ranks = config.launch.nodes * config.launch.processes_per_node
-    hours, price = attempt_seconds(status.goodput) / 3600 * ranks, config.cluster.price_per_gpu_hour_usd
+    ranks, price = config.launch.nodes * config.launch.processes_per_node, config.cluster.price_per_gpu_hour_usd
     return {"rank_hours": hours, "ranks": ranks} | ({"usd": hours * price} if price is not None else {})

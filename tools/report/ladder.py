@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from configs.load import Loaded
-from pretrain.metrics.goodput import attempt_seconds
 from tools.ladder.bill import Price, price
 from tools.ladder.ladder_file import Ladder, Point
 from tools.ladder.observe import law_of
 from tools.ladder.scaling import FORMS, Observation, ScalingLaw, best_of_each
 from tools.ladder.state import PointState, read_states
+from tools.report.collect import rank_hours
 
 # The curve goes on to so many times the compute of the largest run.
 _BEYOND = 10
@@ -52,8 +52,7 @@ class LadderReader:
 
 
 def _point(state: PointState, loaded: tuple[Point, Loaded], planned: Price) -> dict[str, Any]:
-    status, launch = state.status, loaded[1].config.launch
-    hours = None if status.goodput is None else attempt_seconds(status.goodput) / 3600 * launch.nodes * launch.processes_per_node
+    status = state.status
     return {
         "point": state.point.name,
         "words": list(state.point.words),
@@ -67,7 +66,7 @@ def _point(state: PointState, loaded: tuple[Point, Loaded], planned: Price) -> d
         "tokens": planned.run.tokens,
         "planned_hours": planned.run.gpu_hours,
         "planned_usd": planned.run.cost_usd,
-        "hours": hours,
+        "hours": rank_hours(loaded[1].config.launch, status),
     }
 
 
@@ -76,11 +75,12 @@ def _law(ladder: Ladder, states: Sequence[PointState]) -> dict[str, Any]:
     law, observations = law_of(ladder, states)
     if isinstance(law, str):
         return {"why": law, "final": bool(observations), "runs": [_run(one, None) for one in observations]}
+    intervals = law.intervals
     return {
         "final": True,
         "form": FORMS[law.form],
         "error": law.error,
-        "values": [[name, value, *law.intervals[name]] for name, value in law.values.items()],
+        "values": [[name, value, *intervals[name]] for name, value in law.values.items()],
         "runs": [_run(one, law) for one in observations],
         "curve": _curve(law, best_of_each(observations)),
     }

@@ -22,6 +22,7 @@ from launch.watch.failures import find_failures
 from launch.watch.processes import FORK_SERVER, STANDBY, children_of, name_of, ranks_of
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder, live_holder
+from tests.tmpfs import mounted_tmpfs
 
 # The launcher by itself, which looks at no data, with the tests' own rank program, in a process of its own: it installs signal
 # handlers.
@@ -334,16 +335,8 @@ def _pid_of(victim: str, launch: Launch, mark: str) -> int:
 
 @pytest.fixture
 def full_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of 4 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
-    try:
+    with mounted_tmpfs(tmp_path / "disk", "4m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill_and_crash(folder: Path) -> Launch:

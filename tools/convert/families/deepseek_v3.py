@@ -14,6 +14,19 @@ from tools.convert.hf_config.latent_attention import latent_attention
 from tools.convert.hf_config.rope import Rope
 from tools.convert.tensors import shared_rules as tensors
 
+# Also of the families that added sparse attention.
+EXPERTS = (
+    ConfigKey("n_routed_experts", "moe.num_experts", 256),
+    ConfigKey("num_experts_per_tok", "moe.top_k", 8),
+    ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
+    ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+)
+SCORES = (
+    *settings.sigmoid_router(),
+    AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
+    AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
+)
+
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_types=("deepseek_v3", "kimi_k2"),
@@ -24,17 +37,12 @@ DEEPSEEK_V3 = Family(
         *latent_attention(),
         Rope(),
         AllowedValues("rope_interleave", (True,), "the tensors hold the rotated widths as neighbouring pairs"),
-        ConfigKey("n_routed_experts", "moe.num_experts", 256),
-        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
-        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
-        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+        *EXPERTS,
         DeepSeekBalance(),
         settings.SharedExperts(absent=1),
         settings.DenseFirst(absent=3),
         settings.ExpertGroups(absent=(8, 4)),
-        *settings.sigmoid_router(),
-        AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
-        AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
+        *SCORES,
         AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
         ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),

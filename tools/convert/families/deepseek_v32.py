@@ -6,7 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 from parallel.legality.sparse_attention import NO_INDEXER
-from tools.convert.families.deepseek_v3 import DEEPSEEK_V3
+from tools.convert.families.deepseek_v3 import DEEPSEEK_V3, EXPERTS, SCORES
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.aux_loss import DeepSeekBalance
 from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, Setting
@@ -34,17 +34,12 @@ DEEPSEEK_V32 = Family(
         *latent_attention(1536, "dsa.top_k"),
         *indexer(heads=64),
         Rope(),
-        ConfigKey("n_routed_experts", "moe.num_experts", 256),
-        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
-        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
-        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+        *EXPERTS,
         DeepSeekBalance(),
         settings.SharedExperts(absent=1),
         MlpLayerTypes(dense=3, counted=True),
         settings.ExpertGroups(absent=(8, 4)),
-        *settings.sigmoid_router(),
-        AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
-        AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
+        *SCORES,
         AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
         ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),

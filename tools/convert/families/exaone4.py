@@ -7,12 +7,9 @@ Torch-free.
 
 from __future__ import annotations
 
-from tools.convert.families.exaone_moe import by_pattern
+from tools.convert.families.exaone_moe import MLP_AND_ATTENTION
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.family import Family
-from tools.convert.hf_config.rope import Rope
-from tools.convert.hf_config.rotated_layers import RotatedWindows
-from tools.convert.hf_config.windows import Windows
 from tools.convert.tensors import shared_rules as tensors
 
 EXAONE4 = Family(
@@ -21,12 +18,7 @@ EXAONE4 = Family(
     architecture="Exaone4ForCausalLM",
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(32), norm_position="after"),
-        settings.PLAIN_MLP,
-        settings.HeadDim(),
-        Rope(),
-        Windows(by_pattern, switch=False),
-        RotatedWindows(),
-        *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
+        *MLP_AND_ATTENTION,
         settings.NoExperts(),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.attention(norms=tensors.POST_NORMS), *tensors.DENSE_MLP),

@@ -23,18 +23,23 @@ def by_pattern(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     return [int((layer + 1) % pattern != 0) for layer in range(layers)] if type(pattern) is int and pattern > 0 else None
 
 
+# Also of EXAONE 4.
+MLP_AND_ATTENTION = (
+    settings.PLAIN_MLP,
+    settings.HeadDim(),
+    Rope(),
+    Windows(by_pattern, switch=False),
+    RotatedWindows(),
+    *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
+)
+
 EXAONE_MOE = Family(
     name="exaone_moe",
     model_types=("exaone_moe",),
     architecture="ExaoneMoeForCausalLM",
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(32)),
-        settings.PLAIN_MLP,
-        settings.HeadDim(),
-        Rope(),
-        Windows(by_pattern, switch=False),
-        RotatedWindows(),
-        *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
+        *MLP_AND_ATTENTION,
         ConfigKey("num_experts", "moe.num_experts", 64),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1024),

@@ -14,6 +14,7 @@ from typing import Any
 from configs.errors import Problem
 from configs.model_schema import Model
 from parallel.legality.sparse_attention import NO_INDEXER
+from tools.convert.families.deepseek_v3 import EXPERTS, SCORES
 from tools.convert.families.deepseek_v32 import indexer
 from tools.convert.families.glm4_moe_lite import GLM4_MOE_LITE
 from tools.convert.hf_config import settings
@@ -58,16 +59,11 @@ GLM_MOE_DSA = Family(
         *indexer(heads=32),
         EveryLayerHasAnIndexer(),
         Rope(fraction=1.0),
-        ConfigKey("n_routed_experts", "moe.num_experts", 256),
-        ConfigKey("num_experts_per_tok", "moe.top_k", 8),
-        ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
-        ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
+        *EXPERTS,
         settings.SharedExperts(absent=1),
         MlpLayerTypes(dense=3, counted=True),
         settings.ExpertGroups(absent=(1, 1)),
-        *settings.sigmoid_router(),
-        AllowedValues("topk_method", ("noaux_tc", None), "the family selects with a bias on sigmoid scores"),
-        AllowedValues("scoring_func", ("sigmoid", None), "the family's scores are sigmoid"),
+        *SCORES,
         AllowedValues("moe_layer_freq", (1, None), "mlp_layer_types says which layers have experts"),
         ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
     ),

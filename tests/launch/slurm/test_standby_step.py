@@ -59,18 +59,27 @@ class Job:
         return self.standby.begin([node], filled, {"PHALANX_ATTEMPT": str(attempt)})
 
     def processes(self) -> list[psutil.Process]:
-        """The agent and its standby."""
-        return [process for process in psutil.Process().children(recursive=True) if is_alive(process)]
+        """The agent and its standby, whose words name the program. A cluster of other tests may live below this process too."""
+        program = str(self.folder / "program.py")
+        return [process for process in psutil.Process().children(recursive=True) if has_word(process, program)]
 
     def wait_until_ready(self) -> None:
         assert self.standby._all_say(READY, 30.0)
 
 
-def is_alive(process: psutil.Process) -> bool:
+def has_word(process: psutil.Process, word: str) -> bool:
+    """Whether `word` is among the words of the process. A process that is ending has none."""
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return word in process.cmdline()
     except psutil.NoSuchProcess:
         return False
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -115,7 +124,7 @@ def test_one_that_cannot_serve_is_not_taken(start: Callable[[str], Job], monkeyp
         killed = {"standby killed": waiting, "step killed": agent}.get(what)
         if killed is not None:
             killed.kill()
-            wait_until(lambda: killed not in job.processes())
+            wait_until(lambda: has_ended(killed))
         elif what == "agent stopped":
             agent.send_signal(signal.SIGSTOP)
     assert job.begin(2, node="node8" if what == "elsewhere" else "node7") is None

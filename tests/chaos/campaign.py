@@ -37,7 +37,9 @@ MANY = "many"
 
 @dataclass(frozen=True)
 class Row:
-    """A blow and what came of its run. `result`: survived or lost; `why`: of a loss."""
+    """A blow and what came of its run. `result`: survived or lost; `why`: of a loss. `standby`: the next attempt took the Slurm
+    step that waited for it.
+    """
 
     where: str
     seed: int
@@ -49,6 +51,7 @@ class Row:
     seconds: float
     result: str
     why: str = ""
+    standby: bool = False
 
 
 def run_case(case: Case, start: Callable[[], LocalRun | SlurmRun], check: Callable[[], None]) -> list[Row]:
@@ -60,7 +63,7 @@ def run_case(case: Case, start: Callable[[], LocalRun | SlurmRun], check: Callab
         with suppress(Missed):
             for blow in case.blows:
                 pending = blow.way
-                struck.append(run.strike(blow))
+                struck += run.strike(blow)
                 pending = ""
         run.finish()
         check()
@@ -69,9 +72,10 @@ def run_case(case: Case, start: Callable[[], LocalRun | SlurmRun], check: Callab
         struck += [Struck(pending, "?", 0, 0, 0.0)] if pending or not struck else []
     finally:
         run.end()
-    result = "lost" if why else "survived"
+    result, warm = "lost" if why else "survived", run.warm_attempts()
+    place = (case.where, case.seed, case.in_place)
     return [
-        Row(case.where, case.seed, case.in_place, one.way, one.moment, one.step, one.attempt, round(one.seconds, 1), result, why)
+        Row(*place, one.way, one.moment, one.step, one.attempt, round(one.seconds, 1), result, why, one.attempt + 1 in warm)
         for one in struck
     ]
 

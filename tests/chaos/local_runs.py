@@ -60,7 +60,7 @@ class LocalRun:
         self.struck_attempt = self.excused = 0
         self.command = self._launch()
 
-    def strike(self, blow: Blow) -> Struck:
+    def strike(self, blow: Blow) -> list[Struck]:
         """Raises Missed when the run has finished before."""
         if self._is_over():
             if self.command.folder.done.exists():
@@ -76,7 +76,7 @@ class LocalRun:
         else:
             self.struck_attempt = attempt
             self._settle()
-        return Struck(blow.way, beat.phase, beat.step, attempt, time.monotonic() - began_s)
+        return [Struck(blow.way, beat.phase, beat.step, attempt, time.monotonic() - began_s)]
 
     def finish(self) -> None:
         """Start it again until it is done."""
@@ -87,6 +87,10 @@ class LocalRun:
         """Whatever is left of it."""
         self.command.process.kill()
         self.command.process.communicate()
+
+    def warm_attempts(self) -> set[int]:
+        """Of a local run, nothing tells them."""
+        return set()
 
     def _launch(self) -> Command:
         return launch(self.config, self.run_dir, *self.words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.run.beat import BUILDING, COMPUTING, ENDING, READING, RESTORING, SAVING, STARTING, VALIDATING
 
@@ -40,6 +40,11 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "time limit": (TRAINING, SAVING, VALIDATING),
     },
 }
+# Where the run restarts in place, these are followed by a second blow, mostly before the next attempt has ranks.
+FOLLOWED = ("SIGKILL a rank", "SIGKILL the fork server", "SIGKILL torchrun's agent")
+SECOND = ("SIGTERM", "SIGUSR1", "restart slurmctld", "scontrol requeue", "preemption", "scancel")
+SECOND_S = 9.0
+BETWEEN = "between two attempts"
 BLOWS = {LOCAL: 4, SLURM: 3}
 # The private cluster has five nodes and a run needs three of them: nodes stay off for the rest of the run.
 MOST_POWER_OFFS = 2
@@ -53,7 +58,7 @@ class Blow:
 
     `phase`: it comes there; TRAINING: at any moment. `steps`: so many steps of the attempt come first, where the phase is part of
     training. `held`: rank 0 stands still meanwhile; else it comes `delay_s` seconds later. `victim`: which rank, modulo their
-    number.
+    number. `second`: what happens `second_s` seconds later too, if anything.
     """
 
     way: str
@@ -62,6 +67,8 @@ class Blow:
     held: bool
     delay_s: float
     victim: int
+    second: str = ""
+    second_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Case:
 
 def plan(where: str, seed: int) -> Case:
     """The case of a seed. Odd seeds restart in place."""
-    generator = random.Random(f"{where} {seed}")
+    generator, seconds = random.Random(f"{where} {seed}"), random.Random(f"second {seed}")
     made: list[Blow] = []
     while len(made) < BLOWS[where]:
         way = generator.choice(tuple(WAYS[where]))
@@ -87,5 +94,8 @@ def plan(where: str, seed: int) -> Case:
         phase = generator.choice(phases)
         held = way == FULL_DISK or (phase != TRAINING and way != "SIGSTOP a rank" and generator.random() < 0.4)
         longest_s = LONG_S if phase in (TRAINING, STARTING, READING) else SHORT_S
-        made.append(Blow(way, phase, generator.randint(0, 6), held, generator.random() * longest_s, generator.randint(0, 7)))
+        blow = Blow(way, phase, generator.randint(0, 6), held, generator.random() * longest_s, generator.randint(0, 7))
+        if where == SLURM and seed % 2 == 1 and way in FOLLOWED:
+            blow = replace(blow, second=seconds.choice(SECOND), second_s=seconds.random() * SECOND_S)
+        made.append(blow)
     return Case(where, seed, seed % 2 == 1, tuple(made))

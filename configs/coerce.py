@@ -19,11 +19,13 @@ _NODES = {int: IntegerNode(), float: FloatNode(), bool: BooleanNode(), str: Stri
 
 
 def convert(key: Key, value: Any) -> Any:
-    """A scalar's or list's value in the key's type; None where the key may be unset."""
+    """A scalar's or list's value in the key's type; None where the key may be unset. A mapping has its entries converted."""
     if value is None and key.optional:
         return None
     if key.kind == "scalar":
         return _scalar(key.type, value)
+    if key.kind == "mapping":
+        raise ValueError(f"{value!r} is no mapping")
     if not isinstance(value, list):
         raise ValueError(f"{value!r} is no list")
     return [_part(key.type, item) if is_dataclass(key.type) else _scalar(key.type, item) for item in value]
@@ -41,7 +43,10 @@ def _scalar(kind: type, value: Any) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         # run.tokens=13e12: YAML reads an exponent as a float. Exact up to 2^53; above, as exact as what was written.
         value = int(value)
-    return _NODES[kind].validate_and_convert(value)
+    try:
+        return _NODES[kind].validate_and_convert(value)
+    except OverflowError as error:
+        raise ValueError("a whole number that no float can hold") from error
 
 
 def _part(kind: type, value: Any) -> Any:

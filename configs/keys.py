@@ -84,9 +84,14 @@ def all_keys() -> dict[str, Key]:
     return {key.path: key for key in _walk(Config, "")}
 
 
+def keys_within(path: str) -> set[str]:
+    """The key of a dotted path, and for a section the keys in it."""
+    return {name for name in all_keys() if name == path or name.startswith(path + ".")}
+
+
 def nearest(path: str) -> str | None:
     """The valid dotted path closest to a wrong one: same last name elsewhere, else the smallest change of spelling."""
-    known = list(all_keys())
+    known = [name for name in all_keys() if not path.startswith(name + ".")]
     last = path.rsplit(".", 1)[-1]
     same = [name for name in known if name.rsplit(".", 1)[-1] == last]
     if same:

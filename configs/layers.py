@@ -21,18 +21,24 @@ from configs.sources import COMMAND_LINE, ConfigSource
 
 @dataclass
 class Layers:
-    """Values set so far: raw (interpolations unresolved) by dotted key; a mapping's entries have keys of their own."""
+    """Values set so far: raw (interpolations unresolved) by dotted key; a mapping's entries have keys of their own.
+
+    `doubtful`: keys and sections that problems are about; for an unknown name the nearest one.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
 
     def refuse(self, path: str, got: Any, rule: str, fix: str) -> None:
+        self.doubtful.add(path)
         self.problems.append(Problem(path, shown(path, got), rule, fix))
 
     def unknown(self, path: str, got: Any, source: str) -> None:
         """Refuse a key that the schema hasn't."""
         name = nearest(path)
+        self.doubtful |= {name} if name else set()
         fix = f"did you mean {name}?" if name else "sections are " + ", ".join(key_names(Config))
         self.refuse(path, got, f"no such key (from: {source})", fix)
 

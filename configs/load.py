@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.coerce import convert, convert_entry
-from configs.errors import ConfigError
+from configs.errors import ConfigError, Problem
 from configs.fields import walk
-from configs.keys import WORDS, all_keys
+from configs.keys import WORDS, all_keys, keys_within
 from configs.layers import Layers
 from configs.schema import Config
 from configs.secrets import check_secrets
@@ -38,6 +38,15 @@ class Loaded:
     def text(self) -> str:
         """The config as YAML, everything stated and resolved."""
         return to_yaml(self.config)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What could be read, and why the rest could not. `doubtful`: keys whose value is perhaps not what was meant."""
+
+    loaded: Loaded
+    problems: list[Problem]
+    doubtful: frozenset[str]
 
 
 def _nest(values: dict[str, Any]) -> dict[str, Any]:
@@ -109,16 +118,14 @@ def _finish(layers: Layers) -> Loaded:
     values = _resolve(layers)
     config = _convert(values, layers)
     layers.problems += check_secrets(values)
-    if layers.problems:
-        raise ConfigError(layers.problems)
     paths = dict.fromkeys(re.sub(r"\[\d+\].*", "", path) for path, _, _ in walk(config))
     origin = {path: layers.origin.get(path, "default") for path in paths}
     origin |= {path: source for path, source in layers.origin.items() if path not in origin}
     return Loaded(config, origin)
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """The config of a file or shipped name under key=value overrides. Raises ConfigError with every problem found."""
+def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> Reading:
+    """The config of a file or shipped name under key=value overrides, as far as it can be read, with every problem found."""
     layers = Layers()
     sources, problems = file_sources(name_or_path)
     words, word_problems = override_values(overrides)
@@ -127,7 +134,19 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
         layers.merge(source)
     for path, value, text in words:
         layers.override(path, value, text)
-    return _finish(layers)
+    loaded = _finish(layers)
+    # A file that can't be read, or a word that is no key=value, may be about any key.
+    unread = [keys_within(problem.path) or set(all_keys()) for problem in problems + word_problems]
+    within = [keys_within(path) or {path} for path in layers.doubtful]
+    return Reading(loaded, layers.problems, frozenset().union(*unread, *within))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
+    """What `read_config` reads. Raises ConfigError with every problem found."""
+    reading = read_config(name_or_path, overrides)
+    if reading.problems:
+        raise ConfigError(reading.problems)
+    return reading.loaded
 
 
 def from_yaml_text(text: str, name: str = "config.yaml") -> Config:
@@ -135,7 +154,10 @@ def from_yaml_text(text: str, name: str = "config.yaml") -> Config:
     layers = Layers()
     tree, texts, layers.problems = parse_yaml(text, name)
     layers.merge(ConfigSource(name, tree, texts))
-    return _finish(layers).config
+    loaded = _finish(layers)
+    if layers.problems:
+        raise ConfigError(layers.problems)
+    return loaded.config
 
 
 def to_yaml(config: Config) -> str:

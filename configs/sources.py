@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def shipped_names() -> list[str]:
 def find_file(name: str, folder: Path) -> Path | None:
     """The file of a path (relative to `folder`, `.yaml` may be left out) or of a shipped name; None when there is none."""
     candidates = [folder / name, SHIPPED / f"{name}.yaml", SHIPPED / "run" / f"{name}.yaml", folder / f"{name}.yaml"]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def display_name(path: Path) -> str:
@@ -143,6 +144,9 @@ def _parse_value(text: str, name: str) -> tuple[Any, Any, list[Problem]]:
         return cast(dict[str, Any], value)["value"], yaml.load(text, Loader=_TextLoader), []
     except (yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
         return None, None, [_yaml_problem(error, name)]
+    except UnicodeEncodeError:
+        # Python reads bytes that are no UTF-8 as lone surrogates.
+        return None, None, [Problem(name, text, "must be UTF-8 text", "give the value in UTF-8")]
 
 
 def override_values(overrides: Sequence[str]) -> tuple[list[tuple[str, Any, Any]], list[Problem]]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
-from configs.load import Loaded, load_config
+from configs.load import Loaded
 from configs.schema import Config
 from launch.cancel import cancel
 from launch.local.run import LocalRunResult
@@ -30,6 +30,7 @@ from launch.start import check_start, finished_at, start_here
 from launch.status import as_json, read_status, require_run_folder
 from launch.status_text import describe, table
 from launch.status_watch import terminal_columns, watch
+from pretrain.preflight.verdict import load_to_start
 from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
 
 WATCH_S = 2.0
@@ -68,7 +69,7 @@ def _resume(words: list[str]) -> int:
 
 
 def _start(source: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
-    loaded = load_config(source, overrides)
+    loaded = load_to_start(source, overrides, not (options.no_data or options.dry_run))
     config, folder = loaded.config, folder_of(loaded.config)
     if not options.dry_run and (stop_step := finished_at(config)) is not None:
         text = finished_text(folder, stop_step)

@@ -15,14 +15,13 @@ import sys
 from typing import Any
 
 from configs.errors import ConfigError, Notice, Problem, json_problem, report
-from configs.load import load_config
 from configs.schema import Config
 from parallel import architecture as arch
 from parallel.batch import consumed_seqs_after, deciding_batches, num_micro_batches, steps_of
 from parallel.flops import count_parameters, training_flops
 from parallel.layout import Layout
 from parallel.stages import make_chunks
-from pretrain.preflight.verdict import Preflight, known_vocab_size, preflight
+from pretrain.preflight.verdict import Preflight, known_vocab_size, load_to_start, preflight
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
 from tools.optimizer_table import optimizer_json, optimizer_lines, optimizer_rows
@@ -130,7 +129,7 @@ def main(argv: list[str]) -> int:
     """Run the command; see the module's head for what it prints."""
     args = _parser().parse_intermixed_args(argv)
     try:
-        config = load_config(args.config, args.overrides).config
+        config = load_to_start(args.config, args.overrides, not args.no_data).config
     except ConfigError as error:
         config, found = None, Preflight(error.problems)
     else:

@@ -8,6 +8,7 @@ Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from configs.errors import Notice, Problem
@@ -48,10 +49,13 @@ class Verdict:
         return not self.problems
 
 
-def check_config(config: Config) -> Verdict:
-    """Every problem and notice of a config of the right types. Never raises; costs about a millisecond."""
+def check_config(config: Config, doubtful: Iterable[str] = ()) -> Verdict:
+    """Every problem and notice of a config of the right types. Never raises; costs about a millisecond.
+
+    `doubtful`: keys that could not be read. A rule that reads one of them is skipped.
+    """
     problems = check_keys(config)
-    bad = [problem.path for problem in problems]
+    bad = [*doubtful, *(problem.path for problem in problems)]
     found = [problem for rule in PROBLEM_RULES if rule.applies(bad) for problem in rule.check(config)]
     seen = [notice for rule in NOTICE_RULES if rule.applies(bad) for notice in rule.check(config)]
     return Verdict(tuple(problems + found), tuple(seen))

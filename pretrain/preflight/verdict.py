@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.errors import ConfigError, Notice, Problem
 from configs.fields import check_keys
+from configs.load import Loaded, read_config
 from configs.schema import Config
 from parallel.compat.supported import engine_problems
 from parallel.layout import Layout
@@ -45,6 +46,22 @@ class Preflight:
     layout: Layout | None = None
     resume: ResumePoint | None = None
     sources: list[dict[str, Any]] | None = None
+
+
+def load_to_start(name: str, overrides: Sequence[str], with_data: bool) -> Loaded:
+    """The config of a run. Raises ConfigError: what can't be read, and what is wrong with the rest, all at once.
+
+    `with_data`: this machine has the data's files.
+    """
+    reading = read_config(name, overrides)
+    if not reading.problems:
+        return reading.loaded
+    config = reading.loaded.config
+    problems = [*reading.problems, *check_config(config, reading.doubtful).problems]
+    bad = [*reading.doubtful, *(problem.path for problem in problems)]
+    if with_data and not any(path.startswith(READ_BY_DATA) for path in bad):
+        problems += check_data(config)
+    raise ConfigError(problems)
 
 
 def preflight(config: Config, with_data: bool) -> Preflight:

@@ -137,6 +137,8 @@ def test_missing_file_lists_the_shipped_ones(folder: Path) -> None:
     assert "shipped" in rule and "quickstart" in fix and "model/tiny_moe" in fix
     name = write(folder, "top.yaml", "base: [nowhere]\n")
     assert problems_of(name)["top.yaml: base"][0] == "nowhere"
+    longer_than_names_of_files = "x" * 300
+    assert "CONFIG" in problems_of(longer_than_names_of_files)
 
 
 def test_bases_in_a_circle(folder: Path) -> None:
@@ -189,9 +191,11 @@ def test_wrong_types() -> None:
     words = {
         "parallel.tensor": "true", "optimizer.lr": "fast", "model.moe": "8", "run.name": "null",
         "data.train": "x", "parallel.pipeline_split": "[1, 2.5]", "launch.env.A": "[1]", "run.seed": "???",
+        "optimizer.eps": "1" + "0" * 400, "run.dir": "not utf-8: \udcff",
     }  # fmt: skip
     got = problems_of("quickstart", *(f"{key}={value}" for key, value in words.items()))
     assert set(got) == set(words)
+    assert set(problems_of("quickstart", "launch.env=[1, 0]")) == {"launch.env"}
     assert got["parallel.pipeline_split"][1].startswith("must be a list of a whole number or null")
     assert got["model.moe"][1].startswith("must be a mapping of its keys")
 

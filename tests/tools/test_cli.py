@@ -133,9 +133,25 @@ def test_a_bad_config_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("words", [("nowhere",), ("quickstart", "paralel.tensor=2"), ("quickstart", "optimizer.lr=[1")])
 def test_what_cant_be_read_is_in_the_json_too(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "check", *words, "--json")
+    code, out, err = run(capsys, "check", *words, "--json", "--no-data")
     verdict = json.loads(out)
     assert code == 2 and not err and verdict["layout"] is None and len(verdict["problems"]) == 1
+
+
+def test_a_misspelled_key_hides_no_other_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rules that read the key that was meant are skipped: 30 sequences are no multiple of 8 ranks only with tensor = 1."""
+    words = ("parallel.tensr=2", "zero.stage=two", "optimizer.lr=-1", "model.attention.num_heads=3", "batch.global_batch_seqs=30")
+    for command in (("check", "quickstart", *words, "data.train.0.path=nowhere"), ("launch", "quickstart", *words, "--dry-run")):
+        code, out, err = run(capsys, *command)
+        paths = [line.split(" = ")[0].strip() for line in err.splitlines() if " = " in line and "rule:" not in line]
+        wanted = ["parallel.tensr", "zero.stage", "optimizer.lr", "model.attention.num_query_groups"]
+        files = [path for path in paths if path.startswith("data.")]
+        assert code == 2 and not out and paths == wanted + files and bool(files) == (command[0] == "check")
+
+
+def test_a_word_that_may_be_any_key_leaves_the_rules_between_keys_out(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "check", "quickstart", "batch.global_batch_seqs=30", "run.seed=-1", "parallel.tensor", "2")
+    assert code == 2 and "run.seed = -1" in err and "global_batch_seqs" not in err
 
 
 def test_no_layout_where_the_degrees_make_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,13 +34,16 @@ def run_with_restarts(
     """`run_local`, and again up to `restart.max_local` times. Raises ConfigError like run_local."""
     restarts, stuck, result = 0, 0, None
     next_agent = NextAgent(plan.argv, {**environ, **dict(plan.env)}, restart.standby_after_s if plan.shared_imports else None)
+    # One for all attempts: a signal between two of them counts, too.
+    signals = SignalForwarder(screen_of(err) or err)
+    signals.install()
     try:
         while True:
             if restarts == restart.max_local:
                 next_agent.after_s = None
             before = plan.folder.newest_checkpoint_step()
             try:
-                result = run_local(plan, environ, out, err, total_steps, next_agent)
+                result = run_local(plan, environ, out, total_steps, next_agent, signals)
             except DiskError as error:
                 if result is None:
                     raise
@@ -54,19 +57,19 @@ def run_with_restarts(
                 return result
             restarts += 1
             print(report(result, plan.folder), file=err)
-            if (asked := _wait_for_room(plan.folder, next_agent, err)) is not None:
+            if (asked := _wait_for_room(plan.folder, signals, err)) is not None:
                 return replace(result, state=asked, exit_code=EXIT_CODE[asked], asked=asked) if asked else result
             print(f"restart {restarts} of at most {restart.max_local} (launch.restart.max_local)", file=err, flush=True)
     finally:
         next_agent.drop()
+        signals.restore()
 
 
-def _wait_for_room(folder: RunFolder, next_agent: NextAgent, err: TextIO) -> str | None:
+def _wait_for_room(folder: RunFolder, signals: SignalForwarder, err: TextIO) -> str | None:
     """Wait until the disk takes the first files of an attempt; None: it does.
 
     Otherwise the state that a signal asked for meanwhile, or an empty text where the patience ended.
     """
-    signals = SignalForwarder(next_agent.choose_mark(), screen_of(err) or err)
 
     def is_asked() -> bool:
         signals.deliver()
@@ -75,7 +78,6 @@ def _wait_for_room(folder: RunFolder, next_agent: NextAgent, err: TextIO) -> str
     def say(text: str) -> None:
         print(f"phalanx: {text}", file=err, flush=True)
 
-    signals.install()
     try:
         wait_for_disk(lambda: check_room(folder.path), "the next attempt", say, is_asked)
         return signals.asked if is_asked() else None
@@ -83,5 +85,3 @@ def _wait_for_room(folder: RunFolder, next_agent: NextAgent, err: TextIO) -> str
         if not signals.asked:
             say(f"no restart: {error}; phalanx resume {folder.path} goes on from the newest whole checkpoint")
         return signals.asked
-    finally:
-        signals.restore()

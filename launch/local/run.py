@@ -31,7 +31,6 @@ from launch.plan import LaunchPlan, torchrun_line
 from launch.watch.failures import AGENT_LOG, Failure, describe, find_failures
 from launch.watch.hang import HangWatch
 from launch.watch.triage import Triage, find_late, record_hang
-from pretrain.metrics.screen import screen_of
 from pretrain.run.beat import BEAT_DIR
 from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
@@ -79,32 +78,33 @@ class LocalRunResult:
 
 
 def run_local(
-    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int, next_agent: NextAgent
+    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, total_steps: int, next_agent: NextAgent, signals: SignalForwarder
 ) -> LocalRunResult:
-    """Start the ranks and return when all of them are gone.
+    """Start the ranks and return when all of them are gone. After a signal, no ranks start.
 
     `environ`: the ranks' environment, to which the plan adds its variables. `out`: the stream that shows the run while it
-    trains (launch/local/view.py). `err`: the stream for the launcher's own messages. `total_steps`: the length of the progress
-    bar. `next_agent`: has the standby for this attempt, if any, and starts that of the next one. Raises ConfigError if run.dir
-    holds foreign files, is in use, or can't be written.
+    trains (launch/local/view.py). `total_steps`: the length of the progress bar. `next_agent`: has the standby for this attempt,
+    if any, and starts that of the next one. `signals`: has its handlers installed. Raises ConfigError if run.dir holds foreign
+    files, is in use, or can't be written.
     """
     if problems := check_run_folder(plan.folder):
         raise ConfigError(problems)
     with launch_lock(plan.folder, PATIENCE_S):
-        return _run_alone(plan, environ, out, err, total_steps, next_agent)
+        return _run_alone(plan, environ, out, total_steps, next_agent, signals)
 
 
 def _run_alone(
-    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, err: TextIO, total_steps: int, next_agent: NextAgent
+    plan: LaunchPlan, environ: Mapping[str, str], out: TextIO, total_steps: int, next_agent: NextAgent, signals: SignalForwarder
 ) -> LocalRunResult:
     attempt = claim_attempt(plan.folder)
     log_dir = plan.folder.log_dir(attempt).resolve()
-    mark = next_agent.choose_mark()
+    signals.mark = mark = next_agent.choose_mark()
     _write_launch_files(plan, attempt, log_dir, mark)
     ours = {MARK_NAME: mark, "PHALANX_ATTEMPT": str(attempt), "PHALANX_LOG_DIR": str(log_dir)}
+    signals.deliver()
+    if signals.asked:
+        return replace(_conclude(plan.folder, attempt, log_dir, signals.asked), asked=signals.asked)
     guard = _start_guard(mark)
-    signals = SignalForwarder(mark, screen_of(err) or err)
-    signals.install()
     try:
         with scratch_folder("beats", in_memory=True) as beats:
             agent = _start_agent(plan, {**environ, **dict(plan.env), **ours, BEAT_DIR: str(beats)}, log_dir, next_agent)
@@ -119,8 +119,10 @@ def _run_alone(
             clear_up(mark, 0.0 if triage is None and code < 0 else LINGER_S)
         view.finish()
     finally:
-        signals.restore()
+        signals.agent = 0
         _dismiss(guard)
+    # What came while the last processes ended.
+    signals.deliver()
     hang = _conclude_hang(plan.folder, attempt, log_dir, triage) if triage is not None else None
     return replace(hang or _conclude(plan.folder, attempt, log_dir, signals.asked), asked=signals.asked)
 

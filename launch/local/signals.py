@@ -32,12 +32,11 @@ class SignalForwarder:
 
     The first signal asks the ranks to save and end. Further signals are ignored for 5 s. The next signal after that time ends
     the ranks at once. One more signal kills every process that carries the launch's mark. `asked`: the end state that the first
-    signal asked for; empty: no signal came. `agent`: the pid of torchrun; 0: none runs.
+    signal asked for; empty: no signal came. `agent`: the pid of torchrun; 0: none runs. `mark`: that of the attempt that runs.
     """
 
-    def __init__(self, mark: str, err: TextIO | ScreenWriter) -> None:
-        self.asked = ""
-        self._mark = mark
+    def __init__(self, err: TextIO | ScreenWriter) -> None:
+        self.asked = self.mark = ""
         self._err = err
         self.agent = 0
         self._waiting: list[int] = []
@@ -46,10 +45,7 @@ class SignalForwarder:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Install the signal handlers. Call it in the main thread, before the agent starts.
-
-        Set `agent` as soon as the agent has started. Raises ValueError in any other thread.
-        """
+        """Install the signal handlers. Call it in the main thread, before the first attempt. Raises ValueError in any other."""
         for number in _FORWARD:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 # nohup has set SIGHUP to be ignored, and the run must survive the end of the terminal.
@@ -80,7 +76,7 @@ class SignalForwarder:
             self._print(f"{number.name} again: the ranks end at once; once more: everything is killed")
         else:
             self._print(f"{number.name} once more: everything is killed")
-            kill_marked(self._mark, quiet_s=0.2)
+            kill_marked(self.mark, quiet_s=0.2)
             return
         self._forward(passed)
 

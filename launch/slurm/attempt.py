@@ -72,6 +72,19 @@ class JobContext:
         """Append an event on which decisions are built. Waits for the disk. Raises OSError."""
         wait_for_disk(lambda: append_event(self.folder, attempt, kind, **fields), f"the event {kind}", self.log)
 
+    def is_requeued(self) -> bool:
+        """Has Slurm requeued the job by itself?"""
+        return self.query_slurm(lambda: scheduler.details(self.job).restarts > self.restarts, False)
+
+    def is_out_of_time(self) -> bool:
+        """Does Slurm end the job because of its time limit?"""
+        return self.clock.left_s() < 1.0
+
+    def is_ended_by_user(self) -> bool:
+        """Has a signal that no attempt has taken asked for the end of the run?"""
+        asked = {SIGNAL_REQUESTS[signal.Signals(number)] for number in self.waiting}
+        return STOP in asked or (TERMINATE in asked and not self.is_out_of_time() and not self.is_requeued())
+
     def query_slurm(self, ask: Callable[[], T], otherwise: T) -> T:
         """The answer of `ask`. While the controller does not answer: `otherwise`, and a line in the job's output."""
         try:
@@ -139,11 +152,8 @@ class JobAttempt:
         return subprocess.Popen(step_words(context.command, filled, self.again), env={**context.environ, **own})
 
     def slurm_requeues(self) -> bool:
-        """Has Slurm requeued the job by itself?"""
-        context = self.context
-        if self.asked != TERMINATE:
-            return False
-        return context.query_slurm(lambda: scheduler.details(context.job).restarts > context.restarts, False)
+        """Has Slurm requeued the job by itself, as far as this attempt can know?"""
+        return self.asked == TERMINATE and self.context.is_requeued()
 
     def _choose_rendezvous(self, node: str) -> Rendezvous:
         """Raises RendezvousError. Slurm is asked for an address only where the node's name has none."""
@@ -219,6 +229,7 @@ class JobAttempt:
             step.terminate()
 
     def _end(self, nodes: Sequence[str], before: int, triage: Triage | None, exit_code: int, started_s: float) -> None:
+        self._take_signals()
         folder, outcome = self.context.folder, self._outcome()
         if self.asked == STOP and outcome is not None and outcome.state == "preempted":
             # The ranks cannot know who sent the signal.
@@ -242,7 +253,7 @@ class JobAttempt:
             exit_code,
             {rank.rank: report.host for report in reports for rank in report.ranks},
             self.slurm_requeues(),
-            self.asked == TERMINATE and self.context.clock.left_s() < 1.0,
+            self.asked == TERMINATE and self.context.is_out_of_time(),
             [report.host for report in reports if report.exit_code is None],
             agentless,
         )

@@ -82,6 +82,8 @@ def run(context: JobContext) -> int:
         decision = NextAction("over", str(error), "gave_up")
     # A step that still runs when the batch step ends is cancelled, and the job's output would say so.
     context.standby.drop(STANDBY_END_S)
+    if decision.action == "requeue" and context.is_ended_by_user():
+        decision = NextAction("over", f"asked to end before it went back to the queue: {decision.why}", "stopped")
     return carry_out(context, decision)
 
 

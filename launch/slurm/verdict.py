@@ -70,7 +70,20 @@ def is_abandoned(reports: Sequence[NodeReport], policy: WatchPolicy) -> bool:
 
 
 def judge(seen: AttemptEvidence) -> tuple[str, str, str]:
-    """(cause, reason, blamed node or empty). Rank 0's outcome counts first, then a hang, lost nodes, a request, a failure."""
+    """(cause, reason, blamed node or empty). A user who ends the run ends it, also where it fails on its way out."""
+    cause, why, node = _judge(seen)
+    if cause in ("crashed", "hung", "killed") and _user_ends(seen):
+        return "stopped", f"{_asked(seen)[1]}; {why}", ""
+    return cause, why, node
+
+
+def _user_ends(seen: AttemptEvidence) -> bool:
+    """Slurm itself ends a job for other reasons, and a lost node may be one."""
+    return seen.asked == STOP or (seen.asked == TERMINATE and not seen.restarted and not seen.out_of_time)
+
+
+def _judge(seen: AttemptEvidence) -> tuple[str, str, str]:
+    """Rank 0's outcome counts first, then a hang, lost nodes, a request, a failure."""
     outcome, failures = seen.outcome, seen.failures
     if outcome is not None and outcome.state in ("finished", "diverged"):
         return outcome.state, outcome.why, ""

@@ -44,7 +44,7 @@ def slurm_lines(config: Config) -> Iterator[Problem]:
 
 @reads("launch")
 def srun_arguments(config: Config) -> Iterator[Problem]:
-    """launch.slurm.srun_args and launch.env leave the number of agents and the ranks' environment alone."""
+    """launch.slurm.srun_args and launch.env leave the agents' number and steps and the ranks' environment alone."""
     words = config.launch.slurm.srun_args
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
@@ -56,6 +56,11 @@ def srun_arguments(config: Config) -> Iterator[Problem]:
         elif any(len(name) >= 5 and option.startswith(name) for option in _SRUN_SIZE) or re.match(r"-[nN]\d*$", word):
             rule = "must not say how many nodes and tasks srun starts: the batch step starts one agent on each node it uses"
             yield Problem("launch.slurm.srun_args", word, rule, "set launch.nodes and launch.processes_per_node")
+        elif config.launch.restart.in_place and len(name) >= len("--exclus") and "--exclusive".startswith(name):
+            rule = (
+                "must not be set with launch.restart.in_place: the next attempt's srun has --overlap, and takes only one of both"
+            )
+            yield Problem("launch.slurm.srun_args", word, rule, "leave it out: without --overlap, srun's steps are exclusive")
     for name in sorted(_EXPORT_VARIABLES & config.launch.env.keys()):
         rule = "must not be set: srun would keep the environment of the batch step from the ranks"
         yield Problem(f"launch.env.{name}", config.launch.env[name], rule, f"leave {name} out")

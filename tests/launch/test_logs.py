@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from pretrain.run.folder import RunFolder, process_start_ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, MOST_MIB = 1 << 28, 150
+Until = Callable[[str], None]
 
 
 @pytest.fixture
@@ -49,25 +51,33 @@ def over(folder: RunFolder, attempt: int) -> None:
     append_event(folder, attempt, EventKind.JOB_OVER, state="finished", exit_code=0, why="finished at step 3")
 
 
-def follow(folder: RunFolder) -> tuple[str, str]:
+def follow(folder: RunFolder, live: Callable[[Until], None] = lambda _: None) -> tuple[str, str]:
+    """What is shown, and the notes beside it. `live` runs meanwhile; it waits until a text is among both."""
     out, notes = io.StringIO(), io.StringIO()
+
+    def until(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in out.getvalue() + notes.getvalue():
+            assert time.monotonic() < deadline, f"{text} is not shown"
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=live, args=(until,))
+    thread.start()
     logs.print_rank_log(folder, 0, None, True, out, notes)
+    thread.join()
     return out.getvalue(), notes.getvalue()
 
 
 def test_a_queued_run_is_waited_for_and_followed_to_its_end(queued: RunFolder) -> None:
-    def live() -> None:
-        time.sleep(0.3)
+    def live(until: Until) -> None:
+        until("no log yet")
         begin(queued, 1, "first\n")
-        time.sleep(0.3)
+        until("first")
         begin(queued, 2, "second\n")
-        time.sleep(0.3)
+        until("second")
         over(queued, 2)
 
-    thread = threading.Thread(target=live)
-    thread.start()
-    out, notes = follow(queued)
-    thread.join()
+    out, notes = follow(queued, live)
     assert out.splitlines() == ["first", f"--- {queued.log_dir(2) / 'rank_0.log'}", "second"]
     assert "no log yet: the run is queued" in notes and "waiting for the next one" in notes
 
@@ -131,20 +141,17 @@ def test_a_run_that_was_just_launched_here_is_waited_for(tmp_path: Path, monkeyp
     (folder.launch_dir(1) / "launcher.json").write_text(json.dumps(launcher))
     (folder.log_dir(1) / "torchrun.log").write_text("torchrun's own\n")
 
-    def live() -> None:
-        time.sleep(0.3)
+    def live(until: Until) -> None:
+        until("no log yet")
         with (folder.log_dir(1) / "rank_0.log").open("w") as log:
             log.write("first\n")
             log.flush()
-            time.sleep(0.3)
+            until("first")
             log.write("last\n")
         outcome = {"attempt": 1, "state": "finished", "why": "", "step": 3, "consumed_samples": 3}
         write_json(folder.outcome, outcome)
 
-    thread = threading.Thread(target=live)
-    thread.start()
-    out, notes = follow(folder)
-    thread.join()
+    out, notes = follow(folder, live)
     assert out == "first\nlast\n" and "no log yet: the run is starting" in notes
 
 

@@ -14,7 +14,7 @@ from pretrain.run.beat import COMPUTING, SAVING
 from tests.run.world import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_survival import check_one_run
-from tests.slurm.world import Run, act, submit
+from tests.slurm.world import Run, act, kill_a_rank, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -75,3 +75,17 @@ def test_an_administrator_requeues_a_run(cluster: Cluster, run_config: Path, qui
     subprocess.run(["scontrol", "requeue", str(run.job)], check=True)
     cluster.wait_for(lambda: len(run.events("job_over")) > overs, "the end of the requeued job", 90)
     assert run.life.state == "finished" and (run.folder.metrics.read_bytes(), run.events("attempt")) == before, run.story()
+
+
+def cancel_and_kill_a_rank(run: Run) -> str:
+    """As `phalanx cancel` asks; a rank dies before it has saved, and rank 0 fails because it has lost it."""
+    subprocess.run(["scancel", "--signal=INT", "--batch", str(run.job)], check=True)
+    run.wait(lambda: bool(run.events("job_signal")), "the request")
+    return kill_a_rank(run) and "stopped"
+
+
+@pytest.mark.prove
+def test_a_run_that_its_user_ends_does_not_come_back(cluster: Cluster, run_config: Path, tmp_path: Path) -> None:
+    run = submit(cluster, run_config, tmp_path / "run")
+    act(run, cancel_and_kill_a_rank, phase=COMPUTING)
+    assert run.wait_over().state == "stopped" and not run.events("job_requeued"), run.story()

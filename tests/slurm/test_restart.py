@@ -14,11 +14,15 @@ from tests.slurm.world import STEPS, act, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
+# The job has some cores and the memory that the site gives with each of them, and no node as a whole.
+MEMORY_BY_CORE = ["launch.slurm.extra=[]", "launch.slurm.cpus_per_task=2"]
+
 
 def test_a_crash_and_a_lost_node_cost_no_requeue_with_a_spare_and_the_first_node_costs_one(
     cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
 ) -> None:
-    run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.spare_nodes=1", "launch.restart.standby_after_s=0")
+    words = ["launch.slurm.spare_nodes=1", "launch.restart.standby_after_s=0", *MEMORY_BY_CORE]
+    run = submit(cluster, run_config, tmp_path / "run", *words)
     run.wait_to_train()
     act(run, world.kill_a_rank_beside_standbys, phase=COMPUTING)
     act(run, world.power_off)

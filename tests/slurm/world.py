@@ -128,12 +128,17 @@ class Run:
         """The live processes of the job that have imported the libraries for the next attempt."""
         return [process for _, process in self._processes(lambda process: process.name() == STANDBY)]
 
+    def owns(self, process: psutil.Process) -> bool:
+        """Whether the process is of this run's job. Other clusters of this machine have a job of that number, too."""
+        env, conf = process.environ(), self.cluster.env["SLURM_CONF"]
+        return env.get("SLURM_JOB_ID") == str(self.job) and env.get("SLURM_CONF", conf) == conf
+
     def _processes(self, belongs: Callable[[psutil.Process], bool]) -> list[tuple[str, psutil.Process]]:
         """The job's live processes and their names; the virtual nodes' processes are this machine's."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                if belongs(process) and process.environ().get("SLURM_JOB_ID") == str(self.job):
+                if belongs(process) and self.owns(process):
                     found.append((process.name(), process))
         return found
 
@@ -212,8 +217,8 @@ def kill_an_agent(run: Run) -> str:
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             is_agent = process.name() != "srun" and "launch.slurm.node_agent" in process.cmdline()
-            env = process.environ() if is_agent else {}
-            if env.get("SLURM_JOB_ID") == str(run.job) and env.get("SLURMD_NODENAME") == node and "PHALANX_LAUNCH" not in env:
+            env = process.environ() if is_agent and run.owns(process) else {}
+            if env.get("SLURMD_NODENAME") == node and "PHALANX_LAUNCH" not in env:
                 process.kill()
     return "killed"
 
@@ -256,7 +261,7 @@ def kill_batch_step(run: Run) -> str:
     """The batch step alone dies, as by an out-of-memory killer: Slurm ends the job, and the user goes on with it."""
     for process in psutil.process_iter():
         try:
-            if "launch.slurm.batch_step" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == str(run.job):
+            if "launch.slurm.batch_step" in process.cmdline() and run.owns(process):
                 process.kill()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -155,10 +155,27 @@ def test_a_restart_finds_torchrun_waiting_and_leaves_none(start: Callable[..., L
     assert "exitcode  : -9 (pid" in (launch.run.log_dir(2) / "torchrun.log").read_text()
 
 
+def test_a_signal_while_a_killed_attempt_is_cleared_up_counts(start: Callable[..., Launch]) -> None:
+    """The copy to W&B outlives its rank for some seconds."""
+    words = ("launch", "c.yaml", "launch.restart.max_local=5", "launch.restart.standby_after_s=null")
+    launch = start(*words, plan={"steps": 1000, "pause_s": 0.05}, ranks=1)
+    launch.wait_for_step(2)
+    mark = launch.mark()
+    (agent,) = [pid for pid in children_of(launch.process.pid) if ranks_of(pid)]
+    copy = subprocess.Popen(["sleep", "100"], env={MARK_NAME: mark})
+    os.kill(_pid_of("rank 0", launch, mark), signal.SIGKILL)
+    wait_until(lambda: not name_of(agent))
+    launch.process.send_signal(signal.SIGINT)
+    copy.kill()
+    copy.wait()
+    code, _, err = launch.end()
+    assert code == 130 and "SIGINT: no other attempt starts" in err and launch.run.claimed_attempts() == [1], err
+
+
 def test_bad_input_and_an_interrupted_run_are_not_started_again(start: Callable[..., Launch]) -> None:
     launch = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"refuse": True})
     assert launch.end()[0] == 2 and launch.run.claimed_attempts() == [1]
-    again = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"steps": 1000, "raise": {"1": 30}, "pause_s": 0.1})
+    again = start("launch", "c.yaml", "launch.restart.max_local=5", plan={"steps": 1000, "raise": {"1": 600}, "pause_s": 0.1})
     again.wait_for_step(3)
     again.process.send_signal(signal.SIGINT)
     assert again.end()[0] == 130 and sorted(again.run.claimed_attempts()) == [1, 2]
@@ -209,10 +226,12 @@ def test_a_signal_stops_the_run_with_an_outcome(
     assert not launch.run.done.exists() and marked_pids(launch.mark()) == []
 
 
-def test_a_signal_before_the_ranks_are_there(start: Callable[..., Launch]) -> None:
+@pytest.mark.parametrize("children", [0, 2], ids=["before torchrun", "before the ranks"])
+def test_a_signal_before_the_ranks_are_there(start: Callable[..., Launch], children: int) -> None:
+    """The two children are the guard and torchrun."""
     launch = start()
     wait_until(lambda: (launch.run.launch_dir(1) / "launcher.json").exists())
-    time.sleep(0.3)
+    wait_until(lambda: len(children_of(launch.process.pid)) >= children)
     launch.process.send_signal(signal.SIGTERM)
     code, _, err = launch.end()
     assert code == 75, err

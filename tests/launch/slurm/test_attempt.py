@@ -1,10 +1,12 @@
-"""What the batch step does with a file system that takes no rows."""
+"""What the batch step does with a file system that takes no rows, and with a signal that no attempt has taken."""
 
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from configs.schema import Config
 from launch import disk_wait
 from launch.slurm.attempt import JobContext
+from launch.slurm.clock import TimeLimitClock
 from launch.slurm.job_file import make_job_file
 from pretrain.run.events import EventKind
 from pretrain.run.folder import RunFolder
@@ -47,3 +50,17 @@ def test_the_patience_ends(context: JobContext, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(disk_wait, "PATIENCE_S", 0.1)
     with pytest.raises(OSError, match="No space left"):
         context.record(1, EventKind.JOB_OVER, state="finished", exit_code=0, why="so")
+
+
+@pytest.mark.parametrize(
+    ("number", "restarts", "ends"),
+    [(signal.SIGINT, 1, True), (signal.SIGTERM, 0, True), (signal.SIGTERM, 1, False), (signal.SIGUSR1, 0, False)],
+)
+def test_a_signal_after_the_last_attempt_ends_the_run_unless_it_is_slurms(
+    context: JobContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, restarts: int, ends: bool
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho JobId=7 Restarts={restarts}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    clock = TimeLimitClock(RunFolder(tmp_path / "other"), 7, 60.0, {})
+    assert replace(context, clock=clock, waiting=[number]).is_ended_by_user() == ends

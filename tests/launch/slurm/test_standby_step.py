@@ -29,11 +29,14 @@ from launch.standby import WAITS, wait_for_attempt
 waited = WAITS in os.environ
 if waited:
     wait_for_attempt(sys.argv[1], sys.argv[2:])
-print(json.dumps([waited, sys.argv[2:], os.environ["PHALANX_ATTEMPT"], os.path.basename(os.environ["PHALANX_LOG_DIR"])]))
-time.sleep(0.5)
+logs = os.environ["PHALANX_LOG_DIR"]
+print(json.dumps([waited, sys.argv[2:], os.environ["PHALANX_ATTEMPT"], os.path.basename(logs)]), flush=True)
+# The agent has seen that its torchrun has begun.
+while not os.path.exists(os.path.join(logs, "nodes", "node7.json")):
+    time.sleep(0.01)
 """
-# srun for one node: it drops its first argument, which is --overlap.
-SRUN = '#!/bin/sh\nshift\nexec "$@"\n'
+# srun for one node: it drops its first arguments, which are OVERLAP.
+SRUN = '#!/bin/sh\nshift 2\nexec "$@"\n'
 ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "SLURMD_NODENAME": "node7"}
 
 

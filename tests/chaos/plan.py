@@ -40,7 +40,8 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "time limit": (TRAINING, SAVING, VALIDATING),
     },
 }
-# Where the run restarts in place, these are followed by a second blow, mostly before the next attempt has ranks.
+# Where the run restarts in place, these come when the step of the next attempt is ready, if it is within some seconds. A second
+# blow follows, mostly before the next attempt has ranks.
 FOLLOWED = ("SIGKILL a rank", "SIGKILL the fork server", "SIGKILL torchrun's agent")
 SECOND = ("SIGTERM", "SIGUSR1", "restart slurmctld", "scontrol requeue", "preemption", "scancel")
 SECOND_S = 9.0
@@ -96,6 +97,6 @@ def plan(where: str, seed: int) -> Case:
         longest_s = LONG_S if phase in (TRAINING, STARTING, READING) else SHORT_S
         blow = Blow(way, phase, generator.randint(0, 6), held, generator.random() * longest_s, generator.randint(0, 7))
         if where == SLURM and seed % 2 == 1 and way in FOLLOWED:
-            blow = replace(blow, second=seconds.choice(SECOND), second_s=seconds.random() * SECOND_S)
+            blow = replace(blow, held=True, second=seconds.choice(SECOND), second_s=seconds.random() * SECOND_S)
         made.append(blow)
     return Case(where, seed, seed % 2 == 1, tuple(made))

@@ -24,6 +24,8 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.world import Run, submit
 
 SETTLE_S = 300.0
+# Rank 0 stands still meanwhile, which is no hang yet.
+STANDBY_S = 12.0
 # What the batch step says of an attempt that took the waiting step.
 WARM = re.compile(r"phalanx: attempt (\d+) on .*\nphalanx: its nodes have imported the libraries")
 # Memory is a resource of the private cluster: each second pair of cases asks for it, as many sites demand.
@@ -94,6 +96,8 @@ class SlurmRun:
             self.run.hit.append(f"{blow.way} in attempt {life.attempt} at step {beat.step}, {beat.phase}")
             # What was to be hit may have ended meanwhile.
             cause = ""
+            if blow.second:
+                self._wait_for_standby(len(life.nodes))
             with suppress(psutil.NoSuchProcess, IndexError):
                 cause = ACTS[blow.way](self.run)
         first = Struck(blow.way, beat.phase, beat.step, life.attempt, time.monotonic() - began_s)
@@ -108,6 +112,11 @@ class SlurmRun:
         if blow.way == "time limit" and not self._is_over():
             subprocess.run(["scontrol", "update", f"jobid={self.run.job}", "TimeLimit=UNLIMITED"], check=True)
         return [replace(first, seconds=time.monotonic() - began_s)]
+
+    def _wait_for_standby(self, nodes: int) -> None:
+        deadline = time.monotonic() + STANDBY_S
+        while len(self.run.standbys()) < nodes and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _strike_again(self, blow: Blow, attempt: int) -> Struck:
         """The second blow, while the run is on its way from `attempt` to the next one. The job may be in the queue by then."""

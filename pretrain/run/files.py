@@ -185,10 +185,12 @@ def as_line(row: dict[str, Any]) -> bytes:
 
 
 def append_line(descriptor: int, row: dict[str, Any]) -> None:
-    """Append one line with one write, so that only a full disk or a kill during the write can cut it. Raises OSError."""
+    """Append one line with one write, so that only a kill during the write can leave a part of it. Raises OSError."""
     line = as_line(row)
     written = os.write(descriptor, line)
     if written != len(line):
+        # A line that lacks its newline only would be mended, and be there twice once the caller has tried again.
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -6,6 +6,7 @@ import ast
 import fcntl
 import os
 import re
+import resource
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from pretrain.run import event_log
 from pretrain.run.event_log import append_event, mend_events
+from pretrain.run.event_rows import read_events
 from pretrain.run.events import COMMON_FIELDS, EVENTS, EventKind, check_event, markdown
 from pretrain.run.files import iterate_lines
 from pretrain.run.folder import RunFolder
@@ -41,6 +43,22 @@ def test_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert None not in rows
     for writer in range(4):
         assert [row["cut_bytes"] for row in rows if row and row["attempt"] == writer] == list(range(50))
+
+
+def test_a_line_that_lacks_room_for_its_last_byte_leaves_nothing(tmp_path: Path) -> None:
+    """Its newline: what stands there would be a whole event, and the writer tries again."""
+    folder, before = RunFolder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for attempt in (1, 2):
+        append_event(folder, attempt, EventKind.TRAINING, 7.0, step=1)
+    size = folder.events.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2 - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            append_event(folder, 3, EventKind.TRAINING, 7.0, step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_event(folder, 3, EventKind.TRAINING, 7.0, step=1)
+    assert [row["attempt"] for row in read_events(folder)] == [1, 2, 3]
 
 
 def test_a_stopped_holder_of_the_lock_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,15 +14,11 @@ from tests.slurm.world import STEPS, act, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# The job has some cores and the memory that the site gives with each of them, and no node as a whole.
-MEMORY_BY_CORE = ["launch.slurm.extra=[]", "launch.slurm.cpus_per_task=2"]
-
 
 def test_a_crash_and_a_lost_node_cost_no_requeue_with_a_spare_and_the_first_node_costs_one(
     cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path
 ) -> None:
-    words = ["launch.slurm.spare_nodes=1", "launch.restart.standby_after_s=0", *MEMORY_BY_CORE]
-    run = submit(cluster, run_config, tmp_path / "run", *words)
+    run = submit(cluster, run_config, tmp_path / "run", "launch.slurm.spare_nodes=1", "launch.restart.standby_after_s=0")
     run.wait_to_train()
     act(run, world.kill_a_rank_beside_standbys, phase=COMPUTING)
     act(run, world.power_off)
@@ -38,3 +34,14 @@ def test_a_crash_and_a_lost_node_cost_no_requeue_with_a_spare_and_the_first_node
     # The attempt after the crash alone has the nodes of the one before.
     assert run.story().count("its nodes have imported the libraries") == 1, run.story()
     cluster.wait_for(lambda: not run.standbys(), "the end of the last standby", 60)
+
+
+@pytest.mark.prove
+def test_a_step_waits_where_memory_is_counted_by_core(cluster: Cluster, run_config: Path, quiet: Path, tmp_path: Path) -> None:
+    """The job has some cores and the memory that the site gives with each, no node as a whole, and no node more than it uses."""
+    words = ["launch.slurm.extra=[]", "launch.slurm.cpus_per_task=2", "launch.restart.standby_after_s=0"]
+    run = submit(cluster, run_config, tmp_path / "run", *words)
+    act(run, world.kill_a_rank_beside_standbys, phase=COMPUTING)
+    assert run.wait_over().state == "finished" and not run.events("job_requeued"), run.story()
+    assert run.story().count("its nodes have imported the libraries") == 1, run.story()
+    check_equal(run.folder.path, quiet, STEPS)

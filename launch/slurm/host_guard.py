@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 
 from configs.own_packages import command
 from launch.slurm import node_states, scheduler
-from launch.slurm.job_step import GUARD_NAME, OVERLAP
 from launch.slurm.scheduler import SchedulerError
 
+# The name of the guard's step in squeue.
+GUARD_NAME = "phalanx-guard"
 LOOK_S = 10.0
 # The least time between two starts of a guard, in seconds.
 PAUSE_S = 30.0
@@ -52,7 +53,7 @@ class HostGuard:
         self._next_s = time.monotonic() + PAUSE_S
         self._nodes = (self._nodes[-1], *self._nodes[:-1])
         where = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={self._nodes[0]}"]
-        words = ["srun", *OVERLAP, "--quiet", f"--job-name={GUARD_NAME}", "--gres=none", *where]
+        words = ["srun", "--overlap", "--quiet", f"--job-name={GUARD_NAME}", "--gres=none", *where]
         guard = command(sys.executable, "launch.slurm.host_guard")
         self._step = subprocess.Popen([*words, *guard, "--job", str(self._job), "--host", self._host], stdin=subprocess.DEVNULL)
 

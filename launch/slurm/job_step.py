@@ -5,27 +5,18 @@ Torch-free.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from launch.slurm import scheduler
-
-# The name of the guard's step in squeue (launch/slurm/host_guard.py).
-GUARD_NAME = "phalanx-guard"
-
-# Options of a step beside others that hold the job's resources. Where memory is counted by core, Slurm 22.05 refuses --overlap
-# alone, because the other step has the memory. --mem=0: the memory of the job, taken from nobody.
-OVERLAP = ("--overlap", "--mem=0")
-_OWN_MEMORY = re.compile(r"--mem(-per-[a-z]+)?(=|$)")
+from launch.slurm.host_guard import GUARD_NAME
 
 
 def step_words(command: Sequence[str], filled: Mapping[str, str], again: bool) -> list[str]:
     """The command with its placeholders replaced by the values of `filled`. `again`: not the first step of this allocation."""
     words = fill(command, filled)
     if again:
-        # The step before may still count as running, on a node that is lost. Its nodes would be busy. srun takes one option for
-        # memory only.
-        words[1:1] = OVERLAP[:1] if any(map(_OWN_MEMORY.match, words)) else OVERLAP
+        # The step before may still count as running, on a node that is lost. Its nodes would be busy.
+        words.insert(1, "--overlap")
     return words
 
 

@@ -35,8 +35,8 @@ print(json.dumps([waited, sys.argv[2:], os.environ["PHALANX_ATTEMPT"], os.path.b
 while not os.path.exists(os.path.join(logs, "nodes", "node7.json")):
     time.sleep(0.01)
 """
-# srun for one node: it drops its first arguments, which are OVERLAP.
-SRUN = '#!/bin/sh\nshift 2\nexec "$@"\n'
+# srun for one node: it drops its first argument, which is --overlap.
+SRUN = '#!/bin/sh\nshift\nexec "$@"\n'
 ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "SLURMD_NODENAME": "node7"}
 
 

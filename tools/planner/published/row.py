@@ -37,7 +37,7 @@ from tools.planner.published.stack import (
 # Before flash attention: their layers write the score matrix, and their gradients don't travel beside the backward pass.
 OLD_SOURCES = ("2104.04473", "2205.05198", "bigscience", "core_r0.4.0")
 # NICs of machines that differ from the usual, Gbit/s per GPU (8 GPUs share 4 links of 100).
-SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x200Gb": 200.0}
+SLOW_NICS = {"4x100Gb": 50.0, "4 Omni-Path": 50.0, "8x100Gb": 100.0, "8x200Gb": 200.0}
 # GPUs of a node, by words.
 NODE_SIZES = {"two": 2, "four": 4, "2": 2, "4": 4}
 # Bridge's recipes of these keep Adam's moments in bf16, and these and fine-tuning the gradients (not stated with the rows:
@@ -253,7 +253,7 @@ def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,
         zero=zero, recompute=stated or Recomputation(), compute=compute,
         flash=not old and args.get("attention-backend") != "unfused" and not (is_test and _is_small_dense(model)), split=split,
-        tensor_waits=waits and layout.tensor > 1, expert_overlap=True if "EP overlap" in notes else None,
+        tensor_waits=waits and layout.tensor > 1, expert_overlap="no EP overlap" not in notes if "EP overlap" in notes else None,
         dispatcher=dispatcher_of(row, grouped), eager=pytorch and not is_compiled(row),
         early_flash=pytorch and has_early_flash(machine.gpu, notes), grouped_launch=grouped,
         casts_apart=pytorch and has_casts_apart(precision), experts_only="(experts" in precision,

@@ -30,6 +30,11 @@ ENV_DEFAULTS: dict[str, tuple[str, str]] = {
 EXPERT_OVERLAP_ENV: dict[str, tuple[str, str]] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": ("32", "tokens travel on a stream of their own: one queue would hold them up behind products"),
 }
+# Set for runs on GPUs if the user has set neither name of it. torch 2.6 to 2.8 know this name alone, and 2.9 takes expandable
+# segments from no other (pytorch issue 183387); later ones read both. Tensors can't be shared by cudaIpcGetMemHandle then, and
+# CUDA graphs of collectives need NCCL_GRAPH_REGISTER=0: the engines here do neither.
+ALLOCATOR_ENV, ALLOCATOR_ALIAS = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+ALLOCATOR_DEFAULT = ("expandable_segments:True", "blocks of memory grow in place, and leave fewer gaps that no tensor fits into")
 # The variables that are set to cluster.interface. A node has several networks, and the first one is often slow.
 INTERFACE_ENV: dict[str, str] = {
     "GLOO_SOCKET_IFNAME": "the interface of gloo: control messages, and everything on CPU",
@@ -80,6 +85,10 @@ def rank_env(config: Config) -> list[tuple[str, str, str]]:
     """The environment of the ranks of a run on several machines, as tuples (variable, default, reason)."""
     chosen = ENV_DEFAULTS | (EXPERT_OVERLAP_ENV if config.parallel.overlap_expert_comm else {})
     found = [(name, value, reason) for name, (value, reason) in chosen.items()]
+    cluster = config.cluster
+    on_gpu = cluster.device == "cuda" or (cluster.device == "auto" and cluster.gpu is not None)
+    if on_gpu and ALLOCATOR_ALIAS not in config.launch.env:
+        found.append((ALLOCATOR_ENV, *ALLOCATOR_DEFAULT))
     interface = config.cluster.interface
     return found + [(name, interface, reason) for name, reason in INTERFACE_ENV.items() if interface is not None]
 
@@ -108,6 +117,8 @@ def make_plan(
     rendezvous = f"{LOOPBACK}:{launch.master_port or 0}" if single else f"{host or 'HOST'}:{launch.master_port or DEFAULT_PORT}"
     defaults = {name: value for name, value, _ in rank_env(config)} | (LOOPBACK_ENV if single else {})
     env = {name: value for name, value in defaults.items() if not environ.get(name)}
+    if environ.get(ALLOCATOR_ALIAS):
+        env.pop(ALLOCATOR_ENV, None)
     return LaunchPlan(
         folder=folder_of(config),
         program=program or program_path(),

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs import own_packages
 from configs.launch_schema import Slurm
 from configs.schema import Config
-from launch.plan import program_path, rank_env, start_words
+from launch.plan import ALLOCATOR_ALIAS, ALLOCATOR_ENV, program_path, rank_env, start_words
 from launch.slurm.job_file import CONFIG_NAME, SCRIPT_NAME
 from launch.watch.heartbeats import make_watch_policy
 from pretrain.run.folder import RunFolder
@@ -75,6 +75,11 @@ def fill(template: str, **words: Any) -> str:
     return environment.get_template(template).render(**words)
 
 
+def _by_alias(name: str, value: str) -> str:
+    """A default as the shell expands it: the allocator's settings may stand under their other name."""
+    return f"${{{ALLOCATOR_ALIAS}:-{value}}}" if name == ALLOCATOR_ENV else value
+
+
 def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
     """The template words that all jobs of a config share: the environment, and how the ranks of a node are started."""
     launch, slurm = config.launch, config.launch.slurm
@@ -85,7 +90,7 @@ def common_words(config: Config, place: ScriptLocation) -> dict[str, Any]:
         "processes_per_node": launch.processes_per_node,
         "modules": slurm.modules,
         "prologue": slurm.prologue,
-        "defaults": [entry for entry in rank_env(config) if entry[0] not in launch.env],
+        "defaults": [(name, _by_alias(name, value), why) for name, value, why in rank_env(config) if name not in launch.env],
         "env": sorted(launch.env.items()),
         "start": start_words(launch.shared_imports),
         "port": launch.master_port,

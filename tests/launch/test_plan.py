@@ -52,6 +52,21 @@ def test_environment_gives_way_to_the_user() -> None:
     assert all(reason for _, reason in ENV_DEFAULTS.values())
 
 
+def test_gpus_get_segments_that_grow_unless_the_user_says_otherwise() -> None:
+    made, name = config(), "PYTORCH_CUDA_ALLOC_CONF"
+    assert name not in dict(make_plan(made, "c", [], {}).env)
+    made.cluster.gpu = "H100-SXM-80GB"
+    assert f"{name}=expandable_segments:True" in torchrun_line(make_plan(made, "c", [], {}))
+    assert name not in dict(make_plan(made, "c", [], {name: "x"}).env)
+    assert name not in dict(make_plan(made, "c", [], {"PYTORCH_ALLOC_CONF": "x"}).env)
+    made.launch.env = {"PYTORCH_ALLOC_CONF": "x"}
+    assert name not in dict(make_plan(made, "c", [], {}).env)
+    made.launch.env = {name: "y"}
+    assert dict(make_plan(made, "c", [], {}).env)[name] == "y"
+    made.cluster.device, made.launch.env = "cpu", {}
+    assert name not in dict(make_plan(made, "c", [], {}).env)
+
+
 def test_experts_tokens_get_a_queue_of_their_own() -> None:
     made = config()
     assert dict(make_plan(made, "c", [], {}).env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

@@ -105,6 +105,18 @@ def hostile(payload: str) -> Config:
 
 
 @pytest.mark.parametrize(
+    ("environ", "value"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "a"), ({"PYTORCH_ALLOC_CONF": "b"}, "b")],
+)
+def test_the_allocators_default_gives_way_to_both_of_its_names(environ: dict[str, str], value: str) -> None:
+    made = config()
+    made.cluster.gpu = "H100-SXM-80GB"
+    line = next(line for line in script(made).splitlines() if line.startswith("export PYTORCH_CUDA_ALLOC_CONF="))
+    words = ["bash", "-c", f"{line}\necho $PYTORCH_CUDA_ALLOC_CONF"]
+    assert subprocess.run(words, env=environ, capture_output=True, text=True, check=True).stdout.strip() == value
+
+
+@pytest.mark.parametrize(
     "payload",
     ['"; touch canary; "', "'; touch canary; '", "$(touch canary)", "`touch canary`", "a && touch canary #", "\\", "$HOME"],
 )

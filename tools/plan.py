@@ -20,7 +20,9 @@ from configs.schema import Config
 from parallel.legality.verdict import check_config
 from parallel.memory.hardware import HOST_NAME, make_machine
 from parallel.memory.job import make_job
+from parallel.memory.ledger import AT_RISK
 from pretrain.data.tokenizer import vocab_size
+from pretrain.preflight.memory import at_risk_text
 from tools.planner import report
 from tools.planner.advice import describe_change, explain, what_would_fit
 from tools.planner.calibrate import calibrate
@@ -81,8 +83,10 @@ def _notes(config: Config, plan: Plan, vocab: int, calibration: Calibration) -> 
         scales = f"time x{calibration.time_scale:.3f}, memory x{calibration.memory_scale:.3f}"
         notes.append(f"calibrated by {calibration.source}: {scales}")
     notes += savings(plan, config)
+    ledger = plan.ledger
+    if ledger.verdict == AT_RISK:
+        notes.append(at_risk_text(ledger))
     if not plan.fits:
-        ledger = plan.ledger
         notes.append(f"stage {ledger.fullest.stage} needs {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f}")
         changes = what_would_fit(config, plan, vocab, calibration)[:6]
         notes += [describe_change(change, plan) for change in changes]

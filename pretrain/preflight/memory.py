@@ -1,7 +1,7 @@
 """The check of GPU memory. In: a legal config and its vocabulary size. Out: problems and notices.
 
-The result is a problem when even the lower bound exceeds the GPU's memory, and a notice when the estimate does. It is empty when
-`cluster.gpu` names no GPU of the table, because the memory is then unknown.
+The result is a problem when even the lower bound exceeds the GPU's memory, and a notice when the estimate does or is so close
+that it may. It is empty when `cluster.gpu` names no GPU of the table, because the memory is then unknown.
 
 Torch-free.
 """
@@ -12,8 +12,12 @@ from configs.errors import Notice, Problem
 from configs.schema import Config
 from parallel.memory.hardware import find_gpu
 from parallel.memory.job import make_job
-from parallel.memory.ledger import MemoryLedger, make_ledger
+from parallel.memory.ledger import AT_RISK, UNDER_PLANNED, MemoryLedger, make_ledger
 
+AT_RISK_FIX = (
+    "halve batch.micro_batch_seqs or recompute more, or calibrate by a short run; keep expandable_segments:True, which `phalanx "
+    "launch` sets against fragmentation"
+)
 FIX = "see `phalanx plan` for what would fit, and `phalanx plan --search` for the best layouts"
 
 
@@ -30,7 +34,18 @@ def memory_verdict(config: Config, vocab_size: int | None) -> tuple[list[Problem
         text = f"stage {ledger.fullest.stage} is estimated to need {ledger.peak_gib:.1f} GiB of {ledger.capacity_gib:.1f} "
         text += f"({_parts(ledger)}), at least {ledger.low_gib:.1f}: it may run out of memory; {FIX}"
         return [], [Notice("parallel", text)]
+    if ledger.verdict == AT_RISK:
+        return [], [Notice("parallel", at_risk_text(ledger))]
     return [], []
+
+
+def at_risk_text(ledger: MemoryLedger) -> str:
+    """What a plan that fits closely risks, and what helps."""
+    return (
+        f"at risk of running out of memory: stage {ledger.fullest.stage} is estimated to need {ledger.peak_gib:.1f} GiB of "
+        f"{ledger.capacity_gib:.1f}; one in ten published runs took over {UNDER_PLANNED:.0%} more than planned, which would be "
+        f"{ledger.risk_gib:.1f}; {AT_RISK_FIX}"
+    )
 
 
 def _parts(ledger: MemoryLedger) -> str:

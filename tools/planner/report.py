@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.units import count, duration
+from parallel.memory.ledger import VERDICTS
 from tools.planner.candidates import LayoutCandidate
 from tools.planner.duration import RunEstimate
 from tools.planner.planning import Plan
@@ -34,7 +35,7 @@ def memory_table(plan: Plan) -> str:
         for rank in shown
     ]  # fmt: skip
     header = ("stage", "weights", "gradients", "optimizer", "activations", "buffers", "total", "range")
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = plan.ledger.verdict if plan.fits else plan.ledger.verdict.upper()
     fullest = plan.ledger.fullest
     line = f"fullest: stage {fullest.stage}, {fullest.total_gib:.1f} of {plan.ledger.capacity_gib:.1f} GiB: {verdict}"
     return f"memory of a rank, GiB\n{table(header, rows)}\n{line}"
@@ -129,4 +130,6 @@ def validation_text(document: dict[str, Any]) -> str:
     others = [_line("a constant MFU instead", document["tokens_per_s_constant_mfu"])]
     others += [_line(f"apart: {reason}", part) for reason, part in document["apart"].items()]
     lines += ["", table(header, others), "", "fits: " + ", ".join(f"{key} {value}" for key, value in document["fits"].items())]
+    verdicts = [[name, *(str(found[verdict]) for verdict in VERDICTS)] for name, found in document["memory_verdicts"].items()]
+    lines += ["", table(("memory verdicts on jobs that", *VERDICTS), verdicts)]
     return "\n".join(lines)

@@ -14,10 +14,11 @@ import pytest
 from parallel.architecture import window_of_layer
 from parallel.flops import training_flops
 from parallel.memory.job import PlannedJob
+from parallel.memory.ledger import UNDER_PLANNED
 from tools.planner.candidates import TIE
 from tools.planner.published.fit import fit
 from tools.planner.published.rows import runs_of
-from tools.planner.published.validate import ROWS, shipped_runs, unseen_errors, validate
+from tools.planner.published.validate import ROWS, memory_errors, shipped_runs, unseen_errors, validate
 from tools.planner.timing import fitted
 
 
@@ -56,6 +57,12 @@ def test_errors_stay_where_they_were_measured(document: dict[str, Any]) -> None:
     assert fits["ran_said_fits"] >= 0.95 * fits["ran"] and fits["ran_refused"] <= 3
     assert fits["ran_with_recompute_not_stated_some_fits"] >= 0.95 * fits["ran_with_recompute_not_stated"]
     assert fits["out_of_memory_said_too_large"] == fits["out_of_memory"] > 0
+
+
+def test_at_risk_is_what_one_run_in_ten_took_more(rows: list[dict[str, Any]]) -> None:
+    measured = [run for run in runs_of(rows, "memory")[0] if run.memory_gb is not None and not run.oom]
+    more = 1 / (1 + memory_errors(measured)) - 1
+    assert len(more) > 180 and np.percentile(more, 90) == pytest.approx(UNDER_PLANNED, abs=0.01)
 
 
 def test_a_tie_is_what_errors_between_layouts_of_one_machine_are() -> None:
@@ -200,7 +207,8 @@ def test_pytorchs_kernels_by_many_words(words: dict[str, Any], eager: bool, earl
 @pytest.mark.parametrize(
     ("words", "waits"),
     [({}, False), ({"gpu": "GB200", "tp": 4}, False), ({"gpu": "GB200"}, True), ({"precision": "nvfp4"}, True),
-     ({"zero": "FSDP2"}, True), ({"zero": "FSDP2", "notes": "async TP"}, False), ({"tp": 1, "precision": "nvfp4"}, False)],
+     ({"zero": "FSDP2"}, True), ({"zero": "FSDP2", "notes": "async TP"}, False), ({"tp": 1, "precision": "nvfp4"}, False),
+     ({"notes": "no TP overlap"}, True)],
 )  # fmt: skip
 def test_tensor_parallel_traffic_that_waits(words: dict[str, Any], waits: bool) -> None:
     assert job(**({"tp": 8} | words)).tensor_waits == waits
@@ -214,6 +222,13 @@ def test_tensor_parallel_traffic_that_waits(words: dict[str, Any], waits: bool) 
 def test_kernels_by_many_words(words: dict[str, Any], eager: bool, grouped: bool) -> None:
     found = job(**words)
     assert (found.eager, found.grouped_launch) == (eager, grouped)
+
+
+@pytest.mark.parametrize(
+    ("notes", "overlap"), [("", None), ("EP overlap (1F1B)", True), ("router balanced; no EP overlap", False)]
+)
+def test_expert_traffic_beside_computation(notes: str, overlap: bool | None) -> None:
+    assert job(notes=notes).expert_overlap == overlap
 
 
 def test_nodes_of_fewer_gpus() -> None:

@@ -175,6 +175,20 @@ def test_check_refuses_by_the_lower_bound_and_warns_by_the_estimate(capsys: pyte
     assert document["ok"] and any("GiB" in warning["text"] for warning in document["warnings"])
 
 
+def test_a_plan_that_fits_closely_is_at_risk(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "parallel.tensor=2", "batch.global_batch_seqs=240"]
+    close = ["model/llama3_8b", *words, "batch.micro_batch_seqs=4"]
+    code, out, _ = run(capsys, "plan", *close)
+    assert code == 0 and "GiB: at risk" in out and "expandable_segments" in out
+    document = json.loads(run(capsys, "plan", *close, "--json")[1])
+    assert document["fits"] and document["memory"]["verdict"] == "at risk"
+    assert document["memory"]["peak_gib"] < document["memory"]["capacity_gib"] < document["memory"]["risk_gib"]
+    warnings = json.loads(run(capsys, "check", *close, "--no-data", "--json")[1])["warnings"]
+    assert any("at risk" in warning["text"] for warning in warnings)
+    document = json.loads(run(capsys, "plan", "model/llama3_8b", *words, "batch.micro_batch_seqs=2", "--json")[1])
+    assert document["memory"]["verdict"] == "fits" and not any("at risk" in note for note in document["notes"])
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.planner.published.rows import PublishedRun, runs_of
+from tools.planner.published.rows import PublishedRun, runs_to_fit
 from tools.planner.step_cost import INDEX, KINDS, Vector
 from tools.planner.timing import EXTRA_FACTORS, FIT, NAMES, applies, combine, kind_weights, shares, step_vector
 
@@ -164,9 +164,9 @@ def write(path: Path, factors: Vector, num_rows: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Fit on every comparable row of the files named and write data/fit.json."""
+    """Fit on every comparable row of the files named that is not kept out, and write data/fit.json."""
     rows = [row for name in argv for row in json.loads(Path(name).read_text(encoding="utf-8"))]
-    runs = [run for run in runs_of(rows, "time")[0] if run.apart is None]
+    runs = runs_to_fit(rows)
     write(FIT, fit(runs), len(runs))
     return 0
 

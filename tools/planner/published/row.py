@@ -247,7 +247,7 @@ def job_of(row: dict[str, Any]) -> tuple[PlannedJob, tuple[str, ...]]:
     # Tensor parallel traffic is cut up and sent beside the products since 2022; by PyTorch only where it says so (async TP).
     waits = old or (zero.engine in EAGER_ENGINES and "async" not in notes.lower())
     # Userbuffers reach the GPUs of one operating system, four in an NVL72; Megatron-Bridge's recipes leave them off in nvfp4.
-    waits = waits or compute == "fp4" or (machine.domain > 8 and layout.tensor > 4)
+    waits = waits or compute == "fp4" or (machine.domain > 8 and layout.tensor > 4) or "no TP overlap" in notes
     job = PlannedJob(
         model=model, vocab=vocab, layout=layout, machine=machine, seq_length=int(seq),
         micro_batch=int(micro), global_batch=int(batch or int(micro) * layout.data * 4 * layout.pipeline), states=states,

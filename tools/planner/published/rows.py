@@ -30,13 +30,22 @@ SOURCES = (
     ("KempnerForge", "KempnerInstitute/KempnerForge"),
     ("NeMo/Automodel", "NVIDIA-NeMo/Automodel"),
     ("OLMo-core", "allenai/OLMo-core"),
+    ("FlagPerf", "FlagOpen/FlagPerf"),
+    ("gpu-recipes", "AI-Hypercomputer/gpu-recipes"),
+    ("xtuner", "InternLM/xtuner"),
+    ("efficient-parallelization-layouts", "Aleph Alpha (Hagemann et al. 2023)"),
+    ("Megatron-MoE-ModelZoo", "yanring/Megatron-MoE-ModelZoo"),
+    ("NousResearch", "NousResearch/torchtitan"),
+    ("fms-fsdp", "foundation-model-stack/fms-fsdp"),
+    ("pith-train", "mlc-ai/pith-train"),
 )
 
 
 @dataclass(frozen=True)
 class PublishedRun:
     """One published run. `tokens_per_s` per GPU and `memory_gb` (1e9) as measured, None where not; `apart`: why it is
-    reported by itself; `memory_kind`: allocated (of the last stage), reserved, or used (as nvidia-smi says)."""
+    reported by itself; `memory_kind`: allocated (of the last stage), reserved, or used (as nvidia-smi says); `kept_out`: no
+    fit may see it."""
 
     id: str
     source: str
@@ -47,6 +56,7 @@ class PublishedRun:
     memory_kind: str
     apart: str | None = None
     oom: bool = False
+    kept_out: bool = False
     assumed: tuple[str, ...] = ()
 
     @property
@@ -153,6 +163,11 @@ def runs_of(rows: Sequence[dict[str, Any]], what: str) -> tuple[list[PublishedRu
     return runs, skipped
 
 
+def runs_to_fit(rows: Sequence[dict[str, Any]]) -> list[PublishedRun]:
+    """The runs that a fit may see: comparable, not reported apart, not kept out."""
+    return [run for run in runs_of(rows, "time")[0] if run.apart is None and not run.kept_out]
+
+
 def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
     if (row.get("model") or {}).get("linear_attention"):
         raise UnusableRow("linear attention (gated delta net)")
@@ -193,5 +208,6 @@ def _run(row: dict[str, Any], position: int, what: str) -> PublishedRun:
         memory_kind=kind,
         apart=apart,
         oom=oom,
+        kept_out=bool(row.get("kept_out")),
         assumed=assumed,
     )

@@ -1,7 +1,8 @@
 """Predicted against published: `phalanx plan-validate`.
 
 In: rows. Out: errors of tokens/s and memory, by source. A row whose group (source, model, GPU) the shipped fit has seen is
-predicted by a fit made without that group, and once more without its whole source; rows of elsewhere by the shipped fit.
+predicted by a fit made without that group, and once more without its whole source; rows of elsewhere, and rows that are kept
+out, by the shipped fit.
 
 Torch-free.
 """
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 
 from parallel.flops import training_flops
 from parallel.memory.hardware import GIB
-from parallel.memory.ledger import IMBALANCE_HIGH, MemoryLedger, make_ledger
+from parallel.memory.ledger import IMBALANCE_HIGH, VERDICTS, MemoryLedger, make_ledger
 from tools.planner.published.fit import FitData, make_design, row_weights, solve
 from tools.planner.published.row import RECOMPUTE_LADDER
-from tools.planner.published.rows import PublishedRun, runs_of
+from tools.planner.published.rows import PublishedRun, runs_of, runs_to_fit
 from tools.planner.step_cost import Vector
 from tools.planner.timing import fitted
 
@@ -39,7 +40,7 @@ RESERVED_OVER_ALLOCATED = 1.05
 def shipped_runs() -> tuple[PublishedRun, ...]:
     """The rows that the shipped factors were fitted on."""
     rows = json.loads(ROWS.read_text(encoding="utf-8"))
-    return tuple(run for run in runs_of(rows, "time")[0] if run.apart is None)
+    return tuple(runs_to_fit(rows))
 
 
 @cache
@@ -49,9 +50,10 @@ def _shipped_design() -> tuple[FitData, Vector]:
 
 
 def unseen_errors(runs: Sequence[PublishedRun], key: Callable[[PublishedRun], str]) -> Vector:
-    """log(predicted / measured step time) of each run by factors fitted without the rows of its `key`."""
+    """log(predicted / measured step time) of each run by factors fitted without the rows of its `key`; of a run that was kept
+    out, by the shipped factors."""
     shipped = np.array([key(run) for run in shipped_runs()])
-    names = np.array([key(run) for run in runs])
+    names = np.array(["" if run.kept_out else key(run) for run in runs])
     design = make_design(runs, fitted())
     errors = np.zeros(len(runs))
     for name in sorted(set(names)):
@@ -167,6 +169,15 @@ def fit_verdicts(runs: Sequence[PublishedRun], out_of_memory: Sequence[Published
     }
 
 
+def memory_verdicts(runs: Sequence[PublishedRun], out_of_memory: Sequence[PublishedRun]) -> dict[str, dict[str, int]]:
+    """How often each verdict falls on runs that ran with stated recomputation, and on runs that a source reports out of memory,
+    those that its allocator's fragmentation stopped among them."""
+    ran = [run for run in runs if not run.assumed_recompute and not run.oom]
+    groups = {"ran": ran, "ran out of memory": out_of_memory}
+    found = {name: Counter(make_ledger(run.job, 1.0).verdict for run in group) for name, group in groups.items()}
+    return {name: {verdict: counts[verdict] for verdict in VERDICTS} for name, counts in found.items()}
+
+
 def validate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The whole document (DESIGN: rows, skipped, tokens_per_s, memory; and what stands beside it)."""
     timed, skipped = runs_of(rows, "time")
@@ -190,6 +201,7 @@ def validate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "memory": statistics(memory_errors(measured), measured),
         "memory_skipped": dict(sorted(skipped_memory.items())),
         "fits": fit_verdicts(usual, [run for run in weighed if run.oom]),
+        "memory_verdicts": memory_verdicts(usual, [run for run in weighed if run.oom]),
     }
 
 

@@ -134,13 +134,16 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
-@reads("model.norm_position", "model.mla", "model.delta_net")
+@reads("model.norm_position", "model.mla", "model.delta_net", "model.mtp")
 def post_norms_fit(config: Config) -> Iterator[Problem]:
-    """model.norm_position = after needs ordinary attention in every layer."""
+    """model.norm_position = after needs ordinary attention in every layer, and excludes multi-token prediction."""
     path, model = "model.norm_position", config.model
     if model.norm_position == "after" and (arch.is_mla(model) or arch.has_delta_net(model)):
         rule = "after needs ordinary attention in every layer: others were never held to be right with it"
         yield Problem(path, "after", rule, f"set {path}=before")
+    if model.norm_position == "after" and model.mtp.num_layers:
+        rule = "after excludes multi-token prediction: megatron-core builds its depths from layers with norms before only"
+        yield Problem(path, "after", rule, f"set {path}=before, or model.mtp.num_layers=0")
 
 
 @reads("model.mla", "model.norm_eps", "cluster")

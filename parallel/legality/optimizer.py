@@ -37,9 +37,15 @@ def qk_clip_has_an_effect(config: Config) -> Iterator[Problem]:
         yield Problem(
             path, muon.qk_clip, f"is Muon's: optimizer.kind = {config.optimizer.kind}", "set it to null, or optimizer.kind=muon"
         )
-    if (attention.qk_norm or attention.qk_l2_norm) and not mla:
-        rule = "has no effect with norms of queries and keys (model.attention.qk_norm, qk_l2_norm): they undo every scale"
+    if attention.qk_norm and not mla:
+        rule = "has no effect with norms of queries and keys (model.attention.qk_norm): they undo every scale"
         yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null; the norms bound the logits")
+    elif attention.qk_l2_norm and not mla:
+        rule = (
+            "would shrink rotated layers' weights at every step without an effect: model.attention.qk_l2_norm undoes every scale "
+            "there; layers without positions alone are never clipped"
+        )
+        yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null")
     elif all(arch.delta_layers(config.model)) and not config.model.mtp.num_layers:
         rule = "has no effect: every layer is a gated delta net (model.delta_net.pattern), which has no attention logits"
         yield Problem(path, muon.qk_clip, rule, "set optimizer.muon.qk_clip=null")

@@ -134,6 +134,8 @@ class Llama4Attention(SelfAttention):
     def _grow(self, core: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The query comes as [s, b, n, d], the positions of this context rank."""
         query, *rest = args
+        if self.config.temperature is None:  # type: ignore[attr-defined]
+            return args
         growth, step = self.config.temperature  # type: ignore[attr-defined]
         cp = self.pg_collection.cp
         positions = zigzag(len(query) * cp.size(), cp.size(), cp.rank()).to(query.device)

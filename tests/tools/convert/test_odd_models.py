@@ -56,6 +56,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         "llama4", {"use_qk_norm": False, "attn_temperature_tuning": False, "no_rope_layers": [], "moe_layers": [0, 3],
                    "layer_types": ["chunked_attention", FULL] * 2},
     ),
+    "norms of rotated layers alone": ("llama4", {"attn_temperature_tuning": False}),
     "one scale for all layers": ("olmo3", {"rope_parameters": None}),
     "no windows, and all rotated": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 4}),
     "jitter": ("mixtral", {"router_jitter_noise": 0.1}),

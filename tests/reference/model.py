@@ -9,6 +9,7 @@ Shapes: b sequences, s tokens, h hidden, E experts, k experts of a token, V voca
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 _ROUTER = re.compile(r"\.mlp\.(gate|router)$")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight$")
+
+
+def watched_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float, **more: Any
+) -> Any:
+    """transformers' own eager attention. The module keeps the largest logit of each head [n], without sinks."""
+    with torch.no_grad():
+        logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * scaling + mask
+        module.largest_logits = torch.maximum(module.largest_logits, logits.amax(dim=(0, 2, 3)))
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, scaling, **more)
+
+
+AttentionInterface.register("watched", watched_attention)
+AttentionMaskInterface.register("watched", eager_mask)
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Depth(nn.Module):
 class Reference(nn.Module):
     def __init__(self, folder: Path, num_depths: int) -> None:
         super().__init__()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="watched", dtype=torch.float32)
         body, config = self.model.model, self.model.config
         # A padding token's row would get no gradient; a run has no padding, and the row is like any other.
         body.embed_tokens.padding_idx = None
@@ -70,7 +86,16 @@ class Reference(nn.Module):
         for name, module in self.named_modules():
             if _ROUTER.search(name):
                 module.register_forward_hook(self._watch)
+        self.forget_logits()
         self.train()
+
+    def attentions(self) -> list[Any]:
+        """The attention of each layer and depth. Each has `largest_logits` [n], over all passes since `forget_logits`."""
+        return [module for name, module in self.named_modules() if name.endswith(".self_attn")]
+
+    def forget_logits(self) -> None:
+        for attention in self.attentions():
+            attention.largest_logits = torch.tensor(float("-inf"))
 
     def _watch(self, router: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
         self.routed.append(Routed(output[0], output[2]))

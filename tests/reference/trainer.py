@@ -10,6 +10,7 @@ The loss of a step is the mean over the valid tokens of the global batch, plus f
 - coeff x mean of logsumexp(logits)^2 over all tokens: ST-MoE (arXiv 2202.08906),
 plus coeff / depths x the losses of the prediction depths over the same number of tokens (arXiv 2412.19437, equation 24).
 After each step the selection bias moves by rate x sign(mean load - load): arXiv 2408.15664.
+Weights move by AdamW, with muP's rates where it is on (arXiv 2203.03466, table 3), or by Muon (tests/reference/muon.py).
 
 Shapes: b sequences, s tokens, E experts, k experts of a token.
 """
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from configs.load import load_config
 from tests.reference.data import Sample, Stream, open_data
 from tests.reference.model import Output, Reference, Routed
+from tests.reference.muon import Muon, qk_clip
 
 
 @dataclass
@@ -56,11 +58,14 @@ def train(config_file: Path, weights: Path, eod: int, data_parallel: int = 1) ->
     model = Reference(weights, config.model.mtp.num_layers)
     training, held_out = open_data(config, eod)
     parameters = dict(model.named_parameters())
-    moments = {name: (torch.zeros_like(tensor), torch.zeros_like(tensor)) for name, tensor in parameters.items()}
+    muon = Muon(model, config)
+    by_adam = {name: tensor for name, tensor in parameters.items() if name not in muon.parameters}
+    moments = {name: (torch.zeros_like(tensor), torch.zeros_like(tensor)) for name, tensor in by_adam.items()}
     judged = Judged()
     size = config.batch.global_batch_seqs
     for step in range(config.run.steps):
         batches = micro_batches(training, step * size, config)
+        model.forget_logits()
         row = one_step(model, batches, config, data_parallel)
         gradient = {name: tensor.grad.clone() for name, tensor in parameters.items() if tensor.grad is not None}
         assert gradient.keys() == parameters.keys(), "every parameter takes part"
@@ -68,7 +73,13 @@ def train(config_file: Path, weights: Path, eod: int, data_parallel: int = 1) ->
             judged.gradient = gradient
         norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in gradient.values()))
         row |= {"grad_norm": norm, "lr": learning_rate(step, config)}
-        update(parameters, moments, norm, row["lr"], step + 1, config)
+        limit = config.optimizer.clip_grad_norm
+        factor = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        gradient = {name: tensor * factor for name, tensor in gradient.items()}
+        muon.step(gradient, row["lr"])
+        if config.optimizer.muon.qk_clip is not None:
+            qk_clip(model, config)
+        update(by_adam, gradient, moments, row["lr"], step + 1, config)
         judged.rows.append(row)
     judged.rows[-1]["val_loss"] = validate(model, held_out, config)
     judged.weights = model.tensors()
@@ -191,28 +202,34 @@ def decays(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() > 1 and "bias" not in name
 
 
+def rate_factor(name: str, tensor: torch.Tensor, config: Any) -> float:
+    """muP's factor on Adam's rate: all but embeddings and vectors learn slower by the multiple of the width."""
+    model = config.model
+    is_input = tensor.dim() == 1 or "bias" in name or "embed_tokens" in name
+    return 1.0 if is_input or model.mup.base_hidden_size is None else model.mup.base_hidden_size / model.hidden_size
+
+
 def update(
     parameters: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    norm: float,
     rate: float,
     count: int,
     config: Any,
 ) -> None:
-    """AdamW (arXiv 1711.05101), after the gradient was clipped to a global norm."""
+    """AdamW (arXiv 1711.05101). `gradients`: clipped. The decay is rate x weight_decay whatever muP's factor on the rate."""
     optimizer = config.optimizer
-    factor = min(1.0, optimizer.clip_grad_norm / (norm + 1e-6)) if optimizer.clip_grad_norm > 0 else 1.0
     with torch.no_grad():
         for name, tensor in parameters.items():
-            assert tensor.grad is not None
             first, second = moments[name]
-            gradient = tensor.grad * factor
+            gradient = gradients[name]
             first.mul_(optimizer.beta1).add_(gradient, alpha=1 - optimizer.beta1)
             second.mul_(optimizer.beta2).addcmul_(gradient, gradient, value=1 - optimizer.beta2)
             if decays(name, tensor):
                 tensor.mul_(1 - rate * optimizer.weight_decay)
             root = (second / (1 - optimizer.beta2**count)).sqrt() + optimizer.eps
-            tensor.sub_(rate * (first / (1 - optimizer.beta1**count)) / root)
+            own_rate = rate * rate_factor(name, tensor, config)
+            tensor.sub_(own_rate * (first / (1 - optimizer.beta1**count)) / root)
 
 
 def validate(model: Reference, stream: Stream, config: Any) -> float:

@@ -94,8 +94,45 @@ def gpt_oss(config: Config) -> None:
     model.moe.router.balance = "global_aux_loss"
 
 
+def with_muon(config: Config, **options: Any) -> None:
+    config.optimizer.kind, config.optimizer.muon.ns_dtype = "muon", "fp32"
+    for name, value in options.items():
+        assert hasattr(config.optimizer.muon, name)
+        setattr(config.optimizer.muon, name, value)
+
+
+def deepseek_v3_muon(config: Config) -> None:
+    """As Kimi K2 was trained: QK-clip under latent attention, whose heads are matrices."""
+    deepseek_v3(config)
+    with_muon(config, split_heads="head", qk_clip=0.3, qk_clip_alpha=0.7)
+
+
+def gpt_oss_muon(config: Config) -> None:
+    """Fused matrices as Megatron-Core stores them, a router of Muon's, biases of clipped queries."""
+    gpt_oss(config)
+    with_muon(config, split_heads="none", split_gate=False, router="muon", scale="spectral", lr_ratio=2.0, qk_clip=0.2)
+
+
+def mixtral_muon(config: Config) -> None:
+    """One key a head, clipped, without Nesterov's step; gradients are not clipped."""
+    mixtral(config)
+    config.model.attention.num_query_groups = None
+    config.optimizer.clip_grad_norm = 0.0
+    with_muon(config, nesterov=False, momentum=0.8, qk_clip=0.3, qk_clip_alpha=0.3)
+
+
+def qwen3_moe_mup(config: Config) -> None:
+    """muP's rates: the model is four times as wide as the one that was tuned."""
+    qwen3_moe(config)
+    config.model.mup.base_hidden_size = config.model.hidden_size // 4
+
+
+OTHER_OPTIMIZERS: dict[str, Callable[[Config], None]] = {
+    "deepseek_v3_muon": deepseek_v3_muon, "gpt_oss_muon": gpt_oss_muon, "mixtral_muon": mixtral_muon,
+    "qwen3_moe_mup": qwen3_moe_mup,
+}  # fmt: skip
 MODELS: dict[str, Callable[[Config], None]] = {
-    "qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3, "mixtral": mixtral, "gpt_oss": gpt_oss,
+    "qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3, "mixtral": mixtral, "gpt_oss": gpt_oss, **OTHER_OPTIMIZERS,
 }  # fmt: skip
 
 # name -> (ranks, overrides)
@@ -157,7 +194,10 @@ def make_case(model: str, folder: Path, micro_batch_seqs: int, place: Path) -> C
     path = place / "config.yaml"
     path.write_text(to_yaml(config))
     still = ["run.steps=1", "optimizer.lr=1e-30", "schedule.min_lr=0", "schedule.horizon_steps=9", "run.eval_batches=0"]
-    attempt(path, place / "initial", 1, *still, "model.moe.router.expert_bias_update_rate=0")
+    still += ["model.moe.router.expert_bias_update_rate=0"]
+    if config.optimizer.muon.qk_clip is not None:
+        still += ["optimizer.muon.qk_clip=1e9"]
+    attempt(path, place / "initial", 1, *still)
     export(place / "initial" / "checkpoints" / "step_0000001", place / "initial_hf")
     return Case(path, place / "initial_hf", eod_of(folder), config.model.mtp.num_layers)
 
@@ -182,15 +222,20 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 def _moments_as_weights(checkpoint: Path, out: Path, grad_norm: float) -> Path:
-    """A copy whose weights are the gradients of step 1: the first moment is 0.1 of the clipped gradient."""
+    """A copy whose weights are the gradients of step 1: the first moment is 0.1 of the clipped gradient, Muon's momentum 0.05."""
     shutil.copytree(checkpoint, out)
     manifest = json.loads((out / "manifest.json").read_text())
     optimizer = manifest["config"]["optimizer"]
-    factor = (1 - optimizer["beta1"]) * min(1.0, optimizer["clip_grad_norm"] / (grad_norm + 1e-6))
+    limit = optimizer["clip_grad_norm"]
+    clipped = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
+    shares = {"exp_avg": 1 - optimizer["beta1"], "momentum": 1 - optimizer["muon"]["momentum"]}
     index: dict[str, dict[str, int]] = {}
     for file in sorted(out.glob("*.safetensors")):
         held = load_file(file)
-        moments = {f"weight:{key.removeprefix('exp_avg:')}": value / factor for key, value in held.items() if "exp_avg:" in key}
+        kinds = {key: key.split(":", 1) for key in held}
+        moments = {
+            f"weight:{name}": held[key] / (shares[kind] * clipped) for key, (kind, name) in kinds.items() if kind in shares
+        }
         buffers = {key: value for key, value in held.items() if key.startswith("weight:") and key not in moments}
         assert all("expert_bias" in key for key in buffers), "only buffers have no moments"
         save_file({**moments, **buffers}, file)

@@ -26,6 +26,7 @@ BASE = (
 
 MLA = "{kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"
 YARN = "{kind: yarn, factor: 4, original_max_position: 16}"
+DELTA = "{pattern: [1, 0], num_key_heads: 4, num_value_heads: 8, key_head_dim: 6, value_head_dim: 5}"
 
 # Values of each key, as they are written on a command line.
 VALUES: dict[str, tuple[str, ...]] = {
@@ -56,6 +57,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "batch.ramp": ("{start_seqs: 4, increment_seqs: 4, samples: 8}",),
     "data.document_mask": ("true",),
     "data.mask_eod_loss": ("true",),
+    "data.packing": ("best_fit",),
     "schedule.kind": ("cosine", "linear", "wsd", "constant"),
     "optimizer.clip_grad_norm": ("0", "0.1"),
     "optimizer.weight_decay": ("0",),
@@ -126,6 +128,15 @@ VALUES: dict[str, tuple[str, ...]] = {
     "model.moe.router.z_loss_coeff": ("0.01",),
     "model.moe.router.jitter_eps": ("0.1",),
     "model.mtp.num_layers": ("1", "2"),
+    "model.mtp.loss_coeff": ("0.7",),
+    "model.mup.base_hidden_size": ("16", "64"),
+    "model.attention.output_gate": ("true",),
+    "optimizer.muon.split_heads": ("none", "head"),
+    "optimizer.muon.split_gate": ("false",),
+    "optimizer.muon.scale": ("spectral",),
+    "optimizer.muon.router": ("muon",),
+    "optimizer.muon.nesterov": ("false",),
+    "optimizer.muon.ns_coefficients": ("quintic",),
     "metrics.expert_load_layers": ("0", "2"),
     "metrics.profile.start_step": ("2",),
 }  # fmt: skip
@@ -157,6 +168,9 @@ BUNDLES: tuple[dict[str, tuple[str, ...]], ...] = (
     {"zero.engine": ("deepspeed",), "zero.stage": ("3",), "zero.offload": ("none", "param")},
     {"precision.params": ("bf16",), "precision.grads": ("fp32", "bf16")},
     {"recompute.mode": ("selective",), "recompute.modules": VALUES["recompute.modules"]},
+    {"optimizer.kind": ("muon",), "optimizer.muon.ns_dtype": ("fp32",)},
+    {"optimizer.kind": ("muon",), "optimizer.muon.ns_dtype": ("fp32",), "optimizer.muon.qk_clip": ("0.05",)},
+    {"model.delta_net": (DELTA,), "model.norm": ("zero_centered_rmsnorm",), "model.attention.output_gate": ("true", "false")},
     {"model.moe.num_experts": ("0",), "parallel.sequence": ("true", "false"), "parallel.tensor": ("2",)},
 )  # fmt: skip
 

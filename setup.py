@@ -1,4 +1,4 @@
-"""Phalanx: plans, rehearses, launches and carries home the pretraining of Mixture-of-Experts transformers."""
+"""Phalanx: plans, rehearses and launches the pretraining of Mixture-of-Experts transformers, and converts their checkpoints."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ OURS = find_packages(include=["configs*", "parallel*", "pretrain*", "launch*", "
 setup(
     name="phalanx",
     version=VERSION,
-    description="Plans, rehearses, launches and carries home the pretraining of Mixture-of-Experts transformers",
+    description="Plans, rehearses and launches the pretraining of Mixture-of-Experts transformers and converts their checkpoints",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

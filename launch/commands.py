@@ -48,16 +48,17 @@ def main(argv: list[str]) -> int:
 
 def _launch(words: list[str]) -> int:
     parser = _parser(
-        "launch", "start a run: here, staying until it ends (launch.target=local), or as a Slurm job (launch.target=slurm)"
+        "launch",
+        "Start a run or a ladder: here, waiting until it ends (launch.target=local), or as a Slurm job (launch.target=slurm)",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one (quickstart)")
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one")
     _add_start_options(parser)
     found = parser.parse_intermixed_args(words)
     return _start(found.config, found.overrides, found)
 
 
 def _resume(words: list[str]) -> int:
-    parser = _parser("resume", "go on with a run from its newest checkpoint, with the config of its last attempt")
+    parser = _parser("resume", "Continue a run from its newest checkpoint, with the config of its last attempt")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     _add_start_options(parser)
     found = parser.parse_intermixed_args(words)
@@ -136,10 +137,15 @@ def _result_json(result: LocalRunResult, folder: RunFolder) -> str:
 
 
 def _status(words: list[str]) -> int:
-    parser = _parser("status", "how a run stands, from its folder's files and Slurm's queue")
-    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="the run folder; without it: a line for each run in runs/")
+    parser = _parser("status", "State, progress and goodput of a run or a ladder, from the run folder's files and Slurm's queue")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        nargs="?",
+        help="the run folder, or a ladder's file or folder; without RUN_DIR: a line for each run in runs/",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:g} s, until the run is over")
+    parser.add_argument("--watch", action="store_true", help=f"show it again every {WATCH_S:g} s, until the run is over")
     found = parser.parse_args(words)
     folder = require_run_folder(found.run_dir) if found.run_dir is not None else None
 
@@ -163,11 +169,19 @@ def _status(words: list[str]) -> int:
 
 
 def _logs(words: list[str]) -> int:
-    parser = _parser("logs", "a run's logs: the first failure first, then rank 0")
+    parser = _parser("logs", "Print a run's logs: the first failure, then the log of rank 0")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    parser.add_argument("--rank", type=_rank, default=0, metavar="N", help="whose log (default 0); all: of every rank, merged")
-    parser.add_argument("--attempt", type=int, default=None, metavar="N", help="of which attempt (default: the newest)")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on while the run is live")
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        default=0,
+        metavar="N",
+        help="the rank whose log is printed (default 0); all: the logs of every rank, merged",
+    )
+    parser.add_argument(
+        "--attempt", type=int, default=None, metavar="N", help="the attempt whose logs are printed (default: the newest)"
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing while the run is live")
     found = parser.parse_args(words)
     if found.rank is None and found.follow:
         parser.error("--follow shows the log of one rank: name it by --rank N, or leave --follow out")
@@ -185,9 +199,15 @@ def _rank(text: str) -> int | None:
 
 
 def _cancel(words: list[str]) -> int:
-    parser = _parser("cancel", "ask a live run to finish its step, save and stop")
+    parser = _parser("cancel", "Ask a live run to finish its step, save and stop")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    parser.add_argument("--wait", type=float, default=CANCEL_WAIT_S, metavar="S", help="how long to wait for it, in seconds")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=CANCEL_WAIT_S,
+        metavar="S",
+        help=f"longest wait for the run to end, in seconds (default {CANCEL_WAIT_S:g})",
+    )
     parser.add_argument("--now", action="store_true", help="end a Slurm job by scancel, whether it has saved or not")
     found = parser.parse_args(words)
     folder = require_run_folder(found.run_dir)

@@ -62,9 +62,13 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phalanx wandb", description="Send W&B the steps that it lacks of a run's record.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values, e.g. metrics.wandb.mode=online")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="config values that win over the run's, e.g. metrics.wandb.mode=online"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be sent; send nothing")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"seconds it may take ({TIMEOUT_S:g})")
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"longest time to send, in seconds (default {TIMEOUT_S:g})"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -1,4 +1,4 @@
-"""A file system in memory that is soon full. In: a folder and a size. Out: the folder, mounted."""
+"""A small file system in memory, to be filled. In: a folder and a size. Out: the folder, mounted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def mounted_tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    """`size`: as mount has it, such as 4m. Skips the test where nobody may mount."""
+    """A tmpfs at `folder`, which is made. `size`: as mount takes it, such as 4m. Skips the test without root."""
     if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")
     folder.mkdir()
@@ -21,5 +21,5 @@ def mounted_tmpfs(folder: Path, size: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # Lazily: a run that a failing test leaves behind still holds it.
+        # Lazily: a run that a failing test leaves behind still has files open there.
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

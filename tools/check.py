@@ -29,8 +29,8 @@ from tools.optimizer_table import optimizer_json, optimizer_lines, optimizer_row
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phalanx check", description="The verdict on a config, before anything starts.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--no-data", action="store_true", help="don't look for the data's files: they are elsewhere")
     parser.add_argument("--draw", action="store_true", help="also print the grid of ranks and the pipeline schedule")

@@ -40,29 +40,33 @@ LADDER = "tools.ladder.cli"
 GROUPS: dict[str, dict[str, Command]] = {
     "before a run": {
         "data": Command("tools.data.cli", "tokenizers and token files; the documents behind a step of a run"),
-        "check": Command("tools.check", "the verdict on a config: every problem and its fix, the layout, what to know"),
-        "rehearse": Command("tools.rehearse.cli", "the layout on this machine's CPUs against one process, with a small model"),
+        "check": Command("tools.check", "the verdict on a config: every problem with its fix, warnings, the layout"),
+        "rehearse": Command("tools.rehearse.cli", "train a small model in the layout on CPUs, and compare with one process"),
         "plan": Command("tools.plan", "memory, time, MFU, days and cost; --search: the best layouts", True, LADDER),
-        "plan-validate": Command("tools.plan", "the planner's predictions against published runs", with_name=True),
-        "doctor": Command("launch.doctor.cli", "is this machine, or each node of a Slurm allocation, fit to train"),
+        "plan-validate": Command("tools.plan", "errors of the planner's predictions for published runs", with_name=True),
+        "doctor": Command("launch.doctor.cli", "whether this machine, or each node of a Slurm job, is fit to train"),
         "model": Command("tools.model", "parameters, FLOPs a token and weight bytes of a preset, config or config.json"),
     },
     "a run": {
-        "launch": Command("launch.commands", "start it (--dry-run prints the exact command)", True, LADDER),
-        "status": Command("launch.commands", "state, step, loss and speed of a run folder", True, LADDER),
-        "logs": Command("launch.commands", "its logs, the first error first", with_name=True),
-        "cancel": Command("launch.commands", "stop it; what it has learned is saved", with_name=True),
-        "resume": Command("launch.commands", "go on where a run folder stopped", with_name=True),
-        "report": Command("tools.report.cli", "runs as one page for the browser: curves, experts, attempts, layout, config"),
-        "wandb": Command("launch.send_to_wandb", "send W&B the steps that it lacks"),
+        "launch": Command(
+            "launch.commands", "start a run or a ladder of runs (--dry-run prints the exact command)", True, LADDER
+        ),
+        "status": Command("launch.commands", "state, step, loss and speed of a run, a ladder or all runs", True, LADDER),
+        "logs": Command("launch.commands", "the run's logs, the first error first", with_name=True),
+        "cancel": Command("launch.commands", "stop a live run after a save", with_name=True),
+        "resume": Command("launch.commands", "continue a run from its newest checkpoint", with_name=True),
+        "report": Command(
+            "tools.report.cli", "write runs or a ladder as one HTML page: curves, experts, attempts, layout, config"
+        ),
+        "wandb": Command("launch.send_to_wandb", "send W&B the steps that it lacks of a run"),
     },
     "after a run": {
         "generate": Command("tools.inference.cli", "text from a checkpoint", with_name=True),
-        "evaluate": Command("tools.inference.cli", "its loss and perplexity on tokenised data", with_name=True),
-        "convert": Command("tools.convert.cli", "checkpoints from and to Hugging Face, and the proof that they are the same"),
+        "evaluate": Command("tools.inference.cli", "loss and perplexity of a checkpoint, or its scores on tasks", with_name=True),
+        "convert": Command("tools.convert.cli", "checkpoints from and to Hugging Face, checked tensor by tensor and by logits"),
     },
     "the tools themselves": {
-        "bench": Command("tools.bench.cli", "measurements side by side: a step, a save, tokenising, conversion"),
+        "bench": Command("tools.bench.cli", "measurements: a step, a save, tokenising, conversion, a search, a start"),
         "completion": Command("tools.completion", "the script that completes commands in bash or zsh"),
     },
 }
@@ -76,7 +80,7 @@ def help_text() -> str:
     lines = [
         "usage: phalanx COMMAND ...",
         "",
-        "Plans, launches and carries home the pretraining of Mixture-of-Experts transformers.",
+        "Plans, rehearses and launches the pretraining of Mixture-of-Experts transformers, and converts their checkpoints.",
     ]
     for title, group in GROUPS.items():
         lines += ["", f"{title}:"] + [f"  {name:<{width}}  {command.summary}" for name, command in group.items()]
@@ -88,7 +92,7 @@ def help_text() -> str:
         "  phalanx check quickstart parallel.tensor=2 launch.processes_per_node=8",
         "  phalanx launch quickstart run.steps=100 optimizer.lr=1e-3",
         "",
-        "`phalanx COMMAND --help` says more; `phalanx --version` names the libraries. Exit codes: 0 fine, 2 bad input, 1 broke.",
+        "`phalanx COMMAND --help` lists options; `phalanx --version` lists versions. Exit codes: 0 fine, 2 bad input, 1 broke.",
     ]
     return "\n".join(lines)
 

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", metavar="PRESET|CONFIG|config.json", help="a shipped preset, a YAML file, or a Hugging Face config"
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
     parser.add_argument(
         "--seq-length", type=int, metavar="TOKENS", help="context for the attention FLOPs (default 4096, or the config's)"
     )

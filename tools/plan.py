@@ -49,25 +49,33 @@ def _positive(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="phalanx plan",
-        description="Memory, time, MFU, days and cost of a config; with --search the best layouts for its number of GPUs.",
+        description="Memory, time, MFU, days and cost of a config or a ladder; with --search the best layouts for its GPUs.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the file's")
-    parser.add_argument("--search", action="store_true", help="try all layouts; the config's own degrees don't matter then")
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
+    parser.add_argument("--search", action="store_true", help="find the best layouts; the config's own degrees are ignored")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that --search shows (default 10)")
     words = "scale by this measured run of the same kind of machine, or by the median of the runs in this folder"
-    parser.add_argument("--robust", action="store_true", help="list ties first by how little they lean on what is known least")
     parser.add_argument(
-        "--engine", choices=FOREIGN_ENGINES, help="plan the layout, or all of a search, as this engine of others would"
+        "--robust",
+        action="store_true",
+        help="order ties by how little they split a token's computation, then by expert traffic on the network",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=FOREIGN_ENGINES,
+        help="plan the layout or the search as this engine would run it; Phalanx can't run the result",
     )
     parser.add_argument("--calibrate", metavar="RUN_DIR", help=words)
     parser.add_argument("--measured", action="store_true", help="CONFIG is a run folder: the plan beside what was measured")
     parser.add_argument(
         "--gpu-mtbf-hours", type=_positive, default=GPU_MTBF_HOURS, help="hours between failures of one GPU (default: Llama 3's)"
     )
-    parser.add_argument("--restart-s", type=_positive, default=RESTART_S, help="seconds until steps go on after a failure")
+    parser.add_argument(
+        "--restart-s", type=_positive, default=RESTART_S, help=f"seconds from a failure until steps go on (default {RESTART_S:g})"
+    )
     parser.add_argument("--save-s", type=_positive, help="seconds that a save stalls training (default: from its bytes)")
-    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser, with charts")
+    parser.add_argument("--html", metavar="FILE", help="also write an HTML page with charts")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -26,12 +26,13 @@ from tests.corpus import make_corpus
 from tests.run.world import launch, write_config
 from tests.slurm.cluster import Cluster, started
 from tests.slurm.world import STEPS, WORDS
+from tests.tmpfs import mounted_tmpfs
 from tools.data.dataset_writer import DatasetWriter
 
 # Every save stays, so that each can be compared.
 KEEP_ALL = "checkpoint.keep=0"
-# In bytes. Two runs with all their checkpoints and orders of samples fit.
-DISK = "size=600m"
+# Size of a lane's file system: two runs with all their checkpoints and orders of samples fit.
+DISK = "600m"
 MANY = "many"
 
 
@@ -88,11 +89,10 @@ class Lane:
         self.cluster: Cluster | None = None
 
     def __enter__(self) -> Lane:
-        self.disk.mkdir(parents=True)
+        self.folder.mkdir()
         with ExitStack() as stack:
-            # Mounted before the nodes start: their mounts are copies of those of now.
-            subprocess.run(["mount", "-t", "tmpfs", "-o", DISK, "tmpfs", str(self.disk)], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", str(self.disk)], check=True)
+            # Mounted before the nodes start, since each node copies the mounts of its start.
+            stack.enter_context(mounted_tmpfs(self.disk, DISK))
             self.config = write_config(self.folder / "small.yaml", self.folder.parent)
             undisturbed = launch(self.config, self.folder / "undisturbed", *self.words)
             assert undisturbed.end() == 0, undisturbed.errors

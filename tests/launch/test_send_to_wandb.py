@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from pretrain.run.attempt import open_attempt
 from pretrain.run.folder import Outcome, RunFolder
 from pretrain.run.record import Record
 from tests.pretrain.metrics.test_wandb import environment, write_rows
+from tests.tmpfs import mounted_tmpfs
 from tests.wandb_read import offline_steps
 from tests.wandb_stub import KEY, WandbStub
 from tools.cli import run as phalanx
@@ -186,16 +186,12 @@ def test_a_damaged_cursor_is_no_cursor(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 def test_a_disk_that_fills_up_under_w_and_b_loses_nothing(
     tmp_path: Path, config: Config, stub: WandbStub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """W&B reports no full disk. Offline and online, the copy tells it, claims nothing, and `phalanx wandb` sends the rest."""
     for mode in ("offline", "online"):
-        disk = tmp_path / mode
-        disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
-        try:
+        with mounted_tmpfs(tmp_path / mode, "4m") as disk:
             folder = RunFolder(disk / "run")
             online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": stub.url}
             wandb_id = train(folder, config, 1, 2, environment(tmp_path), copied=0)
@@ -221,5 +217,3 @@ def test_a_disk_that_fills_up_under_w_and_b_loses_nothing(
             assert stub.runs[wandb_id].steps() == list(range(1, 401)), mode
             for name in online:
                 monkeypatch.delenv(name)
-        finally:
-            subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from tests.run.world import check_equal
 from tests.slurm.cluster import Cluster, missing, started
 from tests.slurm.test_survival import check_one_run
 from tests.slurm.world import STEPS, kill_a_rank, submit
+from tests.tmpfs import mounted_tmpfs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(900)]
 
@@ -22,15 +22,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.prove, pytest.mark.timeout(900)]
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 48 MB. Nodes that are powered on afterwards have it too."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
     if why := missing():
         pytest.skip(why)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
-    try:
+    with mounted_tmpfs(tmp_path / "disk", "48m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -97,8 +97,8 @@ def _add_import(commands: Subcommands, work: argparse.ArgumentParser) -> None:
         parents=[work],
         help="make a checkpoint (weights only) from a Hugging Face or Megatron-LM torch_dist folder",
     )
-    get.add_argument("source", type=Path, metavar="HF_DIR|MEGATRON_DIR")
-    get.add_argument("out", type=Path, metavar="OUT")
+    get.add_argument("source", type=Path, metavar="HF_DIR|MEGATRON_DIR", help="the folder to read")
+    get.add_argument("out", type=Path, metavar="OUT", help="the checkpoint to write")
     get.add_argument("--model", metavar="PRESET|YAML", help="the model, when a Megatron-LM checkpoint does not state it")
     get.set_defaults(run=_import)
 
@@ -106,7 +106,7 @@ def _add_import(commands: Subcommands, work: argparse.ArgumentParser) -> None:
 def _add_export(commands: Subcommands, work: argparse.ArgumentParser) -> None:
     put = commands.add_parser("export", parents=[work], help="make a Hugging Face folder from a checkpoint")
     put.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder (its newest checkpoint)")
-    put.add_argument("out", type=Path, metavar="HF_DIR")
+    put.add_argument("out", type=Path, metavar="HF_DIR", help="the folder to write")
     put.add_argument(
         "--family", metavar="NAME", help="model family to write (default: the first family that can express the model)"
     )
@@ -120,8 +120,8 @@ def _add_upcycle(commands: Subcommands, work: argparse.ArgumentParser) -> None:
         parents=[work],
         help="make an MoE checkpoint from a dense Hugging Face folder, with the same logits",
     )
-    grow.add_argument("source", type=Path, metavar="DENSE")
-    grow.add_argument("out", type=Path, metavar="OUT")
+    grow.add_argument("source", type=Path, metavar="DENSE", help="the Hugging Face folder of a dense model")
+    grow.add_argument("out", type=Path, metavar="OUT", help="the checkpoint to write")
     grow.add_argument("--experts", type=_positive, default=8, metavar="N", help="copies of the MLP (default: 8)")
     grow.add_argument("--top-k", type=_positive, default=2, metavar="K", help="copies that process a token (default: 2)")
     grow.add_argument(
@@ -147,14 +147,16 @@ def _add_inspect(commands: Subcommands, shared: argparse.ArgumentParser) -> None
     look = commands.add_parser(
         "inspect", parents=[shared], help="list the model, tensors and types of a folder, and check that it is complete"
     )
-    look.add_argument("path", type=Path, metavar="PATH")
+    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, a run folder or a Hugging Face folder")
     look.set_defaults(run=_inspect)
 
 
 def _add_verify(commands: Subcommands, shared: argparse.ArgumentParser) -> None:
     prove = commands.add_parser("verify", parents=[shared], help="compare logits of the Megatron-Core model with transformers'")
-    prove.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    prove.add_argument("hf", type=Path, metavar="HF_DIR")
+    prove.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder (its newest checkpoint)"
+    )
+    prove.add_argument("hf", type=Path, metavar="HF_DIR", help="the Hugging Face folder to compare with")
     prove.add_argument(
         "--layers",
         type=_positive,

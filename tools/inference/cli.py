@@ -83,11 +83,11 @@ def _generate_parser() -> argparse.ArgumentParser:
         metavar="RUN_DIR|CHECKPOINT|HF_DIR",
         help="a run folder (its newest one), a checkpoint, or a Hugging Face folder (by transformers)",
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="how the text begins; may be given several times")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="the beginning of the text; may be given several times")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer (default: 64)")
     parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0: the most likely token (default)")
     parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most likely tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the model, when the run's own file is gone")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -113,7 +113,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=_positive, metavar="TOKENS", help="sequence length (default: the run's, else 512)")
     parser.add_argument("--batch-seqs", type=_positive, default=4, metavar="N", help="sequences per pass (default: 4)")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness, instead of data")
-    tasks.add_argument("--tasks", metavar="NAME,…", help="their names; the scores go to the run's evaluations.jsonl too")
+    tasks.add_argument(
+        "--tasks", metavar="NAME,…", help="names of the tasks; the scores are also written to the run's evaluations.jsonl"
+    )
     tasks.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of own tasks")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of each task (default: all)")

@@ -20,8 +20,8 @@ from tools.report.page import plotly_script
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phalanx rehearse", description="Compare a layout on CPU ranks with one process.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the file")
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config values that win over the file's")
     parser.add_argument(
         "--layouts",
         metavar="FILE|auto",
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N",
         help="instead: train models so many times as wide, and say whether their activations grow with the width (model.mup)",
     )
-    parser.add_argument("--html", metavar="FILE", help="also as a page for the browser (not with --against)")
+    parser.add_argument("--html", metavar="FILE", help="also write an HTML page (not with --against)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,23 +11,17 @@ import pytest
 from configs.errors import ConfigError
 from launch.local import scratch
 from launch.local.scratch import scratch_folder
+from tests.tmpfs import mounted_tmpfs
 
 
 @pytest.fixture
 def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A memory file system of our own in the place of /dev/shm."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    memory = tmp_path / "shm"
-    memory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(memory)], check=True)
-    monkeypatch.setattr(scratch, "_MEMORY", memory)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    try:
+    with mounted_tmpfs(tmp_path / "shm", "2m") as memory:
+        monkeypatch.setattr(scratch, "_MEMORY", memory)
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
         yield memory
-    finally:
-        subprocess.run(["umount", "--lazy", str(memory)], check=True)
 
 
 def test_memory_is_taken_while_it_has_room(mounted: Path) -> None:

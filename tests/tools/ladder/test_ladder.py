@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import ConfigError
 from pretrain.run.folder import RunFolder
-from tests.tools.report.ladder_world import make_ladder
+from tests.tools.report.ladder_world import BASE, make_ladder
 from tools.cli import run
 from tools.ladder.bill import price, total
 from tools.ladder.ladder_file import read_ladder
@@ -32,14 +32,6 @@ ladder:
   grid:
     optimizer.lr: [1e-3, 3e-3]
     parallel.expert: [1]
-"""
-BASE = """
-base: [model/tiny_moe, cluster/laptop]
-run: {steps: 240}
-model: {vocab_size: 2048}
-batch: {global_batch_seqs: 8, micro_batch_seqs: 4, seq_length_tokens: 128}
-precision: {params: fp32, grads: fp32}
-schedule: {warmup_steps: 2}
 """
 
 

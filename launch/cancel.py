@@ -20,7 +20,8 @@ from launch.slurm.lifecycle import OVER, QUEUED, RunLifecycle, read_lifecycle
 from launch.slurm.scheduler import SchedulerError
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
-from pretrain.run.folder import EXIT_CODE, RunFolder, live_holder
+from pretrain.run.folder import EXIT_CODE, RunFolder
+from pretrain.run.lock import live_holder
 
 POLL_S = 0.2
 # Each poll of a job is a request to Slurm's controller, so jobs are polled less often than processes.

@@ -31,7 +31,8 @@ from launch.status import as_json, read_status, require_run_folder
 from launch.status_text import describe, table
 from launch.status_watch import terminal_columns, watch
 from pretrain.preflight.verdict import load_to_start
-from pretrain.run.folder import RunFolder, finished_text, folder_of, live_holder
+from pretrain.run.folder import RunFolder, finished_text, folder_of
+from pretrain.run.lock import live_holder
 
 WATCH_S = 2.0
 CANCEL_WAIT_S = 60.0

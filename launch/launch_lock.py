@@ -18,7 +18,8 @@ from contextlib import contextmanager
 
 from configs.errors import ConfigError, Problem
 from pretrain.run.files import read_json, storage_problem
-from pretrain.run.folder import RunFolder, held_problem, live_holder
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import held_problem, live_holder
 
 _NAME = "launch.lock"
 _POLL_S = 0.1

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.run.files import read_json
-from pretrain.run.folder import RunFolder, live_holder, process_start_ticks
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import live_holder
+from pretrain.run.process import process_start_ticks
 
 
 def is_live(process: Mapping[str, Any]) -> bool:

@@ -25,7 +25,8 @@ from pretrain.metrics.wandb_copy import CopyJob
 from pretrain.metrics.wandb_sink import make_copy_job, start_copy, tell
 from pretrain.metrics.wandb_steps import CopyState, copy_lock, read_copy_state
 from pretrain.run.files import last_row, storage_problem
-from pretrain.run.folder import RunFolder, live_holder
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import live_holder
 
 TIMEOUT_S = 600.0
 # The copying process ends itself at the time limit. It is killed so many seconds later.

@@ -20,21 +20,20 @@ from configs.errors import ConfigError, Problem, json_value
 from configs.fields import check_keys
 from configs.load import from_yaml_text
 from launch.folder_files import check_files, disk_trouble
-from launch.live_process import launcher_is_gone, live_launcher
+from launch.run_state import find_job, job_dict, local_state, slurm_state
 from launch.slurm.interruptions import interruptions
-from launch.slurm.lifecycle import CAUSES, OVER, QUEUED, RESTARTING, RUNNING, RunLifecycle, advance
-from launch.slurm.scheduler import SchedulerError, SlurmJob, find_jobs
+from launch.slurm.lifecycle import RunLifecycle, advance
 from parallel.batch import steps_of
 from pretrain.metrics.goodput import TimeLedger, record_seconds
 from pretrain.metrics.wandb_steps import read_copy_state
 from pretrain.run.event_rows import recent_events, scan_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import recent_rows, storage_problem
-from pretrain.run.folder import Outcome, RunFolder, has_begun, live_holder
+from pretrain.run.folder import RunFolder, has_begun
+from pretrain.run.lock import live_holder
 
 # A run in one of these states may still change.
 LIVE_STATES = ("queued", "starting", "running")
-_FORGOTTEN = "Slurm no longer knows"
 _ETA_STEPS = 20
 # No number of a run is larger. What is larger is damage, and Python could not even convert it.
 _MOST = 1e18
@@ -138,13 +137,13 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
     row = rows[-1] if rows else {}
     holder = live_holder(folder)
     life, ledger, damaged = _read_events(folder)
-    job, silence = _job(life) if ask_slurm(life) else (None, "Slurm was not asked")
+    job, silence = find_job(life) if ask_slurm(life) else (None, "Slurm was not asked")
     held = holder is not None
     outcome = None if held else folder.read_outcome()
     if life.jobs:
-        state, why = _slurm_state(life, job, silence, outcome, row, held)
+        state, why = slurm_state(life, job, silence, outcome, row, held)
     else:
-        state, why = _state(folder, attempt, outcome, held, row)
+        state, why = local_state(folder, attempt, outcome, held, row)
     total_steps, damage = _total_steps(folder)
     if damaged:
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
@@ -184,7 +183,7 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         age_s=None if last_s is None else max(0.0, now_s - last_s),
         holder=holder.describe() if holder else None,
         done=folder.done.exists(),
-        job=_job_dict(job, life, silence),
+        job=job_dict(job, life, silence),
         nodes=list(life.nodes),
         interruptions=[found.as_dict() for found in interruptions(recent_events(folder))] if life.jobs else [],
         events=[event for event in recent_events(folder, 1 << 14) if event["kind"] not in QUIET][-_EVENTS:],
@@ -232,72 +231,6 @@ def as_json(found: RunStatus | list[RunStatus]) -> str:
     value = [status.as_dict() for status in found] if isinstance(found, list) else found.as_dict()
     # Events of another version may hold any value.
     return json.dumps(json_value(value), indent=2, allow_nan=False)
-
-
-def _job(life: RunLifecycle) -> tuple[SlurmJob | None, str]:
-    """The first live job of the run, or else the newest job that Slurm knows, and the reason to show if there is no job."""
-    if not life.jobs:
-        return None, ""
-    try:
-        jobs = list(find_jobs(life.jobs).values())
-    except SchedulerError as error:
-        return None, f"Slurm does not answer here: {str(error).splitlines()[-1]}"
-    live = [job for job in jobs if job.live]
-    return (live or jobs[-1:] or [None])[0], f"{_FORGOTTEN} job {life.jobs[-1]}"
-
-
-def _slurm_state(
-    life: RunLifecycle, job: SlurmJob | None, silence: str, outcome: Outcome | None, row: dict[str, Any], held: bool
-) -> tuple[str, str]:
-    if life.phase == OVER:
-        return life.state, life.why
-    # Written by the ranks, also where the batch step was killed before it could record the end.
-    ended = outcome if outcome is not None and outcome.attempt == life.attempt and life.phase != QUEUED else None
-    if ended is not None and CAUSES.get(ended.state) is not None:
-        return ended.state, ended.why
-    if job is None and silence.startswith(_FORGOTTEN) and not held:
-        return (ended.state, ended.why) if ended is not None else ("died", f"{silence}; its last event was {life.phase}")
-    if job is None:
-        return {RUNNING: "running", QUEUED: "queued", RESTARTING: "starting"}.get(life.phase, "died"), silence
-    if job.state == "PENDING":
-        expected = f", expected to start at {job.start}" if job.start else ""
-        return "queued", f"{life.why + '; ' if life.why else ''}waits for {job.reason or 'its turn'}{expected}"
-    if job.live:
-        return ("running" if life.phase == RUNNING and row else "starting"), ""
-    if job.state == "CANCELLED":
-        return "stopped", "cancelled while it waited" if life.phase == QUEUED else f"job {job.number} was cancelled"
-    if ended is not None:
-        return ended.state, f"{ended.why}; job {job.number} ended before its batch step could go on; phalanx resume goes on"
-    if life.phase == QUEUED:
-        return "died", f"job {job.number} ended ({job.state.lower()}) before its batch step began; phalanx logs shows its output"
-    if job.state == "TIMEOUT":
-        why = f"job {job.number} reached its time limit before the ranks had saved: set a longer launch.slurm.time"
-        return "died", f"{why}; phalanx resume goes on"
-    return "died", f"job {job.number} is {job.state.lower()}; its last event was {life.phase}"
-
-
-def _job_dict(job: SlurmJob | None, life: RunLifecycle, silence: str) -> dict[str, Any] | None:
-    """The job for the JSON document: what Slurm says, or why Slurm says nothing. None for a run without jobs."""
-    if job is not None:
-        return {**asdict(job), "requeued_excluding": list(life.excluded)}
-    return {"unknown": silence} if life.jobs else None
-
-
-def _state(folder: RunFolder, attempt: int, outcome: Outcome | None, held: bool, row: dict[str, Any]) -> tuple[str, str]:
-    if held:
-        return ("running" if row else "starting"), ""
-    claimed = max(folder.claimed_attempts(), default=0)
-    if claimed > attempt and live_launcher(folder) is not None:
-        return "starting", f"attempt {claimed} has not begun to train yet"
-    if outcome is not None and outcome.attempt == attempt:
-        return outcome.state, outcome.why
-    if attempt == 0 and launcher_is_gone(folder):
-        return "died", f"attempt {claimed} ended before it began to train; phalanx logs shows why"
-    if attempt == 0:
-        return "starting", "no attempt has begun yet; phalanx logs shows why when it lasts"
-    events = recent_events(folder)
-    after = f"; its last event was {events[-1]['kind']}" if events else ""
-    return "died", f"attempt {attempt} ended without an outcome{after}"
 
 
 def _total_steps(folder: RunFolder) -> tuple[int | None, list[str]]:

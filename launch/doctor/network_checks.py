@@ -18,7 +18,7 @@ from typing import Any
 from launch.doctor.finding import FAIL, OK, WARN, Finding, graded, level_of
 from launch.doctor.node_checks import NodeFacts
 from launch.doctor.request import CheckupRequest
-from pretrain.run.folder import SILENCE_S
+from pretrain.run.lock import SILENCE_S
 
 NodeFindings = Iterator[tuple[str, Finding]]
 

@@ -35,17 +35,9 @@ from pretrain.run.beat import BEAT_DIR
 from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import storage_error, write_atomically, write_json
-from pretrain.run.folder import (
-    EXIT_BAD_INPUT,
-    EXIT_BROKE,
-    EXIT_CODE,
-    RunFolder,
-    check_run_folder,
-    held_problem,
-    live_holder,
-    process_start_ticks,
-)
-from pretrain.run.process import node_name
+from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, EXIT_CODE, RunFolder, check_run_folder
+from pretrain.run.lock import held_problem, live_holder
+from pretrain.run.process import node_name, process_start_ticks
 
 POLL_S = 0.1
 # The time between two looks at the ranks' heartbeats.

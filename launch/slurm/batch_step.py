@@ -33,7 +33,8 @@ from pretrain.rank.log_file import guard_logs
 from pretrain.run.decision import pending_step
 from pretrain.run.events import EventKind
 from pretrain.run.files import check_room
-from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, SILENCE_S, RunFolder, live_holder
+from pretrain.run.folder import EXIT_BAD_INPUT, EXIT_BROKE, RunFolder
+from pretrain.run.lock import SILENCE_S, live_holder
 
 # The batch script sets this variable when SIGUSR1 comes before the batch step has begun.
 EARLY_SIGNAL = "PHALANX_SIGNALLED"

@@ -33,7 +33,8 @@ from parallel.legality.verdict import check_config
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.files import storage_problem, write_atomically, write_json
-from pretrain.run.folder import RunFolder, check_run_folder, folder_of, held_problem, live_holder
+from pretrain.run.folder import RunFolder, check_run_folder, folder_of
+from pretrain.run.lock import held_problem, live_holder
 
 
 @dataclass(frozen=True)

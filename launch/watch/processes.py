@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pretrain.run.folder import process_start_ticks
+from pretrain.run.process import process_start_ticks
 
 # The state letter of /proc/PID/stat → our name for it. All other letters mean a process that runs or can be woken.
 _STATES = {"T": "stopped", "t": "traced", "Z": "zombie", "X": "zombie", "D": "uninterruptible"}

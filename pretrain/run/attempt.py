@@ -21,8 +21,9 @@ from configs.errors import ConfigError, Problem
 from pretrain.run.event_log import append_event, mend_events, sync_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import read_json, storage_error, write_atomically, write_json
-from pretrain.run.folder import Outcome, RunFolder, check_run_folder, process_age_s, read_holder
-from pretrain.run.lock import FolderLock, acquire
+from pretrain.run.folder import Outcome, RunFolder, check_run_folder
+from pretrain.run.lock import FolderLock, acquire, read_holder
+from pretrain.run.process import process_age_s
 
 # Takes the config text of the previous attempt (None: a new run). Returns the problems that forbid a resume from it.
 MayGoOn = Callable[[str | None], Sequence[Problem]]

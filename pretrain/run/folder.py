@@ -1,4 +1,4 @@
-"""The contract of the run folder: which files it has, and which process holds it. This module reads and never writes.
+"""The contract of the run folder: which files it has. This module reads and never writes.
 
 runs/NAME/
     config.yaml        the resolved config of the newest attempt
@@ -24,18 +24,15 @@ runs/NAME/
     report.html        the page of phalanx report, where one was made
     lock               the process that trains in this folder now
 
-pretrain/run/attempt.py begins and ends an attempt in it.
+pretrain/run/attempt.py begins and ends an attempt in the folder, pretrain/run/lock.py knows which process holds it.
 
 Torch-free.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,11 +47,6 @@ STATES = ("finished", "stopped", "preempted", "diverged", "failed")
 # Exit codes of our commands. 75 is EX_TEMPFAIL of sysexits.h: a scheduler may start the same run again.
 EXIT_CODE = {"finished": 0, "failed": 1, "diverged": 3, "preempted": 75, "stopped": 130}
 EXIT_BROKE, EXIT_BAD_INPUT = 1, 2
-
-# In seconds. The holder touches the lock file every HEARTBEAT_S. A holder on another host that has not touched it for SILENCE_S
-# is dead.
-HEARTBEAT_S = 5.0
-SILENCE_S = 4 * HEARTBEAT_S
 
 # The last file that is written into a checkpoint's folder, after every other file was synced.
 COMPLETE = "COMPLETE"
@@ -101,23 +93,6 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class LockHolder:
-    """The process of rank 0 that trains, or trained, in a run folder.
-
-    `start_ticks`: its start time in clock ticks since boot, which differs for a later process with the same pid.
-    """
-
-    host: str
-    pid: int
-    attempt: int
-    start_ticks: int
-    released: bool = False
-
-    def describe(self) -> str:
-        return f"attempt {self.attempt}, process {self.pid} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -287,75 +262,3 @@ def check_run_folder(folder: RunFolder) -> list[Problem]:
     shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
     rule = f"must be new, empty or a run folder; this one has no events.jsonl and holds {shown}"
     return [Problem("run.dir", str(path), rule, "choose another run.dir or run.name")]
-
-
-def process_start_ticks(pid: int) -> int:
-    """Start time of a live process in clock ticks since boot; 0: no such process exists, or the system has no /proc."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    fields_after_name = text.rpartition(")")[2].split()
-    return int(fields_after_name[19]) if fields_after_name[0] != "Z" else 0
-
-
-def process_age_s(pid: int) -> float:
-    """How long a live process has existed, in seconds; 0: no such process exists, or the system has no /proc."""
-    ticks = process_start_ticks(pid)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
-
-
-def read_holder(folder: RunFolder) -> LockHolder | None:
-    """The holder that the lock file names, dead or alive. None: no lock file exists, or it is incomplete."""
-    value = read_json(folder.lock)
-    try:
-        return LockHolder(**value) if isinstance(value, dict) else None
-    except TypeError:
-        return None
-
-
-def holder_text(holder: LockHolder) -> bytes:
-    return json.dumps(asdict(holder)).encode() + b"\n"
-
-
-def live_holder(folder: RunFolder) -> LockHolder | None:
-    """The holder that trains here now. None: no process does.
-
-    The kernel's lock decides; for a holder on another host, the age of its heartbeat decides too.
-    """
-    holder = read_holder(folder)
-    if _kernel_says_held(folder.lock):
-        return holder or LockHolder("unknown", 0, 0, 0)
-    if holder is None or holder.released or holder.host == socket.gethostname():
-        return None
-    # The kernel's lock doesn't reach other hosts on NFS mounted with local_lock. There the heartbeat decides.
-    return holder if time.time() - folder.lock.stat().st_mtime < SILENCE_S else None
-
-
-def held_problem(folder: RunFolder, holder: LockHolder) -> Problem:
-    """The refusal of a second live attempt."""
-    return Problem(
-        "run.dir",
-        str(folder.path),
-        f"one live attempt a run folder; it is held by {holder.describe()}",
-        f"wait for it, end it (phalanx cancel {folder.path}), or choose another run.dir; "
-        f"if you know that it is dead: rm {folder.lock}",
-    )
-
-
-def _kernel_says_held(lock: Path) -> bool:
-    """Whether some process has an exclusive flock on the file.
-
-    The question takes a shared lock for an instant. A process that wants the exclusive lock at that moment tries again.
-    """
-    try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

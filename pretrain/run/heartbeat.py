@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pretrain.run.beat import BEAT_DIR, ENDING, OF_A_STEP, STARTING, WAITING, Beat, beat_path, encode, stack_path
-from pretrain.run.folder import process_start_ticks
+from pretrain.run.process import process_start_ticks
 
 # The number of steps or probes in a median. One slow step does not make a rank a straggler.
 _WINDOW = 20

@@ -1,4 +1,4 @@
-"""The lock of a run folder, which admits one live attempt. In: a run folder. Out: a held lock, or a ConfigError with the holder.
+"""The lock of a run folder, which admits one live attempt. In: a run folder. Out: its holder; a held lock, or a ConfigError.
 
 The kernel's flock decides who holds the folder. The kernel frees it when the holder dies, whatever the cause. A process that
 rank 0 forked inherits the lock, so a checkpoint writer that outlives rank 0 still keeps other attempts out.
@@ -13,26 +13,81 @@ Torch-free.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from configs.errors import ConfigError
-from pretrain.run.folder import (
-    HEARTBEAT_S,
-    SILENCE_S,
-    LockHolder,
-    RunFolder,
-    held_problem,
-    holder_text,
-    process_start_ticks,
-    read_holder,
-)
+from configs.errors import ConfigError, Problem
+from pretrain.run.files import read_json
+from pretrain.run.folder import RunFolder
+from pretrain.run.process import process_start_ticks
 
+# In seconds. The holder touches the lock file every HEARTBEAT_S. A holder on another host that has not touched it for SILENCE_S
+# is dead.
+HEARTBEAT_S = 5.0
+SILENCE_S = 4 * HEARTBEAT_S
 # In seconds. A killed rank 0 and its children need a moment to die; only then is the next start refused.
 PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process of rank 0 that trains, or trained, in a run folder.
+
+    `start_ticks`: its start time in clock ticks since boot, which differs for a later process with the same pid.
+    """
+
+    host: str
+    pid: int
+    attempt: int
+    start_ticks: int
+    released: bool = False
+
+    def describe(self) -> str:
+        return f"attempt {self.attempt}, process {self.pid} on {self.host}"
+
+
+def read_holder(folder: RunFolder) -> LockHolder | None:
+    """The holder that the lock file names, dead or alive. None: no lock file exists, or it is incomplete."""
+    value = read_json(folder.lock)
+    try:
+        return LockHolder(**value) if isinstance(value, dict) else None
+    except TypeError:
+        return None
+
+
+def holder_text(holder: LockHolder) -> bytes:
+    """The content of the lock file."""
+    return json.dumps(asdict(holder)).encode() + b"\n"
+
+
+def live_holder(folder: RunFolder) -> LockHolder | None:
+    """The holder that trains here now. None: no process does.
+
+    The kernel's lock decides; for a holder on another host, the age of its heartbeat decides too.
+    """
+    holder = read_holder(folder)
+    if _kernel_says_held(folder.lock):
+        return holder or LockHolder("unknown", 0, 0, 0)
+    if holder is None or holder.released or holder.host == socket.gethostname():
+        return None
+    # The kernel's lock doesn't reach other hosts on NFS mounted with local_lock. There the heartbeat decides.
+    return holder if time.time() - folder.lock.stat().st_mtime < SILENCE_S else None
+
+
+def held_problem(folder: RunFolder, holder: LockHolder) -> Problem:
+    """The refusal of a second live attempt."""
+    return Problem(
+        "run.dir",
+        str(folder.path),
+        f"one live attempt a run folder; it is held by {holder.describe()}",
+        f"wait for it, end it (phalanx cancel {folder.path}), or choose another run.dir; "
+        f"if you know that it is dead: rm {folder.lock}",
+    )
 
 
 class FolderLock:
@@ -144,3 +199,21 @@ def _last_beat_ns(folder: RunFolder) -> int:
         return os.fstat(descriptor).st_mtime_ns
     finally:
         os.close(descriptor)
+
+
+def _kernel_says_held(lock: Path) -> bool:
+    """Whether some process has an exclusive flock on the file.
+
+    The question takes a shared lock for an instant. A process that wants the exclusive lock at that moment tries again.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 # The name of a rank's program in the process that the ranks are forked from (launch/fork_server.py): it only imports.
@@ -83,3 +85,19 @@ def print_in_any_locale() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def process_start_ticks(pid: int) -> int:
+    """Start time of a live process in clock ticks since boot; 0: no such process exists, or the system has no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    fields_after_name = text.rpartition(")")[2].split()
+    return int(fields_after_name[19]) if fields_after_name[0] != "Z" else 0
+
+
+def process_age_s(pid: int) -> float:
+    """How long a live process has existed, in seconds; 0: no such process exists, or the system has no /proc."""
+    ticks = process_start_ticks(pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0

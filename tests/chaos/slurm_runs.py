@@ -15,7 +15,7 @@ import psutil
 from launch.slurm.lifecycle import OVER
 from launch.slurm.scheduler import details, find_jobs
 from launch.status import read_status
-from pretrain.run.folder import live_holder
+from pretrain.run.lock import live_holder
 from tests.chaos.local_runs import WATCHFUL, Struck, empty, fill
 from tests.chaos.moments import caught
 from tests.chaos.plan import BETWEEN, FULL_DISK, Blow, Case

@@ -21,7 +21,8 @@ from launch.status import read_status
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.files import write_json
-from pretrain.run.folder import RunFolder, process_start_ticks
+from pretrain.run.folder import RunFolder
+from pretrain.run.process import process_start_ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, MOST_MIB = 1 << 28, 150

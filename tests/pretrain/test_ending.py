@@ -9,7 +9,8 @@ import pytest
 from pretrain.checkpoint.restore import TrainingPosition
 from pretrain.ending import AttemptEnding, TrainingEnd
 from pretrain.run.attempt import Attempt, open_attempt
-from pretrain.run.folder import Outcome, RunFolder, live_holder
+from pretrain.run.folder import Outcome, RunFolder
+from pretrain.run.lock import live_holder
 
 
 class Opened:

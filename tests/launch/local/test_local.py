@@ -21,7 +21,8 @@ from launch.status import read_status
 from launch.watch.failures import find_failures
 from launch.watch.processes import FORK_SERVER, STANDBY, children_of, name_of, ranks_of
 from pretrain.run.files import iterate_lines
-from pretrain.run.folder import RunFolder, live_holder
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import live_holder
 from tests.tmpfs import mounted_tmpfs
 
 # The launcher by itself, which looks at no data, with the tests' own rank program, in a process of its own: it installs signal

@@ -25,8 +25,8 @@ from pretrain.run.files import (
     mend_torn_line,
     write_atomically,
 )
-from pretrain.run.folder import NAMES, LockHolder, Outcome, RunFolder, check_run_folder, holder_text, live_holder
-from pretrain.run.lock import acquire
+from pretrain.run.folder import NAMES, Outcome, RunFolder, check_run_folder
+from pretrain.run.lock import LockHolder, acquire, holder_text, live_holder
 from pretrain.run.provenance import make_provenance
 
 HOLD = """

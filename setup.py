@@ -45,6 +45,7 @@ setup(
         "safetensors>=0.5",
         "transformers>=4.57",
         "numpy>=1.26",
+        "orjson>=3.10",
         "rich>=13",
         "scipy>=1.11",
         "jinja2>=3.1",

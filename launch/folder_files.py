@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 
-from configs.errors import Problem
+from configs.errors import ConfigError, Problem
+from pretrain.run.files import storage_problem
 from pretrain.run.folder import RunFolder
 
-# In bytes. The files of the first kind have some kilobytes and are read whole; events.jsonl has some megabytes and is read line
-# by line, several times.
+# In bytes. The files of the first kind have some kilobytes and are read whole; those of the second have some megabytes and are
+# read line by line, several times.
 _SMALL, _LARGE = 1 << 24, 1 << 28
 # In bytes. With less free space than this, a row or a log may find no room.
 _FULL = 1 << 20
@@ -33,9 +34,18 @@ def disk_trouble(folder: RunFolder) -> list[str]:
 
 
 def check_files(folder: RunFolder) -> list[Problem]:
-    """Problems of the files that a status is read from. Raises OSError."""
+    """Problems of the files that are read of a run. Raises ConfigError where the folder may not be looked into."""
+    try:
+        return _problems(folder)
+    except OSError as error:
+        raise ConfigError(storage_problem("RUN_DIR", folder.path, error)) from error
+
+
+def _problems(folder: RunFolder) -> list[Problem]:
     problems = []
-    most_bytes = dict.fromkeys((folder.config, folder.outcome, folder.done, folder.lock), _SMALL) | {folder.events: _LARGE}
+    small = (folder.config, folder.provenance, folder.outcome, folder.done, folder.lock, folder.wandb_id)
+    large = (folder.events, folder.experts, folder.evaluations)
+    most_bytes = dict.fromkeys(small, _SMALL) | dict.fromkeys(large, _LARGE)
     for path in (*most_bytes, folder.metrics):
         if not path.exists():
             continue

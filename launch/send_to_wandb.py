@@ -19,7 +19,7 @@ from dataclasses import replace
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.schema import Config
-from launch.status import require_run_folder
+from launch.status import readable_run_folder
 from pretrain.metrics.copy_process import TOO_LONG
 from pretrain.metrics.wandb_copy import CopyJob
 from pretrain.metrics.wandb_sink import make_copy_job, start_copy, tell
@@ -36,7 +36,7 @@ _KILL_AFTER_S = 5.0
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code. Raises ConfigError if the input is bad."""
     found = _parser().parse_intermixed_args(argv)
-    folder = require_run_folder(found.run_dir)
+    folder = readable_run_folder(found.run_dir)
     if not folder.config.exists():
         rule = "a run's rows are sent with the config of its last attempt; no attempt has begun here"
         raise ConfigError(Problem("RUN_DIR", found.run_dir, rule, "phalanx launch CONFIG starts it"))
@@ -75,8 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(config: Config, folder: RunFolder) -> CopyJob:
-    """Raises ConfigError if W&B is off, if the run lives, or if another process sends its rows."""
-    wandb_id = folder.wandb_id.read_text().strip()
+    """Raises ConfigError if W&B is off, if no attempt has begun, if the run lives, or if another process sends its rows."""
+    if not folder.wandb_id.exists():
+        rule = "the file wandb_id names the W&B run of all attempts; this folder has none"
+        raise ConfigError(Problem("RUN_DIR", str(folder.path), rule, "put the run's own there, or resume the run: it makes one"))
+    wandb_id = folder.wandb_id.read_text(errors="replace").strip()
     job = make_copy_job(config, folder, wandb_id, os.environ)
     if job is None:
         off = "wandb" not in config.metrics.sinks
@@ -85,13 +88,21 @@ def _job(config: Config, folder: RunFolder) -> CopyJob:
     if (holder := live_holder(folder)) is not None:
         rule = f"while a run trains, its own copy sends the rows; it is held by {holder.describe()}"
         raise ConfigError(Problem("RUN_DIR", str(folder.path), rule, "wait for its end"))
-    with open(copy_lock(folder), "w") as lock:
+    if _is_sending(folder):
+        rule = "one process at a time sends the rows of a run; another one does it now"
+        raise ConfigError(Problem("RUN_DIR", str(folder.path), rule, "wait for its end"))
+    return job
+
+
+def _is_sending(folder: RunFolder) -> bool:
+    if not copy_lock(folder).exists():
+        return False
+    with open(copy_lock(folder)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            rule = "one process at a time sends the rows of a run; another one does it now"
-            raise ConfigError(Problem("RUN_DIR", str(folder.path), rule, "wait for its end")) from error
-    return job
+        except BlockingIOError:
+            return True
+    return False
 
 
 _ON = {True: "metrics.sinks='[console, jsonl, wandb]'", False: "metrics.wandb.mode=online"}
@@ -104,12 +115,12 @@ def _last_step(folder: RunFolder) -> int:
 
 def _state(folder: RunFolder, job: CopyJob, last_step: int) -> CopyState:
     found = read_copy_state(folder, last_step, is_live=False)
-    assert found is not None, "_job made the lock file and read the id"
-    return replace(found, mode=job.mode)
+    return CopyState(job.wandb_id, job.mode, last_step, 0) if found is None else replace(found, mode=job.mode)
 
 
 def _send(job: CopyJob, folder: RunFolder, timeout_s: float) -> int:
     """Run a copying process to its end. Returns its exit code."""
+    folder.wandb.mkdir(exist_ok=True)
     outcome = folder.read_outcome()
     broke = outcome is None or outcome.state in ("failed", "diverged")
     process = start_copy(job, os.environ)

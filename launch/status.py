@@ -95,7 +95,8 @@ def require_run_folder(path: str) -> RunFolder:
             return folder
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", path, error)) from error
-    found = "nothing is there" if not folder.path.exists() else "it has neither config.yaml nor events.jsonl"
+    found = "it has neither config.yaml nor events.jsonl" if folder.path.is_dir() else "it is a file"
+    found = found if folder.path.exists() else "nothing is there"
     runs = (
         sorted(str(config.parent) for config in folder.path.parent.glob("*/config.yaml")) if folder.path.parent.is_dir() else []
     )
@@ -105,6 +106,14 @@ def require_run_folder(path: str) -> RunFolder:
         else "name the folder that phalanx launch made (run.dir, or runs/NAME)"
     )
     raise ConfigError(Problem("RUN_DIR", path, f"must be a run folder; {found}", fix))
+
+
+def readable_run_folder(path: str) -> RunFolder:
+    """The run folder at `path`, whose files can be read without harm. Raises ConfigError otherwise."""
+    folder = require_run_folder(path)
+    if problems := check_files(folder):
+        raise ConfigError(problems)
+    return folder
 
 
 def ask_always(life: RunLifecycle) -> bool:
@@ -149,6 +158,8 @@ def _read_status(folder: RunFolder, now_s: float, ask_slurm: Callable[[RunLifecy
         damage.append(f"events.jsonl: {damaged} lines are no events" if damaged > 1 else "events.jsonl: 1 line is no event")
     if rows and not isinstance(row.get("step"), int):
         damage.append("metrics.jsonl: the last row has no step")
+    if not rows and folder.metrics.exists() and folder.metrics.stat().st_size:
+        damage.append("metrics.jsonl: no rows at its end")
     if held:
         damage += disk_trouble(folder)
     step_times_s = [value for r in rows[-_ETA_STEPS:] if (value := _number(r, "step_time_s")) is not None]

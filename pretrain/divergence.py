@@ -19,6 +19,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from configs.schema import Divergence
@@ -70,20 +71,25 @@ class History:
 def read_history(
     section: Divergence, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]], consumed_samples: int
 ) -> History:
-    """The history of a run. `rows`: the decoded record up to the run's step. `consumed_samples`: up to that step.
+    """The history of a run. `rows`: the decoded record up to its step, newest first. `consumed_samples`: up to that step.
 
     A skipped step is identified by its consumed samples, so it counts once although a resume that repeats it writes its event
-    again. Events beyond `consumed_samples` are not counted. With the spike rule on, this costs one pass over the rows.
+    again. Events beyond `consumed_samples` are not counted. The spike rule takes so many rows as its window has.
     """
-    losses: deque[float] = deque(maxlen=section.spike_window_steps)
+    losses: list[float] = []
     if section.spike != "off":
-        losses.extend(row["loss"] for row in rows if row.get("applied", True) and math.isfinite(row["loss"]))
+        applied = (row["loss"] for row in rows if row.get("applied", True) and _is_finite(row.get("loss")))
+        losses = list(islice(applied, section.spike_window_steps))[::-1]
     skipped, rollbacks = set(), 0
     for event in events:
         if event.get("kind") == EventKind.SKIPPED_STEP and event["samples"] <= consumed_samples:
             skipped.add(event["samples"])
         rollbacks += event.get("kind") == EventKind.ROLLED_BACK
     return History(tuple(losses), len(skipped), rollbacks)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class DivergencePolicy:

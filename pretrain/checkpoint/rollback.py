@@ -27,7 +27,7 @@ from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import sync_folder
 from pretrain.run.folder import RunFolder, complete_checkpoints
-from pretrain.run.record import read_rows
+from pretrain.run.record_rows import rows_from_end
 
 ASIDE = "rolled_back"
 
@@ -86,7 +86,7 @@ def set_newer_aside(checkpoints: Path, rollback: Rollback, announce: Announce) -
 
 def read_policy(folder: RunFolder, section: Divergence, consumed_samples: int) -> DivergencePolicy:
     """The divergence policy with the run's history. Rank 0 calls it after the record was cut back to the run's newest step."""
-    rows = read_rows(folder.metrics) if folder.metrics.exists() else ()
+    rows = rows_from_end(folder.metrics) if folder.metrics.exists() else ()
     return DivergencePolicy(section, read_history(section, rows, read_events(folder), consumed_samples))
 
 

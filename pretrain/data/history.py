@@ -23,11 +23,10 @@ from pretrain.run.event_rows import read_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import iterate_lines, iterate_parts, lines_from_end, parse_line
 from pretrain.run.folder import RunFolder
+from pretrain.run.record_rows import place_before
 
 # More samples than any run reads, and few enough for int64.
 _MOST = 1 << 48
-# A search for a step ends so near to its row.
-_NEAR_BYTES = 1 << 16
 TRAINED, SKIPPED, REFUSED, PLANNED = "trained", "skipped", "refused", "planned"
 
 
@@ -62,8 +61,13 @@ class Stretch:
 
     def at(self, step: int) -> Stretch:
         """The part of the stretch that is one step."""
-        first = self.first_sample + (step - self.first_step) * self.batch_seqs
-        return replace(self, first_step=step, num_steps=1, first_sample=first)
+        return replace(self.after(step - 1), num_steps=1)
+
+    def after(self, step: int) -> Stretch:
+        """The part of the stretch behind a step."""
+        skipped = step + 1 - self.first_step
+        first_sample = self.first_sample + skipped * self.batch_seqs
+        return replace(self, first_step=step + 1, num_steps=self.num_steps - skipped, first_sample=first_sample)
 
 
 class RunHistory:
@@ -78,6 +82,8 @@ class RunHistory:
         self._cuts: list[tuple[int, int, list[tuple[int, int]]]] = []
         # Samples that no later step reads again.
         self._passed_samples = self._went_back_to = 0
+        # The newest step that the events know of.
+        self._reached_step = 0
         self._read_events()
 
     def config_of(self, attempt: int) -> Config:
@@ -99,19 +105,27 @@ class RunHistory:
     def stretches(self, first: int = 1, last: int = _MOST) -> Iterator[Stretch]:
         """The record's steps `first` to `last`, ascending, and some beside them: the file is read near these steps only.
 
-        Rows without step and samples are left out.
+        Rows without step and samples are left out, and of a repeated step the first row counts.
         """
         if not self.folder.metrics.exists():
             return iter(())
-        parts = iterate_parts(self.folder.metrics, self._place_before(first))
+        parts = iterate_parts(self.folder.metrics, place_before(self.folder.metrics, first))
         found = (stretch for lines in parts for stretch in self._of_lines(lines))
-        near = takewhile(lambda stretch: stretch.first_step <= last, found)
+        near = takewhile(lambda stretch: stretch.first_step <= last, _ascending(found))
         return _joined(near)
 
     def newest(self) -> Stretch | None:
         """The last step of the record. None: it has none."""
         lines = lines_from_end(self.folder.metrics) if self.folder.metrics.exists() else ()
         return next((one for line in lines if (one := self._of_row(parse_line(line), self._owners))), None)
+
+    def lacks(self) -> str | None:
+        """What the record lacks of the steps that the run has trained, in words. None: nothing that the events know of."""
+        newest = self.newest()
+        last = newest.end_step - 1 if newest else 0
+        if last >= self._reached_step:
+            return None
+        return f"metrics.jsonl ends at step {last}, and the run was at step {self._reached_step}: what follows is told as planned"
 
     def discarded(self) -> Iterator[Stretch]:
         """Steps that were trained and then replaced, oldest first, from the metrics_cut.jsonl of each attempt."""
@@ -141,24 +155,18 @@ class RunHistory:
             kind, attempt = event["kind"], event["attempt"]
             if kind == EventKind.TRAINING:
                 self._owners = _pushed(self._owners, event["step"], attempt)
+                self._reached_step = event["step"] - 1
             elif kind in (EventKind.ROLLED_BACK, EventKind.WENT_BACK):
                 left, to_step = self._owners, event["to_step"]
                 self._passed_samples = event["consumed_samples"]
                 self._went_back_to = to_step
                 self._owners = _pushed(self._owners, to_step + 1, attempt)
+                self._reached_step = to_step
+            elif kind in (EventKind.SAVED, EventKind.OUTCOME):
+                self._reached_step = max(self._reached_step, event["step"])
             elif kind == EventKind.RECORD_CUT and event["kept_in"]:
                 self._cuts.append((attempt, event["rows"], left or self._owners))
                 left = None
-
-    def _place_before(self, step: int) -> int:
-        """A place in the record, in bytes, from which on all rows of this step and of later ones can be read."""
-        low, high = 0, self.folder.metrics.stat().st_size
-        while step > 1 and high - low > _NEAR_BYTES:
-            middle = (low + high) // 2
-            rows = (self._of_row(row, self._owners) for _, row in iterate_lines(self.folder.metrics, middle))
-            one = next((row for row in rows if row), None)
-            low, high = (middle, high) if one and one.first_step < step else (low, middle)
-        return low
 
     def _of_lines(self, lines: bytes) -> Iterator[Stretch]:
         """The stretches of complete lines of the record. Most lines are counted and searched, not parsed.
@@ -190,6 +198,15 @@ class RunHistory:
         attempt = _attempt_at(owners, step)
         size = _batch_that_ended_at(self.config_of(attempt).batch, samples)
         return Stretch(step, 1, samples - size, size, attempt, _state(row), discarded)
+
+
+def _ascending(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
+    """Without steps at or before one that has come already."""
+    end = 0
+    for one in stretches:
+        if one.end_step > end:
+            yield one.after(end - 1) if one.first_step < end else one
+            end = one.end_step
 
 
 def _joined(stretches: Iterable[Stretch | None]) -> Iterator[Stretch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from configs.schema import Config
@@ -16,7 +17,10 @@ from parallel.batch import steps_of
 from pretrain.metrics.console import val_losses
 from pretrain.run.files import read_json
 from pretrain.run.folder import Outcome, RunFolder
-from pretrain.run.record import read_rows
+from pretrain.run.record_rows import read_rows, rows_from_end, steps_seconds
+
+# The speed is the median of so many rows, and the newest validation is looked for in them.
+_NEWEST_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ def make_summary(
     checkpoint: Path | None,
     wandb_place: str | None,
 ) -> RunSummary:
-    """Collect the summary from the record and the data's .meta.json. Reads the whole record once."""
-    rows = list(read_rows(folder.metrics))
+    """Collect the summary from the record's first row and its newest ones, and from the data's .meta.json."""
+    path = folder.metrics
+    first = next(read_rows(path), {}) if path.exists() else {}
+    rows = list(islice(rows_from_end(path), _NEWEST_ROWS))[::-1] if path.exists() else []
     speeds = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s"))
     validated = {key: loss for row in rows for key, loss in val_losses(row).items()}
     meta = read_json(Path(f"{config.data.train[0].path}.meta.json"))
@@ -56,14 +62,14 @@ def make_summary(
         outcome=outcome,
         folder=folder,
         total_steps=steps_of(config),
-        first_loss=rows[0]["loss"] if rows else None,
-        last_loss=rows[-1]["loss"] if rows else None,
+        first_loss=first.get("loss"),
+        last_loss=rows[-1].get("loss") if rows else None,
         vocab_size=vocab_size,
         unigram_entropy=meta.get("unigram_entropy_nats") if isinstance(meta, dict) else None,
         val_losses=validated,
         tokens=tokens,
         tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
-        wall_s=sum(row.get("step_time_s") or 0.0 for row in rows) or None,
+        wall_s=steps_seconds(path) or None,
         checkpoint=str(checkpoint) if checkpoint else None,
         wandb_place=wandb_place,
     )

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlparse
@@ -85,11 +86,12 @@ class Copy:
         self._job = job
         self._folder = RunFolder(Path(job.run_dir))
         self._cursor = Cursor(self._folder)
-        self._rows = RecordFollower(self._folder.metrics)
         self._wandb = _import_wandb()
         mark_synced(self._folder, job.wandb_id, only_empty=True)
         self._run, self.is_online = _start(self._wandb, job)
         self._sent = self._steps_there()
+        lacking = next(step for step in count(1) if step not in self._sent)
+        self._rows = RecordFollower(self._folder.metrics, first_step=lacking)
         self._reader = SegmentReader(Path(self._run.dir).parent / f"run-{job.wandb_id}.wandb")
         self._logged: set[int] = set()
         self._own_steps: set[int] = set()

@@ -14,7 +14,9 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import orjson
 
 from configs.errors import ConfigError, DiskError, Problem
 
@@ -118,9 +120,13 @@ def read_json(path: str | Path) -> Any | None:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The JSON object in the line. None: the line holds something else."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # Python also reads what only JSON's edges have: NaN, a lone surrogate that stands for a byte of a file's name.
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
     return value if isinstance(value, dict) else None
 
 
@@ -203,15 +209,15 @@ def mend_torn_line(path: str | Path) -> int:
     if not path.exists():
         return 0
     with open(path, "r+b") as file:
-        torn = _incomplete_line(file)
-        if not torn:
-            return 0
-        if parse_line(torn) is not None:
-            file.seek(0, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END)
+        start = _behind_last_newline(file, size)
+        file.seek(start)
+        if 0 < size - start <= _LINE_BYTES and parse_line(file.read()) is not None:
             file.write(b"\n")
             return 0
-        file.truncate(file.seek(0, os.SEEK_END) - len(torn))
-    return len(torn)
+        if start < size:
+            file.truncate(start)
+    return size - start
 
 
 def last_row(path: str | Path) -> dict[str, Any] | None:
@@ -227,20 +233,16 @@ def last_row(path: str | Path) -> dict[str, Any] | None:
     return next((row for row in rows if row is not None), None)
 
 
-def _incomplete_line(file: Any) -> bytes:
-    """The bytes after the last newline of an open file; empty when the last line is complete."""
-    size = file.seek(0, os.SEEK_END)
-    found = b""
+def _behind_last_newline(file: BinaryIO, size: int) -> int:
+    """The byte behind the last newline of an open file of `size` bytes; 0: it has none."""
     while size > 0:
         start = max(0, size - _TAIL_BYTES)
         file.seek(start)
-        block = file.read(size - start)
-        _, newline, tail = block.rpartition(b"\n")
-        found = tail + found
-        if newline:
-            break
+        newline = file.read(size - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         size = start
-    return found
+    return 0
 
 
 def recent_rows(path: str | Path, tail_bytes: int = 1 << 18) -> list[dict[str, Any]]:

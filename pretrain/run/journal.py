@@ -17,7 +17,7 @@ from pretrain.run.attempt import Attempt
 from pretrain.run.event_log import sync_events
 from pretrain.run.events import EventKind
 from pretrain.run.files import storage_error
-from pretrain.run.record import encode_row
+from pretrain.run.record_rows import encode_row
 
 
 class Journal:

@@ -3,7 +3,7 @@
 In: rows, as dicts with at least `step`, `loss`, `grad_norm` and `tokens`. Out: the file, cut back at a resume. Steps count from
 1. Row N is written once, after the Nth optimizer update, and includes the numbers of a validation after that update.
 
-JSON has neither NaN nor infinity. Such a value is written as null, and the row's `nonfinite` names it: {"loss": "nan"}.
+A row with a step time has the sum of those up to it as `steps_s`, so that nobody has to read the whole record for it.
 
 A row is handed to the kernel immediately, so a killed process loses none. `sync` forces the rows to the disk. It is called
 before a checkpoint is marked complete, so that a power loss can't take a row that a checkpoint has counted.
@@ -17,17 +17,25 @@ Torch-free.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pretrain.run.events import EventKind
-from pretrain.run.files import as_line, iterate_lines, mend_torn_line, storage_error, storage_problem, sync_folder
+from pretrain.run.files import (
+    as_line,
+    iterate_lines,
+    mend_torn_line,
+    storage_error,
+    storage_problem,
+    sync_folder,
+)
+from pretrain.run.record_rows import encode_row, place_before, steps_seconds
 
 REQUIRED_KEYS = ("step", "loss", "grad_norm", "tokens")
+_COPIED_BYTES = 1 << 22
 
 WriteEvent = Callable[..., None]
 
@@ -39,6 +47,7 @@ class Record:
         self.path = path
         self.last_step = last_step
         self._write_event = write_event
+        self._steps_s = steps_seconds(path)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         # Lines that the disk refused. The first one may be the rest of a line.
         self._waiting = bytearray()
@@ -71,6 +80,9 @@ class Record:
         if step != self.last_step + 1:
             self._write_event(EventKind.RECORD_GAP, after_step=self.last_step, next_step=step)
         self.last_step = step
+        if "step_time_s" in row:
+            self._steps_s += row["step_time_s"]
+            row = row | {"steps_s": round(self._steps_s, 6)}
         self._waiting += as_line(encode_row(row))
         try:
             self._write_waiting()
@@ -103,7 +115,7 @@ class Record:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise storage_error("run.dir", self.path, error) from error
-        self.last_step = step
+        self.last_step, self._steps_s = step, steps_seconds(self.path)
 
     def sync(self) -> None:
         """Force every row to the disk. Call it before a checkpoint is marked complete. Raises DiskError when it refuses."""
@@ -120,29 +132,63 @@ class Record:
             os.close(self._descriptor)
 
 
-def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with null in the place of NaN and infinity, and with their texts in `nonfinite`."""
-    nonfinite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-    return {**row, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else row
-
-
-def decode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `encode_row`."""
-    if "nonfinite" not in row:
-        return row
-    values = {key: float(text) for key, text in row["nonfinite"].items()}
-    return {key: values.get(key, value) for key, value in row.items() if key != "nonfinite"}
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every complete row with a step, decoded, in file order. Raises OSError."""
-    for _, row in iterate_lines(path):
-        if row is not None and isinstance(row.get("step"), int):
-            yield decode_row(row)
-
-
 def _cut(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None) -> int:
     """Drop rows past `restored_step`, repeated steps and lines that are no rows. Returns the last step that stays.
+
+    A whole record is read only behind the restored step, so that a record of gigabytes is cut in an instant.
+    """
+    end = _end_of(path, restored_step)
+    if end is None:
+        return _cut_damaged(path, restored_step, write_event, keep_cut_in)
+    if count := _truncate(path, end, keep_cut_in):
+        _tell_cut(write_event, count, restored_step, keep_cut_in)
+    return restored_step
+
+
+def _end_of(path: Path, step: int) -> int | None:
+    """The byte behind the row of this step. None: a line near it is no row, or no row is that of the step."""
+    if step == 0:
+        return 0
+    place, before = place_before(path, step), 0
+    is_rest = place > 0
+    for line, row in iterate_lines(path, place):
+        place += len(line)
+        if is_rest:
+            is_rest = False
+            continue
+        found = _staying_step(row, before, step)
+        if found is None:
+            return None
+        if found == step:
+            return place
+        before = found
+    return None
+
+
+def _truncate(path: Path, end: int, keep_cut_in: Path | None) -> int:
+    """Move the lines from byte `end` on to the end of `keep_cut_in`. Returns their number."""
+    count = 0
+    with open(path, "r+b") as file, open(keep_cut_in or os.devnull, "ab") as cut:
+        file.seek(end)
+        while part := file.read(_COPIED_BYTES):
+            count += part.count(b"\n")
+            cut.write(part)
+        if count:
+            cut.flush()
+            if keep_cut_in:
+                os.fsync(cut.fileno())
+            file.truncate(end)
+            os.fsync(file.fileno())
+    return count
+
+
+def _tell_cut(write_event: WriteEvent, rows: int, restored_step: int, keep_cut_in: Path | None) -> None:
+    kept_in = keep_cut_in.name if keep_cut_in else None
+    write_event(EventKind.RECORD_CUT, rows=rows, restored_step=restored_step, kept_in=kept_in)
+
+
+def _cut_damaged(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: Path | None) -> int:
+    """As `_cut`, in a record that is damaged or has a gap near the restored step: every line is looked at.
 
     The first pass reads only. A second pass rewrites the file, and runs only when a line must go.
     """
@@ -159,10 +205,7 @@ def _cut(path: Path, restored_step: int, write_event: WriteEvent, keep_cut_in: P
     for before, after in gaps[:10]:
         write_event(EventKind.RECORD_GAP, after_step=before, next_step=after)
     if not whole:
-        count = _rewrite(path, restored_step, keep_cut_in)
-        write_event(
-            EventKind.RECORD_CUT, rows=count, restored_step=restored_step, kept_in=keep_cut_in.name if keep_cut_in else None
-        )
+        _tell_cut(write_event, _rewrite(path, restored_step, keep_cut_in), restored_step, keep_cut_in)
     return last_step
 
 

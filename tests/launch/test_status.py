@@ -5,10 +5,8 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import math
 import os
 import pty
-import socket
 import struct
 import termios
 import time
@@ -27,134 +25,8 @@ from launch.status_watch import watch
 from pretrain.run.event_rows import is_event
 from pretrain.run.events import EVENTS, EventKind
 from pretrain.run.folder import STATES, RunFolder
+from tests.launch.broken_folders import BROKEN, ENDED, make_run
 from tools.cli import run as phalanx
-
-ROW = {"step": 7, "loss": 2.5, "tokens": 4096, "tokens_per_s": 100.0, "step_time_s": 0.1}
-ENDED: dict[str, Any] = {"time": 1.0e9, "attempt": 1, "kind": "job_ended", "cause": "crashed", "why": "rank 1", "node": "n1"}
-ENDED |= {"step_before": 0, "step_after": 5}
-
-
-def make_run(path: Path) -> Path:
-    """A run that was killed at step 7."""
-    (path / "launch" / "attempt_0001").mkdir(parents=True)
-    for folder in (path, path / "launch" / "attempt_0001"):
-        (folder / "config.yaml").write_text("run: {name: a, steps: 10}\n")
-    (path / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
-    event = {"time": time.time(), "attempt": 1, "kind": "attempt", "wandb_id": "x", "logs": None, "slurm_job": None}
-    (path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    return path
-
-
-def _junk_events(run: Path) -> None:
-    lines = [b"\xff\xfe\x00", b"[1, 2]", b'{"kind": "attempt"}', b'{"time": "x", "attempt": [], "kind": {}}', b"null"]
-    lines += [
-        json.dumps(ENDED | {"step_before": "many"}).encode(),
-        b'{"time": 1, "attempt": 1, "kind": "job_submitted", "jobs": 5}',
-    ]
-    (run / "events.jsonl").write_bytes(b"\n".join(lines) + b'\n{"time": 1.0, "att')
-
-
-def _rubbish(run: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "outcome.json", "lock", "DONE"):
-        (run / name).write_bytes(bytes(range(256)) * 40)
-
-
-def _folders_for_files(run: Path) -> None:
-    for name in ("metrics.jsonl", "events.jsonl"):
-        (run / name).unlink()
-        (run / name).mkdir()
-
-
-def _odd_numbers(run: Path) -> None:
-    rows = [ROW | {"loss": None}, ROW | {"loss": "high", "step_time_s": [1], "tokens": {}, "step": "8"}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"loss": NaN, "step": 1e400}\n')
-
-
-def _odd_json(run: Path) -> None:
-    (run / "outcome.json").write_text('{"attempt": [], "state": "asleep", "why": 3, "step": null, "consumed_samples": "x"}')
-    (run / "lock").write_text('{"host": 3, "pid": "x", "attempt": null, "start_ticks": [], "released": "no"}')
-    (run / "DONE").write_text('{"step": "all"}')
-
-
-def _files_for_folders(run: Path) -> None:
-    (run / "launch" / "attempt_0001" / "config.yaml").unlink()
-    (run / "launch" / "attempt_0001").rmdir()
-    (run / "launch").rmdir()
-    for name in ("launch", "logs", "checkpoints"):
-        (run / name).write_text("a file\n")
-
-
-def _dangling_links(run: Path) -> None:
-    for name in ("metrics.jsonl", "config.yaml", "outcome.json"):
-        (run / name).unlink(missing_ok=True)
-        (run / name).symlink_to(run / "nowhere")
-
-
-def _loop(run: Path) -> None:
-    (run / "metrics.jsonl").unlink()
-    (run / "metrics.jsonl").symlink_to(run / "metrics.jsonl")
-
-
-def _pipe(run: Path) -> None:
-    (run / "events.jsonl").unlink()
-    os.mkfifo(run / "events.jsonl")
-
-
-def _huge(run: Path) -> None:
-    """Files with holes: they take no room on the disk."""
-    for name in ("metrics.jsonl", "outcome.json"):
-        with (run / name).open("ab") as file:
-            file.truncate(3 << 30)
-
-
-def _numbers_beyond_any(run: Path) -> None:
-    (run / "metrics.jsonl").write_text('{"step": 1%s, "loss": -1e308, "tokens": 1e308, "tokens_per_s": 1e400}\n' % ("0" * 400))
-    row = {"time": time.time(), "attempt": 1, "kind": "of another version", "ratio": 0}
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"a": math.inf, "b": math.nan}) + "\n")
-        file.write('{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-
-
-def _zero_tokens(run: Path) -> None:
-    (run / "config.yaml").write_text("run: {tokens: 10}\nbatch: {seq_length_tokens: 0}\n")
-
-
-def _never_began(run: Path) -> None:
-    """The ranks refused their input: no attempt was opened, and the launcher is gone."""
-    (run / "launch" / "attempt_0001" / "config.yaml").unlink()
-    launcher = {"host": socket.gethostname(), "pid": 2**22 + 1, "start_ticks": 5}
-    (run / "launch" / "attempt_0001" / "launcher.json").write_text(json.dumps(launcher))
-
-
-def _newer_version(run: Path) -> None:
-    rows = [{"time": 4e18, "attempt": 1, "kind": "dreamt", "of": "sheep"}, ENDED | {"cause": "bored"}]
-    with (run / "events.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    (run / "config.yaml").write_text("run: {name: a, moons: 3}\nzodiac: {}\n")
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "whole": (lambda run: None, "died"),
-    "empty files": (lambda run: [path.write_text("") for path in run.glob("*.jsonl")], "died"),
-    "half a record": (lambda run: (run / "metrics.jsonl").write_text('{"step": 7, "lo'), "died"),
-    "no config": (lambda run: (run / "config.yaml").unlink(), "died"),
-    "no events": (lambda run: (run / "events.jsonl").unlink(), "died"),
-    "only a config": (lambda run: [(run / name).unlink() for name in ("events.jsonl", "metrics.jsonl")], "died"),
-    "junk events": (_junk_events, "7 lines are no events"),
-    "binary rubbish": (_rubbish, "config.yaml: is no text"),
-    "folders for files": (_folders_for_files, "unreadable"),
-    "odd numbers": (_odd_numbers, "died"),
-    "odd json": (_odd_json, "died"),
-    "files for folders": (_files_for_folders, "starting"),
-    "dangling links": (_dangling_links, "died"),
-    "a link to itself": (_loop, "died"),
-    "a named pipe": (_pipe, "events.jsonl must be a file, it is a named pipe"),
-    "huge files": (_huge, "outcome.json must have at most 16 MiB, it has 3072 MiB"),
-    "numbers beyond any": (_numbers_beyond_any, "events.jsonl: 1 line is no event"),
-    "zero tokens": (_zero_tokens, "batch.seq_length_tokens: must be"),
-    "never began": (_never_began, "attempt 1 ended before it began to train"),
-    "a newer version": (_newer_version, "config.yaml: "),
-}
 
 
 def test_each_broken_folder_is_one_line_and_none_hides_another(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pretrain.divergence import ACCEPT, ROLLBACK, SKIP, STOP, DivergencePolicy, 
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import COMPLETE, RunFolder, step_folder
-from pretrain.run.record import encode_row
+from pretrain.run.record_rows import encode_row
 
 NAN, INF = math.nan, math.inf
 
@@ -117,7 +117,7 @@ def test_a_resume_decides_as_the_run_that_was_killed(losses: list[float], data: 
             events.append({"kind": EventKind.SKIPPED_STEP, **RefusedStep.of(row, decisions[-1]).as_fields()})
     for _ in range(2):
         at = data.draw(st.integers(0, len(losses)))
-        resumed = DivergencePolicy(rule, read_history(rule, rows[:at], events, 8 * at))
+        resumed = DivergencePolicy(rule, read_history(rule, rows[:at][::-1], events, 8 * at))
         again = [resumed.judge(loss, 1.0) for loss in losses[at:]]
         assert again == decisions[at:]
         # The replay says its skips again.

@@ -285,24 +285,29 @@ def test_wandb_has_each_step_once_after_a_rollback(config: Path, tmp_path: Path,
 
 
 def test_a_copy_of_the_record_follows_it_through_a_rollback(tmp_path: Path) -> None:
-    """What W&B is sent: old rows to the last, then the new file's."""
+    """What W&B is sent: after a rollback the rows from the first on, also where the file has grown past its old end meanwhile."""
     folder = RunFolder(tmp_path)
     record = Record.open(folder.metrics, 0, lambda *_, **__: None)
-    follower = RecordFollower(folder.metrics)
+    follower, late = RecordFollower(folder.metrics), RecordFollower(folder.metrics, first_step=3)
 
-    def write(step: int) -> None:
-        record.append({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens": step})
+    def write(step: int, loss: float) -> None:
+        record.append({"step": step, "loss": loss, "grad_norm": 1.0, "tokens": step})
 
-    def polled() -> list[int]:
-        return [row["step"] for row in follower.poll()]
+    def polled(one: RecordFollower) -> list[tuple[int, float]]:
+        return [(row["step"], row["loss"]) for row in one.poll()]
 
-    write(1)
-    write(2)
-    assert polled() == [1, 2] and polled() == []
-    write(3)
+    write(1, 1.0)
+    write(2, 1.0)
+    assert polled(follower) == [(1, 1.0), (2, 1.0)] and polled(follower) == [] and follower.replaced == 0
+    end = RecordFollower(folder.metrics, from_end=True)
+    write(3, 1.0)
     record.cut_back(1, tmp_path / "cut.jsonl")
-    write(2)
-    assert polled() == [3, 1, 2]
-    write(3)
-    assert polled() == [3] and [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    for step in (2, 3, 4):
+        write(step, 2.0)
+    assert polled(follower) == [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)] and follower.replaced == 1
+    write(5, 2.0)
+    assert polled(follower) == [(5, 2.0)] and [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert polled(end) == [] and polled(late)[-1] == (5, 2.0)
+    write(6, 2.0)
+    assert polled(end) == [(6, 2.0)] == polled(late)
     record.close()

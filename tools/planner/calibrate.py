@@ -9,7 +9,8 @@ Torch-free.
 
 from __future__ import annotations
 
-import json
+from itertools import islice
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,13 +18,18 @@ from typing import Any
 from configs.errors import ConfigError, Problem
 from configs.load import from_yaml_text
 from configs.schema import Config
+from launch.folder_files import check_files
 from parallel.memory.hardware import HOST_NAME, make_machine
 from parallel.memory.job import make_job
 from pretrain.data.tokenizer import vocab_size
+from pretrain.run.folder import RunFolder
+from pretrain.run.record_rows import rows_from_end
 from tools.planner.planning import Calibration, make_plan
 
 # First steps load kernels and fill caches.
 WARMUP_STEPS = 5
+# A median of so many steps is settled, and a record of gigabytes need not be read for it.
+MOST_ROWS = 10_000
 
 
 def _refuse(path: str, got: object, rule: str, fix: str) -> ConfigError:
@@ -31,26 +37,21 @@ def _refuse(path: str, got: object, rule: str, fix: str) -> ConfigError:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record that hold a step time. Raises ConfigError."""
+    """The newest MOST_ROWS rows of a record that hold a step time, oldest first. Raises ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        timed = (row for row in rows_from_end(path) if _is_time(row.get("step_time_s")))
+        rows = list(islice(timed, MOST_ROWS))[::-1]
+    except OSError as error:
         raise _refuse(
             str(path), str(error), "a measured run has a readable record", "name the folder of a run that ran"
         ) from error
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # a line being written
-                continue
-            raise _refuse(f"{path}:{number}", line[:60], "each line is a JSON object", "name another run") from error
-        if isinstance(row, dict) and isinstance(row.get("step_time_s"), (int, float)) and row["step_time_s"] > 0:
-            rows.append(row)
     if not rows:
         raise _refuse(str(path), "no step times", "a calibration needs measured steps", "let the run make some steps first")
     return rows
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < inf
 
 
 def read_config(folder: Path) -> Config:
@@ -99,6 +100,8 @@ def calibrate(run_dir: str, planned: Config) -> Calibration:
 
 
 def _calibrate(folder: Path, planned: Config) -> Calibration:
+    if problems := check_files(RunFolder(folder)):
+        raise ConfigError(problems)
     config = read_config(folder)
     ran, wanted = machine_name(config), machine_name(planned)
     if ran != wanted:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from launch.status import RunStatus, read_status
+from launch.status import RunStatus, read_status, readable_run_folder
 from parallel.memory.hardware import HOST_NAME
 from parallel.memory.job import make_job
 from pretrain.data.tokenizer import vocab_size
 from pretrain.metrics.goodput import attempt_seconds
-from pretrain.run.folder import RunFolder
 from tools.planner.calibrate import machine_name, measured_memory_gib, read_config, read_rows, settled_step_s
 from tools.planner.planning import Plan, make_plan
 from tools.text_table import table
@@ -33,7 +31,7 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         found = {
-            name: {"planned": planned, "measured": value, "ratio": None if value is None else value / planned}
+            name: {"planned": planned, "measured": value, "ratio": _ratio(planned, value)}
             for name, (planned, value) in self.rows.items()
         }
         return {"run_dir": self.status.run_dir, "state": self.status.state, "step": self.status.step} | found
@@ -45,7 +43,8 @@ def measure(run_dir: str) -> Measured:
     Step time: the median without the first steps. Memory: the fullest stage's peak, GiB. GPU-hours: those of the steps that
     count in the plan; measured, those of the attempts, with start-up, saves and lost steps, without the queue.
     """
-    folder, config = RunFolder(Path(run_dir)), read_config(Path(run_dir))
+    folder = readable_run_folder(run_dir)
+    config = read_config(folder.path)
     rows = read_rows(folder.metrics)
     job = make_job(config, vocab_size(config))
     plan = make_plan(job)
@@ -69,11 +68,16 @@ def measure(run_dir: str) -> Measured:
     return Measured(status, plan, found)
 
 
+def _ratio(planned: float, measured: float | None) -> float | None:
+    """None: not measured, or no step is known of a damaged record."""
+    return measured / planned if measured is not None and planned else None
+
+
 def measured_text(found: Measured) -> str:
     """The table for people."""
     rows = [
         [name.replace("_", " "), f"{planned:,.4g}", "-" if value is None else f"{value:,.4g}",
-         "-" if value is None else f"x{value / planned:.3g}"]
+         "-" if (ratio := _ratio(planned, value)) is None else f"x{ratio:.3g}"]
         for name, (planned, value) in found.rows.items()
     ]  # fmt: skip
     status = found.status

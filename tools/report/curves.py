@@ -29,7 +29,7 @@ _MOST_STEP = 1 << 53
 _MOST_MARKS = 200
 _NO_STEP = np.iinfo(np.int64).max
 # Of a row, but no curve of its own.
-_NO_CURVES = frozenset({"step", "samples", "nonfinite", "applied", "skipped"})
+_NO_CURVES = frozenset({"step", "samples", "steps_s", "nonfinite", "applied", "skipped"})
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Buckets:
     high_step: Steps
     total: Floats
     count: Steps
+
+    def rows(self, part: slice) -> Buckets:
+        return Buckets(*(values[part] for values in self.__dict__.values()))
 
     def widened(self, names: int) -> Buckets:
         """With columns for new names."""
@@ -116,20 +119,19 @@ class Curves:
             if type(step) is not int or not self.last_step < step < _MOST_STEP:
                 self.left_out += 1
                 continue
-            if not row.keys() <= self._known:
-                self._learn(row)
             self.last_step = step
             steps.append(step)
             kept.append(row)
-            if "nonfinite" in row or row.get("skipped") is True:
-                self._mark(row)
         if not kept:
             return
         self.rows += len(kept)
+        self._look_at_names(kept)
         values = _matrix(kept, self.names)
         latest = _of_rows(np.array(steps, np.int64), values)
-        self._buckets = _join(self._buckets.widened(len(self.names)), latest.merged(latest.key // self._length))
-        self._buckets = self._buckets.merged(self._buckets.key)
+        known = self._buckets.widened(len(self.names))
+        # Only the last bucket may get more steps.
+        latest = _join(known.rows(slice(-1, None)), latest.merged(latest.key // self._length))
+        self._buckets = _join(known.rows(slice(None, -1)), latest.merged(latest.key))
         while len(self._buckets.key) > _MOST_BUCKETS:
             self._length *= 2
             self._buckets = self._buckets.merged(self._buckets.key // 2)
@@ -178,6 +180,17 @@ class Curves:
         if "step_time_s" in self.names:
             axis["seconds"] = _short(np.cumsum(found.total[:, self.names.index("step_time_s")]))
         return axis
+
+    def _look_at_names(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Learn new names, and mark rows. The names of all rows together are looked at first, since few parts have other ones."""
+        names: set[str] = set().union(*rows)
+        if not names <= self._known:
+            for row in rows:
+                self._learn(row)
+        if names & {"nonfinite", "skipped"}:
+            for row in rows:
+                if "nonfinite" in row or row.get("skipped") is True:
+                    self._mark(row)
 
     def _learn(self, row: dict[str, Any]) -> None:
         """New names of numbers. Names beyond MOST_NAMES are passed over."""

@@ -22,7 +22,8 @@ from pretrain.metrics.screen import ScreenWriter
 from pretrain.metrics.sinks import NullSink, RecordSink, Sinks
 from pretrain.metrics.summary import RunSummary, summary
 from pretrain.run.folder import Outcome, RunFolder
-from pretrain.run.record import Record, read_rows
+from pretrain.run.record import Record
+from pretrain.run.record_rows import read_rows
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pretrain.metrics.sinks import NullSink
 from pretrain.metrics.wandb_sink import CopySink, choose_mode, make_wandb_sink
 from pretrain.metrics.wandb_steps import Cursor, from_spans, to_spans
 from pretrain.run.folder import Outcome, RunFolder
-from pretrain.run.record import Record, read_rows
+from pretrain.run.record import Record
+from pretrain.run.record_rows import read_rows
 from tests.wandb_read import offline_rows, offline_steps
 from tests.wandb_stub import KEY, WandbStub
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.run.record import Record, decode_row, encode_row, read_rows
+from pretrain.run import files, record_rows
+from pretrain.run.record import Record
+from pretrain.run.record_rows import decode_row, encode_row, place_before, read_rows, rows_from_end, steps_seconds
 
 
 class Notes:
@@ -70,6 +73,29 @@ def test_each_step_once_over_any_attempts(tmp_path_factory: pytest.TempPathFacto
         write(path, last, last)
         assert steps(path) == list(range(1, last + 1))
         assert path.read_bytes().endswith(b"\n") or last == 0
+
+
+def test_a_long_record_is_cut_and_read_near_the_step_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cut, notes = tmp_path / "metrics.jsonl", tmp_path / "metrics_cut.jsonl", Notes()
+    last = 20_000
+    path.write_text(
+        "".join(json.dumps(row(step) | {"step_time_s": 0.5, "filler": "x" * 600}) + "\n" for step in range(1, last + 1))
+    )
+    parsed, parse = [], files.parse_line
+    for module in (files, record_rows):
+        monkeypatch.setattr(module, "parse_line", lambda line: parsed.append(line) or parse(line))
+    record = Record.open(path, last - 10, notes, keep_cut_in=cut)
+    record.append(row(last - 9) | {"step_time_s": 2.0})
+    assert notes.heard == [("record_cut", {"rows": 10, "restored_step": last - 10, "kept_in": "metrics_cut.jsonl"})]
+    assert len(parsed) < last / 20 and path.read_bytes().count(b"\n") == last - 9
+    (newest,) = islice(rows_from_end(path), 1)
+    # The first rows have no sum: their step times are summed once.
+    assert newest["step"] == last - 9 and newest["steps_s"] == (last - 10) / 2 + 2 == steps_seconds(path)
+    record.cut_back(5, cut)
+    record.close()
+    assert steps(path) == [1, 2, 3, 4, 5] and steps(cut) == [*range(last - 9, last + 1), *range(6, last - 8)]
+    for step in (1, 2, 5, 6):
+        assert next(read_rows(path, place_before(path, step)))["step"] <= max(step, 5)
 
 
 def test_a_gap_is_loud_and_does_not_stop_the_run(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from configs.errors import ConfigError, Problem
 from configs.load import load_config
 from configs.schema import Config
-from launch.status import readable_run_folder
+from launch.status import require_run_folder
 from pretrain.metrics.copy_process import TOO_LONG
 from pretrain.metrics.wandb_copy import CopyJob
 from pretrain.metrics.wandb_sink import make_copy_job, start_copy, tell
@@ -36,7 +36,7 @@ _KILL_AFTER_S = 5.0
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code. Raises ConfigError if the input is bad."""
     found = _parser().parse_intermixed_args(argv)
-    folder = readable_run_folder(found.run_dir)
+    folder = require_run_folder(found.run_dir)
     if not folder.config.exists():
         rule = "a run's rows are sent with the config of its last attempt; no attempt has begun here"
         raise ConfigError(Problem("RUN_DIR", found.run_dir, rule, "phalanx launch CONFIG starts it"))

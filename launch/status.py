@@ -88,10 +88,12 @@ class RunStatus:
 
 
 def require_run_folder(path: str) -> RunFolder:
-    """The run folder at `path`. Raises ConfigError if no run has begun there."""
+    """The run folder at `path`. Raises ConfigError if no run has begun there, or if its files can't be read without harm."""
     folder = RunFolder(Path(path))
     try:
         if has_begun(folder):
+            if problems := check_files(folder):
+                raise ConfigError(problems)
             return folder
     except OSError as error:
         raise ConfigError(storage_problem("RUN_DIR", path, error)) from error
@@ -106,14 +108,6 @@ def require_run_folder(path: str) -> RunFolder:
         else "name the folder that phalanx launch made (run.dir, or runs/NAME)"
     )
     raise ConfigError(Problem("RUN_DIR", path, f"must be a run folder; {found}", fix))
-
-
-def readable_run_folder(path: str) -> RunFolder:
-    """The run folder at `path`, whose files can be read without harm. Raises ConfigError otherwise."""
-    folder = require_run_folder(path)
-    if problems := check_files(folder):
-        raise ConfigError(problems)
-    return folder
 
 
 def ask_always(life: RunLifecycle) -> bool:

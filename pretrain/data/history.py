@@ -16,6 +16,7 @@ from itertools import islice, takewhile
 from typing import Any, TypeGuard
 
 from configs.errors import ConfigError, Problem
+from configs.fields import check_keys
 from configs.load import from_yaml_text
 from configs.schema import Batch, Config
 from parallel.batch import global_batch_at, num_increments, steps_of
@@ -92,10 +93,17 @@ class RunHistory:
             own = self.folder.launch_dir(attempt) / "config.yaml"
             path = own if attempt and own.exists() else self.folder.config
             try:
-                self._configs[attempt] = from_yaml_text(path.read_text("utf-8"))
+                config = from_yaml_text(path.read_text("utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 rule = f"the config of the run must be readable: {error}"
                 raise ConfigError(Problem("RUN_DIR", str(path), rule, "name the folder of a run that has begun")) from error
+            problems = check_keys(config)
+            if not config.data.train:
+                rule = f"{path} must name the data that the run is trained on"
+                problems.append(Problem("data.train", [], rule, "name the folder of a run that has trained"))
+            if problems:
+                raise ConfigError(problems)
+            self._configs[attempt] = config
         return self._configs[attempt]
 
     def attempt_of(self, step: int) -> int:

@@ -24,7 +24,7 @@ _TAIL_BYTES = 1 << 16
 # A row has some kilobytes.
 _LINE_BYTES = 1 << 24
 # Of files that are read in parts.
-_PART_BYTES = 1 << 22
+_PART_BYTES, _BUFFER_BYTES = 1 << 22, 1 << 20
 
 _RULES = {
     errno.ENOSPC: ("the disk must have room", "free some space, or choose another folder"),
@@ -136,7 +136,7 @@ def iterate_lines(path: str | Path, start: int = 0) -> Iterator[tuple[bytes, dic
     An incomplete last line is left out. A line of more than _LINE_BYTES has no object and comes in pieces, so that a damaged
     file of gigabytes takes little memory. Raises OSError.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=_BUFFER_BYTES) as file:
         file.seek(start)
         is_rest = False
         while line := file.readline(_LINE_BYTES):
@@ -152,7 +152,7 @@ def iterate_parts(path: str | Path, start: int = 0) -> Iterator[bytes]:
 
     A line of more than _LINE_BYTES may be left out. Raises OSError.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=_BUFFER_BYTES) as file:
         file.seek(start)
         while part := file.read(_PART_BYTES) + file.readline(_LINE_BYTES):
             if not part.endswith(b"\n"):

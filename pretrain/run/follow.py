@@ -39,9 +39,10 @@ class RecordFollower:
     def parts(self) -> Iterator[list[dict[str, Any]]]:
         """The objects since the last call as JSON has them, not decoded, some megabytes at a time. Raises OSError."""
         while data := self._next():
-            *lines, torn = (self._torn + data).split(b"\n")
-            # No row is as long: the file is damaged, and its rest may have gigabytes.
-            self._torn = torn if len(torn) <= _LINE_BYTES else b""
+            if len(self._torn) > _LINE_BYTES and b"\n" not in data:
+                # No row is as long: the file is damaged, and the rest of the line may have gigabytes.
+                continue
+            *lines, self._torn = (self._torn + data).split(b"\n")
             yield [row for line in lines if (row := parse_line(line)) is not None]
 
     def _next(self) -> bytes:

@@ -308,11 +308,11 @@ def _ledger(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 @contextmanager
 def _history(run_dir: str) -> Iterator[Any]:
     """The history of a run folder. Raises ConfigError, also for a file that can't be read inside the block."""
-    from launch.status import readable_run_folder  # noqa: PLC0415
+    from launch.status import require_run_folder  # noqa: PLC0415
     from pretrain.data.history import RunHistory  # noqa: PLC0415
 
     try:
-        history = RunHistory(readable_run_folder(run_dir))
+        history = RunHistory(require_run_folder(run_dir))
         if lacks := history.lacks():
             _note(f"note: {run_dir}: {lacks}")
         yield history

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from launch.status import RunStatus, read_status, readable_run_folder
+from launch.status import RunStatus, read_status, require_run_folder
 from parallel.memory.hardware import HOST_NAME
 from parallel.memory.job import make_job
 from pretrain.data.tokenizer import vocab_size
@@ -43,7 +43,7 @@ def measure(run_dir: str) -> Measured:
     Step time: the median without the first steps. Memory: the fullest stage's peak, GiB. GPU-hours: those of the steps that
     count in the plan; measured, those of the attempts, with start-up, saves and lost steps, without the queue.
     """
-    folder = readable_run_folder(run_dir)
+    folder = require_run_folder(run_dir)
     config = read_config(folder.path)
     rows = read_rows(folder.metrics)
     job = make_job(config, vocab_size(config))

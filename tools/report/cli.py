@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, Problem, json_value
-from launch.status import readable_run_folder
+from launch.status import require_run_folder
 from pretrain.run.files import storage_problem
 from pretrain.run.folder import RunFolder
 from tools.ladder.ladder_file import Ladder, read_ladder
@@ -103,7 +103,7 @@ class LadderReaders:
 def _readers(names: Sequence[str]) -> RunReaders | LadderReaders:
     ladders = [name for name in names if is_ladder(name)]
     if not ladders:
-        return RunReaders([readable_run_folder(path) for path in names])
+        return RunReaders([require_run_folder(path) for path in names])
     if len(names) > 1:
         fix = "name it alone; the folders of its runs can be compared with other runs"
         raise ConfigError(Problem("RUN", ladders[0], "a ladder has a page of its own", fix))

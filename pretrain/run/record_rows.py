@@ -79,8 +79,9 @@ def steps_seconds(path: Path) -> float:
     Where the last row lacks it, or is damaged, the times are summed.
     """
     value = (last_row(path) or {}).get("steps_s")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-    return float(value) if is_number else sum_step_times(path)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    return sum_step_times(path)
 
 
 def sum_step_times(path: Path) -> float:

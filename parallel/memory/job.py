@@ -235,6 +235,7 @@ def make_job(config: Config, vocab_size: int | None, machine: PlannedMachine | N
         expert_overlap=config.parallel.overlap_expert_comm,
         dispatcher=config.model.moe.dispatcher,
         compute=compute_of(config),
+        tensor_waits=layout.tensor > 1,
         optimizer=config.optimizer,
         split=tuple(config.parallel.pipeline_split) if config.parallel.pipeline_split else None,
     )

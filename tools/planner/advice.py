@@ -15,7 +15,7 @@ from parallel.memory.job import make_job
 from tools.planner.candidates import TIE, LayoutCandidate
 from tools.planner.foreign import foreign_note
 from tools.planner.legal import plan_problems
-from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tuned_note
+from tools.planner.planning import UNCALIBRATED, Calibration, Plan, make_plan, tensor_overlap_note
 from tools.planner.search import SearchResult, recomputations
 from tools.planner.step_cost import WORDS
 
@@ -125,8 +125,8 @@ def explain(result: SearchResult) -> list[str]:
             )
     if winner.plan.job.sends_once:
         lines.append("model.moe.dispatcher=flex needs DeepEP or HybridEP on the GPUs; name alltoall to search without")
-    tuned = None if result.engine else tuned_note(winner.plan)
-    return lines + ([tuned] if tuned else [])
+    waits = None if result.engine else tensor_overlap_note(winner.plan)
+    return lines + ([waits] if waits else [])
 
 
 def _why(winner: LayoutCandidate) -> str:

@@ -42,10 +42,10 @@ def as_engine(job: PlannedJob, engine: str) -> PlannedJob:
     fsdp2 computes with PyTorch's kernels, uncompiled, and the attention of its present releases. It waits for tensor parallel
     traffic and gathers the logits of tensor parallel ranks. It keeps the gradients of accumulated micro-batches whole in fp32 and
     reduces them after the last one. It divides gathered weights again after each pass, also with a pipeline. megatron_fsdp has
-    Megatron-Core's kernels and number formats, and reduces after every micro-batch.
+    Megatron-Core's kernels and number formats, hides tensor parallel traffic, and reduces after every micro-batch.
     """
     if engine == MEGATRON_FSDP:
-        return replace(job, zero=ZeroSharding("megatron", 3))
+        return replace(job, zero=ZeroSharding("megatron", 3), tensor_waits=False)
     tensor = job.layout.tensor
     return replace(
         job,
@@ -53,7 +53,6 @@ def as_engine(job: PlannedJob, engine: str) -> PlannedJob:
         states=PYTORCH_STATES,
         eager=True,
         grouped_launch=True,
-        tensor_waits=tensor > 1,
         logit_bytes=GATHERED_LOGIT_BYTES * tensor if tensor > 1 else job.logit_bytes,
     )
 

@@ -50,7 +50,8 @@ class MoeMetrics:
             for layer in chunk.decoder.layers:
                 router = getattr(layer.mlp, "router", None)
                 if isinstance(router, TopKRouter):
-                    router.register_forward_hook(self._counter(layer_of(layer)))
+                    # First: DeepSpeed's hooks at stage 3 put copies in the place of what the router returned.
+                    router.register_forward_hook(self._counter(layer_of(layer)), prepend=True)
 
     def _counter(self, layer: int) -> Any:
         def count(module: TopKRouter, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

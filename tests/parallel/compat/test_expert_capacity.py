@@ -87,7 +87,8 @@ def test_the_bias_moves_by_the_load_before_dropping(engine: str, monkeypatch: py
 def loads(config: Config) -> dict[str, float]:
     engine, groups = make(config)
     model: Any = engine
-    moe = MoeMetrics([chunk.module for chunk in model.models], config.model, groups)
+    chunks = model.chunks if config.zero.engine == "deepspeed" else [chunk.module for chunk in model.models]
+    moe = MoeMetrics(chunks, config.model, groups)
     batches = batches_of(config, 0, groups.dp.rank(), groups.dp.size())
     engine.step(batches, 0.0)
     return moe.take(len(batches), 4)
@@ -107,3 +108,12 @@ def test_loads_are_measured_before_dropping(pad: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr("pretrain.metrics.moe_metrics.routed_before_dropping", lambda taken: taken)
     unguarded = run_ranks(1, loads, small_config(**capacity))[0]
     assert unguarded[first_layer] < free[first_layer]
+
+
+@pytest.mark.usefixtures("deepspeed_imported")
+def test_loads_are_measured_before_dropping_where_deepspeed_copies_what_a_router_returns() -> None:
+    want, got = (
+        run_ranks(1, loads, small_config(**CAPACITY, zero__engine=engine, zero__stage=stage))[0]
+        for engine, stage in (("megatron", 0), ("deepspeed", 3))
+    )
+    assert got == pytest.approx(want) and got["expert_load_max_over_mean"] > 1 and got["expert_drop_fraction"] > 0

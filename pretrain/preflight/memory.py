@@ -15,8 +15,8 @@ from parallel.memory.job import make_job
 from parallel.memory.ledger import AT_RISK, UNDER_PLANNED, MemoryLedger, make_ledger
 
 AT_RISK_FIX = (
-    "halve batch.micro_batch_seqs or recompute more, or calibrate by a short run; keep expandable_segments:True, which `phalanx "
-    "launch` sets against fragmentation"
+    "recompute more, lower batch.micro_batch_seqs if it is above 1, or calibrate by a short run; "
+    "keep expandable_segments:True, which `phalanx launch` sets against fragmentation"
 )
 FIX = "see `phalanx plan` for what would fit, and `phalanx plan --search` for the best layouts"
 

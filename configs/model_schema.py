@@ -290,7 +290,9 @@ class Model:
     tie_embeddings: bool = key(False, "The output layer shares the weights of the input embedding.")
     hidden_dropout: float = key(0.0, "Dropout probability after attention and after the MLP.", low=0, high=0.99)
     max_position_tokens: Optional[int] = key(
-        None, "Longest sequence that the positions support, in tokens. null: batch.seq_length_tokens.", low=1
+        None,
+        "Longest sequence that the positions support, in tokens. null: batch.seq_length_tokens. Learned positions need it.",
+        low=1,
     )
     init_std: float = key(0.02, "Standard deviation of initial weights.", above=0)
     scale_init_by_depth: bool = key(True, "Output projections start with standard deviation init_std / sqrt(2 x num_layers).")

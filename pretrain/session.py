@@ -28,7 +28,8 @@ from pretrain.checkpoint.after_save import AfterSave
 from pretrain.checkpoint.allowed_changes import architecture, check_changes, check_data_change, flatten
 from pretrain.checkpoint.going_back import check_target, finish_going_back
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.restore import Identity, TrainingPosition, choose_checkpoints, warm_start_folder
+from pretrain.checkpoint.named import Identity, warm_start_folder
+from pretrain.checkpoint.restore import TrainingPosition, choose_checkpoints
 from pretrain.checkpoint.rollback import finish_rollback
 from pretrain.checkpoint.write import remove_leftovers
 from pretrain.data.streams import data_identity

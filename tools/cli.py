@@ -8,6 +8,7 @@ Torch-free.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs import __version__
-from configs.errors import ConfigError, json_problem, report
+from configs.errors import ConfigError, Problem, json_problem, report
 from pretrain.run.process import open_standard_streams, print_in_any_locale
 from pretrain.run.provenance import package_version
 from tools.ladder.names import is_ladder, positional
@@ -133,6 +134,12 @@ def run(argv: Sequence[str]) -> int:
         if "--json" in rest:
             print(json.dumps({"ok": False, "problems": [json_problem(problem) for problem in error.problems]}))
         print(report(error.problems), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        problem = Problem("path", str(error.filename), "is longer than any file's name or path on this system", "shorten it")
+        print(report([problem]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

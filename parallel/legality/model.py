@@ -134,6 +134,15 @@ def prediction_depths(config: Config) -> Iterator[Problem]:
         yield Problem("model.mtp.num_layers", depths, rule, "set model.mtp.num_layers=0, or model.position.kind=rope")
 
 
+@reads("model.position.kind", "model.max_position_tokens", "batch.seq_length_tokens")
+def learned_positions_are_counted(config: Config) -> Iterator[Problem]:
+    """Learned positions are a weight, whose rows model.max_position_tokens states."""
+    if config.model.position.kind == "learned" and config.model.max_position_tokens is None:
+        length = config.batch.seq_length_tokens
+        rule = "learned positions are a weight with a row for each position, whose number must be stated: it can't change later"
+        yield Problem("model.max_position_tokens", None, rule, f"set model.max_position_tokens={length} or more")
+
+
 @reads("model.norm_position", "model.mla", "model.delta_net", "model.mtp")
 def post_norms_fit(config: Config) -> Iterator[Problem]:
     """model.norm_position = after needs ordinary attention in every layer, and excludes multi-token prediction."""
@@ -166,6 +175,7 @@ RULES = (
     positions_cover_sequence,
     biases_go_together,
     prediction_depths,
+    learned_positions_are_counted,
     post_norms_fit,
     *attention.RULES,
     *delta_net.RULES,

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from configs.errors import ConfigError, Problem
 from configs.optimizer_schema import Optimizer
-from configs.schema import Checkpoint
 from pretrain.checkpoint.allowed_changes import has_same_optimizer
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest, unfit_problem
+from pretrain.checkpoint.named import Identity, all_damaged, require
 from pretrain.checkpoint.random_state import read_random_state, set_random_state
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.rollback import move_aside
@@ -41,15 +40,6 @@ class TrainingPosition:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The model and the tokenizer that a checkpoint must match. `allowed`: checkpoint.allow_change."""
-
-    model: dict[str, Any]
-    tokenizer: dict[str, Any] | None
-    allowed: tuple[str, ...] = ()
-
-
 def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Identity, announce: Announce) -> list[Path]:
     """The checkpoints to try, best first; empty: the run starts at step 0. `asked_step`: the only step to try.
 
@@ -58,7 +48,7 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
     """
     if asked_step is not None:
         folder = step_folder(checkpoints, asked_step)
-        _require(folder, "checkpoint.resume_step", asked_step, identity)
+        require(folder, "checkpoint.resume_step", asked_step, identity)
         return [folder]
     found = [folder for _, folder in complete_checkpoints(checkpoints)]
     whole = []
@@ -74,39 +64,8 @@ def choose_checkpoints(asked_step: int | None, checkpoints: Path, identity: Iden
             raise ConfigError(problems)
         whole.append(folder)
     if found and not whole:
-        raise ConfigError(_all_damaged(checkpoints))
+        raise ConfigError(all_damaged(checkpoints))
     return whole
-
-
-def warm_start_folder(section: Checkpoint, identity: Identity) -> Path | None:
-    """The checkpoint of a warm start: the one that checkpoint.load names, or the newest of the run folder that it names.
-
-    None without checkpoint.load. Raises ConfigError when it is incomplete or of another model.
-    """
-    if section.load is None:
-        return None
-    folder = Path(section.load)
-    newest = complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder)
-    folder = newest[0][1] if newest else folder
-    _require(folder, "checkpoint.load", section.load, identity)
-    return folder
-
-
-def _require(folder: Path, key: str, got: object, identity: Identity) -> None:
-    try:
-        manifest = read_manifest(folder)
-    except DamagedFile as damage:
-        steps = ", ".join(str(step) for step, _ in complete_checkpoints(folder.parent)) or "none"
-        rule, fix = f"must be a complete checkpoint: {damage}", f"complete ones beside it: steps {steps}"
-        raise ConfigError(Problem(key, got, rule, fix)) from damage
-    if problems := check_identity(manifest, folder, identity.model, identity.tokenizer, identity.allowed):
-        raise ConfigError(problems)
-
-
-def _all_damaged(checkpoints: Path) -> Problem:
-    rule = "holds checkpoints, but none of them is whole; starting at step 0 would throw the run away"
-    fix = "repair one from a copy (the folders now end in .damaged), or choose another run.dir"
-    return Problem("run.dir", str(checkpoints), rule, fix)
 
 
 def pass_over(folder: Path, damage: DamagedFile, announce: Announce) -> None:
@@ -147,7 +106,7 @@ def restore(
             run_on_rank_0(partial(raise_problems, [problem]))
         run_on_rank_0(partial(pass_over, folder, DamagedFile(worst), announce))
     if folders:
-        run_on_rank_0(partial(raise_problems, [_all_damaged(folders[0].parent)]))
+        run_on_rank_0(partial(raise_problems, [all_damaged(folders[0].parent)]))
     return None
 
 

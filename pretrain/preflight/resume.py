@@ -27,7 +27,9 @@ from pretrain.checkpoint.allowed_changes import (
 )
 from pretrain.checkpoint.going_back import check_target, newer_checkpoints
 from pretrain.checkpoint.manifest import Manifest, check_identity, read_manifest, unfit_problem
+from pretrain.checkpoint.named import Identity, all_damaged, warm_start_folder
 from pretrain.checkpoint.tensor_file import DamagedFile, UnfitFile
+from pretrain.data.tokenizer import TextTokenizer
 from pretrain.run.decision import pending_step
 from pretrain.run.files import read_json
 from pretrain.run.folder import RunFolder, complete_checkpoints, folder_of
@@ -92,7 +94,18 @@ def find_resume_point(
         exactness = how_exactly(config, layout, manifest, other_libraries=bool(changed))
         notices += [*changed, *_other_samples(config, manifest)]
         return ResumePoint(step, str(path), _writer(manifest), exactness, tuple(aside)), problems, notices
-    return None, [], notices
+    damaged = [all_damaged(folder.checkpoints)] if complete_checkpoints(folder.checkpoints) and back_to_step is None else []
+    return None, damaged, notices
+
+
+def check_warm_start(config: Config, vocab_size: int, tokenizer: TextTokenizer) -> list[Problem]:
+    """Problems of the checkpoint that checkpoint.load names, for a run that starts at step 0. Reads its manifest only."""
+    identity = Identity(architecture(config.model, vocab_size), tokenizer.identity(), tuple(config.checkpoint.allow_change))
+    try:
+        warm_start_folder(config.checkpoint, identity)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _versions_before(folder: RunFolder) -> dict[str, str | None]:

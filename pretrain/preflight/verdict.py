@@ -20,13 +20,13 @@ from configs.schema import Config
 from parallel.compat.supported import engine_problems
 from parallel.layout import Layout
 from parallel.legality.verdict import check_config, derive_layout
-from pretrain.data.tokenizer import vocab_size
+from pretrain.data.tokenizer import load_tokenizer, vocab_size
 from pretrain.model.backend import check_backend, detect_machine
 from pretrain.preflight.data import check_data, repetition_notices, source_plan
 from pretrain.preflight.disk_space import check_disk_space
 from pretrain.preflight.memory import memory_verdict
 from pretrain.preflight.nvme import check_nvme
-from pretrain.preflight.resume import ResumePoint, find_resume_point
+from pretrain.preflight.resume import ResumePoint, check_warm_start, find_resume_point
 from pretrain.preflight.world import check_device, check_world, computes_on_cpu
 from pretrain.run.folder import folder_of
 
@@ -71,6 +71,9 @@ def preflight(config: Config, with_data: bool) -> Preflight:
     if layout and not problems:
         resume, problems, damaged = find_resume_point(config, layout, known_vocab_size(config))
         notices = (*notices, *damaged)
+        if with_data and resume is None and not problems:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            problems = check_warm_start(config, vocab_size(config, tokenizer), tokenizer)
     return Preflight(problems, notices, layout, resume, None if problems else sources)
 
 

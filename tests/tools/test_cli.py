@@ -154,6 +154,12 @@ def test_a_word_that_may_be_any_key_leaves_the_rules_between_keys_out(capsys: py
     assert code == 2 and "run.seed = -1" in err and "global_batch_seqs" not in err
 
 
+def test_a_path_longer_than_names_of_files_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("convert", "inspect"), ("data", "inspect"), ("status",), ("model",), ("generate",)):
+        code, _, err = run(capsys, *words, "x" * 300)
+        assert code == 2 and "xxx" in err, words
+
+
 def test_no_layout_where_the_degrees_make_none(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("parallel.tensor=3", "parallel.tensor=0", "launch.nodes=0"):
         code, out, _ = run(capsys, "check", "quickstart", words, "--json")

@@ -13,7 +13,18 @@ from configs.schema import Config
 from parallel.layout import make_layout
 from pretrain.checkpoint.allowed_changes import architecture
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.preflight.resume import BIT_EQUAL, FRESH_OPTIMIZER, ONE_ULP, OTHER_RUN, REHEARSED, ResumePoint, find_resume_point
+from pretrain.data.tokenizer import load_tokenizer, section_for
+from pretrain.preflight.resume import (
+    BIT_EQUAL,
+    FRESH_OPTIMIZER,
+    ONE_ULP,
+    OTHER_RUN,
+    REHEARSED,
+    ResumePoint,
+    check_warm_start,
+    find_resume_point,
+)
+from pretrain.preflight.verdict import preflight
 from pretrain.run.event_log import append_event
 from pretrain.run.events import EventKind
 from pretrain.run.folder import COMPLETE, folder_of
@@ -144,7 +155,7 @@ def test_damage_and_an_empty_folder(config: Config, tmp_path: Path) -> None:
     manifest = tmp_path / "run" / "checkpoints" / "step_0000007" / "manifest.json"
     manifest.write_text("{")
     point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
-    assert point is None and not problems
+    assert point is None and "none of them is whole" in problems[0].rule
     assert "damaged" in notices[0].text
     manifest.write_text(json.dumps({"format": 9}))
     point, problems, notices = find_resume_point(config, make_layout(config), VOCAB)
@@ -152,3 +163,29 @@ def test_damage_and_an_empty_folder(config: Config, tmp_path: Path) -> None:
     assert "this config and version can't go on from" in problems[0].rule
     config.run.dir = str(tmp_path / "new")
     assert find_resume_point(config, make_layout(config), VOCAB) == (None, [], [])
+
+
+def test_the_checkpoint_of_a_warm_start_is_looked_at(config: Config, folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(section_for(str(folder / "tok.model")))
+    run = config.run.dir
+    config.run.dir = str(tmp_path / "new")
+    for named in (None, run, f"{run}/checkpoints", f"{run}/checkpoints/step_0000007"):
+        config.checkpoint.load = named
+        assert not check_warm_start(config, VOCAB, tokenizer)
+    config.model.hidden_size *= 2
+    (problem,) = check_warm_start(config, VOCAB, tokenizer)
+    assert problem.path == "model.hidden_size" and "as in the checkpoint" in problem.rule
+    config.checkpoint.load = str(tmp_path / "nowhere")
+    (problem,) = check_warm_start(config, VOCAB, tokenizer)
+    assert problem.path == "checkpoint.load" and "complete checkpoint" in problem.rule
+
+
+def test_the_verdict_names_a_checkpoint_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    words = [
+        f"data.tokenizer.path={folder / 'tok.model'}",
+        f"data.train=[{{path: {folder / 'embedded'}}}]",
+        f"run.dir={tmp_path}/new",
+    ]
+    config = load_config("quickstart", [*words, f"checkpoint.load={tmp_path}/nowhere"]).config
+    assert [problem.path for problem in preflight(config, with_data=True).problems] == ["checkpoint.load"]
+    assert not preflight(config, with_data=False).problems

@@ -184,7 +184,7 @@ def test_bad_input_and_an_interrupted_run_are_not_started_again(start: Callable[
 
 def test_a_rank_that_hangs_after_the_end_does_not_undo_it(start: Callable[..., Launch]) -> None:
     plan = {"steps": 3, "linger": {"1": True}}
-    launch = start("launch", "c.yaml", "launch.watch.step_timeout_s=2", "launch.watch.stacks=false", plan=plan)
+    launch = start("launch", "c.yaml", "launch.watch.step_timeout_s=4", "launch.watch.stacks=false", plan=plan)
     code, _, err = launch.end()
     outcome = launch.run.read_outcome()
     assert code == 0 and outcome is not None and outcome.state == "finished", err

@@ -127,7 +127,7 @@ def kills() -> str:
     runs = len({(row["where"], row["seed"]) for row in rows})
     commits = Counter(row["commit"] for row in rows)
     code = ", ".join(f"{commit}: {number}" for commit, number in sorted(commits.items(), key=lambda pair: -pair[1]))
-    warm = sum(row.get("standby", False) for row in rows)
+    warm = len({(row["where"], row["seed"], row["attempt"]) for row in rows if row.get("standby")})
     standby = f"Under Slurm, {warm} attempts after a kill took the waiting step."
     words = f"{len(rows)} kills in {runs} runs, {lost.total()} lost. {standby} Kills by the commit of the code: {code}."
     return "\n".join([words, "", *table])

@@ -1,7 +1,7 @@
 """The status of a run. In: the files of the run folder and, for a Slurm run, Slurm's queue. Out: a `RunStatus`.
 
 The status can be read during the run and after its end, from any host that sees the folder. On a host without Slurm's
-commands, the status says that Slurm does not answer. What is damaged in the folder is told in `damage`; the rest counts.
+commands, the status says that Slurm does not answer. `damage` names what is damaged in the folder; all other values are valid.
 
 Torch-free.
 """

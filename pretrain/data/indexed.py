@@ -111,7 +111,7 @@ def _missing(prefix: str, key: str) -> list[Problem]:
     return found
 
 
-def _header_problem(prefix: str, raw: bytes, size: int) -> str | None:
+def _header_problem(raw: bytes, size: int) -> str | None:
     """The rule that the header or the size of an .idx breaks. None: it breaks none."""
     if len(raw) < HEADER.size:
         return f"an .idx has a header of {HEADER.size} bytes, this file has {size}"
@@ -142,7 +142,7 @@ def open_index(prefix: str, key: str = "data") -> Index:
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER.size)
-        rule = _header_problem(prefix, raw, path.stat().st_size)
+        rule = _header_problem(raw, path.stat().st_size)
         if rule:
             raise ConfigError(Problem(key, str(path), rule, "the index is damaged or no Megatron index: tokenise again"))
         _, _, code, sequences, marks = HEADER.unpack(raw)

@@ -31,6 +31,6 @@ def test_the_lock_ends_with_a_killed_launcher(tmp_path: Path) -> None:
     if child == 0:
         with launch_lock(folder, 0.0):
             os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] == 9, "the child was killed while it held the lock"
     with launch_lock(folder, 0.0):
         pass

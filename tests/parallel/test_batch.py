@@ -62,7 +62,7 @@ def test_the_ramp_is_megatrons(batch: Batch) -> None:
 
 @given(batch=ramps, divisor=st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
-def test_three_batches_decide_for_all(batch: Batch, divisor: int) -> None:
+def test_deciding_batches_stand_for_all_batches_of_a_ramp(batch: Batch, divisor: int) -> None:
     ramp = batch.ramp
     every = range(ramp.start_seqs or 0, batch.global_batch_seqs + 1, ramp.increment_seqs)
     assert all(size % divisor == 0 for size in deciding_batches(batch)) == all(size % divisor == 0 for size in every)
@@ -77,7 +77,7 @@ def test_without_a_ramp() -> None:
         num_micro_batches(batch, 5, 12)
 
 
-def test_ends_of_a_run() -> None:
+def test_steps_of_a_run() -> None:
     def config(*words: str):
         return load_config("quickstart", ["batch.global_batch_seqs=8", "batch.seq_length_tokens=100", *words]).config
 

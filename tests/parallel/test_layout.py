@@ -71,7 +71,7 @@ def test_a_large_world_is_cheap_to_lay_out() -> None:
     assert layout.expert_data == 100 and layout.data == 400
 
 
-def test_values() -> None:
+def test_degrees_of_the_quickstart() -> None:
     layout = make_layout(load_config("quickstart").config)
     assert layout.degrees() == {
         "tensor": 1, "sequence": False, "pipeline": 2, "virtual_pipeline": 1, "context": 1, "expert": 2, "expert_tensor": 1,
@@ -86,7 +86,7 @@ def test_sequence_follows_tensor_unless_stated() -> None:
     assert not make_layout(load_config("quickstart", [*words, "parallel.sequence=false"]).config).sequence
 
 
-def test_wrong_questions() -> None:
+def test_unknown_axes_and_ranks_raise_value_error() -> None:
     with pytest.raises(ValueError, match="no axis ep in this grid; its axes are tp, cp, dp, pp"):
         Layout().groups("ep")
     with pytest.raises(ValueError, match="rank 1 is outside the world of 1 ranks"):

@@ -56,7 +56,7 @@ def test_a_spike_says_its_numbers() -> None:
     assert policy.judge(5.29, 1.0).action == ACCEPT
 
 
-def test_a_still_window_has_a_floor_and_a_short_one_never_fires() -> None:
+def test_a_constant_window_has_a_floor_and_a_short_window_detects_no_spike() -> None:
     policy = DivergencePolicy(section(spike="stop", spike_floor_nats=0.5), History())
     assert actions(policy, [5.0, 5.0, 9.0, 5.0]) == [ACCEPT] * 4, "fewer than 4 losses are known"
     assert actions(policy, [5.5, 5.51]) == [ACCEPT, STOP]
@@ -69,7 +69,9 @@ def test_a_refused_loss_does_not_move_the_window() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(1, 10), min_size=8, max_size=8), st.floats(0, 20), st.floats(-5, 5), st.randoms(use_true_random=False))
-def test_the_rule_knows_no_order_and_no_origin(losses: list[float], loss: float, shift: float, order: random.Random) -> None:
+def test_the_limit_ignores_the_order_of_losses_and_shifts_with_them(
+    losses: list[float], loss: float, shift: float, order: random.Random
+) -> None:
     def limit(window: list[float]) -> float:
         rule = DivergencePolicy(section(spike="stop"), History(tuple(window))).judge(1e6, 1.0).rule
         return float(rule.split("at most ")[1].split(":")[0])
@@ -82,7 +84,7 @@ def test_the_rule_knows_no_order_and_no_origin(losses: list[float], loss: float,
         assert (policy.judge(loss, 1.0).action == STOP) == (loss > limit(losses))
 
 
-def test_falling_noise_never_fires_and_one_jump_does() -> None:
+def test_a_falling_noisy_loss_is_no_spike_and_one_jump_is() -> None:
     draw = random.Random(3)
     losses = [8.0 / (1 + step / 50) + draw.gauss(0, 0.05) for step in range(400)]
     policy = DivergencePolicy(Divergence(spike="skip"), History())
@@ -146,7 +148,7 @@ def steps(folders: list[Path]) -> list[str]:
     return [folder.name.removeprefix("step_").lstrip("0") for folder in folders]
 
 
-def test_targets(tmp_path: Path) -> None:
+def test_which_checkpoints_a_rollback_may_take(tmp_path: Path) -> None:
     assert choose_targets(tmp_path, 9, 1, None) == []
     for step in (3, 6, 9):
         checkpoint(tmp_path, step, 8 * step)

@@ -122,7 +122,7 @@ def check_all(term: Term, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("term", "reduction"), CELLS)
-def test_cell(term: Term, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_term_under_each_reduction(term: Term, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = term.cell(reduction)
     if cell == VALID:
         check_valid(term, monkeypatch)

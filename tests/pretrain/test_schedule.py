@@ -30,7 +30,7 @@ def test_falls_from_the_peak_to_the_minimum_and_stays(kind: str) -> None:
     assert got[3] == 2.0 and got[39] > 0.2 and got[40:] == [0.2] * 20
 
 
-def test_half_way() -> None:
+def test_decay_at_half_the_horizon() -> None:
     assert learning_rate(10, OPTIMIZER, Schedule(kind="linear", min_lr=1.0), 20) == 1.5
     assert learning_rate(10, OPTIMIZER, Schedule(kind="cosine"), 20) == pytest.approx(1.0)
     assert learning_rate(5, OPTIMIZER, Schedule(kind="cosine"), 20) == pytest.approx(1 + math.cos(math.pi / 4))

@@ -55,9 +55,12 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_examples_of_the_help_are_legal(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in cli.help_text().splitlines():
-        if line.startswith("  phalanx check"):
-            assert run(capsys, *line.split()[1:], "--json")[1].startswith('{"ok"')
+    examples = [
+        line.split()[2:] for line in cli.help_text().splitlines() if line.startswith(("  phalanx check", "  phalanx launch"))
+    ]
+    assert len(examples) == 2
+    for words in examples:
+        assert run(capsys, "check", *words, "--no-data", "--json")[0] == 0, words
 
 
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

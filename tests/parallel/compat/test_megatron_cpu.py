@@ -32,7 +32,7 @@ from parallel.compat import megatron_cpu as cpu
         ("barracuda = 'cuda'", "barracuda = 'cuda'"),
     ],
 )  # fmt: skip
-def test_rewrite(source: str, want: str) -> None:
+def test_rewritten_sources(source: str, want: str) -> None:
     assert cpu.rewrite("megatron.core.any", source) == want
 
 

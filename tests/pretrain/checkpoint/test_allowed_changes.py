@@ -33,11 +33,11 @@ def test_every_key_has_a_rule() -> None:
         ("model.position.theta", WORD), ("model.moe.router.aux_loss_coeff", WORD),
     ],
 )  # fmt: skip
-def test_table(key: str, rule: str) -> None:
+def test_the_rule_of_each_key(key: str, rule: str) -> None:
     assert rule_of(key) == rule
 
 
-def test_changes_are_reported_all_at_once_and_a_word_allows_them() -> None:
+def test_changes_are_reported_all_at_once_and_allow_change_permits_them() -> None:
     before = flatten(Config())
     config = Config()
     config.parallel.tensor = 2
@@ -51,7 +51,7 @@ def test_changes_are_reported_all_at_once_and_a_word_allows_them() -> None:
     assert [problem.path for problem in check_changes(before, config)] == ["model.num_layers"], "no word for another model"
 
 
-def test_a_context_grows_with_a_word_and_a_learned_one_never() -> None:
+def test_a_rotary_context_may_grow_with_allow_change_and_a_learned_one_never() -> None:
     before = flatten(Config())
     config = Config()
     config.model.max_position_tokens, config.model.position.theta = 4096, 5e5

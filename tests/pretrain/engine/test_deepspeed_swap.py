@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_changes_nothing(disk: Keys) -> None:
 # What this machine must have.
 
 
-def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("quickstart", [*SWAP, f"zero.nvme_path={tmp_path}"]).config
     monkeypatch.setenv("CXX", "no-such-compiler")
     (problem,) = check_nvme(config)
@@ -124,7 +124,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "libaio-dev" in problem.fix and "zero.offload_device=cpu" in problem.fix
 
 
-def test_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_libaio_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that finds nothing says what it didn't find."""
     config = load_config("quickstart", [*SWAP, f"zero.nvme_path={tmp_path}"]).config
     script = tmp_path / "compiler"

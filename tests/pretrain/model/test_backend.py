@@ -43,7 +43,7 @@ BF16 = {"precision__params": "bf16"}
         (CPU, HYBRID, Backend(False, True, False, None)),
     ],
 )
-def test_choice(machine: DetectedMachine, changes: dict[str, Any], want: Backend) -> None:
+def test_the_backend_of_each_machine_and_config(machine: DetectedMachine, changes: dict[str, Any], want: Backend) -> None:
     config = small_config(**changes)
     assert check_backend(config, machine) == []
     assert choose_backend(config, machine) == want

@@ -33,7 +33,6 @@ from tools.convert.tensors.weight_map import TensorPart, WeightMap, audit
 TRACKER = "latest_checkpointed_iteration.txt"
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _SHOWN = 8
-_WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
 # Canonical name -> name of Transformer Engine's fused norm. Files hold either.
 _FUSED = (

@@ -22,6 +22,8 @@ TIMEOUT_S, WATCHED_TIMEOUT_S = 600.0, 7200.0
 
 @dataclass(frozen=True)
 class Runtime:
+    """This rank's place: its number in the world and on its machine, and its device."""
+
     rank: int
     world_size: int
     local_rank: int

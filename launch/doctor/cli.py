@@ -58,6 +58,7 @@ exit codes: 0 fit to train, warnings allowed; 1 a node failed, or the job did no
 
 
 def main(argv: list[str]) -> int:
+    """Run `phalanx doctor`. Returns the exit code. Raises ConfigError if the input is bad."""
     parser = argparse.ArgumentParser(
         prog="phalanx doctor", description=_HELP, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,6 +17,7 @@ IDLE_MIB = 2048
 
 
 def check_gpu_count(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
+    """Fails with fewer GPUs than ranks; warns with fewer than cluster.gpus_per_node."""
     seen, listed = len(facts["torch"].get("gpus", ())), len(facts["gpus"]["gpus"])
     value = f"torch sees {seen}, nvidia-smi lists {listed}"
     if not request.wants_gpus:
@@ -46,6 +47,7 @@ def check_gpu_kind(facts: Mapping[str, Any], request: CheckupRequest) -> Finding
 
 
 def check_gpu_health(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
+    """Fails at uncorrected memory errors; warns at throttling and other faults."""
     faults = [f"GPU {row['index']}: {text}" for row in facts["gpus"]["gpus"] for text in _faults(row)]
     broken = any("memory error" in fault for fault in faults)
     fix = "keep the node out (launch.slurm.exclude) and tell its administrators"
@@ -68,6 +70,7 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
 
 
 def check_gpu_memory(facts: Mapping[str, Any], request: CheckupRequest) -> Finding:
+    """Warns if other processes hold more than IDLE_MIB of a GPU's memory."""
     held = {row["index"]: row["used_mib"] for row in facts["gpus"]["gpus"] if (row["used_mib"] or 0) > IDLE_MIB}
     value = "; ".join(f"GPU {index}: {used / 1024:.1f} GiB in use" for index, used in held.items()) or "free"
     fix = "end what runs there (nvidia-smi shows it); a dead process that still holds memory needs a reset of the GPU"

@@ -29,6 +29,7 @@ def probe_path() -> str:
 
 
 def probe_arguments(request: CheckupRequest) -> list[str]:
+    """The arguments of launch/doctor/network_probe.py for this request."""
     sizes = ",".join(map(str, request.sizes.network_mib))
     return ["--out", str(Path(request.folder) / NETWORK), "--sizes-mib", sizes]
 

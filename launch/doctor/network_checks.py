@@ -32,6 +32,7 @@ MEMORY_WARN = 0.9
 
 
 def versions_of(facts: NodeFacts) -> dict[str, str]:
+    """The versions of a node's packages, Python, NCCL, CUDA and GPU driver, by name; `none` where one is missing."""
     gpus = facts["gpus"]["gpus"]
     found = {**facts["packages"], "Python": facts["python"]["version"]}
     found |= {"NCCL": facts["torch"].get("nccl"), "CUDA": facts["torch"].get("cuda")}

@@ -35,6 +35,7 @@ TORCH_IMPORT_WARN_S = 30.0
 
 
 def check_torch(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails if torch can't be imported; warns if the import takes longer than TORCH_IMPORT_WARN_S."""
     torch = facts["torch"]
     where = facts["python"]["executable"]
     if torch["error"]:
@@ -47,6 +48,7 @@ def check_torch(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_packages(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails if a package that the run needs is missing."""
     missing = [name for name in request.packages if not facts["packages"].get(name)]
     fix = f"install them for {facts['python']['executable']} (pip install -c constraints.txt), or name another Python"
     expected = "installed: " + ", ".join(request.packages)
@@ -55,6 +57,7 @@ def check_packages(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_disk(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails if the run folder is not writable or not shared by all nodes; warns if little space or few inodes are free."""
     disk = facts["disk"]
     expected = f"writable, the same on every node, {DISK_WARN_GIB:g} GiB free"
     if disk["error"]:
@@ -70,6 +73,7 @@ def check_disk(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_disk_speed(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Warns if the run folder's file system is slower than DISK_WARN_MIB_S or SMALL_FILE_WARN_MS."""
     disk = facts["disk"]
     expected = f"at least {DISK_WARN_MIB_S:g} MiB/s, a small file within {SMALL_FILE_WARN_MS:g} ms"
     if disk["error"] or "write_mib_s" not in disk:
@@ -81,6 +85,7 @@ def check_disk_speed(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails if data or tokenizer can't be read."""
     missing = facts["files"]["missing"]
     value = (
         f"{len(missing)} of {len(request.files)} can't be read, first {missing[0]}" if missing else f"{len(request.files)} there"
@@ -90,6 +95,7 @@ def check_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails below MEMORY_FAIL_GIB of available memory a rank; warns below MEMORY_WARN_GIB."""
     memory, ranks = facts["memory"], request.processes_per_node
     share = memory["available_gib"] / ranks
     level = level_of(fails=share < MEMORY_FAIL_GIB, warns=share < MEMORY_WARN_GIB)
@@ -100,6 +106,7 @@ def check_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_shared_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Warns if /dev/shm is missing or has less free space than the ranks may need."""
     free, least = facts["memory"]["shm_free_gib"], SHM_WARN_GPU_GIB if request.wants_gpus else SHM_WARN_GIB
     value = "none" if free is None else f"{free:.2f} GiB free"
     fix = "remove what dead processes left in /dev/shm; in a container raise it (docker --shm-size, or mount the host's)"
@@ -107,6 +114,7 @@ def check_shared_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_open_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Warns if the limit of open files is too low for the run's number of ranks."""
     limit = facts["limits"]["open_files"]
     least = FILES_BASE + FILES_A_RANK * request.nodes * request.processes_per_node
     fix = f"raise it in launch.slurm.prologue (ulimit -n {least}), or in the site's limits"
@@ -115,6 +123,7 @@ def check_open_files(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_locked_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Warns if the limit of locked memory is too low for InfiniBand."""
     limit = facts["limits"]["locked_kib"]
     matters = request.wants_gpus and request.nodes > 1
     low = matters and limit is not None and limit < LOCKED_WARN_KIB
@@ -125,6 +134,7 @@ def check_locked_memory(facts: NodeFacts, request: CheckupRequest) -> Finding:
 
 
 def check_interface(facts: NodeFacts, request: CheckupRequest) -> Finding:
+    """Fails if cluster.interface, or without it the host's own address, can't be used between nodes."""
     found: Mapping[str, Any] = facts["interfaces"]
     here = ", ".join(sorted(name for name, entry in found.items() if entry["up"] and entry["addresses"]))
     if request.interface is None:
@@ -163,6 +173,7 @@ NEEDED_FOR_NETWORK: tuple[Check, ...] = (check_torch, check_interface, check_gpu
 
 
 def check_node(facts: NodeFacts, request: CheckupRequest) -> list[Finding]:
+    """Every check of one node, in the order of the report."""
     return [check(facts, request) for check in NODE_CHECKS]
 
 

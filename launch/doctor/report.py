@@ -21,6 +21,8 @@ _LISTED = 32
 
 @dataclass(frozen=True)
 class NodeVerdict:
+    """The findings of one node and the facts behind them. `verdict` is the worst level."""
+
     node: str
     findings: tuple[Finding, ...]
     facts: Mapping[str, Any]

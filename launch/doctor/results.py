@@ -63,6 +63,7 @@ def read_results(folder: Path, request: CheckupRequest, expected: Sequence[str])
 
 
 def read_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The facts of each node that has written some, by the node's name."""
     found = [read_json(path) for path in sorted((folder / NODES).glob("*.json"))]
     return {value["node"]: value for value in found if isinstance(value, dict)}
 

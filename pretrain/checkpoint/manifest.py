@@ -70,6 +70,7 @@ class Manifest:
 
 
 def identity_of(value: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of the value's JSON text with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

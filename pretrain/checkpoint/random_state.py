@@ -58,6 +58,7 @@ def read_random_state(reader: CheckpointReader) -> dict[str, torch.Tensor] | Non
 
 
 def set_random_state(states: dict[str, torch.Tensor] | None) -> None:
+    """Set torch's and Megatron-Core's generators to states of this layout. None: leave them as they are."""
     if states is None:
         return
     torch.set_rng_state(states["torch"])

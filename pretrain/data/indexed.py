@@ -41,18 +41,22 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def dtype_code(dtype: np.dtype) -> int:
+    """The code of an integer type in an .idx header."""
     return next(code for code, kind in DTYPES.items() if np.dtype(kind) == dtype)
 
 
 def idx_path(prefix: str) -> Path:
+    """The index file of a token file's prefix."""
     return Path(f"{prefix}.idx")
 
 
 def bin_path(prefix: str) -> Path:
+    """The file of the tokens themselves."""
     return Path(f"{prefix}.bin")
 
 
 def meta_path(prefix: str) -> Path:
+    """The file that names the tokenizer and counts documents and tokens."""
     return Path(f"{prefix}.meta.json")
 
 

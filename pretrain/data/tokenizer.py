@@ -56,6 +56,8 @@ class TextTokenizer(ABC):
 
 
 class SentencePieceTokenizer(TextTokenizer):
+    """A sentencepiece .model. Raises ConfigError if `proto` is not a valid model, or lacks the end-of-document token."""
+
     kind = "sentencepiece"
 
     def __init__(self, path: str, proto: bytes, eod: str | None) -> None:
@@ -87,6 +89,8 @@ class SentencePieceTokenizer(TextTokenizer):
 
 
 class HuggingFaceTokenizer(TextTokenizer):
+    """A tokenizer.json. Raises ConfigError if `raw` is not a valid tokenizer, or lacks the end-of-document token."""
+
     kind = "huggingface"
 
     def __init__(self, path: str, raw: bytes, eod: str | None) -> None:

@@ -44,10 +44,12 @@ J = TypeVar("J", bound=Job)
 
 
 def warn(text: str, label: str = "W&B") -> None:
+    """Print one line to stderr, which rank 0's log keeps."""
     print(f"phalanx: {label}: {text}; metrics.jsonl has every row", file=sys.stderr, flush=True)
 
 
 def one_line(error: Exception) -> str:
+    """The error's text without line breaks, at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 

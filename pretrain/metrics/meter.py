@@ -65,6 +65,7 @@ class Meter:
 
 
 def make_meter(config: Config, layout: Layout, vocab_size: int) -> Meter:
+    """A meter with the config's model FLOPs a token and, for a known GPU, its peak in bf16 TFLOP/s."""
     flops = training_flops(config.model, vocab_size, config.batch.seq_length_tokens).per_token
     gpu = gpu_table().get(config.cluster.gpu or "")
     return Meter(flops, layout.world_size, gpu["peak_dense_bf16_tflops"] if gpu else None)

@@ -75,6 +75,7 @@ def _messages() -> tuple[Any, Any, Any]:
 
 
 def version_of(row: Mapping[str, Any]) -> Version:
+    """What tells a row from another row of the same step: its samples and loss, as event files hold them."""
     # Event files have float32.
     return int(np.float32(row.get("samples", 0))), str(np.float32(row["loss"]))
 

@@ -150,4 +150,5 @@ def to_spans(steps: Iterable[int]) -> Spans:
 
 
 def from_spans(spans: Spans) -> set[int]:
+    """The steps in spans of (first, last), both included."""
     return {step for first, last in spans for step in range(first, last + 1)}

@@ -34,6 +34,7 @@ def check_nvme(config: Config) -> list[Problem]:
 
 
 def compiler_problems() -> list[Problem]:
+    """The problem if this machine lacks what DeepSpeed's async_io operator is compiled with."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     missing = [name for name in ("ninja", compiler[0]) if not shutil.which(name)]
     if missing:

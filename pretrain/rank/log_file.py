@@ -54,6 +54,7 @@ def guard_logs() -> None:
 
 
 def is_file(descriptor: int) -> bool:
+    """Whether the descriptor is that of a regular file."""
     return stat.S_ISREG(os.fstat(descriptor).st_mode)
 
 

@@ -60,6 +60,7 @@ class Beat:
 
 
 def beat_path(folder: Path, rank: int) -> Path:
+    """The file of a rank's heartbeat."""
     return folder / f"rank_{rank}.beat"
 
 

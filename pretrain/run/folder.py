@@ -199,6 +199,7 @@ class RunFolder:
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of a checkpoint, complete or not."""
     return checkpoints / f"step_{step:07d}"
 
 

@@ -73,4 +73,5 @@ class Journal:
 
 
 def say(text: str) -> None:
+    """Print one line to stderr, which rank 0's log keeps."""
     print(f"phalanx: {text}", file=sys.stderr, flush=True)

@@ -209,7 +209,7 @@ def test_every_key_is_used() -> None:
 
 
 def test_every_key_is_documented_with_its_rule() -> None:
-    for module in ("configs.schema", "configs.model_schema", "configs.optimizer_schema", "configs.launch_schema"):
+    for module in (name for name in modules() if re.fullmatch(r"configs\.(\w+_)?schema", name)):
         for node in ast.walk(modules()[module]):
             if isinstance(node, ast.AnnAssign):
                 assert isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "key", ast.unparse(node)

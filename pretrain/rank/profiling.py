@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from configs.schema import Profile
+from configs.metrics_schema import Profile
 from parallel.compat.torch_private import dump_cuda_memory, record_cuda_memory
 
 

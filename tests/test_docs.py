@@ -118,7 +118,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_targets(path: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[path]):
         if target.startswith("http"):
             continue

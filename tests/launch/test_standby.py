@@ -67,7 +67,7 @@ def wait_until(true: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     "imports", ["", "import threading, time\nthreading.Thread(target=time.sleep, args=[9], daemon=True).start()"]
 )
-def test_it_becomes_the_process_of_its_attempt(make: Callable[[str], Standby], tmp_path: Path, imports: str) -> None:
+def test_a_standby_becomes_the_process_of_its_attempt(make: Callable[[str], Standby], tmp_path: Path, imports: str) -> None:
     """The thread of an import would not survive the fork of the fork server: then the same process starts anew."""
     standby, log = make(imports), tmp_path / "log"
     log.write_text("before\n")
@@ -87,7 +87,7 @@ def test_it_becomes_the_process_of_its_attempt(make: Callable[[str], Standby], t
 
 
 @pytest.mark.parametrize("what", ["killed", "stopped", "importing"])
-def test_one_that_is_unwell_is_killed(
+def test_an_unusable_standby_is_killed(
     make: Callable[[str], Standby], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(standby_module, "_PATIENCE_S", 600.0)
@@ -100,7 +100,7 @@ def test_one_that_is_unwell_is_killed(
     assert marked_pids(standby.mark) == []
 
 
-def test_it_ends_with_its_supervisor(tmp_path: Path) -> None:
+def test_a_standby_ends_with_its_supervisor(tmp_path: Path) -> None:
     """Stopped too: the kernel kills it."""
     (tmp_path / "program.py").write_text("")
     supervisor = f"""

@@ -46,7 +46,7 @@ def test_an_event_waits_for_room(context: JobContext, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("No space left on device") == 1
 
 
-def test_the_patience_ends(context: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_disk_ends(context: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_wait, "PATIENCE_S", 0.1)
     with pytest.raises(OSError, match="No space left"):
         context.record(1, EventKind.JOB_OVER, state="finished", exit_code=0, why="so")

@@ -78,14 +78,14 @@ def test_a_job_may_begin_before_its_submission_is_written() -> None:
 
 
 @pytest.mark.parametrize("cause", sorted(cause for cause, state in CAUSES.items() if state))
-def test_some_ends_are_final(cause: str) -> None:
+def test_which_ends_are_final(cause: str) -> None:
     decision = decide(life((cause, 0, 3, "")), POLICY, slurm_requeues=True)
     assert decision.action == "over" and decision.state == CAUSES[cause]
     assert decision.exit_code == {**EXIT_CODE, "bad_input": 2}[decision.state]
 
 
 @pytest.mark.parametrize("cause", sorted(cause for cause, state in CAUSES.items() if not state))
-def test_the_others_go_on(cause: str) -> None:
+def test_other_ends_are_followed_by_an_attempt(cause: str) -> None:
     assert decide(life((cause, 0, 3, "")), POLICY).action == "requeue"
     assert decide(life((cause, 0, 3, "")), POLICY, slurm_requeues=True).action == "wait"
     without = decide(life((cause, 0, 3, "")), RequeuePolicy(requeue=False))

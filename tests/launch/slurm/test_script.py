@@ -33,7 +33,7 @@ def script(made: Config, folder: Path = Path("/work")) -> str:
     return render(made, folder_of(made), ScriptLocation(folder / "runs/run/launch/job_0001", folder, "/usr/bin/python3"))
 
 
-def test_it_says_what_the_config_says() -> None:
+def test_the_script_states_the_config() -> None:
     made = config(
         partition="gpu", account="proj-7", qos="high", time="1-00:00:00", constraint="a100&nvlink", gres="gpu:8", mem="0",
         cpus_per_task=96, exclude="n[1-2]", reservation="r", dependency="afterok:12", extra=["--mail-type=END"],

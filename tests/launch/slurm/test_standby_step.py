@@ -107,7 +107,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
                 process.kill()
 
 
-def test_the_next_attempt_takes_it(start: Callable[[str], Job]) -> None:
+def test_the_next_attempt_takes_the_waiting_step(start: Callable[[str], Job]) -> None:
     job = start("")
     job.wait_until_ready()
     step = job.begin(2)
@@ -118,7 +118,7 @@ def test_the_next_attempt_takes_it(start: Callable[[str], Job]) -> None:
 
 
 @pytest.mark.parametrize("what", ["elsewhere", "importing", "agent stopped", "standby killed", "step killed"])
-def test_one_that_cannot_serve_is_not_taken(start: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_an_unusable_step_is_not_taken(start: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(standby_step, "_PATIENCE_S", 0.3 if what == "agent stopped" else 60.0)
     job = start("import time\ntime.sleep(60)" if what == "importing" else "")
     if what != "importing":

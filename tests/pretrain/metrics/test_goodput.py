@@ -128,7 +128,7 @@ def test_step_times_are_found_without_parsing(tmp_path: Path) -> None:
     assert sum_step_times(path) == pytest.approx(sum(times))
 
 
-def test_status_tells_it_and_stays_fast(tmp_path: Path) -> None:
+def test_status_reports_goodput_and_stays_fast(tmp_path: Path) -> None:
     """100,000 steps of rows as a run writes them: 85 MB."""
     folder = RunFolder(tmp_path)
     for number in (1, 2):

@@ -18,6 +18,6 @@ def test_the_indexer_needs_a_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(__version__ != "0.16.1", reason="later versions set the scale")
-def test_its_loss_is_not_divided_by_the_number_of_micro_batches() -> None:
+def test_the_indexers_loss_is_not_divided_by_the_number_of_micro_batches() -> None:
     source = inspect.getsource(schedules)
     assert "MoEAuxLossAutoScaler.set_loss_scale" in source and "DSAIndexerLossAutoScaler" not in source

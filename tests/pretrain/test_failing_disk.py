@@ -17,15 +17,13 @@ from pathlib import Path
 import pytest
 
 import pretrain.training_data
-from configs.load import to_yaml
-from configs.schema import BlendPart
 from launch.status import read_status
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.beat import COMPUTING, RECORDING, SAVING
 from pretrain.run.folder import RunFolder, complete_checkpoints
 from pretrain.run.heartbeat import Heartbeat
 from tests.pretrain.test_train import PP2_EP2, losses, same_checkpoint
-from tests.pretrain.world import exit_code, small_config, spoiling
+from tests.pretrain.world import exit_code, spoiling, write_config
 from tests.ranks import run_ranks
 
 STEPS = 12
@@ -37,16 +35,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file syste
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """12 steps of a small MoE, a checkpoint every second step, of which the newest two are kept."""
-    made = small_config(model__vocab_size=None, schedule__horizon_steps=STEPS, schedule__warmup_steps=1)
-    made.data.tokenizer.path = str(folder / "tok.model")
-    made.data.train = [BlendPart(str(folder / "embedded"))]
-    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
-    made.run.steps, made.run.eval_batches = STEPS, 0
-    made.checkpoint.interval_steps, made.checkpoint.keep = 2, 2
-    made.metrics.sinks = ["jsonl"]
+    saves = {"checkpoint__interval_steps": 2, "checkpoint__keep": 2}
     path = tmp_path_factory.mktemp("disk") / "config.yaml"
-    path.write_text(to_yaml(made))
-    return path
+    return write_config(path, folder, STEPS, schedule__horizon_steps=STEPS, run__eval_batches=0, **saves)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import to_yaml
-from configs.schema import BlendPart
 from pretrain.run.files import iterate_lines
 from tests.pretrain.test_train import attempt, events, losses, outcome, rows
-from tests.pretrain.world import small_config
+from tests.pretrain.world import write_config
 from tests.wandb_read import offline_rows
 
 LINE = ("checkpoint.resume_step=2", "optimizer.lr=0.01", "checkpoint.allow_change=[optimizer]")
@@ -20,16 +18,9 @@ LINE = ("checkpoint.resume_step=2", "optimizer.lr=0.01", "checkpoint.allow_chang
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    made = small_config(model__vocab_size=None, schedule__horizon_steps=8, schedule__warmup_steps=1)
-    made.data.tokenizer.path = str(folder / "tok.model")
-    made.data.train = [BlendPart(str(folder / "embedded"))]
-    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
-    made.run.steps, made.run.eval_batches = 6, 0
-    made.checkpoint.interval_steps, made.checkpoint.keep = 2, 3
-    made.metrics.sinks = ["jsonl"]
+    saves = {"checkpoint__interval_steps": 2, "checkpoint__keep": 3}
     path = tmp_path_factory.mktemp("back") / "config.yaml"
-    path.write_text(to_yaml(made))
-    return path
+    return write_config(path, folder, 6, schedule__horizon_steps=8, run__eval_batches=0, **saves)
 
 
 @pytest.fixture(scope="module")

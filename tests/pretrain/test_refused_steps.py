@@ -17,18 +17,17 @@ import torch.distributed as dist
 
 import pretrain.loop
 import pretrain.training_data
-from configs.load import to_yaml
-from configs.schema import BlendPart, Config
+from configs.schema import Config
 from pretrain.data.batches import MicroBatch
 from pretrain.run.files import iterate_lines, last_row
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
 from pretrain.run.record import Record
 from tests.pretrain.deepspeed_world import Keys, name_of, zero
-from tests.pretrain.engine.test_deepspeed_state import fill, make, slices
+from tests.pretrain.engine.test_deepspeed_state import fill, make
 from tests.pretrain.model.test_parity import EP, PP, TP
 from tests.pretrain.test_train import events, outcome, rows, same_checkpoint
-from tests.pretrain.world import assemble, batches_of, exit_code, small_config, spoiling
+from tests.pretrain.world import assemble, batches_of, exit_code, owned_values, small_config, spoiling, write_config
 from tests.ranks import RankFailed, run_ranks
 from tests.wandb_read import offline_rows
 
@@ -58,20 +57,20 @@ def with_refused_steps(config: Config, is_refused: bool) -> Any:
         return batches_of(config, step, groups.dp.rank(), groups.dp.size())
 
     assert engine.step(batches(0), 3e-3).applied
-    before = slices(engine)
+    before = owned_values(engine)
     if is_refused:
         assert not engine.step(batches(1), 3e-3, refuse_all).applied
         spoiled = batches(1)
         spoiled[0].loss_mask[0, 0] = 3e38
         assert not engine.step(spoiled, 3e-3).applied and engine.optimizer_steps() == 1
-    untouched = [key for key, values in slices(engine).items() if np.array_equal(values, before[key])]
+    untouched = [key for key, values in owned_values(engine).items() if np.array_equal(values, before[key])]
     assert engine.step(batches(2), 3e-3, refuse_nothing).applied
-    after = slices(engine)
+    after = owned_values(engine)
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, before)
     fill(engine, assemble(everyones), True, 1)
     engine.step(batches(2), 3e-3)
-    again = slices(engine)
+    again = owned_values(engine)
     same_again = all(np.array_equal(again[key], values) for key, values in after.items())
     return len(untouched) == len(before), {key[:2] for key in before}, after, same_again
 
@@ -109,16 +108,8 @@ def test_a_refused_step_moves_nothing(keys: Keys) -> None:
 @pytest.fixture
 def config(tmp_path: Path, folder: Path) -> Path:
     """8 sequences a step; steps 1 to 4 read samples 0 to 31, saves after steps 2 and 4."""
-    made = small_config(model__vocab_size=None, schedule__warmup_steps=1, launch__processes_per_node=2, **{EP: 2}, **BIASED)
-    made.data.tokenizer.path = str(folder / "tok.model")
-    made.data.train = [BlendPart(str(folder / "embedded"))]
-    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
-    made.run.steps, made.run.eval_batches, made.schedule.horizon_steps = 6, 0, 6
-    made.checkpoint.interval_steps, made.checkpoint.keep = 2, 0
-    made.metrics.sinks = ["jsonl"]
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(made))
-    return path
+    saves = {"checkpoint__interval_steps": 2, "checkpoint__keep": 0, "run__eval_batches": 0, "schedule__horizon_steps": 6}
+    return write_config(tmp_path / "config.yaml", folder, 6, launch__processes_per_node=2, **{EP: 2}, **BIASED, **saves)
 
 
 ROLLBACK = "divergence.nonfinite=rollback"

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from configs.load import to_yaml
-from configs.schema import BlendPart
 from pretrain.metrics.expert_counts import read_expert_counts
 from pretrain.rank.stop_signals import StopSignals
 from pretrain.run.beat import COMPUTING
 from pretrain.run.files import iterate_lines
 from pretrain.run.heartbeat import Heartbeat
-from tests.pretrain.world import exit_code, small_config
+from tests.pretrain.world import exit_code, write_config
 from tests.ranks import run_ranks
 
 PP2_EP2 = ("parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_node=4")
@@ -27,16 +25,9 @@ PP2_EP2 = ("parallel.pipeline=2", "parallel.expert=2", "launch.processes_per_nod
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A config file over the shared corpus: 4 layers, 8 experts, a step in some 0.1 s."""
-    made = small_config(model__vocab_size=None, schedule__horizon_steps=6, schedule__warmup_steps=1)
-    made.data.tokenizer.path = str(folder / "tok.model")
-    made.data.train = [BlendPart(str(folder / "embedded"))]
-    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
-    made.run.steps, made.run.eval_batches = 6, 1
-    made.checkpoint.interval_steps = 3
-    made.metrics.sinks, made.metrics.expert_counts_interval_steps = ["jsonl"], 2
     path = tmp_path_factory.mktemp("train") / "config.yaml"
-    path.write_text(to_yaml(made))
-    return path
+    every = {"checkpoint__interval_steps": 3, "metrics__expert_counts_interval_steps": 2}
+    return write_config(path, folder, 6, schedule__horizon_steps=6, run__eval_batches=1, **every)
 
 
 def attempt(config: Path, run_dir: Path, *overrides: str, world: int = 4, request_at: int = 0) -> list[int]:

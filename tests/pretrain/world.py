@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from configs.load import to_yaml
 from configs.schema import BlendPart, Config
 from parallel.groups import make_groups
 from parallel.layout import make_layout
@@ -17,6 +19,7 @@ from parallel.runtime import start
 from parallel.stages import make_chunks
 from pretrain.build import make_engine, make_model
 from pretrain.data.batches import MicroBatch
+from pretrain.engine.base import Engine
 from pretrain.main import main
 from pretrain.metrics.moe_metrics import MoeMetrics
 from pretrain.rank.stop_signals import StopSignals
@@ -49,6 +52,17 @@ def small_config(**changes: Any) -> Config:
         assert hasattr(section, key), f"no key {name}"
         setattr(section, key, value)
     return config
+
+
+def write_config(path: Path, corpus: Path, steps: int, **changes: Any) -> Path:
+    """Write a config over the shared corpus (tests/conftest.py): `steps` steps of 8 sequences of 32 tokens. Returns `path`."""
+    made = small_config(model__vocab_size=None, schedule__warmup_steps=1, **changes)
+    made.data.tokenizer.path = str(corpus / "tok.model")
+    made.data.train = [BlendPart(str(corpus / "embedded"))]
+    made.batch.global_batch_seqs, made.batch.seq_length_tokens = 8, 32
+    made.run.steps, made.metrics.sinks = steps, ["jsonl"]
+    path.write_text(to_yaml(made))
+    return path
 
 
 def exit_code(words: list[str], signals: StopSignals | None = None) -> int:
@@ -138,17 +152,16 @@ def train_small(config: Config, keep_gradients: bool = False) -> Trained:
     random_state = torch.get_rng_state()
     loss_sum, tokens = engine.evaluate(batches_of(config, 99, groups.dp.rank(), groups.dp.size()))
     result.valid, result.validates_quietly = loss_sum / tokens, torch.equal(random_state, torch.get_rng_state())
-    for state_slice in engine.owned_state():
-        key = (
-            state_slice.kind,
-            state_slice.name,
-            state_slice.global_shape,
-            state_slice.tensor_slice,
-            state_slice.start,
-            state_slice.stop,
-        )
-        result.weights[key] = state_slice.data.detach().clone().numpy()
+    result.weights = owned_values(engine)
     return result
+
+
+def owned_values(engine: Engine) -> dict[Any, np.ndarray]:
+    """A copy of every state slice that the engine owns on this rank, by its kind, tensor and place."""
+    return {
+        (one.kind, one.name, one.global_shape, one.tensor_slice, one.start, one.stop): one.data.detach().clone().numpy()
+        for one in engine.owned_state()
+    }
 
 
 def _gradients(engine: Any) -> dict[Any, np.ndarray]:

@@ -19,7 +19,7 @@ from pretrain.build import make_engine, make_model
 from pretrain.engine.base import WEIGHT, Engine
 from tests.pretrain.deepspeed_world import Keys, name_of, zero
 from tests.pretrain.model.test_parity import EP, PP, TP
-from tests.pretrain.world import VOCAB, assemble, batches_of, largest_difference, small_config
+from tests.pretrain.world import VOCAB, assemble, batches_of, largest_difference, owned_values, small_config
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
@@ -32,20 +32,6 @@ def make(config: Config) -> tuple[Engine, ProcessGroupCollection]:
     groups = make_groups(layout, config.run.seed)
     model = make_model(config, VOCAB, layout, chunks, groups, runtime.device)
     return make_engine(config, model, groups, runtime.device), groups
-
-
-def slices(engine: Engine) -> dict[Any, np.ndarray]:
-    return {
-        (
-            state_slice.kind,
-            state_slice.name,
-            state_slice.global_shape,
-            state_slice.tensor_slice,
-            state_slice.start,
-            state_slice.stop,
-        ): state_slice.data.detach().clone().numpy()
-        for state_slice in engine.owned_state()
-    }
 
 
 def fill(engine: Engine, whole: dict[tuple[str, str], np.ndarray], with_optimizer: bool, steps: int | None) -> None:
@@ -65,10 +51,10 @@ def go_on(config: Config, whole: dict[tuple[str, str], np.ndarray] | None, first
     engine, groups = make(config)
     if whole is not None:
         fill(engine, whole, optimizer, first if optimizer else None)
-    before = slices(engine)
+    before = owned_values(engine)
     losses = [engine.step(batches_of(config, step, groups.dp.rank(), groups.dp.size()), 3e-3).loss for step in range(first, last)]
     assert engine.optimizer_steps() == (last if optimizer else last - first)
-    return before, losses, slices(engine)
+    return before, losses, owned_values(engine)
 
 
 def spread(world: int, keys: Keys, *args: Any) -> tuple[dict[Any, np.ndarray], list[float], dict[Any, np.ndarray]]:
@@ -138,7 +124,7 @@ def spoiled(config: Config) -> Any:
         if step == 1:
             batches[0].loss_mask[0, 0] = 3e38
         results.append(engine.step(batches, 3e-3))
-        states.append(slices(engine))
+        states.append(owned_values(engine))
     untouched = all(np.array_equal(states[0][key], states[1][key]) for key in states[0])
     return [result.applied for result in results], untouched, results[2].loss
 

@@ -14,9 +14,9 @@ from configs.schema import Config
 from pretrain.preflight import nvme
 from pretrain.preflight.nvme import check_nvme
 from tests.pretrain.deepspeed_world import Keys, zero
-from tests.pretrain.engine.test_deepspeed_state import fill, make, same, slices, spoiled, spread
+from tests.pretrain.engine.test_deepspeed_state import fill, make, same, spoiled, spread
 from tests.pretrain.model.test_parity import EP, PP, TP, check
-from tests.pretrain.world import assemble, batches_of, small_config
+from tests.pretrain.world import assemble, batches_of, owned_values, small_config
 from tests.ranks import run_ranks
 
 SWAP = ["zero={engine: deepspeed, stage: 3, offload: optimizer, offload_device: nvme}"]
@@ -95,9 +95,9 @@ def returned(config: Config) -> bool:
     states = []
     for step in range(2):
         engine.step(batches_of(config, step, groups.dp.rank(), groups.dp.size()), 3e-3)
-        states.append(slices(engine))
+        states.append(owned_values(engine))
     fill(engine, assemble([states[0]]), True, 1)
-    back = slices(engine)
+    back = owned_values(engine)
     assert any(not np.array_equal(states[0][key], states[1][key]) for key in back)
     return all(np.array_equal(states[0][key], back[key]) for key in back)
 

@@ -86,7 +86,10 @@ def rope_scaling(config: Config) -> Iterator[Problem]:
             fix = "set model.position.scaling.kind to linear, llama3 or yarn, or factor=1"
             yield Problem("model.position.scaling.factor", scaling.factor, "has no effect while scaling.kind = none", fix)
         return
-    windows = {arch.window_of_layer(config.model, layer) is not None for layer in range(config.model.num_layers)}
+    pattern = config.model.attention.window_pattern
+    # Another rule wants the pattern to name every layer.
+    layers = range(config.model.num_layers if pattern is None else len(pattern))
+    windows = {arch.window_of_layer(config.model, layer) is not None for layer in layers}
     if scaling.layers == "full_attention" and (windows != {True, False} or arch.is_mla(config.model)):
         rule = "needs layers with and without a window (model.attention), and no latent attention"
         yield Problem("model.position.scaling.layers", scaling.layers, rule, "set model.position.scaling.layers=all")

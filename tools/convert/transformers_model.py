@@ -135,6 +135,9 @@ def _depth_logits(model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depths
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in range(last, last + depths)]
     if hasattr(model.config, "linear_num_key_heads"):
         _teach_qwen_depth(model)
+    elif not hasattr(model.config, "num_mtp_layers"):
+        # GLM-4.7-Flash, whose configuration class doesn't name the depths. Their layers are those of its MoE layers.
+        model.config.num_mtp_layers, model.config.mtp_mlp_layer_types = depths, ["sparse"] * depths
     depth_model = modeling_layers.MtpModel.from_pretrained(model).eval()  # type: ignore[attr-defined]
     found = []
     for depth in range(depths):

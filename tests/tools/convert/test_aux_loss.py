@@ -76,6 +76,19 @@ def test_the_coefficient_comes_back_and_both_notes_say_what_it_means(name: str, 
         assert len(found) == (factor != 1)
 
 
+def test_the_coefficient_comes_back_for_every_depth() -> None:
+    family = family_named("mixtral")
+    for layers in range(1, 100):
+        config = MODELS["mixtral"][1] | {"num_hidden_layers": layers}
+        for value in (0.001, 0.02, 0.0137, 1 / 3):
+            value = float(f"{value:.12g}")
+            model, _ = family.to_model(config | {"router_aux_loss_coef": value})
+            assert family.to_hf_config(model)["router_aux_loss_coef"] == value, layers
+            model.moe.router.aux_loss_coeff = value
+            again, _ = family.to_model(family.to_hf_config(model))
+            assert again.moe.router.aux_loss_coeff == value, layers
+
+
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize(("by_sequence", "balance"), [(True, "seq_aux_loss"), (False, "aux_loss")])
 def test_alpha_of_deepseek_is_taken_as_it_is(name: str, by_sequence: bool, balance: str) -> None:

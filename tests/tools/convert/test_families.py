@@ -201,7 +201,7 @@ def with_prediction_depth(folder: Path, name: str) -> None:
     save_file(held | extra, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe", "qwen3_5"])
 def test_prediction_depths_are_kept(name: str, tmp_path: Path) -> None:
     make(name, tmp_path / "hf")
     with_prediction_depth(tmp_path / "hf", name)
@@ -287,6 +287,28 @@ def test_absent_keys_mean_what_transformers_takes(family: Any) -> None:
     assert isinstance(model, Model)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama"])
+def test_widths_that_the_model_leaves_out_are_written(name: str) -> None:
+    """transformers has no default that means four times the hidden size."""
+    model, _ = family_of({"model_type": name}).to_model(MODELS[name][1])
+    model.ffn_hidden_size = model.moe.ffn_hidden_size = None
+    config = family_for(model).to_hf_config(model)
+    keys = {"intermediate_size", "moe_intermediate_size"} & config.keys()
+    assert keys and all(config[key] == 4 * model.hidden_size for key in keys)
+
+
+@pytest.mark.parametrize("family", IN_TRANSFORMERS, ids=lambda family: family.name)
+def test_other_names_of_a_key_are_read(family: Any) -> None:
+    """The configuration class takes some keys by two names. Top-k by the other name has no shape that would tell."""
+    config_class: Any = CONFIG_MAPPING[family.model_types[0]]
+    for alias, key in config_class.attribute_map.items():
+        if key not in family.known() or key == "qk_rope_head_dim":
+            continue
+        full = config_class().to_dict() | {"num_experts_per_tok": 3} | {key: 3}
+        named = {name: value for name, value in full.items() if name != key} | {alias: 3}
+        assert alias in family.known() and family.to_model(full)[0] == family.to_model(named)[0], alias
+
+
 def test_shapes_count_like_the_arithmetic() -> None:
     for family in IN_TRANSFORMERS:
         if family.planning_only:
@@ -330,12 +352,22 @@ REFUSED = [
     ("ernie4_5_moe", {"num_nextn_predict_layers": 1}, "no code for its prediction depth"),
     ("smollm3", {"no_rope_layers": [1, 1]}, "each of the 4 layers"),
     ("exaone_moe", {"sliding_window_pattern": "LLG"}, "which layers have the window"),
+    ("exaone_moe", {"sliding_window": None}, "must be a number"),
     ("olmoe", {"clip_qkv": 8.0}, "clipped"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "Ministral"),
     ("qwen2_moe", {"use_sliding_window": True}, "which layers have the window"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window on"),
     ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 1}, "which layers have the window"),
     ("qwen3_moe", {"num_experts": 6, "num_local_experts": 4}, "must agree"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "layer_types": ["full_attention"] * 3},
+     "which layers have the window"),
+    ("llama", {"is_causal": False}, "attends to later ones"),
+    ("llama", {"per_layer_config": {"1": {"rms_norm_eps": 0.1}}}, "differ from layer to layer"),
+    ("ernie4_5_moe", {"num_experts_per_tok": 2}, "must agree"),
+    ("phi3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "must be default"),
+    ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "truncate": False}}},
+     "both kinds of layers"),
+    ("hunyuan_v1_moe", {"rope_scaling": "dynamic"}, "must be one mapping"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "clamp"),
     ("gpt_oss", {"layer_types": ["full_attention"]}, "each of the 2 layers"),
     ("gpt_oss", {"rope_parameters": None}, "must be stated"),

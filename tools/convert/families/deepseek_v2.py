@@ -58,7 +58,7 @@ DEEPSEEK_V2 = Family(
         settings.PLAIN_MLP,
         *latent_attention(),
         Rope(),
-        ConfigKey("n_routed_experts", "moe.num_experts", 64),
+        ConfigKey("n_routed_experts", "moe.num_experts", 64, aliases=("num_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k"),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1407),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),

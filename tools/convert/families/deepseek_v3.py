@@ -16,7 +16,7 @@ from tools.convert.tensors import shared_rules as tensors
 
 # Also of the families that added sparse attention.
 EXPERTS = (
-    ConfigKey("n_routed_experts", "moe.num_experts", 256),
+    ConfigKey("n_routed_experts", "moe.num_experts", 256, aliases=("num_local_experts",)),
     ConfigKey("num_experts_per_tok", "moe.top_k", 8),
     ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 2048),
     ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 2.5, float),
@@ -44,7 +44,7 @@ DEEPSEEK_V3 = Family(
         settings.ExpertGroups(absent=(8, 4)),
         *SCORES,
         AllowedValues("moe_layer_freq", (1, None), "its MoE layers follow each other"),
-        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
+        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1, aliases=("num_mtp_layers",)),
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.LATENT, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),

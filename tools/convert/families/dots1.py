@@ -28,7 +28,7 @@ DOTS1 = Family(
         Biases(),
         Windows(partial(last_layers, absent=62), switch=False),
         *settings.plain_attention(*BIASES, "attention.window_size_tokens", **{"attention.qk_norm": True}),
-        ConfigKey("n_routed_experts", "moe.num_experts"),
+        ConfigKey("n_routed_experts", "moe.num_experts", aliases=("num_local_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k"),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),

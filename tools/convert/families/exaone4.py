@@ -7,7 +7,7 @@ Torch-free.
 
 from __future__ import annotations
 
-from tools.convert.families.exaone_moe import MLP_AND_ATTENTION
+from tools.convert.families.exaone_moe import mlp_and_attention
 from tools.convert.hf_config import settings
 from tools.convert.hf_config.family import Family
 from tools.convert.tensors import shared_rules as tensors
@@ -18,7 +18,7 @@ EXAONE4 = Family(
     architecture="Exaone4ForCausalLM",
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(32), norm_position="after"),
-        *MLP_AND_ATTENTION,
+        *mlp_and_attention(windowless=True),
         settings.NoExperts(),
     ),
     tensors=(*tensors.EMBEDDING, *tensors.attention(norms=tensors.POST_NORMS), *tensors.DENSE_MLP),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.convert.hf_config import settings
-from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family
+from tools.convert.hf_config.family import AllowedValues, ConfigKey, Family, Setting
 from tools.convert.hf_config.mlp_types import MlpLayerTypes
 from tools.convert.hf_config.rope import Rope
 from tools.convert.hf_config.rotated_layers import RotatedWindows
@@ -23,15 +23,17 @@ def by_pattern(hf_config: Mapping[str, Any], layers: int) -> Flags | None:
     return [int((layer + 1) % pattern != 0) for layer in range(layers)] if type(pattern) is int and pattern > 0 else None
 
 
-# Also of EXAONE 4.
-MLP_AND_ATTENTION = (
-    settings.PLAIN_MLP,
-    settings.HeadDim(),
-    Rope(),
-    Windows(by_pattern, switch=False),
-    RotatedWindows(),
-    *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
-)
+def mlp_and_attention(windowless: bool) -> tuple[Setting, ...]:
+    """Also of EXAONE 4, which has models without windows."""
+    return (
+        settings.PLAIN_MLP,
+        settings.HeadDim(),
+        Rope(),
+        Windows(by_pattern, switch=False),
+        RotatedWindows(windowless),
+        *settings.plain_attention("attention.window_size_tokens", "position.layer_pattern", **{"attention.qk_norm": True}),
+    )
+
 
 EXAONE_MOE = Family(
     name="exaone_moe",
@@ -39,7 +41,7 @@ EXAONE_MOE = Family(
     architecture="ExaoneMoeForCausalLM",
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(32)),
-        *MLP_AND_ATTENTION,
+        *mlp_and_attention(windowless=False),
         ConfigKey("num_experts", "moe.num_experts", 64),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1024),

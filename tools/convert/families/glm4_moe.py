@@ -24,7 +24,7 @@ GLM4_MOE = Family(
         ConfigKey("attention_bias", "attention.qkv_bias", False, bool),
         ConfigKey("use_qk_norm", "attention.qk_norm", False, bool),
         *settings.plain_attention("attention.qkv_bias", "attention.qk_norm", "mtp.num_layers"),
-        ConfigKey("n_routed_experts", "moe.num_experts", 128),
+        ConfigKey("n_routed_experts", "moe.num_experts", 128, aliases=("num_local_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1408),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.0, float),
@@ -32,7 +32,7 @@ GLM4_MOE = Family(
         settings.DenseFirst(absent=1),
         settings.ExpertGroups(absent=(1, 1)),
         *settings.sigmoid_router(),
-        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1),
+        ConfigKey("num_nextn_predict_layers", "mtp.num_layers", 1, aliases=("num_mtp_layers",)),
     ),
     tensors=(
         *tensors.EMBEDDING, *tensors.ATTENTION, *tensors.DENSE_MLP, *tensors.experts(), *tensors.shared_experts(),

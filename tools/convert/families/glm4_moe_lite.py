@@ -22,7 +22,7 @@ GLM4_MOE_LITE = Family(
         *latent_attention(q_lora_rank=768),
         Rope(fraction=1.0),
         AllowedValues("rope_interleave", (True,), "the tensors hold the rotated widths as neighbouring pairs"),
-        ConfigKey("n_routed_experts", "moe.num_experts", 64),
+        ConfigKey("n_routed_experts", "moe.num_experts", 64, aliases=("num_local_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 4),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1536),
         ConfigKey("routed_scaling_factor", "moe.router.scaling_factor", 1.8, float),

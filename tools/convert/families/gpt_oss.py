@@ -36,7 +36,7 @@ GPT_OSS = Family(
             "activation": "gpt_oss_glu", "mlp_bias": True, "attention.sinks": True, "attention.qkv_bias": True,
             "attention.output_bias": True,
         }),
-        ConfigKey("num_local_experts", "moe.num_experts", 128),
+        ConfigKey("num_local_experts", "moe.num_experts", 128, aliases=("num_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 4),
         RepeatedKey("experts_per_token", "moe.top_k"),
         settings.AllSparse(),

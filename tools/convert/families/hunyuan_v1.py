@@ -38,9 +38,10 @@ class AlphaRope:
         return _ROPE.names()
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type") or scaling.get("type")
-        alpha = scaling.get("alpha")
+        # transformers reads the older key alone where both are there.
+        scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+        is_mapping = isinstance(scaling, Mapping)
+        kind, alpha = (scaling.get("rope_type") or scaling.get("type"), scaling.get("alpha")) if is_mapping else (None, None)
         if kind != "dynamic" or not alpha:
             yield from _ROPE.read(hf_config, model)
             return
@@ -60,28 +61,23 @@ class AlphaRope:
 class EqualInAllLayers:
     """A number, or a list with one number for each layer, which must be equal. It is written as a number."""
 
-    hf_key: str
-    model_key: str
-    default: Any
+    number: ConfigKey
 
     def names(self) -> tuple[str, ...]:
-        return (self.hf_key,)
+        return self.number.names()
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = hf_config.get(self.hf_key)
-        if isinstance(value, list):
-            if len(set(map(str, value))) != 1:
-                yield Problem(f"config.json: {self.hf_key}", value, "must be equal in all layers", "convert another model")
-                return
-            value = value[0]
-        yield from self._key.read({} if value is None else {self.hf_key: value}, model)
+        stated = {name: hf_config[name] for name in self.names() if hf_config.get(name) is not None}
+        for name, value in stated.items():
+            if isinstance(value, list):
+                if len(set(map(str, value))) != 1:
+                    yield Problem(f"config.json: {name}", value, "must be equal in all layers", "convert another model")
+                    return
+                stated[name] = value[0]
+        yield from self.number.read(stated, model)
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
-        return self._key.write(model, hf_config)
-
-    @property
-    def _key(self) -> ConfigKey:
-        return ConfigKey(self.hf_key, self.model_key, self.default)
+        return self.number.write(model, hf_config)
 
 
 @dataclass(frozen=True)
@@ -125,8 +121,8 @@ HUNYUAN_V1_MOE = Family(
     settings=(
         *settings.decoder(1e-5, settings.KeyValueHeads(None), ffn="moe.ffn_hidden_size"),
         *_SHARED_SETTINGS,
-        EqualInAllLayers("num_experts", "moe.num_experts", 1),
-        EqualInAllLayers("moe_topk", "moe.top_k", 1),
+        EqualInAllLayers(ConfigKey("num_experts", "moe.num_experts", 1, aliases=("num_local_experts",))),
+        EqualInAllLayers(ConfigKey("moe_topk", "moe.top_k", 1, aliases=("num_experts_per_tok",))),
         OneSharedExpert(),
         settings.AllSparse(),
         *settings.softmax_router(**{"moe.router.normalize_top_k": True, "moe.shared_gate": False}),

@@ -29,7 +29,7 @@ HY_V3 = Family(
         AllowedValues("mlp_bias", (False, None), "its experts have no biases, and megatron-core has one switch"),
         AllowedValues("qk_norm", (True,), "the family always has these norms"),
         *settings.plain_attention(*BIASES, **{"attention.qk_norm": True}),
-        ConfigKey("num_experts", "moe.num_experts", 192),
+        ConfigKey("num_experts", "moe.num_experts", 192, aliases=("num_local_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("moe_intermediate_size", "moe.ffn_hidden_size", 1536),
         ConfigKey("router_scaling_factor", "moe.router.scaling_factor", 2.826, float),

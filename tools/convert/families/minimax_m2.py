@@ -27,7 +27,7 @@ MINIMAX_M2 = Family(
         AllowedValues("use_qk_norm", (True,), "the family always has these norms"),
         AllowedValues("qk_norm_type", ("per_layer", None), "its norms of queries and keys span the heads of a layer"),
         *settings.plain_attention(**{"attention.qk_norm": True, "attention.qk_norm_span": "all_heads"}),
-        ConfigKey("num_local_experts", "moe.num_experts", 256),
+        ConfigKey("num_local_experts", "moe.num_experts", 256, aliases=("num_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 8),
         ConfigKey("router_jitter_noise", "moe.router.jitter_eps", 0.0, float),
         settings.AllSparse(),

@@ -25,7 +25,7 @@ MIXTRAL = Family(
         ConfigKey("sliding_window", "attention.window_size_tokens", None),
         FixedValue("attention.window_layers", "all"),
         *settings.plain_attention("attention.window_size_tokens"),
-        ConfigKey("num_local_experts", "moe.num_experts", 8),
+        ConfigKey("num_local_experts", "moe.num_experts", 8, aliases=("num_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", 2),
         ConfigKey("router_jitter_noise", "moe.router.jitter_eps", 0.0, float),
         settings.AllSparse(),

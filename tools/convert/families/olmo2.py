@@ -51,6 +51,9 @@ class RopeByLayer:
             yield UnsupportedModel(f"config.json: rope_parameters: {_WINDOW}", window, rule, "convert another model")
         others = {name: value for name, value in hf_config.items() if name not in ("rope_theta", "rope_scaling")}
         yield from _ROPE.read(others | {"rope_parameters": full}, model)
+        if not model.position.scaling.truncate:
+            rule = "must be true: transformers doesn't read it where rope_parameters has both kinds of layers"
+            yield UnsupportedModel(f"config.json: rope_parameters: {_FULL}: truncate", False, rule, "convert another model")
         if model.position.scaling.kind != "none" and model.attention.window_size_tokens is not None:
             model.position.scaling.layers = _FULL
 
@@ -59,6 +62,8 @@ class RopeByLayer:
         scaling = model.position.scaling
         if scaling.kind != "none" and scaling.layers == "all" and model.attention.window_size_tokens is not None:
             yield "its layers with a window have no scaled frequencies"
+        if scaling.kind == "yarn" and not scaling.truncate:
+            yield "its correction range has whole numbers (truncate)"
         window = {"rope_type": "default", "rope_theta": model.position.theta}
         hf_config["rope_parameters"] = {_FULL: hf_config.get("rope_parameters"), _WINDOW: window}
 

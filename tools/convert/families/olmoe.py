@@ -22,7 +22,7 @@ def _experts(num_experts: int, top_k: int) -> tuple[Setting, ...]:
         AllowedValues("attention_bias", (False, None), "its output bias has no counterpart here"),
         AllowedValues("clip_qkv", (None,), "clipped queries and keys can't be built"),
         *settings.plain_attention(**{"attention.qk_norm": True, "attention.qk_norm_span": "all_heads"}),
-        ConfigKey("num_experts", "moe.num_experts", num_experts),
+        ConfigKey("num_experts", "moe.num_experts", num_experts, aliases=("num_local_experts",)),
         ConfigKey("num_experts_per_tok", "moe.top_k", top_k),
         ConfigKey("norm_topk_prob", "moe.router.normalize_top_k", False, bool),
         settings.AllSparse(),

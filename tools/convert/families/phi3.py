@@ -23,7 +23,7 @@ PHI3 = Family(
         *settings.decoder(1e-5, settings.KeyValueHeads(None)),
         settings.PLAIN_MLP,
         settings.HeadDim(),
-        Rope(fraction=1.0),
+        Rope(fraction=1.0, kinds=("default",)),
         ConfigKey("sliding_window", "attention.window_size_tokens", None),
         FixedValue("attention.window_layers", "all"),
         FixedValue("attention.window_pattern", None),

@@ -21,6 +21,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,6 @@ from tools.convert.hf_config.family import wrong_value
 
 ALPHA, BY_SEQUENCE = "aux_loss_alpha", "seq_aux"
 NAME, MODEL_KEY = "router_aux_loss_coef", "moe.router.aux_loss_coeff"
-_DIGITS = 12
-"""Significant digits of a converted value, so that a round trip gives the same number."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,15 @@ class AuxLossCoefficient:
         return (NAME,)
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
-        value = hf_config.get(NAME)
-        value = self.absent if value is None else value
+        value = self._stated(hf_config)
         wrong = wrong_value(NAME, value, MODEL_KEY, (float,))
         if wrong:
             yield wrong
             return
         model.moe.router.aux_loss_coeff = _rounded(value * _factor(model))
+
+    def _stated(self, hf_config: Mapping[str, Any]) -> Any:
+        return self.absent if hf_config.get(NAME) is None else hf_config[NAME]
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         router = model.moe.router
@@ -61,7 +62,7 @@ class AuxLossCoefficient:
 
     def note(self, hf_config: Mapping[str, Any], model: Model) -> str | None:
         """How the two values of a model belong together; None when they are equal."""
-        ours, theirs = model.moe.router.aux_loss_coeff, hf_config.get(NAME, self.absent)
+        ours, theirs = model.moe.router.aux_loss_coeff, self._stated(hf_config)
         if ours == theirs or model.moe.router.balance == "none":
             return None
         return (
@@ -113,4 +114,6 @@ def _factor(model: Model) -> float:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+    """A converted value: 15 digits, or the number of 12 that it misses by rounding only. A round trip gives the same number."""
+    short = float(f"{value:.12g}")
+    return short if math.isclose(short, value, rel_tol=1e-14) else float(f"{value:.15g}")

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from configs.errors import ConfigError, Problem
 from configs.fields import walk
 from configs.model_schema import Model
+from parallel import architecture as arch
 from tools.convert.tensors.row_mappings import FusionRule, same
 
 REQUIRED = object()
@@ -28,6 +29,8 @@ class UnsupportedModel(Problem):
 
 
 _RULES = {path: metadata["rule"] for path, _, metadata in walk(Model())}
+_EFFECTIVE: dict[str, Callable[[Model], int]] = {"ffn_hidden_size": arch.ffn, "moe.ffn_hidden_size": arch.expert_ffn}
+"""Keys of the `model` section whose null means another key, and their value."""
 _DEFAULTS = {path: value for path, value, _ in walk(Model())}
 
 
@@ -92,7 +95,8 @@ class WithNote(Protocol):
 class ConfigKey:
     """The same value under a key of config.json and a key of the `model` section.
 
-    `also`: further keys of config.json with the same meaning. The first key present is read; all are written.
+    `also`: further keys of config.json with the same meaning. The first key present is read; all are written. `aliases`: such
+    keys that transformers reads and doesn't write (attribute_map of the configuration class).
     """
 
     hf_key: str
@@ -100,9 +104,10 @@ class ConfigKey:
     default: Any = REQUIRED
     kind: type | tuple[type, ...] = int
     also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
-        return (self.hf_key, *self.also)
+        return (self.hf_key, *self.also, *self.aliases)
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         stated = {name: hf_config[name] for name in self.names() if name in hf_config}
@@ -126,7 +131,8 @@ class ConfigKey:
         put(model, self.model_key, float(value) if kinds == (float,) and value is not None else value)
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
-        hf_config.update(dict.fromkeys(self.names(), get(model, self.model_key)))
+        value = _EFFECTIVE.get(self.model_key, lambda model: get(model, self.model_key))(model)
+        hf_config.update(dict.fromkeys((self.hf_key, *self.also), value))
         return iter(())
 
 

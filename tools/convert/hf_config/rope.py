@@ -40,13 +40,15 @@ class Rope:
     """The keys of rotary positions.
 
     `theta`, `fraction`: values of absent keys in this family; without a `fraction` the family rotates whole heads. `stated`:
-    the rope type must be present. `interleaved`: the family rotates neighbouring dims as pairs.
+    the rope type must be present. `interleaved`: the family rotates neighbouring dims as pairs. `kinds`: the rope types that
+    transformers takes for the family and megatron-core can build.
     """
 
     theta: float = 10000.0
     fraction: float | None = None
     stated: bool = False
     interleaved: bool = False
+    kinds: tuple[str, ...] = tuple(KINDS)
 
     def names(self) -> tuple[str, ...]:
         return ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL)
@@ -76,8 +78,8 @@ class Rope:
             rule = "must be 1: transformers does not read it for this family"
             yield Problem("config.json: partial_rotary_factor", fraction, rule, "mend the config.json")
         kind = _kind(new) or _kind(old) or "default"
-        if not isinstance(kind, str) or kind not in KINDS:
-            rule = "must be default, linear, llama3 or yarn: megatron-core can build no other"
+        if kind not in self.kinds:
+            rule = f"must be {' or '.join(self.kinds)}: megatron-core can build no other that transformers takes for this family"
             yield UnsupportedModel("config.json: rope type", kind, rule, "convert another model")
         elif kind != "default":
             yield from _read_scaling(KINDS[kind], values, model)
@@ -91,6 +93,8 @@ class Rope:
         if self.fraction is None and position.rotary_fraction != 1.0:
             yield f"model.position.rotary_fraction = {position.rotary_fraction}, it has 1 only"
         inner = _write_scaling(position.scaling)
+        if inner["rope_type"] not in self.kinds:
+            yield f"its rope type is {' or '.join(self.kinds)}, not {inner['rope_type']}"
         partial = {} if self.fraction is None else {"partial_rotary_factor": position.rotary_fraction}
         hf_config["rope_parameters"] = {"rope_theta": position.theta, **inner, **partial}
         # transformers 4, vLLM, SGLang and llama.cpp read only these keys.

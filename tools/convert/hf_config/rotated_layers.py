@@ -56,20 +56,27 @@ class NoRopeLayers:
 
 @dataclass(frozen=True)
 class RotatedWindows:
-    """Where some layers have a window, those are rotated and the others are not. Must follow `Windows`. No key of config.json."""
+    """Where some layers have a window, those are rotated and the others are not. Must follow `Windows`. No key of config.json.
+
+    `windowless`: the family has models without windows, whose layers are all rotated and whose sliding_window is null.
+    """
+
+    windowless: bool
 
     def names(self) -> tuple[str, ...]:
         return ()
 
     def read(self, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
+        if not self.windowless and hf_config.get("sliding_window", 4096) is None:
+            yield Problem("config.json: sliding_window", None, "must be a number: transformers takes no other", "state it")
+            return
         flags = _windowed(model)
         # Without a window size every layer is rotated; with one that no layer has, none is.
         model.position.layer_pattern = None if all(flags) or hf_config.get("sliding_window", 4096) is None else flags
-        return iter(())
 
     def write(self, model: Model, hf_config: dict[str, Any]) -> Iterator[str]:
         flags = _windowed(model)
-        if not any(flags) and all(rotated_layers(model)):
+        if self.windowless and not any(flags) and all(rotated_layers(model)):
             hf_config["sliding_window"] = None
         elif flags != rotated_layers(model):
             yield f"it rotates the layers with a window, here {flags}, not {rotated_layers(model)}"

@@ -61,6 +61,8 @@ def decoder(
         ConfigKey("tie_word_embeddings", "tie_embeddings", tied, bool),
         ConfigKey("max_position_embeddings", "max_position_tokens", None),
         ConfigKey("attention_dropout", "attention.dropout", 0.0, float),
+        AllowedValues("is_causal", (None, True), "a token that attends to later ones can't be trained"),
+        AllowedValues("per_layer_config", (None, {}), "values that differ from layer to layer can't be read from there"),
         FixedValue("norm", norm),
         FixedValue("norm_position", norm_position),
         FixedValue("hidden_dropout", 0.0),

@@ -81,9 +81,9 @@ class Windows:
 
     def _layers(self, flags: Flags | None, size: Any, hf_config: Mapping[str, Any], model: Model) -> Iterator[Problem]:
         attention = model.attention
-        if flags is None or (self.uniform and len(set(flags)) > 1):
+        if flags is None or (self.uniform and not all(flags)):
             rule = "must say which layers have the window: versions of transformers differ in what use_sliding_window means"
-            fix = "state it, all layers alike" if self.uniform else "state it"
+            fix = "state sliding_attention for all layers, or use_sliding_window = false" if self.uniform else "state it"
             yield UnsupportedModel("config.json: layer_types", hf_config.get("layer_types"), rule, fix)
         elif wrong := wrong_value("sliding_window", size, "attention.window_size_tokens"):
             yield wrong

@@ -29,8 +29,18 @@ class UnsupportedModel(Problem):
 
 
 _RULES = {path: metadata["rule"] for path, _, metadata in walk(Model())}
-_EFFECTIVE: dict[str, Callable[[Model], int]] = {"ffn_hidden_size": arch.ffn, "moe.ffn_hidden_size": arch.expert_ffn}
-"""Keys of the `model` section whose null means another key, and their value."""
+
+
+def _dense_ffn(model: Model) -> int | None:
+    """The width of dense MLPs; None where there are none and the model states none."""
+    has_dense = model.moe.num_experts == 0 or not all(arch.moe_layers(model))
+    return arch.ffn(model) if has_dense else model.ffn_hidden_size
+
+
+_EFFECTIVE: dict[str, Callable[[Model], int | None]] = {
+    "ffn_hidden_size": _dense_ffn, "moe.ffn_hidden_size": arch.expert_ffn,
+}  # fmt: skip
+"""Keys of the `model` section whose null means another key's value, and their value."""
 _DEFAULTS = {path: value for path, value, _ in walk(Model())}
 
 

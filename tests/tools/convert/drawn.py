@@ -67,7 +67,8 @@ def rotary(draw: random.Random) -> dict[str, Any]:
 def draw_values(name: str, draw: random.Random) -> dict[str, Any]:
     """The changed keys of the tiny model `name`."""
     model_type, base = MODELS[name]
-    own, num_layers = CONFIG_MAPPING[model_type].__dataclass_fields__, base["num_hidden_layers"]
+    config_class: Any = CONFIG_MAPPING[model_type]
+    own, num_layers = config_class.__dataclass_fields__, base["num_hidden_layers"]
     skipped = {"num_key_value_heads", "head_dim"} if "kv_lora_rank" in base or base["num_attention_heads"] != 6 else set()
     skipped |= {"rms_norm_eps"} if "linear_conv_kernel_dim" in base else set()
     keys = {key: values for key, values in KEYS.items() if key in own and key not in skipped and draw.random() < 0.3}

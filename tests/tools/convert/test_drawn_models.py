@@ -30,7 +30,8 @@ def load(folder: Path) -> tuple[torch.Tensor, dict[str, Any]]:
 @pytest.mark.prove
 @pytest.mark.parametrize("name", MODELS)
 def test_a_drawn_model_comes_back_the_same_or_is_refused(name: str, tmp_path: Path) -> None:
-    converted = 0
+    # Rounding in gated delta nets (docs/gated-delta-nets.md, small epsilons).
+    converted, tolerance = 0, 5e-4 if "linear_conv_kernel_dim" in MODELS[name][1] else 1e-4
     for seed in SEEDS:
         hf, checkpoint, out = (tmp_path / f"{seed}_{part}" for part in ("hf", "checkpoint", "out"))
         form = make_drawn(name, seed, hf)
@@ -44,7 +45,7 @@ def test_a_drawn_model_comes_back_the_same_or_is_refused(name: str, tmp_path: Pa
             assert not list(tmp_path.glob(f"{seed}_checkpoint*")), seed
             continue
         converted += 1
-        verdict = verify(checkpoint, hf, None, 2, 60, 1e-4)
+        verdict = verify(checkpoint, hf, None, 2, 60, tolerance)
         assert verdict["ok"] and not verdict["notes"], (seed, verdict)
         run_export(checkpoint, out)
         before, after = tensors(hf), tensors(out)

@@ -29,7 +29,7 @@ class RecordFollower:
         self._path, self._from_end, self._first_step = path, from_end, first_step
         self._place, self._known, self._torn = 0, b"", b""
         self.replaced = 0
-        if path.exists():
+        if (from_end or first_step > 1) and path.exists():
             self._begin()
 
     def poll(self) -> Iterator[dict[str, Any]]:

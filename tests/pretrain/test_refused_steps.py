@@ -302,3 +302,6 @@ def test_a_copy_of_the_record_follows_it_through_a_rollback(tmp_path: Path) -> N
     write(6, 2.0)
     assert polled(end) == [(6, 2.0)] == polled(late)
     record.close()
+    unreadable = RecordFollower(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        polled(unreadable)

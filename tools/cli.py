@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from configs import __version__
 from configs.errors import ConfigError, Problem, json_problem, report
+from pretrain.run.files import storage_problem
 from pretrain.run.process import open_standard_streams, print_in_any_locale
 from pretrain.run.provenance import package_version
 from tools.ladder.names import is_ladder, positional
@@ -131,19 +132,25 @@ def run(argv: Sequence[str]) -> int:
         module = importlib.import_module(command.module)
         return int(module.main([name, *rest] if command.with_name else rest))
     except ConfigError as error:
-        if "--json" in rest:
-            print(json.dumps({"ok": False, "problems": [json_problem(problem) for problem in error.problems]}))
-        print(report(error.problems), file=sys.stderr)
-        return 2
+        return _refuse(error.problems, "--json" in rest)
+    except PermissionError as error:
+        # Any file that a command names, lists or opens may be another user's.
+        return _refuse([storage_problem(name, error.filename or "a file", error)], "--json" in rest)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         problem = Problem("path", str(error.filename), "is longer than any file's name or path on this system", "shorten it")
-        print(report([problem]), file=sys.stderr)
-        return 2
+        return _refuse([problem], "--json" in rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(problems: Sequence[Problem], as_document: bool) -> int:
+    if as_document:
+        print(json.dumps({"ok": False, "problems": [json_problem(problem) for problem in problems]}))
+    print(report(problems), file=sys.stderr)
+    return 2
 
 
 def main() -> None:

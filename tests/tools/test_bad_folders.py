@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,25 @@ def test_what_is_no_run_folder_is_one_report(tmp_path: Path, capfd: pytest.Captu
     assert set(meet(run, tmp_path, capfd)) == {2}
     shutil.rmtree(run / "src")
     assert set(meet(run, tmp_path, capfd)) == {2}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_files_of_somebody_else_are_an_answer_or_one_report(open_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(open_folder / "runs" / "run")
+    # What the commands import, an ordinary user may not be able to read.
+    meet(run, open_folder, capfd)
+    for name in ("metrics.jsonl", "events.jsonl", "config.yaml", "launch", "."):
+        (run / name).chmod(0)
+        if (child := os.fork()) == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                meet(run, open_folder, capfd)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == 0, (name, capfd.readouterr().err)
+        (run / name).chmod(0o755)

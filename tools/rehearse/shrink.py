@@ -100,6 +100,7 @@ def shrink(config: Config, common: CommonDivisors) -> Config:
     batch = small.batch
     batch.global_batch_seqs = common.batch
     batch.seq_length_tokens = max(16, 4 * 2 * common.context * common.tensor)
+    small.model.max_position_tokens = batch.seq_length_tokens if config.model.position.kind == "learned" else None
     batch.ramp = BatchRamp()
     small.schedule.horizon_steps, small.schedule.warmup_steps = None, 0
     # Without an epsilon above the rounding noise, Adam would turn the noise of a vanishing gradient into full steps.

@@ -104,6 +104,18 @@ def write_atomically(path: str | Path, data: bytes | str, durable: bool = True) 
         sync_folder(path.parent)
 
 
+def write_named_file(path: str | Path, data: bytes) -> None:
+    """Write a file whose path a user has typed. Raises OSError.
+
+    A link is followed. What is no regular file, such as /dev/null or a pipe, is written into: a rename would replace it.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+    else:
+        write_atomically(target, data)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises OSError, and ValueError for NaN and infinity, which JSON lacks."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -22,18 +22,9 @@ import numpy as np
 
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import HEADER, MAGIC, VERSION, bin_path, dtype_code, file_problem, idx_path, meta_path
+from pretrain.run.files import write_atomically
 
 BLOCK = 1 << 20
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write to a temporary file, sync it, rename it. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class DatasetWriter:
@@ -95,7 +86,7 @@ class DatasetWriter:
             os.replace(self.partial, bin_path(self.prefix))
             os.replace(self.partial_idx, idx_path(self.prefix))
             self.finished = True
-            write_json(meta_path(self.prefix), meta)
+            write_atomically(meta_path(self.prefix), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(file_problem(error, self.prefix, "--out")) from error
 

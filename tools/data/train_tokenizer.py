@@ -9,7 +9,6 @@ Torch-free.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 from configs.errors import ConfigError, Problem
 from pretrain.data.indexed import file_problem
 from pretrain.data.tokenizer import load_tokenizer, section_for
+from pretrain.run.files import write_atomically
 from tools.data.faults import Faults
 from tools.data.read.corpus import batches
 from tools.data.read.find_files import Corpus
@@ -58,9 +58,9 @@ def train(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.unlink(missing_ok=True)
-        _write(path, proto)
+        write_atomically(path, proto)
         if backend is not None:
-            _write(beside, backend.to_str(pretty=False).encode())
+            write_atomically(beside, backend.to_str(pretty=False).encode())
     except OSError as error:
         raise ConfigError(file_problem(error, path, "--out")) from error
     tokenizer = load_tokenizer(section_for(out))
@@ -177,16 +177,3 @@ def _samples(texts: list[str]) -> list[str]:
             kept.append(text[: SAMPLE_CHARS // 10])
             size += len(kept[-1])
     return kept
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write to a temporary file, sync it, rename it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

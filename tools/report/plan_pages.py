@@ -13,7 +13,7 @@ from typing import Any
 from configs.errors import ConfigError, json_value
 from configs.units import count, duration
 from parallel.layout import Layout
-from pretrain.run.files import storage_problem, write_atomically
+from pretrain.run.files import storage_problem, write_named_file
 from tools.draw_grid import draw_grid
 from tools.draw_pipeline import draw_pipeline
 from tools.planner.duration import RunEstimate
@@ -31,7 +31,7 @@ def write_page(path: str | Path, document: dict[str, Any], title: str) -> int:
     """Write the page and return its bytes. Raises ConfigError when the disk refuses, or plotly is missing."""
     page = make_page(document, title)
     try:
-        write_atomically(path, page)
+        write_named_file(path, page)
     except OSError as error:
         raise ConfigError(storage_problem("the page", path, error)) from error
     return len(page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pretrain.run.files import (
     lines_from_end,
     mend_torn_line,
     write_atomically,
+    write_named_file,
 )
 from pretrain.run.folder import NAMES, Outcome, RunFolder, check_run_folder
 from pretrain.run.lock import LockHolder, acquire, holder_text, live_holder
@@ -252,6 +254,20 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path) -> N
         write_atomically(tmp_path / "absent" / "kept", "new")
     write_atomically(tmp_path / "kept", "new")
     assert (tmp_path / "kept").read_text() == "new" and os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_named_file_replaces_nothing_but_a_regular_file(tmp_path: Path) -> None:
+    (tmp_path / "page").write_text("old")
+    (tmp_path / "link").symlink_to("page")
+    write_named_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "page").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_named_file(tmp_path / "pipe", b"page")
+    assert os.read(reader, 10) == b"page" and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    os.close(reader)
+    with pytest.raises(IsADirectoryError):
+        write_named_file("/", b"page")
 
 
 def test_append_refuses_what_is_not_json(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ Torch-free.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.run.files import write_atomically
 from tools.planner.published.rows import PublishedRun, runs_to_fit
 from tools.planner.step_cost import INDEX, KINDS, Vector
 from tools.planner.timing import EXTRA_FACTORS, FIT, NAMES, applies, combine, kind_weights, shares, step_vector
@@ -152,15 +152,10 @@ def fit(runs: Sequence[PublishedRun]) -> Vector:
 
 
 def write(path: Path, factors: Vector, num_rows: int) -> None:
-    """fit.json, written beside and renamed."""
+    """Write fit.json. Raises OSError."""
     note = "seconds taken over seconds at full speed, by kind of work (step_cost.py); made by published/fit.py"
     document = {"note": note, "rows": num_rows, "factors": {name: float(f"{value:.4g}") for name, value in zip(NAMES, factors)}}
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:

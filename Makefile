@@ -84,9 +84,9 @@ chromium:
 	  || echo "no Chromium: its tests will be skipped" >&2; \
 	else echo "no Chromium, and no root or apt-get to install it: its tests will be skipped" >&2; fi
 
-# Two test processes, a file at a time (tests/conftest.py): most fork several ranks, and more of them than cores only wait.
+# Three test processes, a file at a time (tests/conftest.py). The tests of Slurm mostly wait, and leave two cores to the others.
 test: install slurm chromium
-	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --no-loadscope-reorder
 
 # Parity, engines, the independent trainer, rehearsals, conversion and whole runs, under Megatron-Core 0.19.
 NEWEST_TESTS := tests/parallel/compat tests/reference tests/pretrain tests/tools/rehearse tests/tools/convert tests/run/test_commands.py tests/run/test_other_libraries.py

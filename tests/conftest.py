@@ -27,7 +27,7 @@ with importing():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# What takes longest goes first, so that both processes end together. The files of a folder here share a run or a cluster.
+# What takes longest goes first, so that the processes end together. The files of a folder here share a run or a cluster.
 FIRST = ("tests/slurm/", "tests/test_docs.py", "tests/run/", "tests/reference/", "tests/launch/local/", "tests/tools/rehearse/")
 
 

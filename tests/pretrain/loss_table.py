@@ -17,7 +17,7 @@ ALL = "all tokens"
 MEANING = {
     SAME: "the same loss, gradients, weights and record as one process that takes one sequence at a time",
     SAME_CUT: "the same as one process whose micro-batches hold the same sequences: the loss is defined on micro-batches",
-    FORMULA: "depends on it by definition: the gradient is that of the loss written out by hand",
+    FORMULA: "the term depends on this division by definition, and its gradient is that of the loss written out by hand",
     VALID: "tokens without loss change nothing, and the mean is over those that have one",
     ALL: "every token counts, also those without loss: the loss mask changes nothing",
 }

@@ -32,6 +32,11 @@ class RecordFollower:
         if (from_end or first_step > 1) and path.exists():
             self._begin()
 
+    @property
+    def place(self) -> int:
+        """Bytes of the file that have been read."""
+        return self._place
+
     def poll(self) -> Iterator[dict[str, Any]]:
         """The rows since the last poll. After a rollback they include rows that were returned before. Raises OSError."""
         return (decode_row(row) for part in self.parts() for row in part if is_row(row))

@@ -8,6 +8,7 @@ Torch-free.
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from pretrain.run.evaluations import score_curves
 from pretrain.run.event_rows import scan_events
 from pretrain.run.folder import RunFolder
 from pretrain.run.follow import RecordFollower
+from tools.data.progress import LINE_INTERVAL_S
 from tools.report.curves import Curves
 from tools.report.life import Life
 from tools.report.settings import changed_layouts, layout_and_plan, read_config, settings
@@ -47,12 +49,15 @@ class RunReader:
 
     def read(self, room: int) -> dict[str, Any]:
         """The run's document. `room`: how many points all curves together may have. Raises ConfigError and OSError."""
-        replaced = self._follower.replaced
+        replaced, told_s = self._follower.replaced, time.monotonic()
         for part in self._follower.parts():
             if self._follower.replaced != replaced:
                 # A rollback rewrote the record, and all its rows follow once more.
                 replaced, self.curves = self._follower.replaced, Curves()
             self.curves.add(part)
+            if time.monotonic() - told_s >= LINE_INTERVAL_S:
+                told_s = time.monotonic()
+                self._tell_progress()
         folder = self.folder
         status = read_status(folder, is_whole=True)
         config, found = read_config(folder), settings(folder)
@@ -79,6 +84,12 @@ class RunReader:
             "settings": found,
         }
         return json_value(document)
+
+    def _tell_progress(self) -> None:
+        """A line on stderr: a record of gigabytes takes minutes."""
+        path = self.folder.metrics
+        read_mb, size_mb = self._follower.place / 1e6, path.stat().st_size / 1e6
+        print(f"{path}: {read_mb:,.0f} of {size_mb:,.0f} MB read", file=sys.stderr, flush=True)
 
 
 def _complete(status: RunStatus, curves: Curves) -> RunStatus:

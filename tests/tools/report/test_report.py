@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
+from pretrain.run import follow
 from pretrain.run.evaluations import append_evaluation
 from pretrain.run.folder import RunFolder
 from tests.tools.report.ladder_world import make_ladder, true_loss
 from tests.tools.report.world import add_rows, make_run, row
 from tools import cli
 from tools.ladder import scaling
-from tools.report import page
+from tools.report import collect, page
 from tools.report.collect import RunReader
 from tools.report.curves import Curves
 from tools.report.ladder import LadderReader
@@ -65,6 +66,17 @@ def test_a_short_run_is_whole_and_has_its_axes() -> None:
     assert found["whole"] and points(found, "late") == ([8], [5])
     assert np.cumsum(found["axis"]["steps"]).tolist() == list(range(1, 9))
     assert found["axis"]["tokens"] == [4096 * step for step in range(1, 9)] and found["axis"]["seconds"][-1] == 4
+
+
+def test_a_long_read_tells_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", 20)
+    monkeypatch.setattr(follow, "_PART_BYTES", 1000)
+    monkeypatch.setattr(collect, "LINE_INTERVAL_S", 0.0)
+    RunReader(folder).read(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and all(line.startswith(f"{folder.metrics}: ") and line.endswith(" MB read") for line in lines)
 
 
 def test_rows_of_any_kind_are_harmless() -> None:

@@ -71,7 +71,7 @@ def preflight(config: Config, with_data: bool) -> Preflight:
     if layout and not problems:
         resume, problems, damaged = find_resume_point(config, layout, known_vocab_size(config))
         notices = (*notices, *damaged)
-        if with_data and resume is None and not problems:
+        if with_data and resume is None and config.checkpoint.load is not None and not problems:
             tokenizer = load_tokenizer(config.data.tokenizer)
             problems = check_warm_start(config, vocab_size(config, tokenizer), tokenizer)
     return Preflight(problems, notices, layout, resume, None if problems else sources)

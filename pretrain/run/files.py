@@ -207,8 +207,11 @@ def append_line(descriptor: int, row: dict[str, Any]) -> None:
     line = as_line(row)
     written = os.write(descriptor, line)
     if written != len(line):
-        # A line that lacks its newline only would be mended, and be there twice once the caller has tried again.
-        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        # A line that lacks its newline only would be mended, and be there twice once the caller has tried again. What another
+        # process has appended behind the part stays.
+        end = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if os.fstat(descriptor).st_size == end:
+            os.ftruncate(descriptor, end - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
